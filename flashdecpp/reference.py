@@ -1,0 +1,378 @@
+"""What every op of flashdecpp means, in plain torch.
+
+Each function takes the arguments of the op of its name, on any device, and returns what the op returns: arithmetic
+in float32, results rounded once to the op's output dtype, in-place arguments mutated as the op mutates them. Nothing
+here is fast. Needs torch and nothing else: no compiled library.
+
+`compute_dtype` is the one argument the ops lack. Their meaning is float32; bfloat16 or float16 gives the same maths
+in plain low-precision torch (the yardstick of the tolerance), float64 a ground truth for float32 results.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+E4M3_MAX = 448.0
+
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    phi: Tensor | None = None,
+    softcap: float = 0.0,
+    window: int = -1,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    num_splits: int = 0,
+    fallback_count: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q_len new tokens a sequence over a KV cache that already holds them.
+
+    `phi` and `num_splits` choose how an implementation computes, never what, so they are not used. `fallback_count`
+    is left alone: which rows an implementation recomputes depends on its safe window around phi. A `seq_lens` beyond
+    the cache counts as the cache's capacity.
+    """
+    batch, q_len, q_heads, head_dim = q.shape
+    group = q_heads // k_cache.size(2)
+    scale = head_dim**-0.5 if scale is None else scale
+    lengths = seq_lens.clamp(0, capacity(k_cache, block_table)).tolist()
+
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    unseen = torch.full((q_heads,), -torch.inf, device=q.device) if sinks is None else sinks
+    lse = unseen[:, None].repeat(batch, 1, q_len)  # what stays for rows that see no key
+
+    for b, length in enumerate(lengths):
+        # [q_heads, length, head_dim]: every query head beside its own copy of the KV head it reads.
+        keys = _sequence(k_cache, b, length, block_table, k_scale, compute_dtype)
+        values = _sequence(v_cache, b, length, block_table, v_scale, compute_dtype)
+        keys, values = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (keys, values))
+
+        for i in range(q_len):
+            position = length - q_len + i
+            first = max(0, position - window + 1) if window > 0 else 0
+            if position < 0:
+                continue
+            visible = slice(first, position + 1)
+
+            x = scale * (keys[:, visible] @ q[b, i].to(compute_dtype).unsqueeze(-1)).squeeze(-1)
+            if softcap > 0:
+                x = softcap * torch.tanh(x / softcap)
+            if alibi_slopes is not None:
+                distance = position - torch.arange(first, position + 1, device=q.device)
+                x = x - alibi_slopes[:, None].to(compute_dtype) * distance
+            # A logit of -inf would silently drop its key, one of +inf every other key: neither is an answer.
+            x = torch.where(x.isfinite().all(dim=-1, keepdim=True), x, torch.nan)
+
+            terms = x if sinks is None else torch.cat((x, sinks[:, None].to(compute_dtype)), dim=-1)
+            weights = torch.softmax(terms, dim=-1)[:, : x.size(-1)]
+            out[b, i] = (weights.unsqueeze(1) @ values[:, visible]).squeeze(1).to(q.dtype)
+            lse[b, :, i] = torch.logsumexp(terms, dim=-1).float()
+    return out, lse
+
+
+def capacity(cache: Tensor, block_table: Tensor | None) -> int:
+    """How many tokens of one sequence a cache can hold: by its block table, or by its own length."""
+    return cache.size(1) if block_table is None else cache.size(1) * block_table.size(1)
+
+
+def _sequence(
+    cache: Tensor, b: int, length: int, block_table: Tensor | None, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The first `length` keys (or values) of sequence b: [length, kv_heads, head_dim], dequantised."""
+    if block_table is None:
+        tokens = cache[b, :length]
+    else:
+        block_size = cache.size(1)
+        blocks = block_table[b, : -(-length // block_size)].long()
+        tokens = _raw(cache)[blocks].view(cache.dtype).flatten(0, 1)[:length]
+    tokens = tokens.to(dtype)
+    return tokens if scale is None else tokens * scale[:, None].to(dtype)
+
+
+def _raw(cache: Tensor) -> Tensor:
+    """The cache as something torch can index: it does not index fp8 on every device, but bytes it does."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
+# ------------------------------------------------------------------------------------------------------- linear
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    impl: str = "auto",
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """x @ weight^T + bias. `impl` chooses how an implementation computes, never what, so it is not used."""
+    y = x.to(compute_dtype) @ weight.to(compute_dtype).T
+    if bias is not None:
+        y = y + bias.to(compute_dtype)
+    return y.to(x.dtype)
+
+
+def gemv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, compute_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`linear`: the two differ in speed alone."""
+    return linear(x, weight, bias, compute_dtype=compute_dtype)
+
+
+def flat_gemm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, compute_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`linear`: the two differ in speed alone."""
+    return linear(x, weight, bias, compute_dtype=compute_dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- fused
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """x / rms(x) * weight. With a residual: residual += x, and the norm is taken of the new residual."""
+    h = _add_residual(x, residual, compute_dtype)
+    h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
+    return (h * weight.to(compute_dtype)).to(x.dtype)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """(x - mean) / std * weight + bias. With a residual: residual += x, and the norm is taken of the new residual."""
+    h = _add_residual(x, residual, compute_dtype)
+    h = h - h.mean(dim=-1, keepdim=True)
+    h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
+    if weight is not None:
+        h = h * weight.to(compute_dtype)
+    if bias is not None:
+        h = h + bias.to(compute_dtype)
+    return h.to(x.dtype)
+
+
+def _add_residual(x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What is to be normalised. The norm sees the residual as it is stored, rounded."""
+    if residual is None:
+        return x.to(dtype)
+    residual.copy_(residual.to(dtype) + x.to(dtype))
+    return residual.to(dtype)
+
+
+def rotary_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    cos_sin: Tensor | None = None,
+    interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Rotates q and k in place by their tokens' positions, then writes k and v into the caches."""
+    q_len = q.size(1)
+    # seq_lens counts the new tokens already; a negative position is left padding.
+    positions = seq_lens.long()[:, None] - q_len + torch.arange(q_len, device=q.device)
+    if cos_sin is not None:
+        _rotate(q, positions, cos_sin, interleaved, compute_dtype)
+        _rotate(k, positions, cos_sin, interleaved, compute_dtype)
+    _append(k, k_cache, positions, block_table, k_scale)
+    _append(v, v_cache, positions, block_table, v_scale)
+
+
+def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, dtype: torch.dtype) -> None:
+    """Turns the first rotary_dim entries of every head of x [batch, q_len, heads, head_dim], in place."""
+    max_positions, rotary_dim = cos_sin.shape
+    in_table = (positions >= 0) & (positions < max_positions)
+    angles = cos_sin[positions.clamp(0, max_positions - 1)].to(dtype)
+    cos, sin = angles.unsqueeze(2).chunk(2, dim=-1)  # each [batch, q_len, 1, rotary_dim / 2]
+
+    head = x[..., :rotary_dim]
+    first, second = (head[..., 0::2], head[..., 1::2]) if interleaved else head.chunk(2, dim=-1)
+    a, b = first.to(dtype), second.to(dtype)
+    turned_first, turned_second = (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)
+    in_table = in_table[:, :, None, None]
+    first.copy_(torch.where(in_table, turned_first, first))
+    second.copy_(torch.where(in_table, turned_second, second))
+
+
+def _append(
+    x: Tensor, cache: Tensor, positions: Tensor, block_table: Tensor | None, scale: Tensor | None
+) -> None:
+    """Writes x [batch, q_len, kv_heads, head_dim] to its tokens' places; a place the cache lacks is skipped."""
+    block_size = cache.size(1)
+    sequences = torch.arange(x.size(0), device=x.device)[:, None].expand_as(positions)
+    written = (positions >= 0) & (positions < capacity(cache, block_table))
+    if block_table is None:
+        blocks, slots = sequences, positions
+    else:
+        last = block_table.size(1) - 1
+        blocks = block_table.long()[sequences, (positions // block_size).clamp(0, last)]
+        slots = positions % block_size
+        written &= (blocks >= 0) & (blocks < cache.size(0))
+
+    if cache.dtype == torch.float8_e4m3fn:
+        x = x.float() if scale is None else x.float() / scale[:, None]
+        x = x.clamp(-E4M3_MAX, E4M3_MAX)
+    _raw(cache)[blocks[written], slots[written]] = _raw(x[written].to(cache.dtype))
+
+
+def gated_activation(
+    gate_up: Tensor, *, activation: str = "silu", compute_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """act(gate) * up, where gate and up are the two halves of the last dim."""
+    gate, up = gate_up.to(compute_dtype).chunk(2, dim=-1)
+    return (_ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------- sampling
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    seed: Tensor | None = None,
+    position: Tensor | None = None,
+    repetition_penalty: Tensor | None = None,
+    seen: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """One token id a row of logits [batch, vocab]: the largest logit, or a draw where temperature > 0.
+
+    The draw is a function of (row, seed, position) alone; seed and position default to 0.
+    """
+    batch = logits.size(0)
+    weights = kept_weights(
+        logits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seen=seen,
+        compute_dtype=compute_dtype,
+    )
+    zeros = torch.zeros(batch, dtype=torch.int64, device=logits.device)
+    u = uniform(zeros if seed is None else seed, zeros if position is None else position).to(compute_dtype)
+
+    cumulative = weights.cumsum(dim=-1)
+    beyond = cumulative > (u * cumulative[:, -1])[:, None]
+    # argmax gives the first True. Rounding can leave none: then the last kept token.
+    last_kept = weights.size(-1) - 1 - (weights > 0).flip(-1).int().argmax(dim=-1)
+    drawn = torch.where(beyond.any(dim=-1), beyond.int().argmax(dim=-1), last_kept)
+
+    # Nothing to draw from where all logits are -inf; argmax gives the first of equals, token 0.
+    drawing = (weights > 0).any(dim=-1)
+    drawing &= False if temperature is None else temperature > 0
+    token = torch.where(drawing, drawn, weights.argmax(dim=-1))
+    if seen is not None:
+        seen[torch.arange(batch, device=logits.device), token] = True
+    return token
+
+
+def kept_weights(
+    logits: Tensor,
+    *,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    repetition_penalty: Tensor | None = None,
+    seen: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The distribution that `sample` draws from, unnormalised [batch, vocab]: 1 for the most likely token, 0 for
+    those that a filter removed. Filters apply in transformers' order, and keep every tie at their threshold.
+    """
+    x = logits.to(compute_dtype)
+    x = torch.where(x.isnan(), -torch.inf, x)
+    if repetition_penalty is not None and seen is not None:
+        r = repetition_penalty[:, None].to(compute_dtype)
+        x = torch.where(seen, torch.where(x > 0, x / r, x * r), x)
+    if temperature is not None:
+        # A greedy row only needs its largest logit to stay the largest.
+        x = x / torch.where(temperature > 0, temperature, 1.0)[:, None].to(compute_dtype)
+
+    largest = x.amax(dim=-1, keepdim=True)
+    # The largest has weight 1 by definition: between infinities the subtraction could not tell.
+    weights = torch.where(x == largest, 1.0, torch.exp(x - largest)).masked_fill(x == -torch.inf, 0.0)
+
+    if top_k is not None:
+        descending = x.sort(dim=-1, descending=True).values
+        k = torch.where(top_k > 0, top_k, x.size(-1)).clamp(max=x.size(-1)).long()
+        weights = weights.masked_fill(x < descending.gather(-1, k[:, None] - 1), 0.0)
+    if top_p is not None:
+        descending = weights.sort(dim=-1, descending=True).values
+        total = descending.sum(dim=-1, keepdim=True)
+        before = descending.cumsum(dim=-1) - descending
+        needed = (before < top_p[:, None].to(compute_dtype) * total).sum(dim=-1, keepdim=True).clamp(min=1)
+        threshold = torch.where(top_p[:, None] < 1, descending.gather(-1, needed - 1), 0.0)
+        weights = weights.masked_fill(weights < threshold, 0.0)
+    if min_p is not None:
+        weights = weights.masked_fill(weights < min_p[:, None].to(compute_dtype), 0.0)
+    return weights
+
+
+def uniform(seed: Tensor, position: Tensor) -> Tensor:
+    """The draw's u in [0, 1): 24 bits of the first Philox word, [batch] float32."""
+    zero = torch.zeros_like(position)
+    words = philox(torch.stack((*_halves(position), zero, zero)), torch.stack(_halves(seed)))
+    return (words[0] >> 8).float() * 2.0**-24
+
+
+def philox(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox-4x32-10 (Salmon et al., SC 2011): counter [4, n], key [2, n] -> [4, n], 32-bit words held in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _halves(c0 * 0xD2511F53)[::-1]
+        high1, low1 = _halves(c2 * 0xCD9E8D57)[::-1]
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return torch.stack((c0, c1, c2, c3))
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The low and the high 32 bits of int64 words (products wrap, so their bits are right whatever the sign)."""
+    return x & 0xFFFFFFFF, (x >> 32) & 0xFFFFFFFF
