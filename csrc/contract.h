@@ -1,0 +1,500 @@
+// Tensors -> params, or an error that names the argument, what it must be and what it was. Shared by every backend, so
+// the contract of an op exists once. Outputs are not allocated here: the host function of the backend does that after
+// its guard.
+#pragma once
+
+#include <cmath>
+#include <string>
+
+#include "torch_api.h"
+
+namespace flashdecpp::contract {
+
+// What differs between backends.
+struct Backend {
+  bool attention_float32;  // decode_attention in float32
+  int64_t alignment;       // bytes that a vector load needs; 1: none
+};
+inline constexpr Backend kCpu{true, 1};
+inline constexpr Backend kGpu{false, 16};
+
+inline int64_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+    case DType::kInt32: return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16: return 2;
+    case DType::kInt64: return 8;
+    default: return 1;
+  }
+}
+
+inline bool is_float(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+}
+
+// One op call being checked: its name, and the device that every tensor must share.
+struct Checker {
+  const char* op;
+  Device device;
+  const char* first;  // the argument whose device counts
+
+  Checker(const char* op_name, const char* first_name, const View& view)
+      : op(op_name), device(view.device), first(first_name) {}
+
+  void rank(const char* arg, const View& t, int64_t dim, const char* shape) const {
+    FLASHDECPP_REQUIRE(t.dim == dim, op, arg, " must be ", shape, ", got shape ", t.shape());
+  }
+  void dtype(const char* arg, const View& t, DType wanted) const {
+    FLASHDECPP_REQUIRE(t.dtype == wanted, op, arg, " must be ", name(wanted), ", got ", name(t.dtype));
+  }
+  void float_dtype(const char* arg, const View& t) const {
+    FLASHDECPP_REQUIRE(is_float(t.dtype), op, arg, " must be float32, float16 or bfloat16, got ", name(t.dtype));
+  }
+  void same_device(const char* arg, const View& t) const {
+    FLASHDECPP_REQUIRE(t.device == device, op, arg, " must be on ", device.str(), " as ", first, ", got ",
+                       t.device.str());
+  }
+  void shape(const char* arg, const View& t, std::initializer_list<int64_t> wanted) const {
+    bool same = t.dim == static_cast<int64_t>(wanted.size());
+    for (int64_t i = 0; same && i < t.dim; ++i) same = t.sizes[i] == wanted.begin()[i];
+    if (same) return;
+    std::ostringstream text;
+    for (size_t i = 0; i < wanted.size(); ++i) text << (i ? ", " : "") << wanted.begin()[i];
+    fail(op, arg, " must have shape [", text.str(), "], got ", t.shape());
+  }
+  void last_contiguous(const char* arg, const View& t) const {
+    FLASHDECPP_REQUIRE(t.last_dim_contiguous(), op, arg, " must be contiguous in its last dimension, got strides ",
+                       t.stride_list());
+  }
+  void contiguous(const char* arg, const View& t) const {
+    FLASHDECPP_REQUIRE(t.contiguous_from(0), op, arg, " must be contiguous, got strides ", t.stride_list(),
+                       " for shape ", t.shape());
+  }
+  // Vector loads: the first element and every row start on a multiple of `bytes`.
+  void aligned(const char* arg, const View& t, int64_t bytes) const {
+    if (bytes <= 1) return;
+    FLASHDECPP_REQUIRE(reinterpret_cast<uintptr_t>(t.data) % bytes == 0, op, arg, " must start on a multiple of ",
+                       bytes, " bytes, got address remainder ", reinterpret_cast<uintptr_t>(t.data) % bytes);
+    for (int64_t i = 0; i + 1 < t.dim; ++i) {
+      FLASHDECPP_REQUIRE(t.sizes[i] <= 1 || t.strides[i] * element_size(t.dtype) % bytes == 0, op, arg,
+                         " must have strides of a multiple of ", bytes, " bytes, got strides ", t.stride_list());
+    }
+  }
+  // A small contiguous tensor of one dtype and exact shape: the per-head and per-sequence parameters.
+  template <class T>
+  const T* parameter(const char* arg, const OptionalTensor& tensor, DType wanted,
+                     std::initializer_list<int64_t> sizes) const {
+    if (!tensor) return nullptr;
+    const View t(*tensor);
+    same_device(arg, t);
+    dtype(arg, t, wanted);
+    shape(arg, t, sizes);
+    contiguous(arg, t);
+    return static_cast<const T*>(t.data);
+  }
+};
+
+inline int32_t to_int32(const Checker& check, const char* arg, int64_t value) {
+  FLASHDECPP_REQUIRE(value <= INT32_MAX, check.op, arg, " must have dimensions below 2^31, got ", value);
+  return static_cast<int32_t>(value);
+}
+
+// The cache arguments that decode_attention and rotary_append share.
+struct Cache {
+  const void *k, *v;
+  CacheLayout k_layout, v_layout;
+  const int32_t* seq_lens;
+  const int32_t* block_table;
+  int64_t table_stride;
+  int32_t num_blocks, block_size, max_blocks, kv_heads;
+  const float *k_scale, *v_scale;
+  DType dtype;
+};
+
+inline Cache cache(const Checker& check, const Backend& backend, DType compute_dtype, int64_t batch, int64_t head_dim,
+                   const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
+                   const OptionalTensor& block_table, const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  const View k(k_cache), v(v_cache), lens(seq_lens);
+  const char* shape =
+      block_table ? "[num_blocks, block_size, kv_heads, head_dim]" : "[batch, max_len, kv_heads, head_dim]";
+  const char* names[] = {"k_cache", "v_cache"};
+  const View* views[] = {&k, &v};
+  for (int i = 0; i < 2; ++i) {
+    const View& t = *views[i];
+    check.same_device(names[i], t);
+    check.rank(names[i], t, 4, shape);
+    FLASHDECPP_REQUIRE(t.dtype == compute_dtype || t.dtype == DType::kFloat8E4M3, check.op, names[i], " must be ",
+                       name(compute_dtype), " as ", check.first, " or float8_e4m3fn, got ", name(t.dtype));
+    FLASHDECPP_REQUIRE(t.sizes[3] == head_dim, check.op, names[i], " must have head_dim ", head_dim, " as ",
+                       check.first, ", got shape ", t.shape());
+    check.last_contiguous(names[i], t);
+    check.aligned(names[i], t, backend.alignment == 1 ? 1 : 8 * element_size(t.dtype));
+  }
+  check.dtype("v_cache", v, k.dtype);
+  check.shape("v_cache", v, {k.sizes[0], k.sizes[1], k.sizes[2], k.sizes[3]});
+
+  check.same_device("seq_lens", lens);
+  check.dtype("seq_lens", lens, DType::kInt32);
+  check.shape("seq_lens", lens, {batch});
+  check.contiguous("seq_lens", lens);
+
+  Cache c{};
+  c.k = k.data;
+  c.v = v.data;
+  c.k_layout = {k.strides[0], k.strides[1], k.strides[2]};
+  c.v_layout = {v.strides[0], v.strides[1], v.strides[2]};
+  c.seq_lens = static_cast<const int32_t*>(lens.data);
+  c.num_blocks = to_int32(check, "k_cache", k.sizes[0]);
+  c.block_size = to_int32(check, "k_cache", k.sizes[1]);
+  c.kv_heads = to_int32(check, "k_cache", k.sizes[2]);
+  c.dtype = k.dtype;
+  if (block_table) {
+    const View table(*block_table);
+    check.same_device("block_table", table);
+    check.dtype("block_table", table, DType::kInt32);
+    check.rank("block_table", table, 2, "[batch, max_blocks]");
+    FLASHDECPP_REQUIRE(table.sizes[0] == batch, check.op, "block_table must have ", batch, " rows as ", check.first,
+                       " has sequences, got shape ", table.shape());
+    check.last_contiguous("block_table", table);
+    FLASHDECPP_REQUIRE(c.block_size == 1 || (c.block_size > 0 && c.block_size % 8 == 0), check.op,
+                       "k_cache must have a block_size of 1 or a multiple of 8, got ", c.block_size);
+    c.block_table = static_cast<const int32_t*>(table.data);
+    c.table_stride = table.strides[0];
+    c.max_blocks = to_int32(check, "block_table", table.sizes[1]);
+  } else {
+    FLASHDECPP_REQUIRE(k.sizes[0] == batch, check.op, "k_cache without a block_table must have ", batch,
+                       " sequences as ", check.first, ", got shape ", k.shape());
+    c.max_blocks = 1;
+  }
+  FLASHDECPP_REQUIRE(int64_t{c.max_blocks} * c.block_size <= INT32_MAX, check.op,
+                     "block_table must address fewer than 2^31 tokens a sequence, got ",
+                     int64_t{c.max_blocks} * c.block_size);
+  FLASHDECPP_REQUIRE(c.dtype == DType::kFloat8E4M3 || (!k_scale && !v_scale), check.op, k_scale ? "k_scale" : "v_scale",
+                     " must be None unless the cache is float8_e4m3fn, got a ", name(c.dtype), " cache");
+  c.k_scale = check.parameter<float>("k_scale", k_scale, DType::kFloat32, {c.kv_heads});
+  c.v_scale = check.parameter<float>("v_scale", v_scale, DType::kFloat32, {c.kv_heads});
+  return c;
+}
+
+inline AttentionParams decode_attention(const Backend& backend, const Tensor& q_tensor, const Tensor& k_cache,
+                                        const Tensor& v_cache, const Tensor& seq_lens,
+                                        const OptionalTensor& block_table, std::optional<double> scale,
+                                        const OptionalTensor& phi, double softcap, int64_t window,
+                                        const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                        const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                                        int64_t num_splits, const OptionalTensor& fallback_count) {
+  const View q(q_tensor);
+  const Checker check("decode_attention", "q", q);
+  check.rank("q", q, 4, "[batch, q_len, q_heads, head_dim]");
+  if (backend.attention_float32) {
+    check.float_dtype("q", q);
+  } else {
+    FLASHDECPP_REQUIRE(q.dtype == DType::kFloat16 || q.dtype == DType::kBFloat16, check.op,
+                       "q must be float16 or bfloat16 on this device, got ", name(q.dtype));
+  }
+  check.last_contiguous("q", q);
+  check.aligned("q", q, backend.alignment);
+  const int64_t batch = q.sizes[0], q_len = q.sizes[1], q_heads = q.sizes[2], head_dim = q.sizes[3];
+  FLASHDECPP_REQUIRE(q_len >= 1 && q_len <= 16, check.op, "q must have a q_len of 1 to 16, got ", q_len);
+  FLASHDECPP_REQUIRE(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0, check.op,
+                     "q must have a head_dim that is a multiple of 8 up to 256, got ", head_dim);
+  const Cache c =
+      cache(check, backend, q.dtype, batch, head_dim, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale);
+  FLASHDECPP_REQUIRE(q_heads > 0 && c.kv_heads > 0 && q_heads % c.kv_heads == 0, check.op,
+                     "q must have q_heads that are a multiple of kv_heads ", c.kv_heads, ", got ", q_heads);
+  FLASHDECPP_REQUIRE(q_heads / c.kv_heads <= 16, check.op, "q must have at most 16 q_heads a kv_head, got ", q_heads,
+                     " for ", c.kv_heads);
+  FLASHDECPP_REQUIRE(!scale || std::isfinite(*scale), check.op, "scale must be finite, got ", scale.value_or(0));
+  FLASHDECPP_REQUIRE(std::isfinite(softcap) && softcap >= 0, check.op, "softcap must be 0 or positive, got ", softcap);
+  FLASHDECPP_REQUIRE(num_splits >= 0, check.op, "num_splits must be 0 (chosen) or positive, got ", num_splits);
+
+  AttentionParams p{};
+  p.q = q.data;
+  p.k_cache = c.k;
+  p.v_cache = c.v;
+  p.seq_lens = c.seq_lens;
+  p.block_table = c.block_table;
+  p.k_scale = c.k_scale;
+  p.v_scale = c.v_scale;
+  p.k = c.k_layout;
+  p.v = c.v_layout;
+  p.table_stride = c.table_stride;
+  p.num_blocks = c.num_blocks;
+  p.block_size = c.block_size;
+  p.max_blocks = c.max_blocks;
+  p.kv_heads = c.kv_heads;
+  p.kv_dtype = c.dtype;
+  p.q_dtype = q.dtype;
+  p.q_batch_stride = q.strides[0];
+  p.q_token_stride = q.strides[1];
+  p.q_head_stride = q.strides[2];
+  p.batch = to_int32(check, "q", batch);
+  p.q_len = static_cast<int32_t>(q_len);
+  p.q_heads = to_int32(check, "q", q_heads);
+  p.head_dim = static_cast<int32_t>(head_dim);
+  p.scale = scale ? static_cast<float>(*scale) : 1.0f / std::sqrt(static_cast<float>(head_dim));
+  p.softcap = static_cast<float>(softcap);
+  p.window = window > 0 ? static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX)) : 0;
+  p.num_splits = static_cast<int32_t>(std::min<int64_t>(num_splits, INT32_MAX));
+  if (phi) {
+    const View t(*phi);
+    check.same_device("phi", t);
+    check.dtype("phi", t, DType::kFloat32);
+    if (t.dim == 2) {
+      check.shape("phi", t, {batch, q_heads});
+      p.phi_batch_stride = q_heads;
+    } else {
+      check.shape("phi", t, {q_heads});
+    }
+    check.contiguous("phi", t);
+    p.phi = static_cast<const float*>(t.data);
+  }
+  p.alibi_slopes = check.parameter<float>("alibi_slopes", alibi_slopes, DType::kFloat32, {q_heads});
+  p.sinks = check.parameter<float>("sinks", sinks, DType::kFloat32, {q_heads});
+  p.fallback_count =
+      const_cast<int32_t*>(check.parameter<int32_t>("fallback_count", fallback_count, DType::kInt32, {1}));
+  return p;
+}
+
+// x as rows of one stride. `x` keeps a packed copy alive where x's own strides cannot be described so.
+struct Linear {
+  Tensor x;
+  View x_view;
+  LinearParams params;
+};
+
+inline Linear linear(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  Linear call{x, View(x), {}};
+  const View& a = call.x_view;
+  const View w(weight);
+  const Checker check(op, "x", a);
+  FLASHDECPP_REQUIRE(a.dim >= 1, check.op, "x must be [..., K], got a scalar");
+  check.float_dtype("x", a);
+  check.same_device("weight", w);
+  check.rank("weight", w, 2, "[N, K]");
+  check.dtype("weight", w, a.dtype);
+  const int64_t k = a.sizes[a.dim - 1];
+  FLASHDECPP_REQUIRE(w.sizes[1] == k, check.op, "weight must have K ", k, " as x, got shape ", w.shape());
+  FLASHDECPP_REQUIRE(k > 0, check.op, "x must have a K above 0, got shape ", a.shape());
+  check.last_contiguous("weight", w);
+
+  LinearParams& p = call.params;
+  p.n = w.sizes[0];
+  p.k = k;
+  p.m = a.numel() / k;
+  p.weight = w.data;
+  p.weight_stride = w.strides[0];
+  p.dtype = a.dtype;
+  if (bias) {
+    const View b(*bias);
+    check.same_device("bias", b);
+    check.dtype("bias", b, a.dtype);
+    check.shape("bias", b, {p.n});
+    check.contiguous("bias", b);
+    p.bias = b.data;
+  }
+  const bool rows = a.last_dim_contiguous() && (a.dim <= 2 || a.contiguous_from(0));
+  if (!rows) {
+    call.x = torch::stable::contiguous(x);
+    call.x_view = View(call.x);
+  }
+  p.x = call.x_view.data;
+  p.x_stride = call.x_view.dim == 2 ? call.x_view.strides[0] : k;
+  return call;
+}
+
+// x's shape with its last dimension replaced: the shape of a linear's or a gated activation's output.
+inline Tensor new_like_rows(const View& x, int64_t last) {
+  int64_t sizes[8];
+  FLASHDECPP_REQUIRE(x.dim <= 8, "new_like_rows", "x must have at most 8 dimensions, got shape ", x.shape());
+  for (int64_t i = 0; i + 1 < x.dim; ++i) sizes[i] = x.sizes[i];
+  sizes[x.dim - 1] = last;
+  return new_tensor(sizes, x.dim, x.dtype, x.device);
+}
+
+inline NormParams norm(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& residual, double eps, bool subtract_mean) {
+  const View a(x);
+  const Checker check(op, "x", a);
+  FLASHDECPP_REQUIRE(a.dim >= 1, check.op, "x must be [..., hidden], got a scalar");
+  check.float_dtype("x", a);
+  check.last_contiguous("x", a);
+  NormParams p{};
+  p.cols = a.sizes[a.dim - 1];
+  FLASHDECPP_REQUIRE(p.cols > 0, check.op, "x must have a hidden size above 0, got shape ", a.shape());
+  p.rows = a.numel() / p.cols;
+  p.x = a.data;
+  p.dtype = a.dtype;
+  p.weight_dtype = a.dtype;
+  p.eps = static_cast<float>(eps);
+  p.subtract_mean = subtract_mean;
+  // Two levels of rows: the last but one dimension, and everything before it, which must be packed among itself.
+  p.inner_rows = a.dim >= 2 ? a.sizes[a.dim - 2] : 1;
+  p.x_stride = a.dim >= 2 ? a.strides[a.dim - 2] : p.cols;
+  p.outer_stride = a.dim >= 3 ? a.strides[a.dim - 3] : p.inner_rows * p.x_stride;
+  for (int64_t i = a.dim - 4; i >= 0; --i) {
+    FLASHDECPP_REQUIRE(a.sizes[i] == 1 || a.strides[i] == a.strides[i + 1] * a.sizes[i + 1], check.op,
+                       "x must have evenly spaced rows, got strides ", a.stride_list(), " for shape ", a.shape());
+  }
+  const OptionalTensor* affine[] = {&weight, &bias};
+  const char* affine_names[] = {"weight", "bias"};
+  for (int i = 0; i < 2; ++i) {
+    if (!*affine[i]) continue;
+    const View t(**affine[i]);
+    check.same_device(affine_names[i], t);
+    FLASHDECPP_REQUIRE(t.dtype == a.dtype || t.dtype == DType::kFloat32, check.op, affine_names[i], " must be ",
+                       name(a.dtype), " as x or float32, got ", name(t.dtype));
+    check.shape(affine_names[i], t, {p.cols});
+    check.contiguous(affine_names[i], t);
+    if (i == 0) {
+      p.weight = t.data;
+      p.weight_dtype = t.dtype;
+    } else {
+      FLASHDECPP_REQUIRE(!p.weight || t.dtype == p.weight_dtype, check.op, "bias must be ", name(p.weight_dtype),
+                         " as weight, got ", name(t.dtype));
+      p.bias = t.data;
+      p.weight_dtype = t.dtype;
+    }
+  }
+  if (residual) {
+    const View r(*residual);
+    check.same_device("residual", r);
+    check.dtype("residual", r, a.dtype);
+    bool same = r.dim == a.dim;
+    for (int64_t i = 0; same && i < a.dim; ++i) same = r.sizes[i] == a.sizes[i];
+    FLASHDECPP_REQUIRE(same, check.op, "residual must have shape ", a.shape(), " as x, got ", r.shape());
+    check.contiguous("residual", r);
+    p.residual = r.data;
+  }
+  return p;
+}
+
+inline RotaryParams rotary_append(const Tensor& q_tensor, const Tensor& k_tensor, const Tensor& v_tensor,
+                                  const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
+                                  const OptionalTensor& block_table, const OptionalTensor& cos_sin, bool interleaved,
+                                  const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  const View q(q_tensor), k(k_tensor), v(v_tensor);
+  const Checker check("rotary_append", "q", q);
+  check.rank("q", q, 4, "[batch, q_len, q_heads, head_dim]");
+  check.float_dtype("q", q);
+  check.last_contiguous("q", q);
+  const int64_t batch = q.sizes[0], q_len = q.sizes[1], q_heads = q.sizes[2], head_dim = q.sizes[3];
+  const Cache c =
+      cache(check, kCpu, q.dtype, batch, head_dim, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale);
+  const char* names[] = {"k", "v"};
+  const View* views[] = {&k, &v};
+  for (int i = 0; i < 2; ++i) {
+    check.same_device(names[i], *views[i]);
+    check.dtype(names[i], *views[i], q.dtype);
+    check.shape(names[i], *views[i], {batch, q_len, c.kv_heads, head_dim});
+    check.last_contiguous(names[i], *views[i]);
+  }
+
+  RotaryParams p{};
+  p.q = q.data;
+  p.k = k.data;
+  p.v = v.data;
+  p.k_cache = const_cast<void*>(c.k);
+  p.v_cache = const_cast<void*>(c.v);
+  p.seq_lens = c.seq_lens;
+  p.block_table = c.block_table;
+  p.k_scale = c.k_scale;
+  p.v_scale = c.v_scale;
+  p.kc = c.k_layout;
+  p.vc = c.v_layout;
+  p.table_stride = c.table_stride;
+  p.num_blocks = c.num_blocks;
+  p.block_size = c.block_size;
+  p.max_blocks = c.max_blocks;
+  p.kv_heads = c.kv_heads;
+  p.kv_dtype = c.dtype;
+  p.dtype = q.dtype;
+  p.q_batch_stride = q.strides[0];
+  p.q_token_stride = q.strides[1];
+  p.q_head_stride = q.strides[2];
+  p.k_batch_stride = k.strides[0];
+  p.k_token_stride = k.strides[1];
+  p.k_head_stride = k.strides[2];
+  p.v_batch_stride = v.strides[0];
+  p.v_token_stride = v.strides[1];
+  p.v_head_stride = v.strides[2];
+  p.batch = to_int32(check, "q", batch);
+  p.q_len = to_int32(check, "q", q_len);
+  p.q_heads = to_int32(check, "q", q_heads);
+  p.head_dim = to_int32(check, "q", head_dim);
+  p.interleaved = interleaved;
+  if (cos_sin) {
+    const View t(*cos_sin);
+    check.same_device("cos_sin", t);
+    check.dtype("cos_sin", t, DType::kFloat32);
+    check.rank("cos_sin", t, 2, "[max_positions, rotary_dim]");
+    check.last_contiguous("cos_sin", t);
+    FLASHDECPP_REQUIRE(t.sizes[1] % 2 == 0 && t.sizes[1] <= head_dim, check.op,
+                       "cos_sin must have an even rotary_dim of at most head_dim ", head_dim, ", got shape ",
+                       t.shape());
+    p.cos_sin = static_cast<const float*>(t.data);
+    p.cos_sin_stride = t.strides[0];
+    p.max_positions = to_int32(check, "cos_sin", t.sizes[0]);
+    p.rotary_dim = static_cast<int32_t>(t.sizes[1]);
+  }
+  return p;
+}
+
+inline GatedParams gated_activation(const Tensor& gate_up, const std::string& activation) {
+  const View a(gate_up);
+  const Checker check("gated_activation", "gate_up", a);
+  FLASHDECPP_REQUIRE(a.dim >= 1 && a.sizes[a.dim - 1] % 2 == 0, check.op,
+                     "gate_up must be [..., 2 * features], got shape ", a.shape());
+  check.float_dtype("gate_up", a);
+  check.contiguous("gate_up", a);
+  GatedParams p{};
+  p.gate_up = a.data;
+  p.cols = a.sizes[a.dim - 1] / 2;
+  p.rows = p.cols > 0 ? a.numel() / (2 * p.cols) : 0;
+  p.dtype = a.dtype;
+  if (activation == "silu") {
+    p.activation = Activation::kSilu;
+  } else if (activation == "gelu") {
+    p.activation = Activation::kGelu;
+  } else if (activation == "gelu_tanh") {
+    p.activation = Activation::kGeluTanh;
+  } else if (activation == "relu") {
+    p.activation = Activation::kRelu;
+  } else {
+    fail(check.op, "activation must be silu, gelu, gelu_tanh or relu, got ", activation);
+  }
+  return p;
+}
+
+inline SampleParams sample(const Tensor& logits, const OptionalTensor& temperature, const OptionalTensor& top_k,
+                           const OptionalTensor& top_p, const OptionalTensor& min_p, const OptionalTensor& seed,
+                           const OptionalTensor& position, const OptionalTensor& repetition_penalty,
+                           const OptionalTensor& seen) {
+  const View a(logits);
+  const Checker check("sample", "logits", a);
+  check.rank("logits", a, 2, "[batch, vocab]");
+  check.float_dtype("logits", a);
+  check.last_contiguous("logits", a);
+  const int64_t batch = a.sizes[0], vocab = a.sizes[1];
+  FLASHDECPP_REQUIRE(vocab > 0 && vocab <= INT32_MAX, check.op, "logits must have a vocabulary of 1 to 2^31, got ",
+                     vocab);
+  FLASHDECPP_REQUIRE(!repetition_penalty || seen, check.op, "seen must be given with repetition_penalty, got None");
+  SampleParams p{};
+  p.logits = a.data;
+  p.logits_stride = a.strides[0];
+  p.batch = batch;
+  p.vocab = vocab;
+  p.dtype = a.dtype;
+  p.temperature = check.parameter<float>("temperature", temperature, DType::kFloat32, {batch});
+  p.top_k = check.parameter<int32_t>("top_k", top_k, DType::kInt32, {batch});
+  p.top_p = check.parameter<float>("top_p", top_p, DType::kFloat32, {batch});
+  p.min_p = check.parameter<float>("min_p", min_p, DType::kFloat32, {batch});
+  p.seed = check.parameter<int64_t>("seed", seed, DType::kInt64, {batch});
+  p.position = check.parameter<int64_t>("position", position, DType::kInt64, {batch});
+  p.repetition_penalty = check.parameter<float>("repetition_penalty", repetition_penalty, DType::kFloat32, {batch});
+  p.seen = const_cast<bool*>(check.parameter<bool>("seen", seen, DType::kBool, {batch, vocab}));
+  return p;
+}
+
+}  // namespace flashdecpp::contract

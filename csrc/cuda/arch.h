@@ -1,0 +1,73 @@
+// The seam between kernels and machines. Kernels are written against the names below and nothing else: an architecture
+// is one file that defines them.
+//
+//   kWaveSize                              lanes that run together
+//   kTileN                                 columns of one matrix tile: the tile is 16 x kTileN x 16
+//   TileA<T>, TileB<T>, TileC              fragments of one tile, T = half or bfloat16, accumulators float
+//   load_a(TileA&, p, stride)              A[r][k] = p[r * stride + k]
+//   load_b(TileB&, p, stride)              B[k][n] = p[n * stride + k]       (rows of p are columns of B)
+//   load_b_transposed(TileB&, p, stride)   B[k][n] = p[k * stride + n]
+//   mma(TileC&, a, b)                      C += A B
+//   TileC::row(i), TileC::col(i)           the element that this lane's value i is
+//   copy_async(shared, global, valid)      16 bytes, zeros where not valid; copy_commit(), copy_wait<pending>()
+//   load_stream(p)                         16 bytes that are read once: past L1
+//   exchange_xor(v, mask)                  the value of lane ^ mask
+//   exp2_approx(x)                         2^x in one instruction
+//   wait_for_previous_kernel(), allow_next_kernel()   programmatic dependent launch; nothing where there is none
+//
+// load_a, load_b and load_b_transposed read shared memory; p and stride * sizeof(T) are multiples of 16 bytes. All
+// lanes of a wave take part in a tile function.
+#pragma once
+
+#if defined(USE_ROCM)
+#include "../hip/arch_amd.h"
+#else
+#include "arch_sm80.cuh"
+#endif
+
+namespace flashdecpp::arch {
+
+template <class Combine>
+__device__ __forceinline__ float wave_reduce(float value, Combine combine) {
+#pragma unroll
+  for (int mask = kWaveSize / 2; mask > 0; mask /= 2) value = combine(value, exchange_xor(value, mask));
+  return value;
+}
+
+__device__ __forceinline__ float wave_sum(float value) {
+  return wave_reduce(value, [](float a, float b) { return a + b; });
+}
+
+__device__ __forceinline__ float wave_max(float value) {
+  return wave_reduce(value, [](float a, float b) { return fmaxf(a, b); });
+}
+
+// Over a whole block; `scratch` holds blockDim.x / kWaveSize floats of shared memory. Every thread gets the result.
+template <class Combine>
+__device__ __forceinline__ float block_reduce(float value, float identity, float* scratch, Combine combine) {
+  value = wave_reduce(value, combine);
+  const int waves = blockDim.x / kWaveSize;
+  __syncthreads();
+  if (threadIdx.x % kWaveSize == 0) scratch[threadIdx.x / kWaveSize] = value;
+  __syncthreads();
+  float total = identity;
+  for (int w = 0; w < waves; ++w) total = combine(total, scratch[w]);
+  return total;
+}
+
+// True in every thread of the last block to arrive at `counter` of `expected` blocks: what the others wrote is visible
+// to it. The counter is zero before the launch and zero again after it.
+__device__ __forceinline__ bool last_block_to_arrive(unsigned int* counter, unsigned int expected) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(counter, 1u) == expected - 1;
+    if (last) *counter = 0;
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+}  // namespace flashdecpp::arch

@@ -1,0 +1,135 @@
+// Ampere and later NVIDIA machines: mma.sync m16n8k16, ldmatrix, cp.async. Hopper adds programmatic dependent launch.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+namespace flashdecpp::arch {
+
+using half = __half;
+using bfloat16 = __nv_bfloat16;
+using float8 = __nv_fp8_e4m3;
+
+inline constexpr int kWaveSize = 32;
+inline constexpr int kTileN = 8;
+
+__device__ __forceinline__ int lane() { return threadIdx.x % kWaveSize; }
+__device__ __forceinline__ int wave() { return threadIdx.x / kWaveSize; }
+
+__device__ __forceinline__ float exchange_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ---- memory
+// ------------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int pending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_stream(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// ---- matrix tiles: 16 x 8 x 16
+// -----------------------------------------------------------------------------------------
+template <class T>
+struct TileA {
+  uint32_t v[4];
+};
+
+template <class T>
+struct TileB {
+  uint32_t v[2];
+};
+
+struct TileC {
+  float v[4] = {0.f, 0.f, 0.f, 0.f};
+  static constexpr int kValues = 4;
+  static __device__ __forceinline__ int row(int i) { return lane() / 4 + (i / 2) * 8; }
+  static __device__ __forceinline__ int col(int i) { return (lane() % 4) * 2 + i % 2; }
+};
+
+template <class T>
+__device__ __forceinline__ void load_a(TileA<T>& tile, const T* p, int stride) {
+  const T* row = p + (lane() % 16) * stride + (lane() / 16) * 8;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(tile.v[0]), "=r"(tile.v[1]), "=r"(tile.v[2]), "=r"(tile.v[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+template <class T>
+__device__ __forceinline__ void load_b(TileB<T>& tile, const T* p, int stride) {
+  const T* row = p + (lane() % 8) * stride + (lane() / 8 % 2) * 8;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(tile.v[0]), "=r"(tile.v[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+template <class T>
+__device__ __forceinline__ void load_b_transposed(TileB<T>& tile, const T* p, int stride) {
+  const T* row = p + (lane() % 16) * stride;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(tile.v[0]), "=r"(tile.v[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+__device__ __forceinline__ void mma(TileC& c, const TileA<half>& a, const TileB<half>& b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
+      : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));
+}
+
+__device__ __forceinline__ void mma(TileC& c, const TileA<bfloat16>& a, const TileB<bfloat16>& b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
+      : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));
+}
+
+// ---- programmatic dependent launch: from Hopper on
+// -----------------------------------------------------------------------
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace flashdecpp::arch

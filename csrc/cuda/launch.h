@@ -1,0 +1,64 @@
+// The host's way to a launch: guard the device, find the stream, launch, check.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../heuristics.h"
+#include "../torch_api.h"
+
+namespace flashdecpp {
+
+inline void check_cuda(const char* op, cudaError_t error, const char* what) {
+  if (error != cudaSuccess) fail(op, what, " failed: ", cudaGetErrorString(error));
+}
+
+// One op's place on one device: the device is current while this lives, and work goes to torch's current stream there.
+class Launcher {
+ public:
+  Launcher(const char* op, Device device) : op_(op), guard_(device.index), device_(device.index) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+  DeviceProperties properties() const {
+    return {attribute(cudaDevAttrMultiProcessorCount),
+            10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)};
+  }
+
+  template <class Kernel>
+  void allow_shared_memory(Kernel* kernel, size_t bytes) const {
+    if (bytes <= 48 * 1024) return;
+    check_cuda(op_,
+               cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(bytes)),
+               "asking for shared memory");
+  }
+
+  template <class... Params, class... Args>
+  void operator()(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args&&... args) const {
+    kernel<<<grid, block, shared_bytes, stream_>>>(std::forward<Args>(args)...);
+    check_cuda(op_, cudaGetLastError(), "the launch");
+  }
+
+  void zero(void* data, size_t bytes) const {
+    check_cuda(op_, cudaMemsetAsync(data, 0, bytes, stream_), "clearing the workspace");
+  }
+
+ private:
+  int32_t attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check_cuda(op_, cudaDeviceGetAttribute(&value, which, device_), "reading the device's properties");
+    return value;
+  }
+
+  const char* op_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  int32_t device_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace flashdecpp

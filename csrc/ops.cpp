@@ -1,0 +1,29 @@
+// Every schema of the package. Implementations register themselves beside their kernels (csrc/cpu, csrc/cuda).
+#include "torch_api.h"
+
+STABLE_TORCH_LIBRARY(flashdecpp, m)
+{
+  m.def(
+      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? block_table=None, *, "
+      "float? scale=None, Tensor? phi=None, float softcap=0.0, int window=-1, Tensor? alibi_slopes=None, "
+      "Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, int num_splits=0, "
+      "Tensor(a!)? fallback_count=None) -> (Tensor out, Tensor lse)");
+
+  m.def("gemv(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("flat_gemm(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, *, str impl=\"auto\") -> Tensor");
+
+  m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!)? residual=None, *, float eps=1e-6) -> Tensor");
+  m.def(
+      "layer_norm(Tensor x, Tensor? weight=None, Tensor? bias=None, Tensor(a!)? residual=None, *, "
+      "float eps=1e-5) -> Tensor");
+  m.def(
+      "rotary_append(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor seq_lens, "
+      "Tensor? block_table=None, *, Tensor? cos_sin=None, bool interleaved=False, Tensor? k_scale=None, "
+      "Tensor? v_scale=None) -> ()");
+  m.def("gated_activation(Tensor gate_up, *, str activation=\"silu\") -> Tensor");
+  m.def(
+      "sample(Tensor logits, *, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, "
+      "Tensor? min_p=None, Tensor? seed=None, Tensor? position=None, Tensor? repetition_penalty=None, "
+      "Tensor(a!)? seen=None) -> Tensor");
+}

@@ -1,0 +1,419 @@
+"""The ops of flashdecpp, documented: thin wrappers around `torch.ops.flashdecpp.*`, and what torch.compile needs.
+
+Every op takes CPU or GPU tensors, runs on the current stream, syncs with nothing, and works under
+`torch.compile(fullgraph=True)` and in CUDA graphs: lengths, block tables and phi are read on the device when the op
+runs. What an op computes is defined by the function of its name in `flashdecpp.reference`.
+
+An argument of the wrong dtype, device, shape or stride raises a ValueError that names the argument, what it must be and
+what it was, before anything is launched or written. Values that only the device knows (lengths, block ids) can't be
+checked without a sync: the ops stay inside the cache whatever they are, and `check` reports them.
+
+"The paper" is Hong et al., FlashDecoding++, MLSys 2024 (arXiv 2311.01282).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _library  # noqa: F401  (loading it registers torch.ops.flashdecpp)
+
+__all__ = [
+    "check",
+    "decode_attention",
+    "flat_gemm",
+    "gated_activation",
+    "gemv",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "rotary_append",
+    "sample",
+]
+
+# Bound once: an attribute chain on every call would cost more than the rest of a wrapper.
+_decode_attention = torch.ops.flashdecpp.decode_attention.default
+_gemv = torch.ops.flashdecpp.gemv.default
+_flat_gemm = torch.ops.flashdecpp.flat_gemm.default
+_linear = torch.ops.flashdecpp.linear.default
+_rms_norm = torch.ops.flashdecpp.rms_norm.default
+_layer_norm = torch.ops.flashdecpp.layer_norm.default
+_rotary_append = torch.ops.flashdecpp.rotary_append.default
+_gated_activation = torch.ops.flashdecpp.gated_activation.default
+_sample = torch.ops.flashdecpp.sample.default
+
+
+def _translate(error: RuntimeError) -> Exception:
+    """The ValueError for an op's complaint about an argument; any other error as it is."""
+    complaint = str(error).partition("\n")[0]
+    if complaint.startswith("flashdecpp::") and " must " in complaint:
+        return ValueError(complaint)
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    phi: Tensor | None = None,
+    softcap: float = 0.0,
+    window: int = -1,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    num_splits: int = 0,
+    fallback_count: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of 1 to 16 new tokens a sequence over a KV cache that already holds them.
+
+    The keys of a sequence are split over the machine. With `phi` every split subtracts that one value instead of its
+    own maximum, so partial results add up in any order (the paper, section 3). A row (one query head of one token)
+    whose true maximum is too far from phi for that to be exact is recomputed with the online softmax inside the same
+    launch, so the result is the exact softmax whatever phi is; a good phi is only faster.
+
+    Query token i of a sequence has the absolute position p = seq_len - q_len + i. Its logit for key j is
+    x = scale * q.k, then softcap * tanh(x / softcap), then x - slope * (p - j). It sees key j where j <= p and, with a
+    window, j > p - window. Keys that a row doesn't see never influence it, even where they are NaN. A visible key whose
+    logit is NaN or infinite makes its row NaN, and no other row.
+
+    Args:
+        q: [batch, q_len, q_heads, head_dim], float16 or bfloat16, float32 on the CPU too. q_len 1 to 16; head_dim a
+            multiple of 8 up to 256.
+        k_cache, v_cache: [num_blocks, block_size, kv_heads, head_dim] with a block_table (block_size 1 or a multiple
+            of 8), else [batch, max_len, kv_heads, head_dim]. q's dtype, or float8_e4m3fn. Any strides with a contiguous
+            last dim: views of [..., kv_heads, block_size, head_dim] or of one tensor with K and V are fine. q_heads is
+            1 to 16 times kv_heads; query heads of one KV head are neighbours.
+        seq_lens: [batch] int32, keys of each sequence with the new tokens counted; 0 gives zeros and an lse of -inf.
+        block_table: [batch, max_blocks] int32, the cache block of each block_size tokens of a sequence.
+        scale: 1 / sqrt(head_dim) if None.
+        phi: [q_heads] or [batch, q_heads] float32, the unified maximum in the units of x. None: online softmax.
+        softcap: 0 for none.
+        window: how many keys a token sees, itself included; 0 or less for all.
+        alibi_slopes: [q_heads] float32.
+        sinks: [q_heads] float32, logits that join the denominator (and lse) and add nothing to the output.
+        k_scale, v_scale: [kv_heads] float32, what the values of a float8_e4m3fn cache are multiplied by; None: 1.
+        num_splits: over how many parts the keys are split; 0 chooses. Fixed, it makes the result of a sequence
+            bitwise repeatable, whatever else is in the batch.
+        fallback_count: [1] int32; the number of rows recomputed is added to it.
+
+    Returns:
+        out, as q, and lse, [batch, q_heads, q_len] float32: the natural logarithm of the softmax's denominator. A row
+        that sees no key has out 0 and lse -inf (its sink, where there are sinks).
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    try:
+        return _decode_attention(
+            q,
+            k_cache,
+            v_cache,
+            seq_lens,
+            block_table,
+            scale=scale,
+            phi=phi,
+            softcap=softcap,
+            window=window,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            num_splits=num_splits,
+            fallback_count=fallback_count,
+        )
+    except RuntimeError as error:
+        raise _translate(error) from None
+
+
+@torch.library.register_fake("flashdecpp::decode_attention")
+def _(q, k_cache, v_cache, seq_lens, block_table=None, **_):
+    batch, q_len, q_heads, _head_dim = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
+
+
+def check(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, block_table: Tensor | None = None
+) -> None:
+    """Raises a ValueError where `decode_attention` of the same arguments would have to clamp or mask.
+
+    That is a sequence longer than its cache, a negative length, or a block id outside the cache among the blocks that a
+    sequence uses. A debugging aid: it waits for the device, so neither torch.compile nor a CUDA graph can hold it.
+    """
+    num_blocks = min(k_cache.size(0), v_cache.size(0))
+    block_size = k_cache.size(1)
+    capacity = block_size if block_table is None else block_size * block_table.size(1)
+    for sequence, length in enumerate(seq_lens.tolist()):
+        if not 0 <= length <= capacity:
+            raise ValueError(
+                f"flashdecpp::check: seq_lens must be from 0 to the cache's {capacity} tokens a sequence, "
+                f"got {length} for sequence {sequence}"
+            )
+    if block_table is None:
+        return
+    first_token = torch.arange(block_table.size(1), device=block_table.device) * block_size
+    used = first_token < seq_lens[:, None]
+    wrong = (used & ((block_table < 0) | (block_table >= num_blocks))).nonzero().tolist()
+    if wrong:
+        sequence, entry = wrong[0]
+        raise ValueError(
+            f"flashdecpp::check: block_table must hold block ids from 0 to {num_blocks - 1}, "
+            f"got {block_table[sequence, entry].item()} at [{sequence}, {entry}]"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- linear
+
+
+def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias by streaming the weight once through dot products: for few rows (the paper's ImplA).
+
+    Right for any number of rows M, made for M <= 8.
+
+    Args:
+        x: [..., K], any strides. float32, float16 or bfloat16 on the CPU, float16 or bfloat16 on a GPU.
+        weight: [N, K], x's dtype, contiguous last dim. On a GPU K must be a multiple of 8.
+        bias: [N], x's dtype.
+
+    Returns:
+        [..., N] of x's dtype, accumulated in float32.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    try:
+        return _gemv(x, weight, bias)
+    except RuntimeError as error:
+        raise _translate(error) from None
+
+
+def flat_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias for a batch too large for `gemv` and too small to fill a GEMM (the paper, section 4).
+
+    M is padded to 8 rather than 64, and the weight is fetched ahead of the multiplication. Right for any number of rows
+    M, made for M <= 128. Arguments, result and errors are those of `gemv`.
+    """
+    try:
+        return _flat_gemm(x, weight, bias)
+    except RuntimeError as error:
+        raise _translate(error) from None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    """x @ weight^T + bias by whichever implementation is fastest for the shape (the paper, section 5).
+
+    Args:
+        x: [..., K], any strides; float32, float16 or bfloat16.
+        weight: [N, K], x's dtype, contiguous last dim.
+        bias: [N], x's dtype.
+        impl: "gemv", "flat_gemm", "blas" (torch's own linear), or "auto": by the two inflection points that were
+            measured for this device, dtype, N and K, or by a rule where they weren't. "auto" takes "blas" for what the
+            other two can't do (on a GPU float32, and K not a multiple of 8).
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    try:
+        return _linear(x, weight, bias, impl=impl)
+    except RuntimeError as error:
+        raise _translate(error) from None
+
+
+@torch.library.register_fake("flashdecpp::gemv")
+@torch.library.register_fake("flashdecpp::flat_gemm")
+@torch.library.register_fake("flashdecpp::linear")
+def _(x, weight, bias=None, *, impl="auto"):
+    return x.new_empty((*x.shape[:-1], weight.size(0)))
+
+
+# -------------------------------------------------------------------------------------------------------- fused
+
+
+def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, after adding x to the residual stream if there is one.
+
+    Args:
+        x: [..., hidden], contiguous last dim, evenly spaced rows; float32, float16 or bfloat16.
+        weight: [hidden], x's dtype or float32.
+        residual: x's shape and dtype, contiguous. Becomes residual + x, and the norm is taken of that.
+
+    Returns:
+        x's shape and dtype; the maths is float32.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    try:
+        return _rms_norm(x, weight, residual, eps=eps)
+    except RuntimeError as error:
+        raise _translate(error) from None
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dim, after adding x to the residual stream.
+
+    bias is [hidden] of weight's dtype. Everything else is as in `rms_norm`.
+    """
+    try:
+        return _layer_norm(x, weight, bias, residual, eps=eps)
+    except RuntimeError as error:
+        raise _translate(error) from None
+
+
+@torch.library.register_fake("flashdecpp::rms_norm")
+@torch.library.register_fake("flashdecpp::layer_norm")
+def _(x, *_args, **_):
+    return x.new_empty(x.shape)
+
+
+def rotary_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    cos_sin: Tensor | None = None,
+    interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Rotates q and k in place by their positions (RoPE), then writes k and v to their places in the cache.
+
+    Token i of a sequence has position seq_len - q_len + i. A negative one is left padding: it is neither rotated nor
+    written. A position beyond `cos_sin` isn't rotated, one beyond the cache isn't written.
+
+    Args:
+        q: [batch, q_len, q_heads, head_dim], contiguous last dim; float32, float16 or bfloat16. Any q_len.
+        k, v: [batch, q_len, kv_heads, head_dim], q's dtype. q, k and v may be views of one packed tensor.
+        k_cache, v_cache, block_table, k_scale, v_scale: as in `decode_attention`. A float8_e4m3fn cache stores
+            value / scale, saturated to +-448.
+        seq_lens: [batch] int32, the tokens of each sequence with the new ones counted.
+        cos_sin: [max_positions, rotary_dim] float32: the cosines of each position, then the sines. rotary_dim is even
+            and at most head_dim; the rest of a head passes through. None: nothing is rotated.
+        interleaved: the pairs are (2d, 2d + 1) as in GPT-J and GLM, not (d, d + rotary_dim / 2) as in NeoX and Llama.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    try:
+        _rotary_append(
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            seq_lens,
+            block_table,
+            cos_sin=cos_sin,
+            interleaved=interleaved,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+    except RuntimeError as error:
+        raise _translate(error) from None
+
+
+@torch.library.register_fake("flashdecpp::rotary_append")
+def _(*_args, **_):
+    return None
+
+
+def gated_activation(gate_up: Tensor, *, activation: str = "silu") -> Tensor:
+    """activation(gate) * up, where gate and up are the halves of the last dim (SwiGLU, GeGLU, ReGLU).
+
+    Args:
+        gate_up: [..., 2 * features], contiguous; float32, float16 or bfloat16.
+        activation: "silu", "gelu" (erf), "gelu_tanh" or "relu".
+
+    Returns:
+        [..., features] of gate_up's dtype; the maths is float32.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    try:
+        return _gated_activation(gate_up, activation=activation)
+    except RuntimeError as error:
+        raise _translate(error) from None
+
+
+@torch.library.register_fake("flashdecpp::gated_activation")
+def _(gate_up, *, activation="silu"):
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.size(-1) // 2))
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    seed: Tensor | None = None,
+    position: Tensor | None = None,
+    repetition_penalty: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """One token id a row: the largest logit, or a draw from the filtered distribution.
+
+    Filters apply in the order of the arguments of transformers: repetition penalty, temperature, top-k, top-p over what
+    top-k left, min-p relative to the most likely token. Ties at a threshold are all kept. The draw takes its randomness
+    from Philox-4x32-10 of (seed, position), so a row's token doesn't depend on the rest of the batch.
+
+    Every parameter is a [batch] tensor on the device of logits.
+
+    Args:
+        logits: [batch, vocab], contiguous last dim; float32, float16 or bfloat16. NaN counts as -inf.
+        temperature: float32. None, or 0 in a row: greedy (the lowest index of equals).
+        top_k: int32; 0 or less is off.
+        top_p: float32; 1 or more is off.
+        min_p: float32; 0 or less is off.
+        seed, position: int64; None is 0. The position makes successive draws of one seed independent.
+        repetition_penalty: float32; divides the positive and multiplies the negative logits of seen tokens.
+        seen: [batch, vocab] bool, contiguous; the chosen token is marked in it. Needed by repetition_penalty.
+
+    Returns:
+        [batch] int64.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    try:
+        return _sample(
+            logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            position=position,
+            repetition_penalty=repetition_penalty,
+            seen=seen,
+        )
+    except RuntimeError as error:
+        raise _translate(error) from None
+
+
+@torch.library.register_fake("flashdecpp::sample")
+def _(logits, **_):
+    return logits.new_empty((logits.size(0),), dtype=torch.int64)

@@ -1,0 +1,197 @@
+"""What the decoder needs to know of a model, read from config.json or from GGUF metadata."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .architectures import Architecture, find_architecture, find_gguf_architecture
+from .errors import ModelError
+from .rope import Rope
+
+# config.json's hidden_act -> the name that ops.gated_activation knows
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    architecture: Architecture
+    hidden: int
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    norm_eps: float
+    rope: Rope
+    tied_embeddings: bool
+    windows: tuple[int, ...]  # sliding window of each layer, -1 for none
+    activation: str = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    eos_ids: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float16  # of the checkpoint; quantised ones count as float16
+
+    def __post_init__(self) -> None:
+        if self.q_heads % self.kv_heads:
+            raise ModelError(
+                f"{self.q_heads} query heads are not a multiple of {self.kv_heads} key/value heads"
+            )
+        if self.head_dim % 8 or self.head_dim > 256:
+            raise ModelError(f"head_dim must be a multiple of 8 up to 256, got {self.head_dim}")
+
+    @property
+    def context(self) -> int:
+        return self.rope.context
+
+    @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        return (self.q_heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
+
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
+
+
+def config_from_directory(path: Path) -> ModelConfig:
+    """Reads config.json (of any transformers version) and generation_config.json."""
+    raw = read_json(path / "config.json")
+    architecture = find_architecture(raw.get("architectures") or [])
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(
+            f"{path} is quantised ({method}); use a float16 / bfloat16 / float32 checkpoint or a GGUF"
+        )
+    from transformers import AutoConfig  # late: it is slow to import and a GGUF file does without it
+
+    try:
+        hf = AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a bad file
+        raise ModelError(
+            f"{path / 'config.json'} can't be read: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+    activation = ACTIVATIONS.get(hf.hidden_act)
+    if activation is None:
+        raise ModelError(f"hidden_act {hf.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    return ModelConfig(
+        architecture=architecture,
+        hidden=hf.hidden_size,
+        layers=hf.num_hidden_layers,
+        q_heads=hf.num_attention_heads,
+        kv_heads=getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads,
+        head_dim=head_dim,
+        ffn=hf.intermediate_size,
+        vocab=hf.vocab_size,
+        norm_eps=hf.rms_norm_eps,
+        rope=_hf_rope(hf, head_dim),
+        tied_embeddings=bool(hf.tie_word_embeddings),
+        windows=_hf_windows(hf) if architecture.windowed else (-1,) * hf.num_hidden_layers,
+        activation=activation,
+        eos_ids=_eos_ids(raw, path / "generation_config.json"),
+        dtype=_hf_dtype(raw),
+        **architecture.biases(hf),
+    )
+
+
+def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfig:
+    """`tensors` are the file's tensors by name; GGUF says by their presence what has a bias."""
+    architecture = find_gguf_architecture(metadata.get("general.architecture", ""))
+
+    def get(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"{architecture.gguf}.{key}", default)
+        if value is None:
+            raise ModelError(f"the GGUF file has no {architecture.gguf}.{key}")
+        return value
+
+    if get("expert_count", 0):
+        raise ModelError("mixture-of-experts GGUF files are not supported")
+    layers, hidden, q_heads = get("block_count"), get("embedding_length"), get("attention.head_count")
+    head_dim = get("attention.key_length", hidden // q_heads)
+    eos = metadata.get("tokenizer.ggml.eos_token_id")
+    extra = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom")]
+    return ModelConfig(
+        architecture=architecture,
+        hidden=hidden,
+        layers=layers,
+        q_heads=q_heads,
+        kv_heads=get("attention.head_count_kv", q_heads),
+        head_dim=head_dim,
+        ffn=get("feed_forward_length"),
+        vocab=get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
+        norm_eps=get("attention.layer_norm_rms_epsilon"),
+        rope=_gguf_rope(get, "rope_freqs.weight" in tensors, head_dim),
+        tied_embeddings="output.weight" not in tensors,
+        windows=(get("attention.sliding_window", -1),) * layers,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        o_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_up.bias" in tensors,
+        eos_ids=tuple(sorted({token for token in (eos, *extra) if token is not None})),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent} has no {path.name}; a model folder must have one") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+
+
+def _hf_rope(hf: Any, head_dim: int) -> Rope:
+    # transformers 5 gathers theta and scaling in rope_parameters; 4 had rope_theta and rope_scaling.
+    parameters = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
+    theta = parameters.pop("rope_theta", None) or getattr(hf, "rope_theta", None) or 10000.0
+    kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    fraction = (
+        parameters.pop("partial_rotary_factor", None) or getattr(hf, "partial_rotary_factor", None) or 1.0
+    )
+    return Rope(int(head_dim * fraction), theta, hf.max_position_embeddings, kind, parameters)
+
+
+def _gguf_rope(get: Any, has_factors: bool, head_dim: int) -> Rope:
+    kind = {"none": "default", "linear": "linear", "yarn": "yarn"}.get(get("rope.scaling.type", "none"))
+    if kind is None:
+        raise ModelError(
+            f"GGUF rope scaling {get('rope.scaling.type')!r} is not supported, only linear and yarn"
+        )
+    scaling = {"factor": get("rope.scaling.factor", 1.0)}
+    if original := get("rope.scaling.original_context_length", 0):
+        scaling["original_max_position_embeddings"] = original
+    if has_factors:
+        kind = "factors"  # weights.py fills them in: they are a tensor of the file
+    dim = get("rope.dimension_count", head_dim)
+    return Rope(dim, get("rope.freq_base", 10000.0), get("context_length"), kind, scaling)
+
+
+def _hf_windows(hf: Any) -> tuple[int, ...]:
+    window = getattr(hf, "sliding_window", None) or -1
+    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else -1 for kind in kinds)
+
+
+def _eos_ids(raw: dict[str, Any], generation_config: Path) -> tuple[int, ...]:
+    found: set[int] = set()
+    generation = read_json(generation_config) if generation_config.exists() else {}
+    for eos in (raw.get("eos_token_id"), generation.get("eos_token_id")):
+        found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return tuple(sorted(found))
+
+
+def _hf_dtype(raw: dict[str, Any]) -> torch.dtype:
+    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
