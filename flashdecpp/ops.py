@@ -1,12 +1,13 @@
-"""The ops of flashdecpp, documented: thin wrappers around `torch.ops.flashdecpp.*`, and what torch.compile needs.
+"""The ops of flashdecpp, documented: `torch.ops.flashdecpp.*` with checked arguments and fake kernels.
 
 Every op takes CPU or GPU tensors, runs on the current stream, syncs with nothing, and works under
-`torch.compile(fullgraph=True)` and in CUDA graphs: lengths, block tables and phi are read on the device when the op
-runs. What an op computes is defined by the function of its name in `flashdecpp.reference`.
+`torch.compile(fullgraph=True)` and in CUDA graphs: lengths, block tables and phi are read on the device when
+the op runs. What an op computes is defined by the function of its name in `flashdecpp.reference`.
 
-An argument of the wrong dtype, device, shape or stride raises a ValueError that names the argument, what it must be and
-what it was, before anything is launched or written. Values that only the device knows (lengths, block ids) can't be
-checked without a sync: the ops stay inside the cache whatever they are, and `check` reports them.
+An argument of the wrong dtype, device, shape or stride raises a ValueError that names the argument, what it
+must be and what it was, before anything is launched or written. Values that only the device knows (lengths,
+block ids) can't be checked without a sync: the ops stay inside the cache whatever they are, and `check`
+reports them.
 
 "The paper" is Hong et al., FlashDecoding++, MLSys 2024 (arXiv 2311.01282).
 """
@@ -51,7 +52,7 @@ def _translate(error: RuntimeError) -> Exception:
     return error
 
 
-# ---------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------- attention
 
 
 def decode_attention(
@@ -74,39 +75,44 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of 1 to 16 new tokens a sequence over a KV cache that already holds them.
 
-    The keys of a sequence are split over the machine. With `phi` every split subtracts that one value instead of its
-    own maximum, so partial results add up in any order (the paper, section 3). A row (one query head of one token)
-    whose true maximum is too far from phi for that to be exact is recomputed with the online softmax inside the same
-    launch, so the result is the exact softmax whatever phi is; a good phi is only faster.
+    The keys of a sequence are split over the machine. With `phi` every split subtracts that one value instead
+    of its own maximum, so partial results add up in any order (the paper, section 3). A row (one query head
+    of one token) whose true maximum is too far from phi for that to be exact is recomputed with the online
+    softmax inside the same launch, so the result is the exact softmax whatever phi is; a good phi is only
+    faster.
 
     Query token i of a sequence has the absolute position p = seq_len - q_len + i. Its logit for key j is
-    x = scale * q.k, then softcap * tanh(x / softcap), then x - slope * (p - j). It sees key j where j <= p and, with a
-    window, j > p - window. Keys that a row doesn't see never influence it, even where they are NaN. A visible key whose
-    logit is NaN or infinite makes its row NaN, and no other row.
+    x = scale * q.k, then softcap * tanh(x / softcap), then x - slope * (p - j). It sees key j where j <= p
+    and, with a window, j > p - window. Keys that a row doesn't see never influence it, even where they are
+    NaN. A visible key whose logit is NaN or infinite makes its row NaN, and no other row.
 
     Args:
-        q: [batch, q_len, q_heads, head_dim], float16 or bfloat16, float32 on the CPU too. q_len 1 to 16; head_dim a
-            multiple of 8 up to 256.
-        k_cache, v_cache: [num_blocks, block_size, kv_heads, head_dim] with a block_table (block_size 1 or a multiple
-            of 8), else [batch, max_len, kv_heads, head_dim]. q's dtype, or float8_e4m3fn. Any strides with a contiguous
-            last dim: views of [..., kv_heads, block_size, head_dim] or of one tensor with K and V are fine. q_heads is
-            1 to 16 times kv_heads; query heads of one KV head are neighbours.
-        seq_lens: [batch] int32, keys of each sequence with the new tokens counted; 0 gives zeros and an lse of -inf.
+        q: [batch, q_len, q_heads, head_dim], float16 or bfloat16, float32 on the CPU too. q_len 1 to 16;
+            head_dim a multiple of 8 up to 256.
+        k_cache, v_cache: [num_blocks, block_size, kv_heads, head_dim] with a block_table (block_size 1 or a
+            multiple of 8), else [batch, max_len, kv_heads, head_dim]. q's dtype, or float8_e4m3fn. Any
+            strides with a contiguous last dim: views of [..., kv_heads, block_size, head_dim] or of one
+            tensor with K and V are fine. q_heads is 1 to 16 times kv_heads; query heads of one KV head are
+            neighbours.
+        seq_lens: [batch] int32, keys of each sequence with the new tokens counted; 0 gives zeros and an lse
+            of -inf.
         block_table: [batch, max_blocks] int32, the cache block of each block_size tokens of a sequence.
         scale: 1 / sqrt(head_dim) if None.
-        phi: [q_heads] or [batch, q_heads] float32, the unified maximum in the units of x. None: online softmax.
+        phi: [q_heads] or [batch, q_heads] float32, the unified maximum in the units of x. None: online
+            softmax.
         softcap: 0 for none.
         window: how many keys a token sees, itself included; 0 or less for all.
         alibi_slopes: [q_heads] float32.
         sinks: [q_heads] float32, logits that join the denominator (and lse) and add nothing to the output.
-        k_scale, v_scale: [kv_heads] float32, what the values of a float8_e4m3fn cache are multiplied by; None: 1.
-        num_splits: over how many parts the keys are split; 0 chooses. Fixed, it makes the result of a sequence
-            bitwise repeatable, whatever else is in the batch.
+        k_scale, v_scale: [kv_heads] float32, what the values of a float8_e4m3fn cache are multiplied by;
+            None: 1.
+        num_splits: over how many parts the keys are split; 0 chooses. Fixed, it makes the result of a
+            sequence bitwise repeatable, whatever else is in the batch.
         fallback_count: [1] int32; the number of rows recomputed is added to it.
 
     Returns:
-        out, as q, and lse, [batch, q_heads, q_len] float32: the natural logarithm of the softmax's denominator. A row
-        that sees no key has out 0 and lse -inf (its sink, where there are sinks).
+        out, as q, and lse, [batch, q_heads, q_len] float32: the natural logarithm of the softmax's
+        denominator. A row that sees no key has out 0 and lse -inf (its sink, where there are sinks).
 
     Raises:
         ValueError: an argument is not as described.
@@ -144,8 +150,9 @@ def check(
 ) -> None:
     """Raises a ValueError where `decode_attention` of the same arguments would have to clamp or mask.
 
-    That is a sequence longer than its cache, a negative length, or a block id outside the cache among the blocks that a
-    sequence uses. A debugging aid: it waits for the device, so neither torch.compile nor a CUDA graph can hold it.
+    That is a sequence longer than its cache, a negative length, or a block id outside the cache among the
+    blocks that a sequence uses. A debugging aid: it waits for the device, so neither torch.compile nor a CUDA
+    graph can hold it.
     """
     num_blocks = min(k_cache.size(0), v_cache.size(0))
     block_size = k_cache.size(1)
@@ -169,11 +176,12 @@ def check(
         )
 
 
-# ------------------------------------------------------------------------------------------------------- linear
+# ---------------------------------------------------------------------------------------------------- linear
 
 
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias by streaming the weight once through dot products: for few rows (the paper's ImplA).
+    """x @ weight^T + bias by streaming the weight once through dot products: for few rows (the paper's
+    ImplA).
 
     Right for any number of rows M, made for M <= 8.
 
@@ -195,10 +203,11 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def flat_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias for a batch too large for `gemv` and too small to fill a GEMM (the paper, section 4).
+    """x @ weight^T + bias for a batch too large for `gemv` and too small to fill a GEMM (the paper, section
+    4).
 
-    M is padded to 8 rather than 64, and the weight is fetched ahead of the multiplication. Right for any number of rows
-    M, made for M <= 128. Arguments, result and errors are those of `gemv`.
+    M is padded to 8 rather than 64, and the weight is fetched ahead of the multiplication. Right for any
+    number of rows M, made for M <= 128. Arguments, result and errors are those of `gemv`.
     """
     try:
         return _flat_gemm(x, weight, bias)
@@ -213,9 +222,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
         x: [..., K], any strides; float32, float16 or bfloat16.
         weight: [N, K], x's dtype, contiguous last dim.
         bias: [N], x's dtype.
-        impl: "gemv", "flat_gemm", "blas" (torch's own linear), or "auto": by the two inflection points that were
-            measured for this device, dtype, N and K, or by a rule where they weren't. "auto" takes "blas" for what the
-            other two can't do (on a GPU float32, and K not a multiple of 8).
+        impl: "gemv", "flat_gemm", "blas" (torch's own linear), or "auto": by the two inflection points that
+            were measured for this device, dtype, N and K, or by a rule where they weren't. "auto" takes
+            "blas" for what the other two can't do (on a GPU float32, and K not a multiple of 8).
 
     Returns:
         [..., N] of x's dtype.
@@ -236,11 +245,12 @@ def _(x, weight, bias=None, *, impl="auto"):
     return x.new_empty((*x.shape[:-1], weight.size(0)))
 
 
-# -------------------------------------------------------------------------------------------------------- fused
+# ----------------------------------------------------------------------------------------------------- fused
 
 
 def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, after adding x to the residual stream if there is one.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, after adding x to the residual stream if there is
+    one.
 
     Args:
         x: [..., hidden], contiguous last dim, evenly spaced rows; float32, float16 or bfloat16.
@@ -299,18 +309,19 @@ def rotary_append(
 ) -> None:
     """Rotates q and k in place by their positions (RoPE), then writes k and v to their places in the cache.
 
-    Token i of a sequence has position seq_len - q_len + i. A negative one is left padding: it is neither rotated nor
-    written. A position beyond `cos_sin` isn't rotated, one beyond the cache isn't written.
+    Token i of a sequence has position seq_len - q_len + i. A negative one is left padding: it is neither
+    rotated nor written. A position beyond `cos_sin` isn't rotated, one beyond the cache isn't written.
 
     Args:
         q: [batch, q_len, q_heads, head_dim], contiguous last dim; float32, float16 or bfloat16. Any q_len.
         k, v: [batch, q_len, kv_heads, head_dim], q's dtype. q, k and v may be views of one packed tensor.
-        k_cache, v_cache, block_table, k_scale, v_scale: as in `decode_attention`. A float8_e4m3fn cache stores
-            value / scale, saturated to +-448.
+        k_cache, v_cache, block_table, k_scale, v_scale: as in `decode_attention`. A float8_e4m3fn cache
+            stores value / scale, saturated to +-448.
         seq_lens: [batch] int32, the tokens of each sequence with the new ones counted.
-        cos_sin: [max_positions, rotary_dim] float32: the cosines of each position, then the sines. rotary_dim is even
-            and at most head_dim; the rest of a head passes through. None: nothing is rotated.
-        interleaved: the pairs are (2d, 2d + 1) as in GPT-J and GLM, not (d, d + rotary_dim / 2) as in NeoX and Llama.
+        cos_sin: [max_positions, rotary_dim] float32: the cosines of each position, then the sines. rotary_dim
+            is even and at most head_dim; the rest of a head passes through. None: nothing is rotated.
+        interleaved: the pairs are (2d, 2d + 1) as in GPT-J and GLM, not (d, d + rotary_dim / 2) as in NeoX
+            and Llama.
 
     Raises:
         ValueError: an argument is not as described.
@@ -376,9 +387,10 @@ def sample(
 ) -> Tensor:
     """One token id a row: the largest logit, or a draw from the filtered distribution.
 
-    Filters apply in the order of the arguments of transformers: repetition penalty, temperature, top-k, top-p over what
-    top-k left, min-p relative to the most likely token. Ties at a threshold are all kept. The draw takes its randomness
-    from Philox-4x32-10 of (seed, position), so a row's token doesn't depend on the rest of the batch.
+    Filters apply in the order of the arguments of transformers: repetition penalty, temperature, top-k, top-p
+    over what top-k left, min-p relative to the most likely token. Ties at a threshold are all kept. The draw
+    takes its randomness from Philox-4x32-10 of (seed, position), so a row's token doesn't depend on the rest
+    of the batch.
 
     Every parameter is a [batch] tensor on the device of logits.
 

@@ -1,11 +1,12 @@
 """What every op of flashdecpp means, in plain torch.
 
-Each function takes the arguments of the op of its name, on any device, and returns what the op returns: arithmetic
-in float32, results rounded once to the op's output dtype, in-place arguments mutated as the op mutates them. Nothing
-here is fast. Needs torch and nothing else: no compiled library.
+Each function takes the arguments of the op of its name, on any device, and returns what the op returns:
+arithmetic in float32, results rounded once to the op's output dtype, in-place arguments mutated as the op
+mutates them. Nothing here is fast. Needs torch and nothing else: no compiled library.
 
-`compute_dtype` is the one argument the ops lack. Their meaning is float32; bfloat16 or float16 gives the same maths
-in plain low-precision torch (the yardstick of the tolerance), float64 a ground truth for float32 results.
+`compute_dtype` is the one argument the ops lack. Their meaning is float32; bfloat16 or float16 gives the same
+maths in plain low-precision torch (the yardstick of the tolerance), float64 a ground truth for float32
+results.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _ACTIVATIONS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------- attention
 
 
 def decode_attention(
@@ -48,9 +49,9 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of q_len new tokens a sequence over a KV cache that already holds them.
 
-    `phi` and `num_splits` choose how an implementation computes, never what, so they are not used. `fallback_count`
-    is left alone: which rows an implementation recomputes depends on its safe window around phi. A `seq_lens` beyond
-    the cache counts as the cache's capacity.
+    `phi` and `num_splits` choose how an implementation computes, never what, so they are not used.
+    `fallback_count` is left alone: which rows an implementation recomputes depends on its safe window around
+    phi. A `seq_lens` beyond the cache counts as the cache's capacity.
     """
     batch, q_len, q_heads, head_dim = q.shape
     group = q_heads // k_cache.size(2)
@@ -114,7 +115,7 @@ def _raw(cache: Tensor) -> Tensor:
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
-# ------------------------------------------------------------------------------------------------------- linear
+# ---------------------------------------------------------------------------------------------------- linear
 
 
 def linear(
@@ -146,7 +147,7 @@ def flat_gemm(
     return linear(x, weight, bias, compute_dtype=compute_dtype)
 
 
-# -------------------------------------------------------------------------------------------------------- fused
+# ----------------------------------------------------------------------------------------------------- fused
 
 
 def rms_norm(
@@ -172,7 +173,7 @@ def layer_norm(
     eps: float = 1e-5,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(x - mean) / std * weight + bias. With a residual: residual += x, and the norm is taken of the new residual."""
+    """(x - mean) / std * weight + bias. With a residual as in `rms_norm`."""
     h = _add_residual(x, residual, compute_dtype)
     h = h - h.mean(dim=-1, keepdim=True)
     h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
@@ -236,7 +237,7 @@ def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, dt
 def _append(
     x: Tensor, cache: Tensor, positions: Tensor, block_table: Tensor | None, scale: Tensor | None
 ) -> None:
-    """Writes x [batch, q_len, kv_heads, head_dim] to its tokens' places; a place the cache lacks is skipped."""
+    """Writes x [batch, q_len, kv_heads, head_dim] to its tokens' places, those that the cache has."""
     block_size = cache.size(1)
     sequences = torch.arange(x.size(0), device=x.device)[:, None].expand_as(positions)
     written = (positions >= 0) & (positions < capacity(cache, block_table))
@@ -262,7 +263,7 @@ def gated_activation(
     return (_ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------- sampling
+# -------------------------------------------------------------------------------------------------- sampling
 
 
 def sample(
@@ -322,8 +323,10 @@ def kept_weights(
     seen: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The distribution that `sample` draws from, unnormalised [batch, vocab]: 1 for the most likely token, 0 for
-    those that a filter removed. Filters apply in transformers' order, and keep every tie at their threshold.
+    """The distribution that `sample` draws from, [batch, vocab], not normalised.
+
+    1 for the most likely token, 0 for those that a filter removed. Filters apply in transformers' order, and
+    keep every tie at their threshold.
     """
     x = logits.to(compute_dtype)
     x = torch.where(x.isnan(), -torch.inf, x)
@@ -362,7 +365,7 @@ def uniform(seed: Tensor, position: Tensor) -> Tensor:
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox-4x32-10 (Salmon et al., SC 2011): counter [4, n], key [2, n] -> [4, n], 32-bit words held in int64."""
+    """Philox-4x32-10 (Salmon et al., SC 2011): counter [4, n], key [2, n] -> [4, n], words held in int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -374,5 +377,5 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The low and the high 32 bits of int64 words (products wrap, so their bits are right whatever the sign)."""
+    """The low and the high 32 bits of int64 (a product that overflowed has wrapped: its bits are right)."""
     return x & 0xFFFFFFFF, (x >> 32) & 0xFFFFFFFF
