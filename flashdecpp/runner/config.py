@@ -1,7 +1,7 @@
 """What the decoder needs to know of a model, read from config.json or from GGUF metadata."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 
 from .architectures import Architecture, find_architecture, find_gguf_architecture
 from .errors import ModelError
+from .gguf import GGUFFile
 from .rope import Rope
 
 # config.json's hidden_act -> the name that ops.gated_activation knows
@@ -106,8 +107,9 @@ def config_from_directory(path: Path) -> ModelConfig:
     )
 
 
-def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfig:
-    """`tensors` are the file's tensors by name; GGUF says by their presence what has a bias."""
+def config_from_gguf(file: GGUFFile) -> ModelConfig:
+    """GGUF says by the presence of a tensor whether the model has one: biases, an untied head."""
+    metadata, tensors = file.metadata, file.shapes
     architecture = find_gguf_architecture(metadata.get("general.architecture", ""))
 
     def get(key: str, default: Any = None) -> Any:
@@ -132,7 +134,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) ->
         ffn=get("feed_forward_length"),
         vocab=get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
         norm_eps=get("attention.layer_norm_rms_epsilon"),
-        rope=_gguf_rope(get, "rope_freqs.weight" in tensors, head_dim),
+        rope=_gguf_rope(get, file, head_dim),
         tied_embeddings="output.weight" not in tensors,
         windows=(get("attention.sliding_window", -1),) * layers,
         qkv_bias="blk.0.attn_q.bias" in tensors,
@@ -162,7 +164,7 @@ def _hf_rope(hf: Any, head_dim: int) -> Rope:
     return Rope(int(head_dim * fraction), theta, hf.max_position_embeddings, kind, parameters)
 
 
-def _gguf_rope(get: Any, has_factors: bool, head_dim: int) -> Rope:
+def _gguf_rope(get: Callable[..., Any], file: GGUFFile, head_dim: int) -> Rope:
     kind = {"none": "default", "linear": "linear", "yarn": "yarn"}.get(get("rope.scaling.type", "none"))
     if kind is None:
         raise ModelError(
@@ -171,8 +173,8 @@ def _gguf_rope(get: Any, has_factors: bool, head_dim: int) -> Rope:
     scaling = {"factor": get("rope.scaling.factor", 1.0)}
     if original := get("rope.scaling.original_context_length", 0):
         scaling["original_max_position_embeddings"] = original
-    if has_factors:
-        kind = "factors"  # weights.py fills them in: they are a tensor of the file
+    if shape := file.shapes.get("rope_freqs.weight"):
+        kind, scaling["factors"] = "factors", file.rows("rope_freqs.weight", 0, shape[0]).tolist()
     dim = get("rope.dimension_count", head_dim)
     return Rope(dim, get("rope.freq_base", 10000.0), get("context_length"), kind, scaling)
 

@@ -1,0 +1,52 @@
+"""Opens a model: everything that can be wrong with it is found here, before its weights are loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .architectures import GGUF_NAMES
+from .config import ModelConfig, config_from_directory, config_from_gguf
+from .demo import fetch_demo
+from .errors import ModelError
+from .gguf import GGUFFile
+from .safetensors import SafetensorsFolder
+from .tokenizer import BaseTokenizer, FolderTokenizer, GGUFTokenizer
+from .weights import Plan, WeightSource, plan_weights
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    name: str
+    config: ModelConfig
+    tokenizer: BaseTokenizer
+    source: WeightSource
+    plan: Plan
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset((*self.config.eos_ids, *self.tokenizer.eos_ids))
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """`model`: "demo", a Hugging Face folder, or a GGUF file."""
+    path = fetch_demo() if str(model) == "demo" else Path(model).expanduser()
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise ModelError(f"{model} does not exist: give a model folder, a .gguf file or 'demo'")
+    if path.suffix != ".gguf":
+        raise ModelError(f"{path} is neither a model folder nor a .gguf file")
+    return _open_gguf(path)
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    config = config_from_directory(path)
+    source = SafetensorsFolder(path)
+    plan = plan_weights(config, config.architecture.names, source)
+    return Checkpoint(path.resolve().name, config, FolderTokenizer(path), source, plan)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    file = GGUFFile(path)
+    config = config_from_gguf(file)
+    plan = plan_weights(config, GGUF_NAMES, file, config.architecture.gguf_interleaved_qk)
+    return Checkpoint(path.stem, config, GGUFTokenizer(file.metadata), file, plan)

@@ -1,0 +1,234 @@
+"""LLM: a model that generates text."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint import open_checkpoint
+from .engine import Engine, Request
+from .errors import ModelError, OutOfMemory
+from .memory import available_bytes, gigabytes, peak_bytes
+from .model import Decoder
+from .sampling import SamplingParams
+from .tokenizer import Message
+from .weights import load_weights
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to one prompt. The end-of-sequence token isn't in token_ids, a stop string isn't in text."""
+
+    prompt: str
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: str  # "stop": end of sequence or a stop string; "length": max_tokens or the context's end
+    time_to_first_token: float  # seconds since the call, waiting for a place in the batch included
+    tokens_per_second: float  # after the first token
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a streamed answer; text may be empty while a character or a stop string is incomplete.
+
+    The last piece has no token, the text that was still held back, and the finish reason.
+    """
+
+    text: str
+    token_id: int | None
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the last generate, stream or chat took."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    time_to_first_token: float  # seconds to the first token of any prompt
+    tokens_per_second: float  # of the whole batch, after the first token
+    peak_memory: int  # bytes: resident on the CPU, allocated by torch on a GPU
+    softmax_fallbacks: int  # attention rows recomputed because their maximum was far from phi
+
+
+class LLM:
+    """Loads a model and generates with it.
+
+    model: "demo" (SmolLM2-135M-Instruct, fetched on first use), a Hugging Face folder, or a .gguf file.
+    device: "cuda" where there is one, else "cpu".
+    dtype: a torch dtype or its name. Default: bfloat16 on the CPU; on a GPU the checkpoint's own half type,
+        float16 for GGUF files, and bfloat16 for checkpoints in float32.
+    max_len: most tokens of prompt and answer together; the model's context if None.
+    max_batch: sequences that are decoded together; more prompts than that take turns.
+    cache_tokens: size of the KV cache, reserved at once; None makes it as large as each call needs.
+    phi: the unified maximum of the softmax, float32 [q_heads] for each layer.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        *,
+        max_len: int | None = None,
+        max_batch: int = 32,
+        cache_tokens: int | None = None,
+        phi: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        self.device = _device(device)
+        checkpoint = open_checkpoint(model)
+        self.name, self.config, self.tokenizer = checkpoint.name, checkpoint.config, checkpoint.tokenizer
+        self.dtype = _dtype(dtype, self.device, self.config.dtype)
+        self.max_len = self.config.context if max_len is None else max_len
+        if not 0 < self.max_len <= self.config.context:
+            raise ModelError(
+                f"max_len must be from 1 to the model's context of {self.config.context}, got {max_len}"
+            )
+        if max_batch < 1:
+            raise ModelError(f"max_batch must be 1 or more, got {max_batch}")
+        if cache_tokens is not None:
+            self._check_room(checkpoint.plan.nbytes(self.dtype), cache_tokens)
+        started = time.perf_counter()
+        weights = load_weights(checkpoint.plan, checkpoint.source, self.device, self.dtype)
+        self.load_seconds = time.perf_counter() - started
+        self.decoder = Decoder(self.config, weights, self.max_len, phi)
+        self._engine = Engine(self.decoder, checkpoint.eos_ids, self.max_len, max_batch, cache_tokens)
+        self.stats: Stats | None = None
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Answers to prompts (strings or lists of token ids) in one batch, in the order of the prompts.
+
+        A single prompt gives a list of one. `params`: for all, or one for each prompt.
+        """
+        requests = self._requests(_as_list(prompts), params)
+        for _ in self._run(requests):
+            pass
+        return [
+            Completion(
+                prompt=request.prompt,
+                text=request.text.text,
+                token_ids=request.token_ids,
+                prompt_token_ids=request.prompt_ids,
+                finish_reason=request.finish_reason,
+                time_to_first_token=request.time_to_first_token,
+                tokens_per_second=request.tokens_per_second,
+            )
+            for request in requests
+        ]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+        """The answer to one prompt as it is generated. The call itself raises errors of its arguments."""
+        requests = self._requests([prompt], params)
+        return self._pieces(requests)
+
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: bool = False
+    ) -> Completion | Iterator[Piece]:
+        """The model's answer to messages like {"role": "user", "content": "..."}."""
+        ids = self.tokenizer.encode(self.tokenizer.chat_prompt(messages), add_special_tokens=False)
+        return self.stream(ids, params) if stream else self.generate([ids], params)[0]
+
+    def _pieces(self, requests: list[Request]) -> Iterator[Piece]:
+        for request, token, text in self._run(requests):
+            yield Piece(text, token, request.finish_reason if token is None else None)
+
+    def _run(self, requests: list[Request]) -> Iterator[tuple[Request, int | None, str]]:
+        fallbacks = self._fallbacks()
+        try:
+            yield from self._engine.run(requests)
+        finally:
+            self.stats = self._measure(requests, fallbacks)
+
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ModelError(f"{len(prompts)} prompts need as many SamplingParams, got {len(params)}")
+        return [self._request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        if isinstance(prompt, str):
+            text, ids = prompt, self.tokenizer.encode(prompt)
+        else:
+            ids = [int(token) for token in prompt]
+            outside = [token for token in ids if not 0 <= token < self.config.vocab]
+            if outside:
+                raise ModelError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab}")
+            text = self.tokenizer.decode(ids)
+        if not ids:
+            raise ModelError("the prompt is empty")
+        if len(ids) >= self.max_len:
+            raise ModelError(
+                f"the prompt has {len(ids)} tokens, which leaves no room for an answer within {self.max_len}"
+            )
+        return Request(text, ids, params, self.tokenizer)
+
+    def _check_room(self, weight_bytes: int, cache_tokens: int) -> None:
+        if cache_tokens < 1:
+            raise ModelError(f"cache_tokens must be 1 or more, got {cache_tokens}")
+        cache_bytes = self.config.cache_bytes_per_token(self.dtype) * cache_tokens
+        free = available_bytes(self.device)
+        if weight_bytes + cache_bytes > free:
+            raise OutOfMemory(
+                f"weights of {gigabytes(weight_bytes)} and a KV cache of {gigabytes(cache_bytes)} "
+                f"({cache_tokens} tokens) don't fit {self.device}, where {gigabytes(free)} are free"
+            )
+
+    def _fallbacks(self) -> int:
+        return 0 if self.decoder.fallbacks is None else int(self.decoder.fallbacks.item())
+
+    def _measure(self, requests: list[Request], fallbacks_before: int) -> Stats:
+        begun = [request for request in requests if request.first_token_at is not None]
+        generated = sum(len(request.token_ids) for request in requests)
+        first = min((request.first_token_at for request in begun), default=0.0)
+        last = max((request.last_token_at for request in begun), default=0.0)
+        return Stats(
+            prompt_tokens=sum(len(request.prompt_ids) for request in requests),
+            generated_tokens=generated,
+            time_to_first_token=min((request.time_to_first_token for request in begun), default=0.0),
+            tokens_per_second=(generated - 1) / (last - first) if last > first else 0.0,
+            peak_memory=peak_bytes(self.device),
+            softmax_fallbacks=self._fallbacks() - fallbacks_before,
+        )
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [prompts] if single else prompts
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"device {device!r} is not known; cpu and cuda are") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ModelError(f"device must be cpu or cuda, got {device}")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device cuda was asked for, but torch finds no GPU here")
+    return chosen
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+    if dtype is None:
+        own_half = device.type == "cuda" and checkpoint in (torch.float16, torch.bfloat16)
+        return checkpoint if own_half else torch.bfloat16
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    allowed = (torch.float16, torch.bfloat16) + ((torch.float32,) if device.type == "cpu" else ())
+    if named not in allowed:
+        names = ", ".join(str(a).removeprefix("torch.") for a in allowed)
+        raise ModelError(f"dtype on {device.type} must be one of {names}, got {dtype}")
+    return named

@@ -1,0 +1,122 @@
+"""How tokens are chosen, and when to stop."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from .errors import ModelError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Defaults: greedy, up to 256 tokens, until the model's end-of-sequence.
+
+    temperature 0 takes the most likely token; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
+    seed None draws a fresh one for each prompt; a given seed gives a prompt the same answer in any batch.
+    stop: the text ends before the first of these strings. max_tokens None goes on to the end of the context.
+    ignore_eos never chooses the end-of-sequence token, so that the answer goes on.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    max_tokens: int | None = 256
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            _require(_is_number(getattr(self, name)), name, "a finite number", getattr(self, name))
+        for name in ("top_k", "seed", "max_tokens"):
+            value = getattr(self, name)
+            optional = name != "top_k" and value is None
+            _require(optional or _is_int(value), name, "an integer", value)
+        _require(self.temperature >= 0, "temperature", "0 or more", self.temperature)
+        _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
+        _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        _require(0 <= self.min_p <= 1, "min_p", "from 0 to 1", self.min_p)
+        _require(self.repetition_penalty > 0, "repetition_penalty", "above 0", self.repetition_penalty)
+        _require(self.seed is None or 0 <= self.seed < 1 << 63, "seed", "from 0 to 2^63 - 1", self.seed)
+        _require(self.max_tokens is None or self.max_tokens > 0, "max_tokens", "1 or more", self.max_tokens)
+        _require(
+            all(isinstance(s, str) and s for s in self.stop), "stop", "strings that aren't empty", self.stop
+        )
+
+    @property
+    def plain_greedy(self) -> bool:
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+
+def fresh_seed() -> int:
+    return secrets.randbits(63)
+
+
+@dataclass(frozen=True)
+class BatchSampling:
+    """The parameters of a batch as the tensors of ops.sample; None where no row uses one."""
+
+    temperature: torch.Tensor | None = None  # float32 [batch], and so on
+    top_k: torch.Tensor | None = None
+    top_p: torch.Tensor | None = None
+    min_p: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+    repetition_penalty: torch.Tensor | None = None
+    seen: torch.Tensor | None = None  # bool [batch, vocab]
+
+    @classmethod
+    def build(
+        cls,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        histories: Sequence[Sequence[int]],
+        vocab: int,
+        device: torch.device,
+    ) -> "BatchSampling":
+        """`histories`: each row's tokens so far, prompt included, which the repetition penalty is for."""
+        if all(p.plain_greedy for p in params):
+            return cls()
+
+        def column(name: str, dtype: torch.dtype, off: float) -> torch.Tensor | None:
+            values = [getattr(p, name) for p in params]
+            return None if all(v == off for v in values) else torch.tensor(values, dtype=dtype, device=device)
+
+        penalty = column("repetition_penalty", torch.float32, 1.0)
+        seen = None
+        if penalty is not None:
+            seen = torch.zeros(len(params), vocab, dtype=torch.bool, device=device)
+            for row, history in enumerate(histories):
+                seen[row, torch.tensor(history, device=device)] = True
+        return cls(
+            temperature=column("temperature", torch.float32, 0.0),
+            top_k=column("top_k", torch.int32, 0),
+            top_p=column("top_p", torch.float32, 1.0),
+            min_p=column("min_p", torch.float32, 0.0),
+            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
+            repetition_penalty=penalty,
+            seen=seen,
+        )
+
+    def arguments(self) -> dict[str, torch.Tensor]:
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+
+def _require(holds: bool, name: str, what: str, value: object) -> None:
+    if not holds:
+        raise ModelError(f"{name} must be {what}, got {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,207 @@
+"""Loads the weights: checked first, then packed straight into their place, a few rows at a time."""
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from .architectures import Naming
+from .config import ModelConfig
+from .errors import ModelError, OutOfMemory
+from .memory import available_bytes, gigabytes
+
+CHUNK_BYTES = 16 << 20  # float32 bytes that are converted at once: what loading holds beyond the weights
+
+
+class WeightSource(Protocol):
+    """Tensors by name, read lazily."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) along the first dimension, on the CPU, in any float dtype."""
+        ...
+
+    def release(self, name: str) -> None:
+        """The tensor has been copied: its pages may go."""
+        ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the checkpoint. `interleaved_heads` > 0: its rows are stored for adjacent-pair rotation
+    (the two of a pair side by side) and are put back in half-and-half order, head by head."""
+
+    name: str
+    shape: tuple[int, ...]
+    interleaved_heads: int = 0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One weight of the decoder: pieces stacked by rows. Norms stay float32: they are small."""
+
+    pieces: tuple[Piece, ...]
+    float32: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(piece.shape[0] for piece in self.pieces), *self.pieces[0].shape[1:])
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.float32 else dtype
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        return math.prod(self.shape) * self.dtype(dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Layer:
+    attn_norm: torch.Tensor  # [hidden]
+    qkv: torch.Tensor  # [(q_heads + 2 kv_heads) * head_dim, hidden]
+    o: torch.Tensor  # [hidden, q_heads * head_dim]
+    ffn_norm: torch.Tensor  # [hidden]
+    gate_up: torch.Tensor  # [2 ffn, hidden]
+    down: torch.Tensor  # [hidden, ffn]
+    qkv_bias: torch.Tensor | None = None
+    o_bias: torch.Tensor | None = None
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    embed: torch.Tensor  # [vocab, hidden]
+    norm: torch.Tensor  # [hidden]
+    lm_head: torch.Tensor  # [vocab, hidden]; the same tensor as embed where they are tied
+    layers: tuple[Layer, ...]
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.embed, self.norm] + ([] if self.lm_head is self.embed else [self.lm_head])
+        for layer in self.layers:
+            tensors.extend(value for value in vars(layer).values() if value is not None)
+        return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tensors of the checkpoint go where."""
+
+    top: dict[str, Slot]
+    layers: tuple[dict[str, Slot], ...]
+
+    @property
+    def slots(self) -> list[Slot]:
+        return [*self.top.values(), *(slot for layer in self.layers for slot in layer.values())]
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        return sum(slot.nbytes(dtype) for slot in self.slots)
+
+
+def plan_weights(
+    config: ModelConfig, names: Naming, source: WeightSource, interleaved_qk: bool = False
+) -> Plan:
+    """Where each tensor goes; a ModelError where one is missing or has another shape than configured."""
+    hidden, ffn = config.hidden, config.ffn
+    q_rows, k_rows, v_rows = config.qkv_rows
+    q_heads, k_heads = (config.q_heads, config.kv_heads) if interleaved_qk else (0, 0)
+
+    def norm(name: str) -> Slot:
+        return Slot((Piece(name + ".weight", (hidden,)),), float32=True)
+
+    def linear(field: str, bias: bool, *parts: tuple[str, int, int, int]) -> dict[str, Slot]:
+        """`parts`: (name, rows, columns, interleaved heads)."""
+        slots = {
+            field: Slot(tuple(Piece(n + ".weight", (rows, cols), heads) for n, rows, cols, heads in parts))
+        }
+        if bias:
+            slots[field + "_bias"] = Slot(
+                tuple(Piece(n + ".bias", (rows,), heads) for n, rows, _, heads in parts)
+            )
+        return slots
+
+    def layer(prefix: str) -> dict[str, Slot]:
+        q, k, v = (prefix + name for name in names.qkv)
+        gate, up = (prefix + name for name in names.gate_up)
+        qkv = (q, q_rows, hidden, q_heads), (k, k_rows, hidden, k_heads), (v, v_rows, hidden, 0)
+        return {
+            "attn_norm": norm(prefix + names.attn_norm),
+            "ffn_norm": norm(prefix + names.ffn_norm),
+            **linear("qkv", config.qkv_bias, *qkv),
+            **linear("o", config.o_bias, (prefix + names.o, hidden, q_rows, 0)),
+            **linear("gate_up", config.mlp_bias, (gate, ffn, hidden, 0), (up, ffn, hidden, 0)),
+            **linear("down", config.mlp_bias, (prefix + names.down, hidden, ffn, 0)),
+        }
+
+    top = {"norm": norm(names.norm), **linear("embed", False, (names.embed, config.vocab, hidden, 0))}
+    if not config.tied_embeddings:
+        top |= linear("lm_head", False, (names.lm_head, config.vocab, hidden, 0))
+    plan = Plan(top, tuple(layer(names.layer.format(index)) for index in range(config.layers)))
+    _check(plan, source)
+    return plan
+
+
+def load_weights(plan: Plan, source: WeightSource, device: torch.device, dtype: torch.dtype) -> Weights:
+    """Loads everything, with a progress bar on stderr. Beyond the weights it holds about CHUNK_BYTES."""
+    need, free = plan.nbytes(dtype), available_bytes(device)
+    if need > free:
+        raise OutOfMemory(f"the weights need {gigabytes(need)} on {device}, where {gigabytes(free)} are free")
+    with tqdm(total=need, unit="B", unit_scale=True, desc="weights", file=sys.stderr, leave=False) as bar:
+
+        def load(slots: dict[str, Slot]) -> dict[str, torch.Tensor]:
+            return {
+                field: _load(slot, source, device, slot.dtype(dtype), bar) for field, slot in slots.items()
+            }
+
+        top = load(plan.top)
+        top.setdefault("lm_head", top["embed"])
+        return Weights(**top, layers=tuple(Layer(**load(slots)) for slots in plan.layers))
+
+
+def _check(plan: Plan, source: WeightSource) -> None:
+    pieces = [piece for slot in plan.slots for piece in slot.pieces]
+    missing = [piece.name for piece in pieces if piece.name not in source.shapes]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(f"the checkpoint lacks the tensors {', '.join(missing[:3])}{more}")
+    for piece in pieces:
+        if source.shapes[piece.name] != piece.shape:
+            raise ModelError(
+                f"tensor {piece.name} has the shape {source.shapes[piece.name]}, "
+                f"the configuration asks for {piece.shape}"
+            )
+
+
+def _load(
+    slot: Slot, source: WeightSource, device: torch.device, dtype: torch.dtype, bar: tqdm
+) -> torch.Tensor:
+    packed = torch.empty(slot.shape, dtype=dtype, device=device)
+    first = 0
+    for piece in slot.pieces:
+        rows, row_bytes = piece.shape[0], 4 * math.prod(piece.shape[1:])
+        place = packed[first : first + rows]
+        target = _half_and_half(rows, piece.interleaved_heads) if piece.interleaved_heads else None
+        step = max(1, CHUNK_BYTES // row_bytes)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            chunk = source.rows(piece.name, start, stop)
+            if target is None:
+                place[start:stop].copy_(chunk)
+            else:
+                place.index_copy_(0, target[start:stop].to(device), chunk.to(device=device, dtype=dtype))
+            bar.update((stop - start) * row_bytes // 4 * dtype.itemsize)
+        source.release(piece.name)
+        first += rows
+    return packed
+
+
+def _half_and_half(rows: int, heads: int) -> torch.Tensor:
+    """Where each stored row goes: pair j of a head is stored at 2j, 2j + 1 and belongs at j, j + half."""
+    dim = rows // heads
+    row = torch.arange(rows)
+    head, within = row // dim, row % dim
+    return head * dim + within % 2 * (dim // 2) + within // 2
