@@ -1,0 +1,58 @@
+# Two commands: `make run` reads a real model's answer, `make test` runs the tests. Both set up what they need.
+PYTHON ?= python3
+PROMPT ?= Explain in three sentences why the sky is blue.
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: run chat test gpu-test lint format cuda info clean
+run: $(VENV)/.built
+	$(BIN)/flashdecpp generate --model demo --chat "$(PROMPT)"
+
+chat: $(VENV)/.built
+	$(BIN)/flashdecpp chat --model demo
+
+info: $(VENV)/.built
+	$(BIN)/flashdecpp info
+
+test: $(VENV)/.built $(VENV)/.test-tools
+	$(BIN)/python -m pytest
+
+gpu-test: $(VENV)/.built $(VENV)/.test-tools
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.lint-tools
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc)
+
+format: $(VENV)/.lint-tools
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files csrc)
+
+$(VENV)/.packages: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "flashdecpp: $(PYTHON) was not found; install Python 3.10 or newer"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "flashdecpp: Python 3.10 or newer is needed")'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "flashdecpp: Python's venv is missing (Debian: apt install python3-venv)"; exit 1; }
+	@command -v $(or $(CXX),c++) >/dev/null || { echo "flashdecpp: no C++ compiler was found (Debian: apt install g++)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt setuptools pybind11 cmake ninja
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(PIP) install -c constraints.txt --no-build-isolation --quiet -e .
+	@touch $@
+
+$(VENV)/.test-tools: $(VENV)/.packages
+	$(PIP) install -c constraints.txt --quiet pytest hypothesis
+	@touch $@
+
+$(VENV)/.lint-tools: $(VENV)/.packages
+	$(PIP) install -c constraints.txt --quiet ruff clang-format
+	@touch $@
+
+clean:
+	rm -rf build $(VENV) flashdecpp/lib flashdecpp/_C*.so *.egg-info

@@ -1,0 +1,103 @@
+"""How this folder measures: one way of timing, one way of recording."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+L2_BYTES = 50 << 20
+
+
+def rotation(bytes_per_call: int) -> int:
+    """How many input sets to rotate among so that each call finds its data outside of L2."""
+    return max(1, min(16, 4 * L2_BYTES // max(1, bytes_per_call) + 1))
+
+
+def graph_median_us(calls: Sequence[Callable[[], object]], replays: int = 30) -> float:
+    """Median microseconds of one call, from CUDA-graph replays of all `calls` (each on its own inputs) in turn."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        for _ in range(3):
+            graph.replay()
+        times = []
+        for _ in range(replays):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def read_ceiling_gbs() -> float:
+    """GB/s of a plain read on this GPU, measured now: the sum of 2 GiB."""
+    data = torch.empty(1 << 29, dtype=torch.int32, device="cuda").random_()
+    microseconds = graph_median_us([lambda: data.sum(dtype=torch.int32)], replays=10)
+    return data.numel() * 4 / microseconds / 1e3
+
+
+def environment() -> dict[str, object]:
+    """Where and when a result was measured, and the command that measures it again."""
+    record: dict[str, object] = {
+        "date": datetime.date.today().isoformat(),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": _git("status", "--porcelain", "--untracked-files=no") != "",
+        "command": f"python {shlex.join(sys.argv)}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+        )
+        record |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "driver": driver.stdout.split("\n")[0].strip(),
+        }
+    return record
+
+
+def save(path: str | Path, results: object) -> None:
+    """Writes results with their environment as JSON."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    document = {"environment": environment(), "results": results}
+    Path(path).write_text(json.dumps(document, indent=1) + "\n")
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return result.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

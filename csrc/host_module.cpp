@@ -1,0 +1,45 @@
+// The pure host side for Python: what was built and what the heuristics choose. Includes no torch, so it imports anywhere.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include "heuristics.h"
+
+namespace py = pybind11;
+using namespace flashdecpp;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information and host-side heuristics of flashdecpp.";
+
+  m.def(
+      "build_info",
+      [] {
+        return std::map<std::string, std::string>{
+            {"cxx", FLASHDECPP_CXX},
+            {"cuda_compiler", FLASHDECPP_CUDA_COMPILER},
+            {"cuda_architectures", FLASHDECPP_CUDA_ARCHITECTURES},
+            {"reasons", FLASHDECPP_REASONS},
+        };
+      },
+      "Compilers, GPU architectures and the reason for each, as fixed when the package was built.");
+
+  py::class_<DeviceProperties>(m, "DeviceProperties", "The device properties that heuristics read.")
+      .def(py::init<int32_t, int32_t>(), py::arg("multiprocessors"), py::arg("arch"))
+      .def_readonly("multiprocessors", &DeviceProperties::multiprocessors)
+      .def_readonly("arch", &DeviceProperties::arch);
+
+  py::class_<InflectionPoints>(m, "InflectionPoints", "gemv below m1, flat_gemm from m1 to m2, blas from m2 on.")
+      .def(py::init<int64_t, int64_t>(), py::arg("m1"), py::arg("m2"))
+      .def_readonly("m1", &InflectionPoints::m1)
+      .def_readonly("m2", &InflectionPoints::m2);
+
+  m.def("default_inflection_points", &default_inflection_points, py::arg("device"));
+  m.def(
+      "choose_linear",
+      [](InflectionPoints points, int64_t m_rows, int64_t k) { return name(choose_linear(points, m_rows, k)); },
+      py::arg("points"), py::arg("m"), py::arg("k"), "Which implementation linear(impl='auto') takes on a GPU.");
+  m.def("choose_num_splits", &choose_num_splits, py::arg("device"), py::arg("independent_blocks"),
+        py::arg("capacity"), "How many KV splits decode_attention(num_splits=0) takes on a GPU.");
+}

@@ -1,0 +1,31 @@
+"""FlashDecoding++ for PyTorch: decode attention with a unified maximum, flat GEMM, GEMV and the switch between them.
+
+Three ways in:
+
+- ``flashdecpp.ops`` (or ``torch.ops.flashdecpp``): the ops, for your own model
+- ``flashdecpp.LLM``: the model runner
+- ``python -m flashdecpp --help``: the command line
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from flashdecpp import _library as _library
+from flashdecpp import ops
+
+if TYPE_CHECKING:
+    from flashdecpp.runner import LLM, SamplingParams
+
+__version__ = metadata.version("flashdecpp")
+__all__ = ["LLM", "SamplingParams", "ops"]
+
+
+def __getattr__(name: str) -> object:
+    # The runner brings transformers along, which takes seconds to import: only for those who use it.
+    if name in ("LLM", "SamplingParams"):
+        from flashdecpp import runner
+
+        return getattr(runner, name)
+    raise AttributeError(f"module 'flashdecpp' has no attribute {name!r}")

@@ -1,0 +1,3 @@
+from flashdecpp.cli import main
+
+main()

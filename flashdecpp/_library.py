@@ -1,0 +1,56 @@
+"""Loads the op libraries into torch: the CPU one always, the CUDA one where this torch has CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent / "lib"
+
+
+@dataclass(frozen=True)
+class Library:
+    """One op library: where it is, and why it was not loaded if it was not."""
+
+    name: str
+    path: Path
+    problem: str | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self.problem is None
+
+
+def _load(name: str, problem: str | None = None) -> Library:
+    path = _FOLDER / f"libflashdecpp_{name}.so"
+    if problem is None and not path.exists():
+        problem = "not built"
+    if problem is None:
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            problem = f"failed to load: {error}"
+    return Library(name, path, problem)
+
+
+def _load_all() -> dict[str, Library]:
+    cpu = _load("cpu")
+    if not cpu.loaded:
+        raise ImportError(
+            f"flashdecpp's op library {cpu.path} is {cpu.problem}: run `pip install .` in the source folder"
+        )
+    cuda = _load("cuda", None if torch.backends.cuda.is_built() else "this torch is built without CUDA")
+    return {library.name: library for library in (cpu, cuda)}
+
+
+LIBRARIES = _load_all()
+
+
+def cpu_instruction_set() -> str:
+    """The instruction set that the CPU kernels chose: "avx512", "avx2" or "baseline"."""
+    function = ctypes.CDLL(str(LIBRARIES["cpu"].path)).flashdecpp_cpu_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()

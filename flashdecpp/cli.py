@@ -1,0 +1,247 @@
+"""The command line: `flashdecpp` or `python -m flashdecpp`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from flashdecpp.runner import LLM, Completion, SamplingParams
+
+app = typer.Typer(
+    help="Run language models with FlashDecoding++ kernels: unified-maximum attention, flat GEMM and GEMV.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="'demo', a Hugging Face folder, or a .gguf file.", show_default=True),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: the GPU if there is one]")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32 (CPU only), bfloat16 or float16.  [default: bfloat16 on the CPU, on a GPU the model's own]"
+    ),
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens of an answer.", min=1)]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0 takes the most likely token.", min=0)
+]
+TopK = Annotated[int, typer.Option(help="Choose among the k most likely tokens; 0 is off.", min=0)]
+TopP = Annotated[float, typer.Option(help="Choose among the most likely tokens that sum up to p.", max=1)]
+MinP = Annotated[
+    float, typer.Option(help="Drop tokens below p times the likeliest one's probability.", min=0, max=1)
+]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens already there less likely.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.  [default: a fresh one]")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be given again.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the answer.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt. Without one, --file or standard input.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Every line of the input is a prompt of its own.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each result.")] = False,
+    model: Model = "demo",
+    device: Device = None,
+    dtype: Dtype = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
+) -> None:
+    """Continue a prompt (or answer it, with --chat); the text streams to standard output."""
+    from flashdecpp.runner import SamplingParams
+
+    prompts = _prompts(prompt, file, lines)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+        ignore_eos=ignore_eos,
+    )
+    llm = _load(model, device, dtype)
+    inputs = [_templated(llm, text) for text in prompts] if chat else prompts
+    if len(inputs) == 1 and not as_json:
+        _print_stream(llm.stream(inputs[0], params))
+    else:
+        completions = llm.generate(inputs, params)
+        for text, completion in zip(prompts, completions, strict=True):
+            print(_as_json(text, completion) if as_json else completion.text, flush=True)
+    _print_stats(llm)
+
+
+@app.command()
+def chat(
+    model: Model = "demo",
+    system: Annotated[str | None, typer.Option(help="A system message that opens the conversation.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+) -> None:
+    """Talk with a model. Ctrl-C ends an answer, Ctrl-D the conversation, /new forgets it."""
+    from flashdecpp.runner import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    _converse(_load(model, device, dtype), system, params)
+
+
+@app.command()
+def info() -> None:
+    """What was built, which devices there are, and which kernels will run and why."""
+    from flashdecpp.info import lines
+
+    for line in lines():
+        print(line)
+
+
+def main() -> None:
+    """Runs the command line; every expected error is one line on stderr and exit status 1."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"flashdecpp: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
+    if prompt is not None and file is not None:
+        raise ValueError("give a prompt or --file, not both")
+    if prompt is None:
+        if file is None and sys.stdin.isatty():
+            print("Type the prompt, end it with Ctrl-D:", file=sys.stderr)
+        prompt = file.read_text() if file else sys.stdin.read()
+    prompts = [line for line in prompt.splitlines() if line.strip()] if lines else [prompt]
+    if not any(text.strip() for text in prompts):
+        raise ValueError("the prompt is empty")
+    return prompts
+
+
+def _load(model: str, device: str | None, dtype: str | None) -> LLM:
+    from flashdecpp.info import default_device
+    from flashdecpp.runner import LLM
+
+    return LLM(model, device=device or default_device(), dtype=dtype)
+
+
+def _templated(llm: LLM, text: str) -> list[int]:
+    prompt = llm.tokenizer.chat_prompt([{"role": "user", "content": text}])
+    return llm.tokenizer.encode(prompt, add_special_tokens=False)
+
+
+def _print_stream(pieces: Iterator) -> str:
+    """Prints an answer as it comes; Ctrl-C ends it. Returns what was printed."""
+    answer = ""
+    try:
+        for piece in pieces:
+            print(piece.text, end="", flush=True)
+            answer += piece.text
+    except KeyboardInterrupt:
+        pieces.close()
+    print(flush=True)
+    return answer
+
+
+def _converse(llm: LLM, system: str | None, params: SamplingParams) -> None:
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    print(
+        f"{llm.name} on {llm.device}. Ctrl-C ends an answer, Ctrl-D the conversation, /new forgets it.",
+        file=sys.stderr,
+    )
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        if text == "/new":
+            messages = list(opening)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            try:
+                pieces = llm.chat(messages, params, stream=True)
+            except ValueError as error:
+                print(f"flashdecpp: {error}; /new starts over", file=sys.stderr)
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": _print_stream(pieces)})
+            _print_stats(llm)
+
+
+def _as_json(prompt: str, completion: Completion) -> str:
+    result = {
+        "prompt": prompt,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "timings": {
+            "time_to_first_token_s": round(completion.time_to_first_token, 4),
+            "tokens_per_second": round(completion.tokens_per_second, 2),
+        },
+    }
+    return json.dumps(result, ensure_ascii=False)
+
+
+def _print_stats(llm: LLM) -> None:
+    stats = llm.stats
+    if stats is None:
+        return
+    dtype = str(llm.dtype).removeprefix("torch.")
+    fallbacks = (
+        "online softmax" if llm.decoder.phi is None else f"{stats.softmax_fallbacks} softmax fallbacks"
+    )
+    print(
+        f"[{llm.name}, {dtype} on {llm.device}: {stats.prompt_tokens} + {stats.generated_tokens} tokens, "
+        f"first after {stats.time_to_first_token:.2f} s, then {stats.tokens_per_second:.1f} tokens/s, "
+        f"peak memory {stats.peak_memory / 2**20:.0f} MiB, {fallbacks}]",
+        file=sys.stderr,
+    )

@@ -1,0 +1,140 @@
+"""Drives CMake for pip: which op libraries this machine can build, and why. Everything else is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+DEFAULT_CUDA_ARCHITECTURES = ["80-real", "90a-real"]
+
+
+def torch_folder() -> Path | None:
+    """torch's folder in the environment that is installed into. Not an import: pip's isolated builds hide it."""
+    candidates = [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+    for folder in candidates:
+        if (torch := Path(folder) / "torch" / "include" / "torch" / "csrc" / "stable").is_dir():
+            return torch.parents[3]
+    return None
+
+
+def tool(name: str, remedy: str) -> str:
+    """Full path of a build tool, or one sentence that says how to get it."""
+    path = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if path is None:
+        sys.exit(f"flashdecpp: {name} was not found; {remedy}")
+    return path
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    return next((str(path) for path in candidates if path.exists()), shutil.which("nvcc"))
+
+
+def present_gpus() -> list[str]:
+    """Compute capabilities of this machine's NVIDIA GPUs, such as ["9.0"]."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        return sorted(set(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()))
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def cmake_architectures(capabilities: list[str]) -> list[str]:
+    """CMake's names for capabilities in torch's notation: "9.0" -> "90a-real", "8.6+PTX" -> "86-real", "86-virtual"."""
+    names = []
+    for capability in capabilities:
+        match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", capability)
+        if match is None:
+            sys.exit(
+                f"flashdecpp: TORCH_CUDA_ARCH_LIST has {capability!r}; write capabilities such as '8.0;9.0' or '8.6+PTX'"
+            )
+        number = match[1] + match[2]
+        names.append(f"{number}a-real" if match[3] or number == "90" else f"{number}-real")
+        if match[4]:
+            names.append(f"{number}-virtual")
+    return list(dict.fromkeys(names))
+
+
+def cuda_choice() -> tuple[list[str], str]:
+    """CMake options for CUDA, and the sentence that explains them."""
+    switch = os.environ.get("FLASHDECPP_CUDA", "")
+    if switch == "0":
+        return ["-DFLASHDECPP_CUDA=OFF"], "cuda: not built, FLASHDECPP_CUDA=0"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        if switch == "1":
+            sys.exit(
+                "flashdecpp: FLASHDECPP_CUDA=1 but nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
+            )
+        return [
+            "-DFLASHDECPP_CUDA=OFF"
+        ], "cuda: not built, no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
+    if asked:
+        architectures = cmake_architectures([a for a in asked.split(";") if a])
+        why = "TORCH_CUDA_ARCH_LIST"
+    elif gpus := present_gpus():
+        architectures, why = cmake_architectures(gpus), "the GPU of this machine"
+    else:
+        architectures, why = (
+            DEFAULT_CUDA_ARCHITECTURES,
+            "no GPU here and TORCH_CUDA_ARCH_LIST not set, so the default",
+        )
+    options = [
+        "-DFLASHDECPP_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(architectures)}",
+    ]
+    return options, f"cuda: built for {', '.join(architectures)} ({why}) with {nvcc}"
+
+
+class CMakeBuild(build_ext):
+    """Builds every library of CMakeLists.txt into the package folder (in place for an editable install)."""
+
+    def run(self) -> None:
+        torch = torch_folder()
+        if torch is None:
+            sys.exit("flashdecpp: torch >= 2.10 was not found; pip install torch, then try again")
+        cmake = tool("cmake", "pip install 'cmake>=3.25'")
+        ninja = tool("ninja", "pip install ninja")
+        compiler = os.environ.get("CXX")
+        if compiler is None and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+            sys.exit("flashdecpp: no C++ compiler was found; install g++ (apt install g++) or set CXX")
+        options, cuda_reason = cuda_choice()
+        reasons = f"cpu: always built; {cuda_reason}; hip: not part of this version"
+        print(f"flashdecpp builds {reasons}", flush=True)
+
+        output = ROOT / "flashdecpp" if self.inplace else Path(self.build_lib).resolve() / "flashdecpp"
+        build = ROOT / "build" / sysconfig.get_config_var("SOABI") / ("inplace" if self.inplace else "wheel")
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DFLASHDECPP_TORCH_DIR={torch}",
+            f"-DFLASHDECPP_OUTPUT={output}",
+            f"-DFLASHDECPP_BUILD_REASONS={reasons}",
+            *options,
+        ]
+        jobs = os.environ.get("MAX_JOBS")
+        for command in (configure, [cmake, "--build", str(build), *(["-j", jobs] if jobs else [])]):
+            try:
+                subprocess.run(command, check=True)
+            except subprocess.CalledProcessError:
+                sys.exit(f"flashdecpp: {' '.join(command[:2])} failed; the first error above says why")
+
+
+setup(
+    ext_modules=[Extension("flashdecpp._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=[] if torch_folder() else ["torch>=2.10"],
+)

@@ -1,0 +1,74 @@
+"""What setup.py decides, without building anything."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py as a module: its setup() call does nothing."""
+    path = Path(__file__).parent.parent / "setup.py"
+    spec = importlib.util.spec_from_file_location("flashdecpp_setup", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    spec.loader.exec_module(module)
+    for name in ("FLASHDECPP_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(module, "find_nvcc", lambda: "/cuda/bin/nvcc")
+    monkeypatch.setattr(module, "present_gpus", lambda: [])
+    return module
+
+
+def test_torch_notation_becomes_cmake_architectures(build: ModuleType) -> None:
+    assert build.cmake_architectures(["8.0", "9.0", "9.0a", "8.6+PTX"]) == [
+        "80-real",
+        "90a-real",
+        "86-real",
+        "86-virtual",
+    ]
+
+
+def test_a_malformed_architecture_is_one_sentence(build: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST has 'sm_80'"):
+        build.cmake_architectures(["sm_80"])
+
+
+def test_without_nvcc_cuda_is_left_out_and_says_why(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    options, reason = build.cuda_choice()
+    assert options == ["-DFLASHDECPP_CUDA=OFF"]
+    assert "no nvcc" in reason
+
+
+def test_cuda_asked_for_without_nvcc_is_an_error(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setenv("FLASHDECPP_CUDA", "1")
+    with pytest.raises(SystemExit, match="nvcc was not found; install"):
+        build.cuda_choice()
+
+
+def test_the_architecture_list_beats_the_present_gpu(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "present_gpus", lambda: ["9.0"])
+    assert "-DCMAKE_CUDA_ARCHITECTURES=90a-real" in build.cuda_choice()[0]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 8.6")
+    options, reason = build.cuda_choice()
+    assert "-DCMAKE_CUDA_ARCHITECTURES=80-real;86-real" in options
+    assert "TORCH_CUDA_ARCH_LIST" in reason
+
+
+def test_without_a_gpu_the_default_covers_ampere_and_hopper(build: ModuleType) -> None:
+    options, reason = build.cuda_choice()
+    assert "-DCMAKE_CUDA_ARCHITECTURES=80-real;90a-real" in options
+    assert "no GPU here" in reason
+
+
+def test_a_missing_tool_is_one_sentence_with_the_remedy(build: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="no-such-tool was not found; pip install it"):
+        build.tool("no-such-tool", "pip install it")
