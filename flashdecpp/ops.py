@@ -180,10 +180,9 @@ def check(
 
 
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias by streaming the weight once through dot products: for few rows (the paper's
-    ImplA).
+    """x @ weight^T + bias as dot products, for few rows (the paper's ImplA).
 
-    Right for any number of rows M, made for M <= 8.
+    The weight is streamed once. Right for any number of rows M, made for M <= 8.
 
     Args:
         x: [..., K], any strides. float32, float16 or bfloat16 on the CPU, float16 or bfloat16 on a GPU.
@@ -203,11 +202,11 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def flat_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias for a batch too large for `gemv` and too small to fill a GEMM (the paper, section
-    4).
+    """x @ weight^T + bias for more rows than `gemv` is made for and fewer than fill a GEMM.
 
-    M is padded to 8 rather than 64, and the weight is fetched ahead of the multiplication. Right for any
-    number of rows M, made for M <= 128. Arguments, result and errors are those of `gemv`.
+    The flat GEMM of the paper's section 4: M is padded to 8 rather than 64, and the weight is fetched ahead
+    of the multiplication. Right for any number of rows M, made for M <= 128. Arguments, result and errors are
+    those of `gemv`.
     """
     try:
         return _flat_gemm(x, weight, bias)
@@ -249,8 +248,7 @@ def _(x, weight, bias=None, *, impl="auto"):
 
 
 def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, after adding x to the residual stream if there is
-    one.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, after adding x to the residual if there is one.
 
     Args:
         x: [..., hidden], contiguous last dim, evenly spaced rows; float32, float16 or bfloat16.

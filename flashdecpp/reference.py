@@ -51,12 +51,14 @@ def decode_attention(
 
     `phi` and `num_splits` choose how an implementation computes, never what, so they are not used.
     `fallback_count` is left alone: which rows an implementation recomputes depends on its safe window around
-    phi. A `seq_lens` beyond the cache counts as the cache's capacity.
+    phi. A `seq_lens` beyond the cache counts as the cache's capacity. A low `compute_dtype` is that of the
+    weights and values; logits and their softmax are never below float32.
     """
     batch, q_len, q_heads, head_dim = q.shape
     group = q_heads // k_cache.size(2)
     scale = head_dim**-0.5 if scale is None else scale
     lengths = seq_lens.clamp(0, capacity(k_cache, block_table)).tolist()
+    logit_dtype = torch.promote_types(compute_dtype, torch.float32)
 
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     unseen = torch.full((q_heads,), -torch.inf, device=q.device) if sinks is None else sinks
@@ -64,7 +66,7 @@ def decode_attention(
 
     for b, length in enumerate(lengths):
         # [q_heads, length, head_dim]: every query head beside its own copy of the KV head it reads.
-        keys = _sequence(k_cache, b, length, block_table, k_scale, compute_dtype)
+        keys = _sequence(k_cache, b, length, block_table, k_scale, logit_dtype)
         values = _sequence(v_cache, b, length, block_table, v_scale, compute_dtype)
         keys, values = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (keys, values))
 
@@ -75,17 +77,18 @@ def decode_attention(
                 continue
             visible = slice(first, position + 1)
 
-            x = scale * (keys[:, visible] @ q[b, i].to(compute_dtype).unsqueeze(-1)).squeeze(-1)
+            x = scale * (keys[:, visible] @ q[b, i].to(logit_dtype).unsqueeze(-1)).squeeze(-1)
             if softcap > 0:
                 x = softcap * torch.tanh(x / softcap)
             if alibi_slopes is not None:
                 distance = position - torch.arange(first, position + 1, device=q.device)
-                x = x - alibi_slopes[:, None].to(compute_dtype) * distance
+                x = x - alibi_slopes[:, None].to(logit_dtype) * distance
             # A logit of -inf would silently drop its key, one of +inf every other key: neither is an answer.
             x = torch.where(x.isfinite().all(dim=-1, keepdim=True), x, torch.nan)
 
-            terms = x if sinks is None else torch.cat((x, sinks[:, None].to(compute_dtype)), dim=-1)
+            terms = x if sinks is None else torch.cat((x, sinks[:, None].to(logit_dtype)), dim=-1)
             weights = torch.softmax(terms, dim=-1)[:, : x.size(-1)]
+            weights = weights.to(compute_dtype)
             out[b, i] = (weights.unsqueeze(1) @ values[:, visible]).squeeze(1).to(q.dtype)
             lse[b, :, i] = torch.logsumexp(terms, dim=-1).float()
     return out, lse

@@ -1,0 +1,56 @@
+"""Where the op tests run: every one on the CPU, and, marked `gpu`, on a GPU where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from strategies import Place
+
+# The same examples every time: a red test stays red. No deadline: some machines are slow.
+settings.register_profile(
+    "flashdecpp",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("flashdecpp")
+
+
+def _places(*kinds: tuple[str, torch.dtype]) -> list:
+    return [
+        pytest.param(
+            Place(device, dtype),
+            marks=pytest.mark.gpu if device == "cuda" else (),
+            id=f"{device}-{str(dtype).removeprefix('torch.')}",
+        )
+        for device, dtype in kinds
+    ]
+
+
+CPU = [("cpu", torch.float32), ("cpu", torch.bfloat16), ("cpu", torch.float16)]
+GPU = [("cuda", torch.bfloat16), ("cuda", torch.float16)]
+
+
+@pytest.fixture(params=_places(*CPU, *GPU))
+def place(request) -> Place:
+    """A device and a dtype that every op supports."""
+    return request.param
+
+
+@pytest.fixture(params=_places(*CPU, *GPU, ("cuda", torch.float32)))
+def any_place(request) -> Place:
+    """`place`, and float32 on a GPU, which attention, gemv and flat_gemm refuse."""
+    return request.param
+
+
+@pytest.fixture(params=_places(("cpu", torch.bfloat16), ("cuda", torch.bfloat16)))
+def one_place(request) -> Place:
+    """A device, for what doesn't depend on the dtype."""
+    return request.param
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")

@@ -1,0 +1,324 @@
+"""decode_attention against its reference, over the whole of its contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import LAYOUTS, attention, int32, randn
+from tolerance import assert_same, compare
+
+from flashdecpp import ops
+
+LENGTHS = [37, 1, 0, 100, 16]  # full, partial and single-key blocks, and an empty sequence
+INF = float("inf")
+NAN = float("nan")
+
+
+# ----------------------------------------------------------------------------------------- shapes and layouts
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 80, 96, 128, 136, 192, 248, 256])
+def test_head_dim(place, head_dim):
+    compare("decode_attention", **attention(place, LENGTHS, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("group", range(1, 17))
+def test_query_heads_per_kv_head(place, group):
+    compare(
+        "decode_attention", **attention(place, [37, 70], q_heads=2 * group, kv_heads=2, q_len=group % 3 + 1)
+    )
+
+
+@pytest.mark.parametrize("q_len", range(1, 17))
+def test_new_tokens_and_left_padding(place, q_len):
+    """Sequences shorter than q_len are padded on the left: those rows see nothing."""
+    compare("decode_attention", **attention(place, [0, 1, q_len, 90], q_len=q_len, q_heads=6))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("block_size", [None, 1, 8, 16, 24, 64])
+def test_cache_layout(place, block_size, layout):
+    compare("decode_attention", **attention(place, LENGTHS, block_size=block_size, layout=layout, q_len=2))
+
+
+def test_packed_query(place):
+    """q may be a view of a packed projection."""
+    arguments = attention(place, LENGTHS, q_len=2)
+    packed = randn(place, len(LENGTHS), 2, 8, 64)
+    compare("decode_attention", **arguments | {"q": packed[:, :, 2:6]})
+
+
+def test_sequences_share_blocks(place):
+    """Prefix sharing: the same blocks in several rows of the table."""
+    arguments = attention(place, [64, 64, 64], block_size=16)
+    table = arguments["block_table"]
+    table[1, :3] = table[0, :3]
+    table[2] = table[0].flip(0)
+    table[2, 0] = table[0, 0]
+    compare("decode_attention", **arguments)
+
+
+def test_empty_batch(one_place):
+    arguments = attention(one_place, [3])
+    for name in ("q", "seq_lens", "block_table"):
+        arguments[name] = arguments[name][:0]
+    out, lse = ops.decode_attention(**arguments)
+    assert out.shape == (0, 1, 4, 64)
+    assert lse.shape == (0, 4, 1)
+
+
+@pytest.mark.parametrize("length", [1000, 4111])
+def test_long_context(place, length):
+    compare("decode_attention", **attention(place, [length, 5], block_size=64, q_heads=2, kv_heads=1))
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_shape(place, data):
+    draw = data.draw
+    q_len, kv_heads = draw(st.integers(1, 16)), draw(st.integers(1, 3))
+    arguments = attention(
+        place,
+        draw(st.lists(st.integers(0, 150), min_size=1, max_size=4)),
+        q_len=q_len,
+        q_heads=kv_heads * draw(st.integers(1, 16)),
+        kv_heads=kv_heads,
+        head_dim=8 * draw(st.integers(1, 32)),
+        block_size=draw(st.sampled_from([None, 1, 8, 16, 24, 40, 64])),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        fp8=draw(st.booleans()),
+    )
+    compare(
+        "decode_attention",
+        **arguments,
+        window=draw(st.sampled_from([-1, 1, 7, 64, 1000])),
+        softcap=draw(st.sampled_from([0.0, 5.0])),
+        num_splits=draw(st.integers(0, 5)),
+        phi=draw(st.sampled_from([None, _per_head(arguments, 2.0), _per_head(arguments, -300.0)])),
+    )
+
+
+# ----------------------------------------------------------------------------------------- logits and masks
+
+
+def _per_head(arguments: dict, value: float) -> torch.Tensor:
+    return torch.full((arguments["q"].size(2),), value, device=arguments["q"].device)
+
+
+@pytest.mark.parametrize("phi", [None, 3.0])
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"scale": 0.7},
+        {"softcap": 3.0, "scale": 2.0},
+        {"window": 1},
+        {"window": 20},
+        {"alibi_slopes": True},
+        {"sinks": True},
+        {"window": 20, "sinks": True, "alibi_slopes": True, "softcap": 3.0},
+    ],
+    ids=lambda features: "-".join(features),
+)
+def test_logit_features(place, features, phi):
+    arguments = attention(place, LENGTHS, q_len=3) | features
+    for name, values in {"alibi_slopes": [0.5, 0.25, 0.125, 0.0625], "sinks": [2.0, -3.0, 0.0, 9.0]}.items():
+        if name in features:
+            arguments[name] = torch.tensor(values, device=place.device)
+    compare("decode_attention", **arguments, phi=None if phi is None else _per_head(arguments, phi))
+
+
+@pytest.mark.parametrize("phi", [None, 0.0])
+def test_rows_that_see_no_key(place, phi):
+    """Zero keys and left padding: out is 0 and lse -inf, or the sink where there is one."""
+    arguments = attention(place, [0, 2], q_len=4)
+    arguments["phi"] = None if phi is None else _per_head(arguments, phi)
+    unseen = torch.tensor([[True] * 4, [True, True, False, False]], device=place.device)
+    sinks = torch.arange(4.0, device=place.device)
+    out, lse = ops.decode_attention(**arguments)
+    assert torch.equal((out == 0).flatten(2).all(-1), unseen)
+    assert torch.equal((lse == -INF).all(1), unseen)
+    out, lse = ops.decode_attention(**arguments, sinks=sinks)
+    assert torch.equal((out == 0).flatten(2).all(-1), unseen)
+    assert_same(lse[0], sinks[:, None].expand(4, 4))
+
+
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_hidden_keys_never_count(place, poison):
+    """Keys and values out of the window are poisoned, as are (always) those beyond seq_lens."""
+    arguments = attention(place, [100], block_size=None, q_len=2)
+    arguments["k_cache"][:, :89] = poison
+    arguments["v_cache"][:, :89] = poison
+    compare("decode_attention", **arguments, window=10)
+
+
+@pytest.mark.parametrize("phi", [None, 0.0])
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_bad_key_spoils_only_the_rows_that_see_it(place, poison, phi):
+    """The last key of one sequence and one KV head: its last query token is NaN, all else is exact."""
+    arguments = attention(place, [50, 50, 50], block_size=None, q_len=3)
+    arguments["k_cache"][1, 49, 0, 5] = poison
+    arguments["phi"] = None if phi is None else _per_head(arguments, phi)
+    out, lse = compare("decode_attention", **arguments)
+    spoilt = torch.zeros(3, 3, 4, dtype=torch.bool, device=place.device)
+    spoilt[1, 2, :2] = True
+    assert torch.equal(out.isnan().all(-1), spoilt)
+    assert torch.equal(lse.isnan().transpose(1, 2), spoilt)
+
+
+@pytest.mark.parametrize("name", ["q", "v_cache"])
+def test_bad_query_or_value_spoils_only_its_row(place, name):
+    arguments = attention(place, [50, 50], block_size=None, q_len=2)
+    where = (1, 0, 2, 5) if name == "q" else (1, 49, 1, 5)
+    arguments[name][where] = NAN
+    out, _ = compare("decode_attention", **arguments)
+    assert out.isnan().any()
+
+
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_fp8_cache(place, block_size):
+    arguments = attention(place, LENGTHS, fp8=True, block_size=block_size, q_len=2)
+    compare("decode_attention", **arguments)
+    compare("decode_attention", **arguments | {"k_scale": None, "v_scale": None})
+
+
+# --------------------------------------------------------------------------------------- the unified maximum
+
+
+def _row_maxima(arguments: dict) -> torch.Tensor:
+    """The largest logit of one-token rows: [batch, q_heads]."""
+    keys = arguments["k_cache"].float().repeat_interleave(2, dim=2)
+    x = torch.einsum("bhd,bkhd->bhk", arguments["q"][:, 0].float(), keys) * arguments["q"].size(-1) ** -0.5
+    return x.nan_to_num(-INF).amax(-1)
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 5])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 8.0, -8.0, 40.0, -40.0, 1000.0, -1000.0, INF, -INF, NAN])
+def test_any_phi_is_exact(place, offset, per_row, num_splits):
+    arguments = attention(place, [300, 41, 1, 0], block_size=None)
+    phi = torch.full((4, 4) if per_row else (4,), offset, device=place.device)
+    if per_row:
+        phi = phi + _row_maxima(arguments).nan_to_num(neginf=0)
+    compare("decode_attention", **arguments, phi=phi, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("phi", [None, 0.0, 500.0, -500.0, 1000.0])
+@pytest.mark.parametrize("signs", [(1, 1), (-1, -1), (1, -1)], ids=["high", "low", "mixed"])
+def test_logits_of_opt(place, signs, phi):
+    """Logits of +-500 with a spread of tens: exp overflows and underflows float32."""
+    arguments = attention(place, [200, 33], q_heads=4, kv_heads=2, q_len=2)
+    arguments["q"][..., 0] = 1.0
+    for slot, sign in enumerate(signs):  # of even and of odd keys; the rest of the cache stays NaN
+        keys = arguments["k_cache"][:, slot::2, :, 0]
+        keys.copy_(torch.where(keys.isfinite(), 500.0 * sign, NAN))
+    arguments["phi"] = None if phi is None else _per_head(arguments, phi)
+    _, lse = compare("decode_attention", **arguments, scale=1.0)
+    assert (lse.abs() > 400).all()
+
+
+@pytest.mark.parametrize("phi", [None, 0.0, 60.0, -1000.0])
+@pytest.mark.parametrize("where", [0, 150, 299])
+def test_maximum_in_one_split_only(place, where, phi):
+    arguments = attention(place, [300], q_heads=2, kv_heads=1, block_size=None, head_dim=64)
+    arguments["k_cache"][:, where, 0] = arguments["q"][0, 0, 0] * 8
+    arguments["phi"] = None if phi is None else _per_head(arguments, phi)
+    for num_splits in (1, 2, 7):
+        compare("decode_attention", **arguments, num_splits=num_splits)
+
+
+def test_fallback_count(one_place):
+    """None at a good phi, every row that sees a key at a hopeless one, added to what is there."""
+    arguments = attention(one_place, [300, 64, 7, 0], q_len=2)
+    count = int32(one_place, [0])
+    for phi, rows in ((2.0, 0), (1000.0, 24), (-1000.0, 24)):
+        for num_splits in (0, 1, 4):
+            count.fill_(5)
+            ops.decode_attention(
+                **arguments, phi=_per_head(arguments, phi), fallback_count=count, num_splits=num_splits
+            )
+            assert count.item() == 5 + rows, (phi, num_splits)
+
+    phi = _per_head(arguments, 2.0).repeat(4, 1)
+    phi[0, 1] = phi[2, 3] = -500.0  # two query heads, two tokens each
+    count.zero_()
+    ops.decode_attention(**arguments, phi=phi, fallback_count=count)
+    assert count.item() == 4
+    ops.decode_attention(**arguments, fallback_count=count)
+    assert count.item() == 4
+
+
+def test_only_the_row_maximum_falls_back(one_place):
+    """Logits far below phi, and huge ones that a row doesn't see, are no reason to recompute it."""
+    arguments = attention(one_place, [200], q_heads=2, kv_heads=1, block_size=None)
+    q, k_cache = arguments["q"], arguments["k_cache"]
+    q[..., 0] = 1.0
+    k_cache[:, :100, :, 0] = 3000.0  # out of the window
+    k_cache[:, 100:199, :, 0] = -3000.0
+    count = int32(one_place, [0])
+    ops.decode_attention(
+        **arguments, window=100, scale=1 / 8, phi=_per_head(arguments, 0.0), fallback_count=count
+    )
+    assert count.item() == 0
+    compare("decode_attention", **arguments, window=100, scale=1 / 8, phi=_per_head(arguments, 0.0))
+
+
+# ----------------------------------------------------------------------------------------- splits and batches
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 16, 200])
+def test_number_of_splits(place, num_splits):
+    """More splits than keys, too."""
+    compare("decode_attention", **attention(place, LENGTHS, q_len=2), num_splits=num_splits)
+
+
+@pytest.mark.parametrize("phi", [None, 2.0, -1000.0])
+@pytest.mark.parametrize("num_splits", [1, 3, 8])
+def test_fixed_splits_ignore_the_batch(place, num_splits, phi):
+    """Bit for bit what the sequence gives alone, whatever is in the batch and however long it is."""
+    arguments = attention(place, [130, 1, 700, 64, 0, 7], q_len=2)
+    keep = ("k_cache", "v_cache")
+    phi = None if phi is None else _per_head(arguments, phi)
+    out, lse = ops.decode_attention(**arguments, num_splits=num_splits, phi=phi)
+    for row in range(6):
+        alone = {name: x if name in keep else x[row : row + 1] for name, x in arguments.items()}
+        out_alone, lse_alone = ops.decode_attention(**alone, num_splits=num_splits, phi=phi)
+        assert_same(out[row : row + 1], out_alone)
+        assert_same(lse[row : row + 1], lse_alone)
+
+
+# ----------------------------------------------------------------------------------------- bad values
+
+
+def test_lengths_and_blocks_out_of_range_stay_in_the_cache(one_place):
+    """A device can't report them: their own rows mean nothing, other rows don't notice."""
+    arguments = attention(one_place, [40, 40, 40, 40], block_size=16)
+    good, _ = ops.decode_attention(**arguments)
+    bad = {name: x.clone() for name, x in arguments.items()}
+    bad["seq_lens"] += int32(one_place, [0, 10**9, -(10**9), 0])
+    bad["block_table"][3, :2] = int32(one_place, [-(10**9), 10**9])
+    out, _ = ops.decode_attention(**bad)
+    assert_same(out[0], good[0])
+    assert (out[2] == 0).all()
+
+
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_check_reports_lengths(one_place, block_size):
+    arguments = attention(one_place, [40, 3], block_size=block_size, max_len=48)
+    ops.check(**arguments)
+    for wrong in (49, -1):
+        arguments["seq_lens"][1] = wrong
+        with pytest.raises(
+            ValueError, match=rf"seq_lens must be from 0 .* 48 .*, got {wrong} for sequence 1"
+        ):
+            ops.check(**arguments)
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_check_reports_blocks_that_are_used(one_place, wrong):
+    arguments = attention(one_place, [40, 3], block_size=16)
+    ops.check(**arguments)  # unused entries are wrong already
+    arguments["block_table"][0, 2] = wrong
+    with pytest.raises(ValueError, match=rf"block_table must hold .*, got {wrong} at \[0, 2\]"):
+        ops.check(**arguments)

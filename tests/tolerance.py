@@ -1,0 +1,77 @@
+"""How close an op must be to its reference.
+
+The rule (FlashAttention-3's): its largest error is at most twice that of the same maths in plain torch of the
+op's own precision, plus one rounding of the result. Errors are taken from the reference in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashdecpp import ops, reference
+
+
+def assert_within(actual: Tensor, truth: Tensor, plain: Tensor, what: str) -> None:
+    """NaN and infinities in the same places; everywhere else the rule."""
+    assert actual.shape == truth.shape, what
+    assert (actual.dtype, actual.device) == (truth.dtype, truth.device), what
+    rounding = torch.finfo(actual.dtype).eps
+    actual, truth, plain = (x.detach().cpu().double() for x in (actual, truth, plain))
+    finite = truth.isfinite()
+    assert torch.equal(actual.isfinite(), finite), f"{what}: not finite in other places than the reference"
+    assert torch.equal(actual[~finite].nan_to_num(), truth[~finite].nan_to_num()), what
+    if not finite.any():
+        return
+    actual, truth = actual[finite], truth[finite]
+    plain_error = (
+        (plain[finite] - truth).abs().nan_to_num(posinf=0).max()
+    )  # float16 may overflow where the op may not
+    allowed = 2 * plain_error + rounding * truth.abs().max()
+    error = (actual - truth).abs().max()
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_same(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Bit for bit, NaN being NaN."""
+    assert actual.shape == expected.shape, what
+    assert actual.dtype == expected.dtype, what
+    actual, expected = (x.detach().cpu().float() for x in (actual, expected))
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    assert same.all(), f"{what}: {(~same).sum()} of {same.numel()} values differ"
+
+
+def compare(op: str, **arguments) -> object:
+    """Runs an op as given, holds all that it returns and mutates against its reference, and gives its result.
+
+    The op gets the tensors themselves, with their strides and what they share; the references get copies.
+    """
+    own_dtype = next(iter(arguments.values())).dtype  # of x, q, ...
+    meaning = getattr(reference, op)
+    expected, plain = _copies(arguments), _copies(arguments)
+    truths = _outputs(meaning(**expected, compute_dtype=torch.float64))
+    plains = _outputs(meaning(**plain, compute_dtype=own_dtype))
+    result = getattr(ops, op)(**arguments)
+
+    for i, (actual, truth, low) in enumerate(zip(_outputs(result), truths, plains, strict=True)):
+        assert_within(actual, truth, low, f"{op}: output {i}")
+    schema = getattr(torch.ops.flashdecpp, op).default._schema
+    written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, Tensor) or name == "fallback_count":  # no reference counts fallbacks
+            continue
+        if name in written and tensor.dtype.is_floating_point:
+            assert_within(tensor, expected[name], plain[name], f"{op}: {name}")
+        else:
+            assert_same(tensor, expected[name], f"{op}: {name}")
+    return result
+
+
+def _copies(arguments: dict) -> dict:
+    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
+def _outputs(result: Tensor | tuple | None) -> list[Tensor]:
+    if result is None:
+        return []
+    return [result] if isinstance(result, Tensor) else list(result)
