@@ -3,6 +3,7 @@
 //
 //   kWaveSize                              lanes that run together
 //   kTileN                                 columns of one matrix tile: the tile is 16 x kTileN x 16
+//   kBlockSharedBytes                      the most shared memory that a kernel may be written for
 //   TileA<T>, TileB<T>, TileC              fragments of one tile, T = half or bfloat16, accumulators float
 //   load_a(TileA&, p, stride)              A[r][k] = p[r * stride + k]
 //   load_b(TileB&, p, stride)              B[k][n] = p[n * stride + k]       (rows of p are columns of B)
@@ -11,7 +12,7 @@
 //   TileC::row(i), TileC::col(i)           the element that this lane's value i is
 //   copy_async(shared, global, valid)      16 bytes, zeros where not valid; copy_commit(), copy_wait<pending>()
 //   load_stream(p)                         16 bytes that are read once: past L1
-//   exchange_xor(v, mask)                  the value of lane ^ mask
+//   exchange_xor(v, mask)                  the value of lane ^ mask; v is float or uint64_t
 //   exp2_approx(x)                         2^x in one instruction
 //   wait_for_previous_kernel(), allow_next_kernel()   programmatic dependent launch; nothing where there is none
 //
@@ -25,10 +26,12 @@
 #include "arch_sm80.cuh"
 #endif
 
+#include <type_traits>
+
 namespace flashdecpp::arch {
 
-template <class Combine>
-__device__ __forceinline__ float wave_reduce(float value, Combine combine) {
+template <class T, class Combine>
+__device__ __forceinline__ T wave_reduce(T value, Combine combine) {
 #pragma unroll
   for (int mask = kWaveSize / 2; mask > 0; mask /= 2) value = combine(value, exchange_xor(value, mask));
   return value;
@@ -42,15 +45,15 @@ __device__ __forceinline__ float wave_max(float value) {
   return wave_reduce(value, [](float a, float b) { return fmaxf(a, b); });
 }
 
-// Over a whole block; `scratch` holds blockDim.x / kWaveSize floats of shared memory. Every thread gets the result.
-template <class Combine>
-__device__ __forceinline__ float block_reduce(float value, float identity, float* scratch, Combine combine) {
+// Over a whole block; `scratch` holds blockDim.x / kWaveSize values in shared memory. Every thread gets the result.
+template <class T, class Combine>
+__device__ __forceinline__ T block_reduce(T value, std::type_identity_t<T> identity, T* scratch, Combine combine) {
   value = wave_reduce(value, combine);
   const int waves = blockDim.x / kWaveSize;
   __syncthreads();
   if (threadIdx.x % kWaveSize == 0) scratch[threadIdx.x / kWaveSize] = value;
   __syncthreads();
-  float total = identity;
+  T total = identity;
   for (int w = 0; w < waves; ++w) total = combine(total, scratch[w]);
   return total;
 }

@@ -15,12 +15,17 @@ using float8 = __nv_fp8_e4m3;
 
 inline constexpr int kWaveSize = 32;
 inline constexpr int kTileN = 8;
+inline constexpr int kBlockSharedBytes = 160 * 1024;  // of an A100's 163 KiB; the host asks what its device allows
 
 __device__ __forceinline__ int lane() { return threadIdx.x % kWaveSize; }
 __device__ __forceinline__ int wave() { return threadIdx.x / kWaveSize; }
 
 __device__ __forceinline__ float exchange_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+__device__ __forceinline__ uint64_t exchange_xor(uint64_t value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, static_cast<unsigned long long>(value), mask);
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {

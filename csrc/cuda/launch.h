@@ -29,6 +29,9 @@ class Launcher {
             10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)};
   }
 
+  int32_t wave_size() const { return attribute(cudaDevAttrWarpSize); }
+  int32_t shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }  // a block can ask for
+
   template <class Kernel>
   void allow_shared_memory(Kernel* kernel, size_t bytes) const {
     if (bytes <= 48 * 1024) return;
