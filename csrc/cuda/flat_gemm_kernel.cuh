@@ -1,0 +1,181 @@
+// out[m, n] = sum_k x[m, k] weight[n, k] + bias[n] for up to about a hundred rows of x, on the matrix units.
+//
+// The weight is the A operand: its rows fill the long side of the 16 x kTileN x 16 tile, and x, the B operand, is
+// padded to kTileN rows only. A block computes block_n x block_m outputs with K sequential (tiles: kFlatTiles of
+// heuristics.h); staged copies run stages - 1 tiles ahead of the multiplies. Where N alone has too few blocks, several
+// share a tile along K: each leaves a float32 part in the workspace, and the last to arrive adds them in the order of
+// K, so the result does not depend on who that was.
+//
+// Floor: the bytes of the weight over the memory bandwidth. Shared memory 78 to 110 KiB, two blocks a multiprocessor.
+#pragma once
+
+#include "../heuristics.h"
+#include "numeric.cuh"
+
+namespace flashdecpp {
+
+struct SplitK {
+  float* parts;           // [tiles, splits, block_m, block_n], or null: one split
+  unsigned int* arrived;  // [tiles], zero
+  int32_t splits, k_tiles_per_split;
+};
+
+template <class T, int tile_index>
+struct FlatGemm {
+  static constexpr FlatTile kTile = kFlatTiles[tile_index];
+  static constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kBlockK = kTile.block_k;
+  static constexpr int kStages = kTile.stages_within(arch::kBlockSharedBytes);
+  static constexpr int kThreads = kTile.waves_m * kTile.waves_n * arch::kWaveSize;
+  static constexpr int kStride = kBlockK + FlatTile::kPadding;  // of a row in shared memory
+  static constexpr int kStageElements = (kBlockM + kBlockN) * kStride;
+  static constexpr int kSharedBytes = kStages * kTile.stage_bytes();
+  static constexpr int kWaveM = kBlockM / kTile.waves_m, kWaveN = kBlockN / kTile.waves_n;
+  static constexpr int kTilesM = kWaveM / arch::kTileN, kTilesN = kWaveN / 16;
+  static constexpr int kOutStride = kBlockN + 4;  // of a row of float32 outputs in shared memory
+  static_assert(kBlockM * kOutStride * 4 <= kSharedBytes);
+
+  // Starts copying rows [0, rows) of a k tile, the first at `source`; zeros beyond valid_rows and valid_k.
+  template <int rows>
+  static __device__ __forceinline__ void load_rows(T* shared, const T* source, int64_t stride, int64_t valid_rows,
+                                                   int64_t valid_k) {
+    constexpr int row_chunks = kBlockK / 8;  // of 16 bytes
+#pragma unroll
+    for (int first = 0; first < rows * row_chunks; first += kThreads) {
+      const int i = first + threadIdx.x;
+      if (rows * row_chunks % kThreads != 0 && i >= rows * row_chunks) break;
+      const int row = i / row_chunks, k = i % row_chunks * 8;
+      arch::copy_async(shared + row * kStride + k, source + row * stride + k, row < valid_rows && k < valid_k);
+    }
+  }
+
+  static __device__ __forceinline__ void multiply(arch::TileC (&sums)[kTilesN][kTilesM], const T* weight, const T* x) {
+#pragma unroll
+    for (int k = 0; k < kBlockK; k += 16) {
+      arch::TileA<T> a[kTilesN];
+      arch::TileB<T> b[kTilesM];
+#pragma unroll
+      for (int i = 0; i < kTilesN; ++i) arch::load_a(a[i], weight + i * 16 * kStride + k, kStride);
+#pragma unroll
+      for (int j = 0; j < kTilesM; ++j) arch::load_b(b[j], x + j * arch::kTileN * kStride + k, kStride);
+#pragma unroll
+      for (int i = 0; i < kTilesN; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesM; ++j) arch::mma(sums[i][j], a[i], b[j]);
+      }
+    }
+  }
+
+  // Adds the bias, rounds and writes eight neighbours of one output row, those that exist.
+  static __device__ __forceinline__ void write_outputs(const LinearParams& p, int64_t m, int64_t n, float (&v)[8]) {
+    const T* const bias = static_cast<const T*>(p.bias);
+    T* const out = static_cast<T*>(p.out) + m * p.n + n;
+    const int count = static_cast<int>(min(p.n - n, int64_t{8}));
+    if (bias) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[e] += e < count ? arch::to_float(bias[n + e]) : 0.f;
+    }
+    if (p.n % 8 == 0) {
+      arch::store_vector(out, v);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (e < count) out[e] = arch::from_float<T>(v[e]);
+      }
+    }
+  }
+};
+
+// Grid: (m tiles x n tiles, the m tiles of one n tile side by side so that they share its weights in L2; splits).
+template <class T, int tile_index>
+__global__ void __launch_bounds__(FlatGemm<T, tile_index>::kThreads, 2) flat_gemm_kernel(LinearParams p, SplitK split) {
+  using namespace arch;
+  using G = FlatGemm<T, tile_index>;
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  T* const shared = reinterpret_cast<T*>(shared_bytes);
+
+  const int m_tiles = static_cast<int>((p.m + G::kBlockM - 1) / G::kBlockM);
+  const int64_t first_m = blockIdx.x % m_tiles * int64_t{G::kBlockM};
+  const int64_t first_n = blockIdx.x / m_tiles * int64_t{G::kBlockN};
+  const int k_tiles = static_cast<int>((p.k + G::kBlockK - 1) / G::kBlockK);
+  const int first_tile = blockIdx.y * split.k_tiles_per_split;
+  const int tiles = min(split.k_tiles_per_split, k_tiles - first_tile);
+
+  const T* const weight = static_cast<const T*>(p.weight) + first_n * p.weight_stride;
+  const T* const x = static_cast<const T*>(p.x) + first_m * p.x_stride;
+  const auto load_stage = [&](int tile) {
+    T* const stage = shared + tile % G::kStages * G::kStageElements;
+    const int64_t k = (first_tile + tile) * int64_t{G::kBlockK};
+    G::template load_rows<G::kBlockN>(stage, weight + k, p.weight_stride, p.n - first_n, p.k - k);
+    G::template load_rows<G::kBlockM>(stage + G::kBlockN * G::kStride, x + k, p.x_stride, p.m - first_m, p.k - k);
+  };
+
+#pragma unroll
+  for (int tile = 0; tile < G::kStages - 1; ++tile) {
+    if (tile < tiles) load_stage(tile);
+    copy_commit();
+  }
+
+  TileC sums[G::kTilesN][G::kTilesM];
+  const int wave_n = wave() / G::kTile.waves_m * G::kWaveN, wave_m = wave() % G::kTile.waves_m * G::kWaveM;
+  for (int tile = 0; tile < tiles; ++tile) {
+    copy_wait<G::kStages - 2>();
+    __syncthreads();  // the tile has arrived, and nobody reads the buffer that is filled next
+    if (tile + G::kStages - 1 < tiles) load_stage(tile + G::kStages - 1);
+    copy_commit();
+    const T* const stage = shared + tile % G::kStages * G::kStageElements;
+    G::multiply(sums, stage + wave_n * G::kStride, stage + (G::kBlockN + wave_m) * G::kStride);
+  }
+  copy_wait<0>();
+  __syncthreads();
+
+  // Through shared memory, so that neighbours in N leave together.
+  float* const outputs = reinterpret_cast<float*>(shared_bytes);  // [block_m][kOutStride]
+#pragma unroll
+  for (int i = 0; i < G::kTilesN; ++i) {
+#pragma unroll
+    for (int j = 0; j < G::kTilesM; ++j) {
+#pragma unroll
+      for (int v = 0; v < TileC::kValues; ++v) {
+        const int n = wave_n + i * 16 + TileC::row(v), m = wave_m + j * kTileN + TileC::col(v);
+        outputs[m * G::kOutStride + n] = sums[i][j].v[v];
+      }
+    }
+  }
+  __syncthreads();
+
+  constexpr int row_vectors = G::kBlockN / 8;
+  const int valid_m = static_cast<int>(min(p.m - first_m, int64_t{G::kBlockM}));
+  const int64_t part_stride = G::kBlockM * G::kBlockN;
+  float* const parts = split.parts ? split.parts + blockIdx.x * (split.splits * part_stride) : nullptr;
+  if (parts) {
+    float* const part = parts + blockIdx.y * part_stride;
+    for (int i = threadIdx.x; i < valid_m * row_vectors; i += G::kThreads) {
+      const int m = i / row_vectors, n = i % row_vectors * 8;
+      float v[8];
+      load_vector(v, outputs + m * G::kOutStride + n);
+      store_vector(part + m * G::kBlockN + n, v);
+    }
+    if (!last_block_to_arrive(split.arrived + blockIdx.x, split.splits)) return;
+  }
+  for (int i = threadIdx.x; i < valid_m * row_vectors; i += G::kThreads) {
+    const int m = i / row_vectors, n = i % row_vectors * 8;
+    if (first_n + n >= p.n) continue;
+    float v[8];
+    if (parts) {
+      const float* const first = parts + m * G::kBlockN + n;
+      load_vector(v, first);
+#pragma unroll 4
+      for (int s = 1; s < split.splits; ++s) {
+        float part[8];
+        load_vector(part, first + s * part_stride);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v[e] += part[e];
+      }
+    } else {
+      load_vector(v, outputs + m * G::kOutStride + n);
+    }
+    G::write_outputs(p, first_m + m, first_n + n, v);
+  }
+}
+
+}  // namespace flashdecpp

@@ -1,0 +1,99 @@
+// out[m, n] = sum_k x[m, k] weight[n, k] + bias[n] for a few rows of x, on the CUDA cores.
+//
+// Floor: the bytes of the weight over the memory bandwidth. A wave owns `rows` rows of the weight, or waves_per_row
+// waves share them along K; a lane keeps rows * loads 16-byte loads in flight (64 to 256 bytes; 256 threads a block, so
+// about 32 KiB a block), and no weight is read twice. x comes from L1: with m rows of it, each weight chunk costs m /
+// rows chunks of x, so `rows` grows with m. No shared memory but the sums that waves of one row exchange.
+#pragma once
+
+#include "numeric.cuh"
+
+namespace flashdecpp {
+
+inline constexpr int kGemvThreads = 256;
+
+// Rows of the weight a wave holds and loads in flight a row, by rows of x.
+constexpr int gemv_rows(int m) { return m == 1 ? 1 : m <= 4 ? 2 : 4; }
+constexpr int gemv_loads(int m) { return m == 1 ? 8 : m <= 4 ? 4 : 2; }
+
+// p.m == m. waves_per_row divides the waves of a block.
+template <class T, int m>
+__global__ void __launch_bounds__(kGemvThreads, 2) gemv_kernel(LinearParams p, int waves_per_row) {
+  using namespace arch;
+  constexpr int rows = gemv_rows(m), loads = gemv_loads(m);
+  constexpr int block_waves = kGemvThreads / kWaveSize;
+  static_assert(m * rows <= kWaveSize);
+  __shared__ float parts[block_waves][m * rows];
+
+  const T* const x = static_cast<const T*>(p.x);
+  const T* const weight = static_cast<const T*>(p.weight);
+  const int part = wave() % waves_per_row;
+  const int64_t block_rows = block_waves / waves_per_row * rows;
+  const int chunks = static_cast<int>(p.k / 8);  // of 16 bytes
+  const int step = waves_per_row * kWaveSize;
+
+  // Every wave of a block goes round equally often: the block may meet at barriers.
+  for (int64_t base = blockIdx.x * block_rows; base < p.n; base += gridDim.x * block_rows) {
+    const int64_t first_row = base + wave() / waves_per_row * rows;
+    const T* row[rows];
+#pragma unroll
+    for (int r = 0; r < rows; ++r) row[r] = weight + min(first_row + r, p.n - 1) * p.weight_stride;
+
+    float sum[m][rows] = {};
+    for (int c = part * kWaveSize + lane(); c < chunks; c += loads * step) {
+      uint4 bits[loads][rows];
+#pragma unroll
+      for (int u = 0; u < loads; ++u) {
+        const int chunk = c + u * step;
+#pragma unroll
+        for (int r = 0; r < rows; ++r) {
+          bits[u][r] = chunk < chunks ? load_stream(row[r] + chunk * int64_t{8}) : make_uint4(0, 0, 0, 0);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < loads; ++u) {
+        const int chunk = c + u * step;
+        if (chunk >= chunks) break;
+        float w[rows][8];
+#pragma unroll
+        for (int r = 0; r < rows; ++r) unpack<T>(w[r], bits[u][r]);
+#pragma unroll
+        for (int i = 0; i < m; ++i) {
+          float v[8];
+          load_vector(v, x + i * p.x_stride + chunk * int64_t{8});
+#pragma unroll
+          for (int r = 0; r < rows; ++r) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) sum[i][r] = fmaf(v[e], w[r][e], sum[i][r]);
+          }
+        }
+      }
+    }
+
+    // Lane i * rows + r keeps the sum of row i of x and row r of the weight.
+    float mine = 0.f;
+#pragma unroll
+    for (int i = 0; i < m; ++i) {
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        const float total = wave_sum(sum[i][r]);
+        if (lane() == i * rows + r) mine = total;
+      }
+    }
+    if (waves_per_row > 1) {
+      __syncthreads();
+      if (lane() < m * rows) parts[wave()][lane()] = mine;
+      __syncthreads();
+      if (part == 0 && lane() < m * rows) {
+        for (int other = 1; other < waves_per_row; ++other) mine += parts[wave() + other][lane()];
+      }
+    }
+    const int64_t n = first_row + lane() % rows;
+    if (part == 0 && lane() < m * rows && n < p.n) {
+      if (p.bias) mine += to_float(static_cast<const T*>(p.bias)[n]);
+      static_cast<T*>(p.out)[lane() / rows * p.n + n] = from_float<T>(mine);
+    }
+  }
+}
+
+}  // namespace flashdecpp

@@ -1,0 +1,36 @@
+// The two hand-written linear kernels, for their own ops and for the switch in linear.cu.
+#pragma once
+
+#include "../contract.h"
+#include "launch.h"
+
+namespace flashdecpp {
+
+// True where every row starts on a 16-byte boundary, as the kernels' vector loads need.
+inline bool rows_are_aligned(const void* data, int64_t rows, int64_t stride, DType dtype) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows <= 1 || stride * contract::element_size(dtype) % 16 == 0);
+}
+
+// What gemv and flat_gemm ask of a call beyond the contract that the CPU shares. Rows of x that vector loads cannot
+// start on are copied: x is small. The weight is not.
+inline void require_vector_rows(const char* op, contract::Linear& call) {
+  LinearParams& p = call.params;
+  FLASHDECPP_REQUIRE(p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16, op,
+                     "x must be float16 or bfloat16 on this device, got ", name(p.dtype));
+  FLASHDECPP_REQUIRE(p.k % 8 == 0, op, "x must have a K that is a multiple of 8 on this device, got ", p.k);
+  FLASHDECPP_REQUIRE(rows_are_aligned(p.weight, p.n, p.weight_stride, p.dtype), op,
+                     "weight must have rows that start on multiples of 16 bytes, got address remainder ",
+                     reinterpret_cast<uintptr_t>(p.weight) % 16, " and a row stride of ", p.weight_stride, " elements");
+  if (!rows_are_aligned(p.x, p.m, p.x_stride, p.dtype)) {
+    call.x = torch::stable::contiguous(torch::stable::clone(call.x));
+    call.x_view = View(call.x);
+    p.x = call.x_view.data;
+    p.x_stride = p.k;
+  }
+}
+
+// out [..., N] of a call that passed require_vector_rows.
+Tensor run_gemv(const Launcher& launcher, const contract::Linear& call);
+Tensor run_flat_gemm(const Launcher& launcher, const contract::Linear& call);
+
+}  // namespace flashdecpp
