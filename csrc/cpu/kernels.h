@@ -1,0 +1,64 @@
+// Every vector kernel of the CPU library as a table of function pointers: one table an instruction set, one choice a
+// process. A kernel works on a range of rows and knows nothing of threads; the hosts (attention.cpp, linear.cpp, ...)
+// split the work.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace flashdecpp::cpu {
+
+// Weight elements that a kernel may read as one unit: packed activations are padded to a multiple of it.
+inline constexpr int64_t kPackAlign = 32;
+
+// A row of decode_attention is one query head of one token; the rows of one KV head are numbered token by token.
+// One KV head of sequence b, which is `length` keys long, over its keys [key_begin, key_end).
+struct AttentionTask {
+  int32_t b, h;
+  int64_t length;
+  int64_t key_begin, key_end;
+  float* partial;  // [rows, kStateHeader + head_dim] where the keys are split; null where these are all of them
+};
+
+// A row's state over some keys: the value subtracted from its logits, the sum of exponentials, the largest logit, one
+// unused; then its weighted sum of values. States of disjoint keys merge exactly.
+inline constexpr int64_t kStateHeader = 4;
+
+struct Kernels {
+  const char* name;
+
+  // decode_attention. A task without `partial` writes the output, as merge does from the partials of its splits; both
+  // return how many of the rows they wrote could not use phi.
+  int32_t (*attend)(const AttentionParams&, const AttentionTask&);
+  int32_t (*merge)(const AttentionParams&, int32_t b, int32_t h, const float* partials, int64_t splits);
+
+  // linear: x's rows as float, each padded with zeros to packed_stride; then weight rows [begin, end) for all of x.
+  void (*pack)(const LinearParams&, float* packed, int64_t packed_stride);
+  void (*linear)(const LinearParams&, const float* packed, int64_t packed_stride, int64_t begin, int64_t end);
+
+  void (*norm)(const NormParams&, int64_t row_begin, int64_t row_end);
+  void (*rotary)(const RotaryParams&, int64_t token_begin, int64_t token_end);  // a token of batch * q_len
+  void (*gated)(const GatedParams&, int64_t row, int64_t col_begin, int64_t col_end);
+
+  // sample: the lowest index of the row's largest logit (NaN counts as -inf).
+  int64_t (*argmax)(const void* logits, DType dtype, int64_t n);
+  // The row's logits after repetition penalty and temperature, NaN as -inf; returns the largest.
+  float (*scores)(const SampleParams&, int64_t row, float* x);
+  // x -> exp(x - largest), the weights relative to the most likely token. block_sums[i] adds up weights
+  // [i * kSumBlock, (i + 1) * kSumBlock).
+  void (*weights)(const float* x, float largest, float* w, int64_t n);
+  void (*block_sums)(const float* w, double* sums, int64_t n);
+};
+
+inline constexpr int64_t kSumBlock = 256;
+
+extern const Kernels kBaselineKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvx512Kernels;
+#endif
+
+// The table for this machine, or the one that FLASHDECPP_CPU_ISA names.
+const Kernels& kernels();
+
+}  // namespace flashdecpp::cpu
