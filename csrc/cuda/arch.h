@@ -2,6 +2,7 @@
 // is one file that defines them.
 //
 //   kWaveSize                              lanes that run together
+//   kSharedBudget                          bytes of shared memory that a block may well take
 //   kTileN                                 columns of one matrix tile: the tile is 16 x kTileN x 16
 //   kBlockSharedBytes                      the most shared memory that a kernel may be written for
 //   TileA<T>, TileB<T>, TileC              fragments of one tile, T = half or bfloat16, accumulators float
@@ -10,8 +11,14 @@
 //   load_b_transposed(TileB&, p, stride)   B[k][n] = p[k * stride + n]
 //   mma(TileC&, a, b)                      C += A B
 //   TileC::row(i), TileC::col(i)           the element that this lane's value i is
-//   copy_async(shared, global, valid)      16 bytes, zeros where not valid; copy_commit(), copy_wait<pending>()
+//   TileC::kRowSlots, slot(i), slot_row(s) the rows that a lane holds values of: value i lies in row slot_row(slot(i))
+//   TileC::kRowLanes                       lanes, neighbours, that hold one row among them
+//   store(p, stride, c)                    p[row * stride + col] = C[row][col], rounded to half or bfloat16
+//   copy_async(shared, global, valid)      16 bytes, zeros where not valid; copy_commit(), copy_wait<pending>();
+//                                          copy_async<8> for 8 bytes
+//   widen_e4m3<T>(uint2)                   8 float8 values as 8 half or bfloat16 values, exactly
 //   load_stream(p)                         16 bytes that are read once: past L1
+//   store_wide(p, v)                       16 bytes in one access
 //   exchange_xor(v, mask)                  the value of lane ^ mask; v is float or uint64_t
 //   exp2_approx(x)                         2^x in one instruction
 //   wait_for_previous_kernel(), allow_next_kernel()   programmatic dependent launch; nothing where there is none
@@ -43,6 +50,20 @@ __device__ __forceinline__ float wave_sum(float value) {
 
 __device__ __forceinline__ float wave_max(float value) {
   return wave_reduce(value, [](float a, float b) { return fmaxf(a, b); });
+}
+
+// Over the lanes that hold one row of a TileC.
+template <class Combine>
+__device__ __forceinline__ float row_reduce(float value, Combine combine) {
+#pragma unroll
+  for (int mask = TileC::kRowLanes / 2; mask > 0; mask /= 2) value = combine(value, exchange_xor(value, mask));
+  return value;
+}
+
+// The shared memory whose size the launch names.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ uint4 dynamic_shared_memory[];
+  return reinterpret_cast<unsigned char*>(dynamic_shared_memory);
 }
 
 // Over a whole block; `scratch` holds blockDim.x / kWaveSize values in shared memory. Every thread gets the result.

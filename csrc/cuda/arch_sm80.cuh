@@ -15,6 +15,7 @@ using float8 = __nv_fp8_e4m3;
 
 inline constexpr int kWaveSize = 32;
 inline constexpr int kTileN = 8;
+inline constexpr int kSharedBudget = 80 * 1024;  // bytes a block: two blocks on an A100, one on an RTX 3090 or 4090
 inline constexpr int kBlockSharedBytes = 160 * 1024;  // of an A100's 163 KiB; the host asks what its device allows
 
 __device__ __forceinline__ int lane() { return threadIdx.x % kWaveSize; }
@@ -40,10 +41,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+template <int bytes = 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  static_assert(bytes == 16 || bytes == 8);
+  if constexpr (bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 8 : 0)
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -61,6 +70,10 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   return v;
 }
 
+__device__ __forceinline__ void store_wide(void* p, const uint4& v) {
+  asm volatile("st.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // ---- matrix tiles: 16 x 8 x 16
 // -----------------------------------------------------------------------------------------
 template <class T>
@@ -76,7 +89,10 @@ struct TileB {
 struct TileC {
   float v[4] = {0.f, 0.f, 0.f, 0.f};
   static constexpr int kValues = 4;
-  static __device__ __forceinline__ int row(int i) { return lane() / 4 + (i / 2) * 8; }
+  static constexpr int kRowSlots = 2, kRowLanes = 4;
+  static constexpr __host__ __device__ int slot(int i) { return i / 2; }
+  static __device__ __forceinline__ int slot_row(int slot) { return lane() / 4 + slot * 8; }
+  static __device__ __forceinline__ int row(int i) { return slot_row(slot(i)); }
   static __device__ __forceinline__ int col(int i) { return (lane() % 4) * 2 + i % 2; }
 };
 
@@ -121,6 +137,42 @@ __device__ __forceinline__ void mma(TileC& c, const TileA<bfloat16>& a, const Ti
       "{%0, %1, %2, %3};"
       : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
       : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));
+}
+
+__device__ __forceinline__ void store(half* p, int stride, const TileC& c) {
+#pragma unroll
+  for (int i = 0; i < TileC::kValues; i += 2) {
+    *reinterpret_cast<__half2*>(p + TileC::row(i) * stride + TileC::col(i)) =
+        __floats2half2_rn(c.v[i], c.v[i + 1]);
+  }
+}
+
+__device__ __forceinline__ void store(bfloat16* p, int stride, const TileC& c) {
+#pragma unroll
+  for (int i = 0; i < TileC::kValues; i += 2) {
+    *reinterpret_cast<__nv_bfloat162*>(p + TileC::row(i) * stride + TileC::col(i)) =
+        __floats2bfloat162_rn(c.v[i], c.v[i + 1]);
+  }
+}
+
+// ---- fp8
+// ---------------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ uint32_t widen_pair(uint32_t pair, half) {
+  const __half2_raw wide = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+  return wide.x | static_cast<uint32_t>(wide.y) << 16;
+}
+
+__device__ __forceinline__ uint32_t widen_pair(uint32_t pair, bfloat16) {
+  const __half2 wide(__nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3));
+  const float2 value = __half22float2(wide);
+  const __nv_bfloat162_raw narrow = __floats2bfloat162_rn(value.x, value.y);
+  return narrow.x | static_cast<uint32_t>(narrow.y) << 16;
+}
+
+template <class T>
+__device__ __forceinline__ uint4 widen_e4m3(uint2 v) {
+  return {widen_pair(v.x & 0xffff, T()), widen_pair(v.x >> 16, T()), widen_pair(v.y & 0xffff, T()),
+          widen_pair(v.y >> 16, T())};
 }
 
 // ---- programmatic dependent launch: from Hopper on

@@ -1,6 +1,8 @@
 // Element types on the device: conversions to and from float, eight at a time where a vector load delivers eight.
 #pragma once
 
+#include <type_traits>
+
 #include "../params.h"
 #include "arch.h"
 
@@ -30,25 +32,50 @@ __device__ __forceinline__ float8 from_float<float8>(float x) {
   return float8(x);  // saturates to +-448
 }
 
-// n neighbours in memory as one value: one load or store of up to 16 bytes, or several of 16.
-template <class T, int n>
-struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Vector {
-  T v[n];
-};
-
+// n neighbours in memory in as few accesses as their size allows; p is a multiple of that size, or of 16 bytes where it
+// is more.
 template <class T, int n>
 __device__ __forceinline__ void load_vector(float (&values)[n], const T* p) {
-  const Vector<T, n> packed = *reinterpret_cast<const Vector<T, n>*>(p);
+  constexpr int bytes = sizeof(T) * n;
+  if constexpr (bytes % 16 == 0 && bytes > 16) {
 #pragma unroll
-  for (int i = 0; i < n; ++i) values[i] = to_float(packed.v[i]);
+    for (int i = 0; i < n; i += 16 / sizeof(T)) {
+      load_vector(reinterpret_cast<float (&)[16 / sizeof(T)]>(values[i]), p + i);
+    }
+  } else {
+    using W = std::conditional_t<bytes == 16, uint4, std::conditional_t<bytes == 8, uint2, T>>;
+    static_assert(sizeof(W) == bytes);
+    const W word = *reinterpret_cast<const W*>(p);
+#pragma unroll
+    for (int i = 0; i < n; ++i) values[i] = to_float(reinterpret_cast<const T*>(&word)[i]);
+  }
 }
 
 template <class T, int n>
 __device__ __forceinline__ void store_vector(T* p, const float (&values)[n]) {
-  Vector<T, n> packed;
+  constexpr int bytes = sizeof(T) * n, per_word = 4 / sizeof(T);
+  if constexpr (n == 1) {
+    *p = from_float<T>(values[0]);
+  } else {
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, std::conditional_t<sizeof(T) == 2, uint16_t, uint8_t>>;
+    static_assert(bytes % 8 == 0);
+    uint32_t words[bytes / 4] = {};
 #pragma unroll
-  for (int i = 0; i < n; ++i) packed.v[i] = from_float<T>(values[i]);
-  *reinterpret_cast<Vector<T, n>*>(p) = packed;
+    for (int i = 0; i < n; ++i) {
+      const T element = from_float<T>(values[i]);
+      Bits bits;
+      memcpy(&bits, &element, sizeof(bits));
+      words[i / per_word] |= static_cast<uint32_t>(bits) << (i % per_word * 8 * sizeof(T));
+    }
+    if constexpr (bytes % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < bytes / 4; i += 4) {
+        store_wide(p + i * per_word, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
+      }
+    } else {
+      *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+    }
+  }
 }
 
 // The eight values of a 16-byte load.
