@@ -1,0 +1,106 @@
+"""Small random checkpoints for the runner's tests, and what transformers computes with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from flashdecpp.runner import LLM
+from flashdecpp.runner.cache import KVCache, blocks_for
+
+VOCAB = 272  # 256 bytes, three special tokens, and some that no text uses
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    # Far wider than a real model's: the logits then differ, and so do positions.
+    initializer_range=0.15,
+    bos_token_id=256,
+    eos_token_id=257,
+)
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+}
+
+
+def save_model(folder: Path, kind: str = "llama", *, shard: str = "1GB", **overrides) -> PreTrainedModel:
+    """A random model and a tokenizer of bytes in `folder`; the model itself in float32."""
+    torch.manual_seed(0)
+    config_class, model_class = CLASSES[kind]
+    model = model_class(config_class(**(SIZES | overrides))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:  # zeros and ones would hide a mistake
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder, max_shard_size=shard)
+    save_tokenizer(folder)
+    return model
+
+
+def byte_tokens() -> list[str]:
+    return [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "<pad>"]
+
+
+def save_tokenizer(folder: Path) -> None:
+    tokens = byte_tokens()
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def runner_logits(llm: LLM, prompt: list[int], following: list[int]) -> torch.Tensor:
+    """The runner's logits after the prompt and after each token that follows: [1 + len(following), vocab]."""
+    decoder = llm.decoder
+    blocks = blocks_for(len(prompt) + len(following))
+    cache = KVCache(decoder.config, blocks, decoder.device, decoder.dtype)
+    # Not in order: a mistake in the use of the table would show.
+    table = torch.arange(blocks - 1, -1, -1, dtype=torch.int32)[None]
+    rows = [decoder.prefill(torch.tensor(prompt), cache, table)]
+    for i, token in enumerate(following):
+        seq_lens = torch.tensor([len(prompt) + i + 1], dtype=torch.int32)
+        rows.append(decoder.decode(torch.tensor([token]), cache, seq_lens, table))
+    return torch.cat(rows).float()
+
+
+@torch.inference_mode()
+def transformers_logits(model: PreTrainedModel, prompt: list[int], following: list[int]) -> torch.Tensor:
+    """The same of transformers, with its cache and step by step too: some rope scalings depend on that."""
+    out = model(torch.tensor([prompt]), use_cache=True)
+    rows = [out.logits[:, -1]]
+    for token in following:
+        out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+        rows.append(out.logits[:, -1])
+    return torch.cat(rows).float()
+
+
+def random_tokens(count: int, seed: int = 0, below: int = 256) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, below, (count,), generator=generator).tolist()

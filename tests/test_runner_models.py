@@ -1,0 +1,157 @@
+"""The decoder and its loading against transformers, on small random checkpoints of every architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from runner_models import random_tokens, runner_logits, save_model, transformers_logits
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+
+from flashdecpp.runner import LLM
+from flashdecpp.runner import model as decoder_module
+from flashdecpp.runner.checkpoint import open_checkpoint
+from flashdecpp.runner.rope import Rope
+from flashdecpp.runner.weights import load_weights
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.0 + 0.9 * i for i in range(8)],
+    "original_max_position_embeddings": 64,
+}
+CASES = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("llama", {"head_dim": 24}),
+    "llama-multi-query": ("llama", {"num_key_value_heads": 1}),
+    "llama-linear-rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    ),
+    "llama-3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "llama-longrope": ("llama", {"rope_parameters": LONGROPE}),
+    "llama-gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "mistral-window": ("mistral", {"sliding_window": 24}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("prompt_length", [1, 50, 70])
+def test_logits_equal_those_of_transformers(tmp_path, case, prompt_length):
+    """Prefill and 32 decode steps; 64 positions, where some scalings switch, are crossed by two."""
+    kind, overrides = CASES[case]
+    model = save_model(tmp_path, kind, **overrides)
+    llm = LLM(tmp_path, device="cpu", dtype=torch.float32)
+    prompt, following = random_tokens(prompt_length, seed=1), random_tokens(32, seed=2)
+    expected = transformers_logits(model, prompt, following)
+    assert expected.std() > 0.3  # otherwise the comparison would say little
+    torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt_length", [20, 60, 80])
+def test_dynamic_rope_grows_with_the_sequence(tmp_path, prompt_length):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = save_model(tmp_path, rope_parameters=rope, max_position_embeddings=64)
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    assert llm.max_len == 256
+    prompt, following = random_tokens(prompt_length, seed=1), random_tokens(32, seed=2)
+    expected = transformers_logits(model, prompt, following)
+    torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen2-window"])
+def test_long_prompts_go_through_in_chunks(tmp_path, monkeypatch, case):
+    monkeypatch.setattr(decoder_module, "PREFILL_CHUNK", 32)
+    kind, overrides = CASES[case]
+    model = save_model(tmp_path, kind, **overrides)
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    prompt, following = random_tokens(101, seed=1), random_tokens(4, seed=2)
+    expected = transformers_logits(model, prompt, following)
+    torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_within_its_error(tmp_path, dtype):
+    """No further from float32 than twice transformers in the same dtype."""
+    model = save_model(tmp_path)
+    prompt, following = random_tokens(40, seed=1), random_tokens(16, seed=2)
+    exact = transformers_logits(model, prompt, following)
+    half = LlamaForCausalLM.from_pretrained(
+        tmp_path, dtype=dtype
+    )  # not .to(dtype): it would round the rope too
+    theirs = (transformers_logits(half, prompt, following) - exact).abs().max()
+    ours = (runner_logits(LLM(tmp_path, device="cpu", dtype=dtype), prompt, following) - exact).abs().max()
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sharded_checkpoints_and_other_stored_dtypes(tmp_path, dtype):
+    model = save_model(tmp_path / "whole", "qwen2").to(dtype)
+    sharded = tmp_path / "sharded"
+    model.save_pretrained(sharded, max_shard_size="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    for file in (tmp_path / "whole").glob("tokenizer*"):
+        (sharded / file.name).write_bytes(file.read_bytes())
+    prompt, following = random_tokens(20, seed=1), random_tokens(8, seed=2)
+    llm = LLM(sharded, device="cpu", dtype="float32")
+    assert llm.config.dtype == dtype
+    expected = transformers_logits(
+        Qwen2ForCausalLM.from_pretrained(sharded, dtype="float32"), prompt, following
+    )
+    torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_config_files_of_transformers_4(tmp_path):
+    """rope_theta and rope_scaling beside each other, torch_dtype, eos as a list."""
+    save_model(tmp_path, rope_parameters=LLAMA3)
+    before = LLM(tmp_path, device="cpu").config
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    scaling = raw.pop("rope_parameters")
+    raw |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling, "torch_dtype": raw.pop("dtype")}
+    raw["eos_token_id"] = [257, 258]
+    path.write_text(json.dumps(raw))
+    after = LLM(tmp_path, device="cpu").config
+    torch.testing.assert_close(after.rope.table(256), before.rope.table(256))
+    assert after.eos_ids == (257, 258)
+    assert after.dtype == before.dtype
+
+
+def test_rope_table_is_a_function_of_the_position_alone():
+    for kind, scaling in (
+        ("dynamic", {"factor": 4.0}),
+        ("longrope", {k: v for k, v in LONGROPE.items() if k.endswith(("factor", "embeddings"))}),
+    ):
+        rope = Rope(16, 1e4, 64, kind, scaling)
+        torch.testing.assert_close(rope.table(100)[:80], rope.table(80))
+        assert rope.prompt_table(64) is None
+        torch.testing.assert_close(rope.prompt_table(80)[-1], rope.table(80)[-1])
+
+
+def test_weights_are_stored_once(tmp_path):
+    """What is loaded takes exactly what the plan says, and nothing is shared with the files."""
+    save_model(tmp_path, tie_word_embeddings=True)
+    checkpoint = open_checkpoint(tmp_path)
+    weights = load_weights(checkpoint.plan, checkpoint.source, torch.device("cpu"), torch.bfloat16)
+    assert weights.lm_head is weights.embed
+    assert weights.nbytes == checkpoint.plan.nbytes(torch.bfloat16)
+    packed = [getattr(weights.layers[0], field.name) for field in dataclasses.fields(weights.layers[0])]
+    assert all(tensor is None or tensor.is_contiguous() for tensor in packed)
