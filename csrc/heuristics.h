@@ -120,16 +120,28 @@ inline int32_t choose_k_splits(const DeviceProperties& device, int64_t tiles, in
 }
 
 // ---- how many KV splits
-// ------------------------------------------------------------------------------------------------ Lengths live on the
-// device, so the choice is made from the capacity of the cache. Enough splits to give every multiprocessor
-// `blocks_per_multiprocessor` blocks, but none shorter than `min_keys`, where a block's fixed cost would outweigh its
-// loads.
+// ------------------------------------------------------------------------------------------------
+// Lengths live on the device, so the choice is made from the capacity of the cache, as if every sequence filled it.
+// `independent_blocks` is what there is without splitting: batch * kv_heads * row tiles. Time is counted in keys that
+// one block walks over: the machine takes the blocks in waves of `resident`, each wave as long as its split, plus a
+// block's fixed cost (filling its pipeline), plus the merge, which reads every split's partial output. The smallest
+// total wins, of equal ones the one with fewer splits.
 inline int32_t choose_num_splits(const DeviceProperties& device, int64_t independent_blocks, int64_t capacity) {
-  constexpr int64_t blocks_per_multiprocessor = 2, min_keys = 256, max_splits = 128;
-  const int64_t wanted = (device.multiprocessors * blocks_per_multiprocessor + independent_blocks - 1) /
-                         std::max<int64_t>(1, independent_blocks);
-  const int64_t longest = std::max<int64_t>(1, (capacity + min_keys - 1) / min_keys);
-  return static_cast<int32_t>(std::clamp<int64_t>(std::min(wanted, longest), 1, max_splits));
+  constexpr int64_t blocks_per_multiprocessor = 2, tile = 64, fixed = 64, merge = 4, max_splits = 128;
+  const int64_t resident = std::max<int64_t>(1, device.multiprocessors * blocks_per_multiprocessor);
+  const int64_t blocks = std::max<int64_t>(1, independent_blocks);
+  const int64_t tiles = std::max<int64_t>(1, (capacity + tile - 1) / tile);
+  int64_t best = 1, best_cost = INT64_MAX;
+  for (int64_t splits = 1; splits <= std::min(tiles, max_splits); ++splits) {
+    const int64_t waves = (blocks * splits + resident - 1) / resident;
+    const int64_t keys = (tiles + splits - 1) / splits * tile;
+    const int64_t cost = waves * (keys + fixed) + (splits > 1 ? merge * splits : 0);
+    if (cost < best_cost) {
+      best = splits;
+      best_cost = cost;
+    }
+  }
+  return static_cast<int32_t>(best);
 }
 
 }  // namespace flashdecpp

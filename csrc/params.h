@@ -37,8 +37,8 @@ struct AttentionParams {
   int32_t num_splits;    // 0: the heuristic chooses
   DType q_dtype, kv_dtype;
 
-  int32_t group() const { return q_heads / kv_heads; }
-  int64_t capacity() const { return int64_t{max_blocks} * block_size; }
+  constexpr int32_t group() const { return q_heads / kv_heads; }
+  constexpr int64_t capacity() const { return int64_t{max_blocks} * block_size; }
 };
 
 struct LinearParams {
@@ -88,7 +88,7 @@ struct RotaryParams {
   bool interleaved;
   DType dtype, kv_dtype;
 
-  int64_t capacity() const { return int64_t{max_blocks} * block_size; }
+  constexpr int64_t capacity() const { return int64_t{max_blocks} * block_size; }
 };
 
 enum class Activation : int8_t { kSilu, kGelu, kGeluTanh, kRelu };

@@ -18,7 +18,7 @@
 //                                          copy_async<8> for 8 bytes
 //   widen_e4m3<T>(uint2)                   8 float8 values as 8 half or bfloat16 values, exactly
 //   load_stream(p)                         16 bytes that are read once: past L1
-//   store_wide(p, v)                       16 bytes in one access
+//   store_wide(p, v)                       16 bytes in one access, also where the compiler would take them apart
 //   exchange_xor(v, mask)                  the value of lane ^ mask; v is float or uint64_t
 //   exp2_approx(x)                         2^x in one instruction
 //   wait_for_previous_kernel(), allow_next_kernel()   programmatic dependent launch; nothing where there is none

@@ -142,8 +142,7 @@ __device__ __forceinline__ void mma(TileC& c, const TileA<bfloat16>& a, const Ti
 __device__ __forceinline__ void store(half* p, int stride, const TileC& c) {
 #pragma unroll
   for (int i = 0; i < TileC::kValues; i += 2) {
-    *reinterpret_cast<__half2*>(p + TileC::row(i) * stride + TileC::col(i)) =
-        __floats2half2_rn(c.v[i], c.v[i + 1]);
+    *reinterpret_cast<__half2*>(p + TileC::row(i) * stride + TileC::col(i)) = __floats2half2_rn(c.v[i], c.v[i + 1]);
   }
 }
 
