@@ -1,10 +1,12 @@
-// The pure host side for Python: what was built and what the heuristics choose. Includes no torch, so it imports anywhere.
+// The pure host side for Python: what was built and what the heuristics choose. Includes no torch, so it imports
+// anywhere.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
 #include <string>
 
+#include "build_info.h"
 #include "heuristics.h"
 
 namespace py = pybind11;
@@ -17,10 +19,10 @@ PYBIND11_MODULE(_C, m) {
       "build_info",
       [] {
         return std::map<std::string, std::string>{
-            {"cxx", FLASHDECPP_CXX},
-            {"cuda_compiler", FLASHDECPP_CUDA_COMPILER},
-            {"cuda_architectures", FLASHDECPP_CUDA_ARCHITECTURES},
-            {"reasons", FLASHDECPP_REASONS},
+            {"cxx", build_info::kCxx},
+            {"cuda_compiler", build_info::kCudaCompiler},
+            {"cuda_architectures", build_info::kCudaArchitectures},
+            {"reasons", build_info::kReasons},
         };
       },
       "Compilers, GPU architectures and the reason for each, as fixed when the package was built.");
@@ -40,6 +42,6 @@ PYBIND11_MODULE(_C, m) {
       "choose_linear",
       [](InflectionPoints points, int64_t m_rows, int64_t k) { return name(choose_linear(points, m_rows, k)); },
       py::arg("points"), py::arg("m"), py::arg("k"), "Which implementation linear(impl='auto') takes on a GPU.");
-  m.def("choose_num_splits", &choose_num_splits, py::arg("device"), py::arg("independent_blocks"),
-        py::arg("capacity"), "How many KV splits decode_attention(num_splits=0) takes on a GPU.");
+  m.def("choose_num_splits", &choose_num_splits, py::arg("device"), py::arg("independent_blocks"), py::arg("capacity"),
+        "How many KV splits decode_attention(num_splits=0) takes on a GPU.");
 }
