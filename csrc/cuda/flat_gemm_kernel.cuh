@@ -90,8 +90,7 @@ template <class T, int tile_index>
 __global__ void __launch_bounds__(FlatGemm<T, tile_index>::kThreads, 2) flat_gemm_kernel(LinearParams p, SplitK split) {
   using namespace arch;
   using G = FlatGemm<T, tile_index>;
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  T* const shared = reinterpret_cast<T*>(shared_bytes);
+  T* const shared = reinterpret_cast<T*>(dynamic_shared());
 
   const int m_tiles = static_cast<int>((p.m + G::kBlockM - 1) / G::kBlockM);
   const int64_t first_m = blockIdx.x % m_tiles * int64_t{G::kBlockM};
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(FlatGemm<T, tile_index>::kThreads, 2) flat_gem
   __syncthreads();
 
   // Through shared memory, so that neighbours in N leave together.
-  float* const outputs = reinterpret_cast<float*>(shared_bytes);  // [block_m][kOutStride]
+  float* const outputs = reinterpret_cast<float*>(dynamic_shared());  // [block_m][kOutStride]
 #pragma unroll
   for (int i = 0; i < G::kTilesN; ++i) {
 #pragma unroll

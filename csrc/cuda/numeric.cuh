@@ -58,7 +58,7 @@ __device__ __forceinline__ void store_vector(T* p, const float (&values)[n]) {
     *p = from_float<T>(values[0]);
   } else {
     using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, std::conditional_t<sizeof(T) == 2, uint16_t, uint8_t>>;
-    static_assert(bytes % 8 == 0);
+    static_assert(bytes == 4 || bytes == 8 || bytes % 16 == 0);
     uint32_t words[bytes / 4] = {};
 #pragma unroll
     for (int i = 0; i < n; ++i) {
@@ -72,8 +72,10 @@ __device__ __forceinline__ void store_vector(T* p, const float (&values)[n]) {
       for (int i = 0; i < bytes / 4; i += 4) {
         store_wide(p + i * per_word, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
       }
-    } else {
+    } else if constexpr (bytes == 8) {
       *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+    } else {
+      *reinterpret_cast<uint32_t*>(p) = words[0];
     }
   }
 }

@@ -1,0 +1,32 @@
+#include "../contract.h"
+#include "launch.h"
+#include "sample_kernel.cuh"
+
+namespace flashdecpp {
+namespace {
+
+Tensor sample(Tensor logits, OptionalTensor temperature, OptionalTensor top_k, OptionalTensor top_p,
+              OptionalTensor min_p, OptionalTensor seed, OptionalTensor position, OptionalTensor repetition_penalty,
+              OptionalTensor seen) {
+  SampleParams p = contract::sample(logits, temperature, top_k, top_p, min_p, seed, position, repetition_penalty, seen);
+  const Device device = View(logits).device;
+  const Launcher launcher("sample", device);
+  Tensor result = new_tensor({p.batch}, DType::kInt64, device);
+  if (p.batch == 0) return result;
+  FLASHDECPP_REQUIRE(p.batch <= INT32_MAX, "sample", "logits must have fewer than 2^31 rows, got ", p.batch);
+  p.out = static_cast<int64_t*>(View(result).data);
+  arch::with_float_type(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    launcher(sample_kernel<T>, static_cast<unsigned>(p.batch), kSampleThreads, 0, p);
+  });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
+{
+  m.impl("sample", TORCH_BOX(&sample));
+}
+
+}  // namespace flashdecpp
