@@ -12,8 +12,7 @@ struct DeviceProperties {
   int32_t arch;             // 80, 86, 89, 90: compute capability times ten
 };
 
-// ---- which linear
-// ------------------------------------------------------------------------------------------------------
+// ---- which linear --------------------------------------------------------------------------------------------------
 enum class LinearImpl : int8_t { kGemv, kFlatGemm, kBlas };
 
 inline const char* name(LinearImpl impl) {
@@ -42,8 +41,7 @@ inline LinearImpl choose_linear(InflectionPoints points, int64_t m, int64_t k) {
   return m < points.m2 ? LinearImpl::kFlatGemm : LinearImpl::kBlas;
 }
 
-// ---- GEMV: how many waves share a row of the weight
-// -----------------------------------------------------------------------------------------
+// ---- GEMV: how many waves share a row of the weight ----------------------------------------------------------------
 // One, unless the rows alone leave multiprocessors idle (small N) and K is long enough for every wave to have a full
 // set of loads in flight.
 inline int32_t choose_gemv_waves(const DeviceProperties& device, int64_t row_groups, int64_t loads_per_lane,
@@ -57,8 +55,7 @@ inline int32_t choose_gemv_waves(const DeviceProperties& device, int64_t row_gro
   return waves;
 }
 
-// ---- flat GEMM: which tile, and how often K is split
-// ----------------------------------------------------------------------------------------
+// ---- flat GEMM: which tile, and how often K is split ---------------------------------------------------------------
 // A block multiplies block_n rows of the weight by block_m rows of x, block_k at a time through `stages` buffers in
 // shared memory, by waves_n x waves_m waves.
 struct FlatTile {
@@ -119,8 +116,7 @@ inline int32_t choose_k_splits(const DeviceProperties& device, int64_t tiles, in
   return best;
 }
 
-// ---- how many KV splits
-// ------------------------------------------------------------------------------------------------
+// ---- how many KV splits --------------------------------------------------------------------------------------------
 // Lengths live on the device, so the choice is made from the capacity of the cache, as if every sequence filled it.
 // `independent_blocks` is what there is without splitting: batch * kv_heads * row tiles. Time is counted in keys that
 // one block walks over: the machine takes the blocks in waves of `resident`, each wave as long as its split, plus a

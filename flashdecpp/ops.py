@@ -52,6 +52,45 @@ def _translate(error: RuntimeError) -> Exception:
     return error
 
 
+# Inductor can't lower an op with one result whose in-place argument is None (torch 2.13: "getitem is not an
+# OpOverload"). Compiled code calls these, which have no such argument, in its place.
+torch.library.define("flashdecpp::rms_norm_alone", "(Tensor x, Tensor weight, float eps) -> Tensor")
+torch.library.define(
+    "flashdecpp::layer_norm_alone", "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor"
+)
+torch.library.define(
+    "flashdecpp::sample_unseen",
+    "(Tensor logits, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? seed, "
+    "Tensor? position) -> Tensor",
+)
+_rms_norm_alone = torch.ops.flashdecpp.rms_norm_alone.default
+_layer_norm_alone = torch.ops.flashdecpp.layer_norm_alone.default
+_sample_unseen = torch.ops.flashdecpp.sample_unseen.default
+
+
+@torch.library.impl("flashdecpp::rms_norm_alone", "CompositeExplicitAutograd")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _rms_norm(x, weight, eps=eps)
+
+
+@torch.library.impl("flashdecpp::layer_norm_alone", "CompositeExplicitAutograd")
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return _layer_norm(x, weight, bias, eps=eps)
+
+
+@torch.library.impl("flashdecpp::sample_unseen", "CompositeExplicitAutograd")
+def _(logits, temperature, top_k, top_p, min_p, seed, position):
+    return _sample(
+        logits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        position=position,
+    )
+
+
 # ------------------------------------------------------------------------------------------------- attention
 
 
@@ -261,6 +300,8 @@ def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: 
     Raises:
         ValueError: an argument is not as described.
     """
+    if residual is None and torch.compiler.is_compiling():
+        return _rms_norm_alone(x, weight, eps)
     try:
         return _rms_norm(x, weight, residual, eps=eps)
     except RuntimeError as error:
@@ -279,6 +320,8 @@ def layer_norm(
 
     bias is [hidden] of weight's dtype. Everything else is as in `rms_norm`.
     """
+    if residual is None and torch.compiler.is_compiling():
+        return _layer_norm_alone(x, weight, bias, eps)
     try:
         return _layer_norm(x, weight, bias, residual, eps=eps)
     except RuntimeError as error:
@@ -286,6 +329,8 @@ def layer_norm(
 
 
 @torch.library.register_fake("flashdecpp::rms_norm")
+@torch.library.register_fake("flashdecpp::rms_norm_alone")
+@torch.library.register_fake("flashdecpp::layer_norm_alone")
 @torch.library.register_fake("flashdecpp::layer_norm")
 def _(x, *_args, **_):
     return x.new_empty(x.shape)
@@ -408,6 +453,8 @@ def sample(
     Raises:
         ValueError: an argument is not as described.
     """
+    if seen is None and repetition_penalty is None and torch.compiler.is_compiling():
+        return _sample_unseen(logits, temperature, top_k, top_p, min_p, seed, position)
     try:
         return _sample(
             logits,
@@ -425,5 +472,6 @@ def sample(
 
 
 @torch.library.register_fake("flashdecpp::sample")
-def _(logits, **_):
+@torch.library.register_fake("flashdecpp::sample_unseen")
+def _(logits, *_args, **_):
     return logits.new_empty((logits.size(0),), dtype=torch.int64)

@@ -38,11 +38,13 @@ def test_one_long_sequence_fills_the_machine() -> None:
 
 
 @given(blocks=st.integers(1, 1 << 16), capacity=st.integers(0, 1 << 20))
-def test_splits_are_positive_and_never_grow_with_the_work_at_hand(blocks: int, capacity: int) -> None:
-    splits = _C.choose_num_splits(H100, blocks, capacity)
-    assert splits >= 1
-    assert _C.choose_num_splits(H100, blocks + 1, capacity) <= splits
-    assert _C.choose_num_splits(H100, blocks, capacity + 1) >= splits
+def test_no_split_is_shorter_than_a_tile(blocks: int, capacity: int) -> None:
+    tiles = max(1, -(-capacity // 64))
+    assert 1 <= _C.choose_num_splits(H100, blocks, capacity) <= min(tiles, 128)
+
+
+def test_enough_sequences_are_not_split() -> None:
+    assert _C.choose_num_splits(H100, independent_blocks=2 * H100.multiprocessors, capacity=1024) == 1
 
 
 def test_build_info_says_what_was_built_and_why() -> None:

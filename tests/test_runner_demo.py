@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from runner_models import runner_logits, transformers_logits
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from flashdecpp.runner import LLM, ModelError, SamplingParams
 from flashdecpp.runner import demo as demo_module
+from flashdecpp.runner.hf_twin import transformers_twin
 
 GREEDY = json.loads((Path(__file__).parent / "data" / "smollm2_greedy.json").read_text())
 UNSEEN = [
@@ -34,38 +35,8 @@ def llm() -> LLM:
 
 @pytest.fixture(scope="module")
 def transformers_model(llm: LLM) -> LlamaForCausalLM:
-    """transformers' Llama with the weights that the runner dequantised, unpacked again."""
-    config = llm.config
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab,
-            hidden_size=config.hidden,
-            intermediate_size=config.ffn,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.q_heads,
-            num_key_value_heads=config.kv_heads,
-            max_position_embeddings=8192,
-            rms_norm_eps=1e-5,
-            rope_theta=100000.0,
-            tie_word_embeddings=True,
-        )
-    ).eval()
-    weights, state = llm.decoder.weights, {}
-    state["model.embed_tokens.weight"] = state["lm_head.weight"] = weights.embed
-    state["model.norm.weight"] = weights.norm
-    for index, layer in enumerate(weights.layers):
-        prefix = f"model.layers.{index}."
-        for name, part in zip("qkv", layer.qkv.split(config.qkv_rows), strict=True):
-            state[f"{prefix}self_attn.{name}_proj.weight"] = part
-        gate, up = layer.gate_up.chunk(2)
-        state[f"{prefix}self_attn.o_proj.weight"] = layer.o
-        state[f"{prefix}mlp.gate_proj.weight"] = gate
-        state[f"{prefix}mlp.up_proj.weight"] = up
-        state[f"{prefix}mlp.down_proj.weight"] = layer.down
-        state[f"{prefix}input_layernorm.weight"] = layer.attn_norm
-        state[f"{prefix}post_attention_layernorm.weight"] = layer.ffn_norm
-    model.load_state_dict(state, assign=True)
-    return model
+    """transformers' Llama with the weights that the runner dequantised."""
+    return transformers_twin(llm, torch.float32)
 
 
 @demo
@@ -112,9 +83,7 @@ def test_bfloat16_agrees_within_its_error(llm, transformers_model):
     prompt, following = run["prompt_ids"], run["token_ids"][:24]
     exact = transformers_logits(transformers_model, prompt, following)
     ours = runner_logits(LLM("demo", device="cpu", dtype="bfloat16"), prompt, following)
-    half = LlamaForCausalLM(transformers_model.config).to(torch.bfloat16).eval()
-    half.load_state_dict(transformers_model.state_dict())
-    half.model.rotary_emb = transformers_model.model.rotary_emb  # its frequencies stay float32
+    half = transformers_twin(llm, torch.bfloat16)
     theirs = transformers_logits(half, prompt, following)
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
     assert (ours - exact).square().mean().sqrt() <= 1.5 * (theirs - exact).square().mean().sqrt()

@@ -189,7 +189,7 @@ void softmax_row(const AttentionParams& p, RowChunk& rows, int r, int64_t key, i
   const Vec reference = set1(state.reference);
   Vec total = set1(0.0f);
   for (int j = begin; j < end; j += kLanes) {
-    const Vec weight = exp(load(x + j) - reference);
+    const Vec weight = exp_difference(load(x + j), reference);
     total = total + weight;
     store(x + j, weight);
   }
@@ -218,8 +218,8 @@ inline int32_t finish_row(const AttentionParams& p, int b, int h, int row, const
   float scale = 0.0f, lse = sink;
   if (!state.empty()) {
     const float top = max(state.maximum, sink);
-    const float kept = exp(state.reference - top);
-    const float total = state.sum * kept + (p.sinks ? exp(sink - top) : 0.0f);
+    const float kept = exp_difference(state.reference, top);
+    const float total = state.sum * kept + (p.sinks ? exp_difference(sink, top) : 0.0f);
     scale = kept / total * (p.v_scale ? p.v_scale[h] : 1.0f);
     lse = top + __builtin_logf(total);
   }
@@ -329,7 +329,7 @@ static int32_t merge(const AttentionParams& p, int32_t b, int32_t h, const float
       const float* partial = row_partials + s * split_stride;
       const SoftmaxState part = {partial[0], partial[1], partial[2]};
       if (part.empty()) continue;
-      const float factor = exp(part.reference - state.reference);
+      const float factor = exp_difference(part.reference, state.reference);
       state.sum += part.sum * factor;
       int d = 0;
       for (; d + kLanes <= p.head_dim; d += kLanes) {

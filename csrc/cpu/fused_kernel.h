@@ -42,28 +42,35 @@ void norm_typed(const NormParams& p, int64_t row_begin, int64_t row_end) {
       });
       h = residual;
     }
-    float mean = 0.0f;
+    // The mean of numbers far from zero carries their rounding: what is left after subtracting it is subtracted too.
+    float mean = 0.0f, rest = 0.0f;
     if (p.subtract_mean) {
       Vec total = set1(0.0f);
       for_each_vector(0, p.cols, [&](int64_t i, int n) { total = total + load_some(h + i, n); });
       mean = sum(total) / count;
+      total = set1(0.0f);
+      int64_t i = 0;
+      for (; i + kLanes <= p.cols; i += kLanes) total = total + (load(h + i) - set1(mean));
+      rest = sum(total);
+      for (; i < p.cols; ++i) rest += to_float(h[i]) - mean;
+      rest /= count;
     }
-    const Vec center = set1(mean);
+    const auto center = [&](Vec y) __attribute__((always_inline)) { return (y - set1(mean)) - set1(rest); };
     Vec squares[2] = {set1(0.0f), set1(0.0f)};
     int64_t i = 0;
     for (; i + 2 * kLanes <= p.cols; i += 2 * kLanes) {
-      const Vec a = load(h + i) - center, b = load(h + i + kLanes) - center;
+      const Vec a = center(load(h + i)), b = center(load(h + i + kLanes));
       squares[0] = fma(a, a, squares[0]);
       squares[1] = fma(b, b, squares[1]);
     }
     float total = sum(squares[0] + squares[1]);
     for (; i < p.cols; ++i) {
-      const float d = to_float(h[i]) - mean;
+      const float d = (to_float(h[i]) - mean) - rest;
       total += d * d;
     }
     const Vec scale = set1(1.0f / __builtin_sqrtf(total / count + p.eps));
     for_each_vector(0, p.cols, [&](int64_t j, int n) {
-      Vec y = (load_some(h + j, n) - center) * scale;
+      Vec y = center(load_some(h + j, n)) * scale;
       if (weight) y = y * load_some(weight + j, n);
       if (bias) y = y + load_some(bias + j, n);
       store_some(out + j, y, n);

@@ -454,9 +454,16 @@ FLASHDECPP_INLINE Vec exp(Vec x) {
   p = fma(p, r * r, r) + set1(1.0f);
   return where_less(x, set1(-87.33654f), set1(0.0f), scale_by_power(p, n));
 }
-FLASHDECPP_INLINE float exp(float x) {
+// e^(x - y) without the rounding of x - y, which between distant numbers of either sign would be most of the error.
+FLASHDECPP_INLINE Vec exp_difference(Vec x, Vec y) {
+  const Vec difference = x - y;
+  const Vec lost = x - (difference + y);
+  const Vec e = exp(difference);
+  return where_less(difference, set1(-87.33654f), set1(0.0f), fma(e, lost, e));
+}
+FLASHDECPP_INLINE float exp_difference(float x, float y) {
   float lanes[kLanes];
-  store(lanes, exp(set1(x)));
+  store(lanes, x == y ? set1(1.0f) : exp_difference(set1(x), set1(y)));
   return lanes[0];
 }
 

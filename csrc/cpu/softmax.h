@@ -33,7 +33,7 @@ struct SoftmaxState {
   float admit(float largest, Policy policy) {
     maximum = max(maximum, largest);
     const float next = policy.reference(maximum);
-    const float factor = reference == next ? 1.0f : reference == -kInf ? 0.0f : exp(reference - next);
+    const float factor = reference == next ? 1.0f : reference == -kInf ? 0.0f : exp_difference(reference, next);
     reference = next;
     sum *= factor;
     return factor;

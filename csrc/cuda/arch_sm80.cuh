@@ -35,8 +35,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// ---- memory
-// ------------------------------------------------------------------------------------------------------------
+// ---- memory --------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -74,8 +73,7 @@ __device__ __forceinline__ void store_wide(void* p, const uint4& v) {
   asm volatile("st.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// ---- matrix tiles: 16 x 8 x 16
-// -----------------------------------------------------------------------------------------
+// ---- matrix tiles: 16 x 8 x 16 -------------------------------------------------------------------------------------
 template <class T>
 struct TileA {
   uint32_t v[4];
@@ -154,8 +152,7 @@ __device__ __forceinline__ void store(bfloat16* p, int stride, const TileC& c) {
   }
 }
 
-// ---- fp8
-// ---------------------------------------------------------------------------------------------------------------
+// ---- fp8 -----------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ uint32_t widen_pair(uint32_t pair, half) {
   const __half2_raw wide = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
   return wide.x | static_cast<uint32_t>(wide.y) << 16;
@@ -174,8 +171,7 @@ __device__ __forceinline__ uint4 widen_e4m3(uint2 v) {
           widen_pair(v.y >> 16, T())};
 }
 
-// ---- programmatic dependent launch: from Hopper on
-// -----------------------------------------------------------------------
+// ---- programmatic dependent launch: from Hopper on -----------------------------------------------------------------
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
