@@ -1,0 +1,56 @@
+"""A loaded model as transformers has it, with the very same weights: to compare results and speed with."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .errors import ModelError
+from .llm import LLM
+
+
+def transformers_twin(llm: LLM, dtype: torch.dtype) -> LlamaForCausalLM:
+    """transformers' Llama with the weights of `llm` in `dtype`. Weights of that dtype are shared."""
+    config, weights = llm.config, llm.decoder.weights
+    if config.architecture.name != "LlamaForCausalLM" or config.rope.kind != "default" or config.qkv_bias:
+        raise ModelError(f"a twin is made of plain Llama models, not of {llm.name}")
+    with torch.device("meta"):  # no memory for weights that are about to be replaced
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=config.vocab,
+                hidden_size=config.hidden,
+                intermediate_size=config.ffn,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.q_heads,
+                num_key_value_heads=config.kv_heads,
+                head_dim=config.head_dim,
+                max_position_embeddings=config.rope.max_positions,
+                rms_norm_eps=config.norm_eps,
+                rope_theta=config.rope.theta,
+                tie_word_embeddings=config.tied_embeddings,
+                eos_token_id=list(config.eos_ids),
+            )
+        )
+    state = {"model.embed_tokens.weight": weights.embed, "lm_head.weight": weights.lm_head}
+    state["model.norm.weight"] = weights.norm
+    for index, layer in enumerate(weights.layers):
+        q, k, v = layer.qkv.split(config.qkv_rows)
+        gate, up = layer.gate_up.chunk(2)
+        tensors = {
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": layer.o,
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": layer.down,
+            "input_layernorm": layer.attn_norm,
+            "post_attention_layernorm": layer.ffn_norm,
+        }
+        state |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in tensors.items()}
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+    if config.tied_embeddings:
+        model.tie_weights()
+    # The rope's frequencies are no weights: made again, off the meta device, in float32.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    return model.eval()
