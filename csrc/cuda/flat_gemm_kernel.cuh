@@ -142,38 +142,47 @@ __global__ void __launch_bounds__(FlatGemm<T, tile_index>::kThreads, 2) flat_gem
   }
   __syncthreads();
 
+  // A thread's vectors of eight: the loads of all of them are in flight together.
   constexpr int row_vectors = G::kBlockN / 8;
-  const int valid_m = static_cast<int>(min(p.m - first_m, int64_t{G::kBlockM}));
-  const int64_t part_stride = G::kBlockM * G::kBlockN;
-  float* const parts = split.parts ? split.parts + blockIdx.x * (split.splits * part_stride) : nullptr;
-  if (parts) {
-    float* const part = parts + blockIdx.y * part_stride;
-    for (int i = threadIdx.x; i < valid_m * row_vectors; i += G::kThreads) {
-      const int m = i / row_vectors, n = i % row_vectors * 8;
-      float v[8];
-      load_vector(v, outputs + m * G::kOutStride + n);
-      store_vector(part + m * G::kBlockN + n, v);
+  constexpr int vectors = (G::kBlockM * row_vectors + G::kThreads - 1) / G::kThreads;
+  const int count = static_cast<int>(min(p.m - first_m, int64_t{G::kBlockM})) * row_vectors;
+  float v[vectors][8];
+#pragma unroll
+  for (int j = 0; j < vectors; ++j) {
+    const int i = j * G::kThreads + threadIdx.x;
+    if (i < count) load_vector(v[j], outputs + i / row_vectors * G::kOutStride + i % row_vectors * 8);
+  }
+  if (split.parts) {
+    constexpr int64_t part_stride = G::kBlockM * G::kBlockN;
+    float* const parts = split.parts + blockIdx.x * (split.splits * part_stride);
+#pragma unroll
+    for (int j = 0; j < vectors; ++j) {
+      const int i = j * G::kThreads + threadIdx.x;
+      if (i < count) store_vector(parts + blockIdx.y * part_stride + i * 8, v[j]);
     }
     if (!last_block_to_arrive(split.arrived + blockIdx.x, split.splits)) return;
-  }
-  for (int i = threadIdx.x; i < valid_m * row_vectors; i += G::kThreads) {
-    const int m = i / row_vectors, n = i % row_vectors * 8;
-    if (first_n + n >= p.n) continue;
-    float v[8];
-    if (parts) {
-      const float* const first = parts + m * G::kBlockN + n;
-      load_vector(v, first);
-#pragma unroll 4
-      for (int s = 1; s < split.splits; ++s) {
-        float part[8];
-        load_vector(part, first + s * part_stride);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] += part[e];
-      }
-    } else {
-      load_vector(v, outputs + m * G::kOutStride + n);
+    for (int j = 0; j < vectors; ++j) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[j][e] = 0.f;
     }
-    G::write_outputs(p, first_m + m, first_n + n, v);
+    for (int s = 0; s < split.splits; ++s) {
+#pragma unroll
+      for (int j = 0; j < vectors; ++j) {
+        const int i = j * G::kThreads + threadIdx.x;
+        if (i >= count) continue;
+        float part[8];
+        load_vector(part, parts + s * part_stride + i * 8);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v[j][e] += part[e];
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < vectors; ++j) {
+    const int i = j * G::kThreads + threadIdx.x;
+    const int64_t n = first_n + i % row_vectors * 8;
+    if (i < count && n < p.n) G::write_outputs(p, first_m + i / row_vectors, n, v[j]);
   }
 }
 

@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kNormMaxThreads) norm_kernel(NormParams p) {
     for (int i = 0; i < vector; ++i) sum += p.subtract_mean ? v[i] : v[i] * v[i];
   }
 
-  float mean = 0.f;
+  // A float32 mean far from zero is off by more than the spread may bear: what it is off by is the mean of the rest.
+  float mean = 0.f, rest = 0.f;
   if (p.subtract_mean) {
     mean = block_sum(sum) / p.cols;
     sum = 0.f;
@@ -51,16 +52,21 @@ __global__ void __launch_bounds__(kNormMaxThreads) norm_kernel(NormParams p) {
       float v[vector];
       load_vector(v, h + c);
 #pragma unroll
-      for (int i = 0; i < vector; ++i) sum += (v[i] - mean) * (v[i] - mean);
+      for (int i = 0; i < vector; ++i) {
+        const float centred = v[i] - mean;
+        rest += centred;
+        sum += centred * centred;
+      }
     }
+    rest = block_sum(rest) / p.cols;
   }
-  const float scale = rsqrtf(block_sum(sum) / p.cols + p.eps);
+  const float scale = rsqrtf(block_sum(sum) / p.cols - rest * rest + p.eps);
 
   for (int64_t c = first; c < p.cols; c += step) {
     float v[vector];
     load_vector(v, h + c);
 #pragma unroll
-    for (int i = 0; i < vector; ++i) v[i] = (v[i] - mean) * scale;
+    for (int i = 0; i < vector; ++i) v[i] = (v[i] - mean - rest) * scale;
     if (weight) {
       float w[vector];
       load_vector(w, weight + c);

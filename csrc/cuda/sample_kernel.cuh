@@ -14,18 +14,17 @@ namespace flashdecpp {
 
 inline constexpr int kSampleThreads = 1024;
 
-// One row: its logits, and what turns them into the values that are compared.
+// One row: its logits, and the repetition penalty that makes them the values which are compared.
 template <class T>
 struct SampleRow {
   const T* logits;        // [vocab]
   const bool* penalised;  // [vocab] or null
-  float penalty, temperature;
+  float penalty;
   uint32_t vocab;
 
   __device__ __forceinline__ float value(uint32_t i) const {
     float x = arch::to_float(logits[i]);
     if (penalised && penalised[i]) x = x > 0.f ? x / penalty : x * penalty;
-    if (temperature != 1.f) x /= temperature;
     return x == x ? x + 0.f : -INFINITY;  // + 0: the two zeros are equal
   }
 };
@@ -67,11 +66,8 @@ struct DigitSums {
     for (int i = threadIdx.x; i < kDigits; i += kSampleThreads) low[i] = high[i] = 0;
   }
 
-  __device__ __forceinline__ void add(int digit, uint64_t amount) {
-    const uint32_t low_amount = static_cast<uint32_t>(amount);
-    const uint32_t before = atomicAdd(&low[digit], low_amount);
-    const uint32_t high_amount = static_cast<uint32_t>(amount >> 32) + (before + low_amount < before ? 1u : 0u);
-    if (high_amount) atomicAdd(&high[digit], high_amount);
+  __device__ __forceinline__ void add(int digit, uint32_t amount) {
+    if (atomicAdd(&low[digit], amount) + amount < amount) atomicAdd(&high[digit], 1u);  // carried
   }
 
   __device__ __forceinline__ uint64_t sum(int digit) const { return uint64_t{high[digit]} << 32 | low[digit]; }
@@ -122,12 +118,12 @@ __device__ uint32_t find_threshold(const SampleRow<T>& row, DigitSums& sums, uin
     __syncthreads();  // nobody reads the sums of the digit before
     sums.clear();
     __syncthreads();
-#pragma unroll 4
+#pragma unroll 8
     for (uint32_t i = threadIdx.x; i < row.vocab; i += kSampleThreads) {
       const float x = row.value(i);
       const uint32_t key = key_of(x);
       const bool same = first || key >> above == prefix >> above;
-      const uint64_t mine = same && key >= least ? amount(x) : 0;
+      const uint32_t mine = same && key >= least ? amount(x) : 0;
       if (mine) sums.add(key >> at & mask, mine);
     }
     __syncthreads();
@@ -162,7 +158,7 @@ __device__ uint32_t draw(const SampleRow<T>& row, uint64_t* scratch, uint32_t u2
     const uint32_t length = (end - begin + waves - 1) / waves;
     const uint32_t stop = min(begin + (wave() + 1) * length, end);
     uint64_t sum = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (uint32_t i = begin + wave() * length + lane(); i < stop; i += kWaveSize) sum += weight(row.value(i));
     sum = wave_reduce(sum, [](uint64_t a, uint64_t b) { return a + b; });
     __syncthreads();
@@ -190,13 +186,12 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(SampleParams p) 
   row.logits = static_cast<const T*>(p.logits) + r * p.logits_stride;
   row.penalised = p.repetition_penalty ? p.seen + r * p.vocab : nullptr;
   row.penalty = p.repetition_penalty ? p.repetition_penalty[r] : 1.f;
-  row.temperature = temperature > 0.f ? temperature : 1.f;
   row.vocab = static_cast<uint32_t>(p.vocab);
 
   // The largest value and, of its equals, the lowest index.
   uint32_t token = threadIdx.x;
   float largest = -INFINITY;
-#pragma unroll 4
+#pragma unroll 8
   for (uint32_t i = threadIdx.x; i < row.vocab; i += kSampleThreads) {
     const float x = row.value(i);
     if (x > largest) {
@@ -211,27 +206,28 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(SampleParams p) 
 
   if (temperature > 0.f && largest > -INFINITY) {
     // The largest has weight 1 by definition: between infinities the subtraction could not tell.
-    const auto probability = [&](float x) { return x == largest ? 1.f : expf(x - largest); };
-    const auto units = [](float weight) { return static_cast<uint64_t>(__float2ull_rn(weight * 4294967296.f)); };
+    const float inverse = 1.44269504f / temperature;
+    const auto weight_of = [&](float x) { return x == largest ? 1.f : exp2_approx((x - largest) * inverse); };
+    const auto units = [](float weight) { return __float2uint_rn(weight * 2147483648.f); };
 
     uint32_t least = 0;
     const int top_k = p.top_k ? p.top_k[r] : 0;
     if (top_k > 0 && static_cast<uint32_t>(top_k) < row.vocab) {
       least = find_threshold(
-          row, sums, least, [](float x) { return x > -INFINITY ? uint64_t{1} : uint64_t{0}; },
+          row, sums, least, [](float x) { return x > -INFINITY ? 1u : 0u; },
           [&](uint64_t) { return static_cast<uint64_t>(top_k); });
     }
     const float top_p = p.top_p ? p.top_p[r] : 1.f;
     if (top_p < 1.f) {
       least = find_threshold(
-          row, sums, least, [&](float x) { return units(probability(x)); },
+          row, sums, least, [&](float x) { return units(weight_of(x)); },
           [&](uint64_t total) { return max(uint64_t{1}, static_cast<uint64_t>(ceil(double{top_p} * total))); });
     }
     const float min_p = p.min_p ? p.min_p[r] : 0.f;
     const uint32_t random = philox(p.seed ? p.seed[r] : 0, p.position ? p.position[r] : 0);
     token = draw(row, scratch, random >> 8, [&](float x) {
-      const float weight = probability(x);
-      return x == largest || (key_of(x) >= least && weight >= min_p) ? units(weight) : 0;
+      const float weight = weight_of(x);
+      return x == largest || (key_of(x) >= least && weight >= min_p) ? units(weight) : 0u;
     });
   }
   if (threadIdx.x == 0) {
