@@ -102,7 +102,7 @@ def main() -> None:
     workload = {
         "model": "SmolLM2-135M-Instruct (demo)",
         "transformers": transformers.__version__,
-        "decode": f"{DECODE_TOKENS} tokens after {SHORT_PROMPT} of prompt, batch 1, median of {options.rounds}",
+        "decode": f"{DECODE_TOKENS} tokens after {SHORT_PROMPT}, batch 1, median of {options.rounds}",
         "prefill": f"a prompt of {LONG_PROMPT} tokens to its first token, median of {options.rounds}",
     }
     measure.save(options.output, {"workload": workload, **results})

@@ -88,6 +88,7 @@ class Decoder:
         config, weights, eps = self.config, self.weights, self.config.norm_eps
         interleaved, activation = config.rope.interleaved, config.activation
         packed_shape = (*tokens.shape, sum(self._heads), config.head_dim)
+        attended_shape = (tokens.numel(), config.q_heads * config.head_dim)
         # A norm first adds its input, the output of the sublayer before it, to the residual stream.
         following_norms = [layer.attn_norm for layer in weights.layers[1:]] + [weights.norm]
         residual = F.embedding(tokens.flatten(), weights.embed)
@@ -98,7 +99,7 @@ class Decoder:
             ops.rotary_append(
                 q, k, v, k_cache, v_cache, seq_lens, block_table, cos_sin=cos_sin, interleaved=interleaved
             )
-            x = ops.linear(attend(index, q, k, v).flatten(2).flatten(0, 1), layer.o, layer.o_bias)
+            x = ops.linear(attend(index, q, k, v).reshape(attended_shape), layer.o, layer.o_bias)
             x = ops.rms_norm(x, layer.ffn_norm, residual, eps=eps)
             x = ops.linear(x, layer.gate_up, layer.gate_up_bias)
             x = ops.linear(ops.gated_activation(x, activation=activation), layer.down, layer.down_bias)

@@ -150,7 +150,9 @@ def load_weights(plan: Plan, source: WeightSource, device: torch.device, dtype: 
     need, free = plan.nbytes(dtype), available_bytes(device)
     if need > free:
         raise OutOfMemory(f"the weights need {gigabytes(need)} on {device}, where {gigabytes(free)} are free")
-    with tqdm(total=need, unit="B", unit_scale=True, desc="weights", file=sys.stderr, leave=False) as bar:
+    with tqdm(
+        total=need, unit="B", unit_scale=True, desc="weights", file=sys.stderr, leave=False, disable=None
+    ) as bar:
 
         def load(slots: dict[str, Slot]) -> dict[str, torch.Tensor]:
             return {
