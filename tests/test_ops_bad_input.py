@@ -1,0 +1,224 @@
+"""Every bad argument is named, with what it must be and what it was; nothing is written, nothing launched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from strategies import attention, every_op, rotary
+from torch import Tensor
+
+from flashdecpp import ops
+
+
+def uneven(x: Tensor) -> Tensor:
+    """The same values with a last dimension that isn't contiguous."""
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def spaced(x: Tensor) -> Tensor:
+    """The same values, each last dimension apart from the next."""
+    return torch.cat((x, x), dim=-1)[..., : x.size(-1)]
+
+
+def reblocked(a: dict, block_size: int) -> dict:
+    """Both caches with another block size."""
+    return {
+        name: a[name][:, :1].expand(-1, block_size, -1, -1).contiguous() for name in ("k_cache", "v_cache")
+    }
+
+
+# The argument at fault, and what is passed. First what decode_attention and rotary_append have in common.
+CACHE = [
+    ("k_cache", lambda a: {"k_cache": a["k_cache"].double()}),
+    ("k_cache", lambda a: {"k_cache": a["k_cache"][0]}),
+    ("k_cache", lambda a: {"k_cache": a["k_cache"][..., :32]}),
+    ("k_cache", lambda a: {"k_cache": uneven(a["k_cache"])}),
+    ("k_cache", lambda a: reblocked(a, 12)),
+    ("k_cache", lambda a: {"block_table": None}),
+    ("v_cache", lambda a: {"v_cache": a["v_cache"].to(torch.float8_e4m3fn)}),
+    ("v_cache", lambda a: {"v_cache": a["v_cache"][:, :8]}),
+    ("v_cache", lambda a: {"v_cache": uneven(a["v_cache"])}),
+    ("seq_lens", lambda a: {"seq_lens": a["seq_lens"].long()}),
+    ("seq_lens", lambda a: {"seq_lens": a["seq_lens"][:1]}),
+    ("seq_lens", lambda a: {"seq_lens": a["seq_lens"][None]}),
+    ("seq_lens", lambda a: {"seq_lens": a["seq_lens"].repeat_interleave(2)[::2]}),
+    ("block_table", lambda a: {"block_table": a["block_table"].long()}),
+    ("block_table", lambda a: {"block_table": a["block_table"][0]}),
+    ("block_table", lambda a: {"block_table": a["block_table"][:1]}),
+    ("block_table", lambda a: {"block_table": uneven(a["block_table"])}),
+    ("k_scale", lambda a: {"k_scale": torch.ones(2, device=a["q"].device)}),
+]
+BAD = {
+    "decode_attention": [
+        *CACHE,
+        ("q", lambda a: {"q": a["q"].double()}),
+        ("q", lambda a: {"q": a["q"][0]}),
+        ("q", lambda a: {"q": uneven(a["q"])}),
+        ("q", lambda a: {"q": a["q"][:, :0]}),
+        ("q", lambda a: {"q": a["q"].repeat(1, 9, 1, 1)[:, :17]}),
+        ("q", lambda a: {"q": a["q"][..., :60].contiguous()}),
+        ("q", lambda a: {"q": a["q"].repeat(1, 1, 1, 5)[..., :264]}),
+        ("q", lambda a: {"q": a["q"][:, :, :3]}),
+        ("q", lambda a: {"q": a["q"].repeat(1, 1, 9, 1)[:, :, :34]}),
+        ("q", lambda a: {"q": a["q"][:, :, :0]}),
+        ("phi", lambda a: {"phi": a["phi"].double()}),
+        ("phi", lambda a: {"phi": a["phi"][:3]}),
+        ("phi", lambda a: {"phi": a["phi"].expand(3, 4).contiguous()}),
+        ("phi", lambda a: {"phi": a["phi"].expand(2, 4)}),
+        ("alibi_slopes", lambda a: {"alibi_slopes": a["alibi_slopes"].half()}),
+        ("alibi_slopes", lambda a: {"alibi_slopes": a["alibi_slopes"][:2]}),
+        ("sinks", lambda a: {"sinks": a["sinks"].half()}),
+        ("sinks", lambda a: {"sinks": a["sinks"][:2]}),
+        ("fallback_count", lambda a: {"fallback_count": a["fallback_count"].long()}),
+        ("fallback_count", lambda a: {"fallback_count": a["fallback_count"].repeat(2)}),
+        ("scale", lambda a: {"scale": float("nan")}),
+        ("softcap", lambda a: {"softcap": -1.0}),
+        ("num_splits", lambda a: {"num_splits": -1}),
+    ],
+    "gemv": (
+        LINEAR := [
+            ("x", lambda a: {"x": a["x"].double()}),
+            ("x", lambda a: {"x": a["x"][:, :0], "weight": a["weight"][:, :0]}),
+            ("x", lambda a: {"x": a["x"][0, 0]}),
+            ("weight", lambda a: {"weight": a["weight"].double()}),
+            ("weight", lambda a: {"weight": a["weight"][0]}),
+            ("weight", lambda a: {"weight": a["weight"][:, :32]}),
+            ("weight", lambda a: {"weight": uneven(a["weight"])}),
+            ("bias", lambda a: {"bias": a["bias"].double()}),
+            ("bias", lambda a: {"bias": a["bias"][:5]}),
+            ("bias", lambda a: {"bias": a["bias"][None]}),
+        ]
+    ),
+    "flat_gemm": LINEAR,
+    "linear": [*LINEAR, ("impl", lambda a: {"impl": "fastest"})],
+    "rms_norm": (
+        NORM := [
+            ("x", lambda a: {"x": a["x"].double()}),
+            ("x", lambda a: {"x": uneven(a["x"])}),
+            ("x", lambda a: {"x": a["x"][0, 0]}),
+            ("weight", lambda a: {"weight": a["weight"].double()}),
+            ("weight", lambda a: {"weight": a["weight"][:32]}),
+            ("weight", lambda a: {"weight": a["weight"][None]}),
+            ("residual", lambda a: {"residual": a["residual"].double()}),
+            ("residual", lambda a: {"residual": a["residual"][:2]}),
+            ("residual", lambda a: {"residual": spaced(a["residual"])}),
+        ]
+    ),
+    "layer_norm": [
+        *NORM,
+        ("bias", lambda a: {"bias": a["bias"].double()}),
+        ("bias", lambda a: {"bias": a["bias"][:32]}),
+        ("bias", lambda a: {"bias": a["bias"].float()}),
+    ],
+    "rotary_append": [
+        *CACHE,
+        ("q", lambda a: {"q": a["q"].double()}),
+        ("q", lambda a: {"q": a["q"][0]}),
+        ("q", lambda a: {"q": uneven(a["q"])}),
+        ("k", lambda a: {"k": a["k"].double()}),
+        ("k", lambda a: {"k": a["k"][:, :1]}),
+        ("k", lambda a: {"k": a["q"]}),
+        ("k", lambda a: {"k": uneven(a["k"])}),
+        ("v", lambda a: {"v": a["v"].double()}),
+        ("v", lambda a: {"v": a["v"][..., :32]}),
+        ("v", lambda a: {"v": uneven(a["v"])}),
+        ("cos_sin", lambda a: {"cos_sin": a["cos_sin"].half()}),
+        ("cos_sin", lambda a: {"cos_sin": a["cos_sin"][0]}),
+        ("cos_sin", lambda a: {"cos_sin": a["cos_sin"][:, :33].contiguous()}),
+        ("cos_sin", lambda a: {"cos_sin": a["cos_sin"].repeat(1, 2)}),
+        ("cos_sin", lambda a: {"cos_sin": uneven(a["cos_sin"])}),
+    ],
+    "gated_activation": [
+        ("gate_up", lambda a: {"gate_up": a["gate_up"].double()}),
+        ("gate_up", lambda a: {"gate_up": a["gate_up"][:, :7].contiguous()}),
+        ("gate_up", lambda a: {"gate_up": spaced(a["gate_up"])}),
+        ("gate_up", lambda a: {"gate_up": a["gate_up"][0, 0]}),
+        ("activation", lambda a: {"activation": "swish"}),
+    ],
+    "sample": [
+        ("logits", lambda a: {"logits": a["logits"].double()}),
+        ("logits", lambda a: {"logits": a["logits"][0]}),
+        ("logits", lambda a: {"logits": uneven(a["logits"])}),
+        ("logits", lambda a: {"logits": a["logits"][:, :0], "seen": a["seen"][:, :0]}),
+        ("temperature", lambda a: {"temperature": a["temperature"].half()}),
+        ("temperature", lambda a: {"temperature": a["temperature"][:2]}),
+        ("top_k", lambda a: {"top_k": a["top_k"].long()}),
+        ("top_p", lambda a: {"top_p": a["top_p"].double()}),
+        ("min_p", lambda a: {"min_p": a["min_p"][:, None]}),
+        ("seed", lambda a: {"seed": a["seed"].int()}),
+        ("position", lambda a: {"position": a["position"][:1]}),
+        ("repetition_penalty", lambda a: {"repetition_penalty": a["repetition_penalty"].half()}),
+        ("seen", lambda a: {"seen": None}),
+        ("seen", lambda a: {"seen": a["seen"].int()}),
+        ("seen", lambda a: {"seen": a["seen"][:, :10]}),
+        ("seen", lambda a: {"seen": spaced(a["seen"])}),
+    ],
+}
+
+
+def tensors(arguments: dict) -> dict[str, Tensor]:
+    return {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+
+
+def assert_refused(op: str, argument: str, arguments: dict) -> None:
+    """A RuntimeError of the op, the same text as a ValueError of its wrapper, and every tensor as it was."""
+    before = {name: x.clone() for name, x in tensors(arguments).items()}
+    message = rf"^flashdecpp::{op}: {argument}\b.* must .+, got .+"
+    with pytest.raises(RuntimeError, match=message) as from_op:
+        getattr(torch.ops.flashdecpp, op)(**arguments)
+    with pytest.raises(ValueError, match=message) as from_wrapper:
+        getattr(ops, op)(**arguments)
+    assert str(from_op.value).startswith(str(from_wrapper.value))
+    for name, x in before.items():
+        torch.testing.assert_close(arguments[name], x, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "change"),
+    [(op, *case) for op, cases in BAD.items() for case in cases],
+    ids=[f"{op}-{case[0]}-{i}" for op, cases in BAD.items() for i, case in enumerate(cases)],
+)
+def test_bad_argument(one_place, op, argument, change):
+    arguments = every_op(one_place)[op]
+    getattr(ops, op)(**arguments)  # what is changed next is all that is wrong
+    assert_refused(op, argument, arguments | change(arguments))
+
+
+def test_fp8_scales(one_place):
+    arguments = attention(one_place, [5, 33], fp8=True)
+    for name in ("k_scale", "v_scale"):
+        assert_refused("decode_attention", name, arguments | {name: arguments[name].half()})
+        assert_refused("decode_attention", name, arguments | {name: arguments[name].repeat(2)})
+
+
+def test_more_sequences_than_a_contiguous_cache_has(one_place):
+    for op, make in (("decode_attention", attention), ("rotary_append", rotary)):
+        arguments = make(one_place, [5, 33], block_size=None)
+        arguments |= {name: arguments[name][:1] for name in ("k_cache", "v_cache")}
+        assert_refused(op, "k_cache", arguments)
+
+
+def test_other_errors_stay_what_they_are():
+    """Only an op's complaint about an argument becomes a ValueError."""
+    with pytest.raises((RuntimeError, TypeError)) as caught:
+        ops.gemv(None, None)
+    assert not isinstance(caught.value, ValueError)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", BAD)
+def test_mixed_devices(one_place, op):
+    if one_place.device == "cpu":
+        pytest.skip("mixes a GPU with the CPU")
+    arguments = every_op(one_place)[op]
+    for name in list(tensors(arguments))[1:]:
+        assert_refused(op, name, arguments | {name: arguments[name].cpu()})
+
+
+@pytest.mark.gpu
+def test_what_only_a_gpu_refuses():
+    gpu = torch.device("cuda")
+    x, weight = torch.zeros(2, 20, device=gpu).half(), torch.zeros(8, 20, device=gpu).half()
+    for op in ("gemv", "flat_gemm"):
+        assert_refused(op, "x", {"x": x, "weight": weight})
+        assert_refused(op, "x", {"x": x[:, :16].float(), "weight": weight[:, :16].float()})

@@ -1,0 +1,209 @@
+"""The ops under torch.compile, in CUDA graphs, on another stream, and before torch.library.opcheck."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from strategies import Place, attention, every_op, int32, randn, rotary, sampling
+from tolerance import assert_same, compare
+from torch import Tensor
+
+from flashdecpp import ops
+
+OPS = tuple(every_op(Place("cpu", torch.float32)))
+
+
+def clean(arguments: dict) -> dict:
+    """The arguments without NaN: opcheck compares tensors by their values."""
+    return {name: x.nan_to_num() if is_float(x) else x for name, x in arguments.items()}
+
+
+def is_float(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def copy(arguments: dict) -> dict:
+    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
+def outcome(function, arguments: dict) -> list[Tensor]:
+    """All that an op returns, and all its arguments as it leaves them."""
+    result = function(**arguments)
+    returned = [result] if isinstance(result, Tensor) else list(result or ())
+    return returned + [x for x in arguments.values() if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(place, op):
+    arguments = clean(every_op(place)[op])
+    overload = getattr(torch.ops.flashdecpp, op).default
+    positional = [a.name for a in overload._schema.arguments if not a.kwarg_only and a.name in arguments]
+    torch.library.opcheck(overload, tuple(arguments.pop(name) for name in positional), arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_without_options(one_place, op):
+    """Only the arguments that an op can't do without."""
+    arguments = clean(every_op(one_place)[op])
+    overload = getattr(torch.ops.flashdecpp, op).default
+    needed = tuple(arguments[a.name] for a in overload._schema.arguments if not a.has_default_value())
+    if op in ("decode_attention", "rotary_append"):
+        contiguous = attention if op == "decode_attention" else rotary
+        arguments = clean(contiguous(one_place, [5, 33], q_len=2, block_size=None))
+        needed = tuple(arguments[a.name] for a in overload._schema.arguments if not a.has_default_value())
+    torch.library.opcheck(overload, needed)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_whole(one_place, op):
+    function = getattr(ops, op)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    arguments = every_op(one_place)[op]
+    for actual, expected in zip(
+        outcome(compiled, copy(arguments)), outcome(function, copy(arguments)), strict=True
+    ):
+        assert_same(actual, expected, op)
+
+
+def test_compiled_once_for_any_batch(one_place):
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.decode_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (5, 6, 9):
+        arguments = attention(one_place, [20 + i for i in range(batch)], q_len=2, max_len=64)
+        expected = ops.decode_attention(**arguments)
+        with torch.compiler.set_stance("default" if batch == 5 else "fail_on_recompile"):
+            actual = compiled(**arguments)
+        for a, b in zip(actual, expected, strict=True):
+            assert_same(a, b)
+
+
+def layer(weights: dict[str, Tensor], hidden: Tensor, cache: dict, sampled: dict) -> Tensor:
+    """One decoder layer and the choice of a token, of every kind of op."""
+    batch = hidden.size(0)
+    residual = hidden.clone()
+    x = ops.rms_norm(hidden, weights["norm"])
+    qkv = ops.linear(x, weights["qkv"]).view(batch, 1, 8, 64)
+    q, k, v = qkv.split([4, 2, 2], dim=2)
+    ops.rotary_append(q, k, v, **cache)
+    places = {name: cache[name] for name in ("k_cache", "v_cache", "seq_lens", "block_table")}
+    out, _ = ops.decode_attention(q, **places, phi=weights["phi"])
+    x = ops.flat_gemm(out.reshape(batch, 256), weights["out"])
+    x = ops.layer_norm(x, weights["norm"], residual=residual)
+    x = ops.gated_activation(ops.gemv(x, weights["up"]))
+    return ops.sample(ops.linear(residual + x, weights["head"]), **sampled)
+
+
+def step(place: Place, lengths: list[int]) -> tuple[dict, Tensor, dict, dict]:
+    """The arguments of `layer`."""
+    shapes = {"qkv": (512, 64), "out": (64, 256), "up": (128, 64), "head": (300, 64), "norm": (64,)}
+    weights = {name: randn(place, *shape, seed=i) / 8 for i, (name, shape) in enumerate(shapes.items())}
+    weights["phi"] = torch.zeros(4, device=place.device)
+    cache = {
+        name: x for name, x in rotary(place, lengths, block_size=8).items() if name not in ("q", "k", "v")
+    }
+    sampled = sampling(place, len(lengths), 300, temperature=1.0, top_p=0.9)
+    del sampled["logits"]
+    return weights, randn(place, len(lengths), 64, seed=9), cache, sampled
+
+
+def test_inductor(one_place):
+    """A layer through the default compiler: in-place arguments and views survive functionalisation."""
+    weights, hidden, cache, sampled = step(one_place, [5, 33, 17])
+    theirs = copy(cache)
+    expected = layer(weights, hidden, theirs, sampled)
+    mine = copy(cache)
+    actual = torch.compile(layer, fullgraph=True)(weights, hidden, mine, sampled)
+    assert torch.equal(actual, expected)
+    for name in ("k_cache", "v_cache"):
+        assert_same(mine[name], theirs[name], name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("phi", [None, 0.0, -1000.0])
+def test_cuda_graph_of_attention(phi):
+    """Captured once; lengths, block table, phi and cache change between replays."""
+    place = Place("cuda", torch.bfloat16)
+    arguments = attention(place, [300, 5, 64], q_len=2, max_len=600, q_heads=8)
+    if phi is not None:
+        arguments["phi"] = torch.full((8,), phi, device="cuda")
+    count = int32(place, [0])
+    graph, (out, lse) = capture(partial(ops.decode_attention, **arguments, fallback_count=count))
+    for seed, lengths in enumerate(([1, 600, 0], [64, 64, 64], [300, 5, 64])):
+        fresh = attention(place, lengths, q_len=2, max_len=600, q_heads=8, seed=seed)
+        blocks = min(arguments["k_cache"].size(0), fresh["k_cache"].size(0))
+        arguments["k_cache"][:blocks] = fresh["k_cache"][:blocks]
+        arguments["v_cache"][:blocks] = fresh["v_cache"][:blocks]
+        arguments["q"].copy_(fresh["q"])
+        arguments["seq_lens"].copy_(fresh["seq_lens"])
+        arguments["block_table"].copy_(fresh["block_table"].clamp(max=blocks - 1))
+        count.zero_()
+        graph.replay()
+        now = compare("decode_attention", **arguments)
+        assert_same(out, now[0])
+        assert_same(lse, now[1])
+        rows = 8 * sum(min(length, 2) for length in lengths)
+        assert count.item() == (rows if phi == -1000.0 else 0)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_a_layer():
+    place = Place("cuda", torch.bfloat16)
+    weights, hidden, cache, sampled = step(place, [5, 33, 17])
+    before = copy(cache)
+    graph, token = capture(partial(layer, weights, hidden, cache, sampled))
+    for turn in range(3):
+        for name, x in before.items():
+            cache[name].copy_(x)
+        cache["seq_lens"].sub_(turn)
+        sampled["position"].add_(1)
+        hidden.copy_(randn(place, 3, 64, seed=20 + turn))
+        graph.replay()
+        replayed = token.clone()
+        for name in ("k_cache", "v_cache"):
+            cache[name].copy_(before[name])
+        assert torch.equal(replayed, layer(weights, hidden, cache, sampled))
+
+
+def capture(function) -> tuple[torch.cuda.CUDAGraph, object]:
+    """A graph of one call, after a warm-up on the side, and the outputs that a replay fills."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_current_stream(op):
+    """The op waits for what its own stream does to its input, and for nothing else."""
+    arguments = every_op(Place("cuda", torch.bfloat16))[op]
+    expected = outcome(getattr(ops, op), copy(arguments))
+    late, first = copy(arguments), next(iter(arguments))
+    late[first] = torch.zeros_like(arguments[first])
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        late[first].copy_(arguments[first])
+        actual = outcome(getattr(ops, op), late)
+    torch.cuda.synchronize()
+    for a, b in zip(actual, expected, strict=True):
+        assert_same(a, b, op)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_second_gpu(op):
+    """The op runs where its tensors are, not where the current device is."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    expected = outcome(getattr(ops, op), every_op(Place("cuda:0", torch.bfloat16))[op])
+    actual = outcome(getattr(ops, op), every_op(Place("cuda:1", torch.bfloat16))[op])
+    for a, b in zip(actual, expected, strict=True):
+        assert str(a.device) == "cuda:1"
+        assert_same(a, b, op)

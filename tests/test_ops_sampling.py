@@ -1,0 +1,196 @@
+"""sample: what may be drawn, that it is drawn by the counter, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import int32, randn, sampling
+
+from flashdecpp import ops, reference
+
+FILTERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seen")
+
+
+def assert_drawn(arguments: dict) -> torch.Tensor:
+    """Draws, and holds the tokens against the inverse cumulative distribution at the counter's number u.
+
+    The sums of an implementation are float32: a draw may land one token off where u is that close to the
+    edge.
+    """
+    seen = arguments.get("seen")
+    before = None if seen is None else seen.clone()
+    kept = {name: arguments[name] for name in FILTERS if name in arguments} | {"seen": before}
+    weights = reference.kept_weights(arguments["logits"], **kept, compute_dtype=torch.float64)
+    weights /= weights.sum(-1, keepdim=True)
+    u = reference.uniform(arguments["seed"], arguments["position"]).double()
+    token = ops.sample(**arguments)
+
+    above = weights.cumsum(-1).gather(1, token[:, None])[:, 0]
+    own = weights.gather(1, token[:, None])[:, 0]
+    assert (own > 0).all(), "a token that a filter removed"
+    assert ((above - own - 1e-5 <= u) & (u <= above + 1e-5)).all(), "not the token of this random number"
+    if seen is not None:
+        assert torch.equal(seen, before.scatter(1, token[:, None], True))
+    return token
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 33, 1000, 49152, 151936])
+def test_greedy(any_place, vocab):
+    logits = randn(any_place, 3, vocab)
+    expected = logits.float().argmax(-1)
+    assert torch.equal(ops.sample(logits), expected)
+    zero = torch.zeros(3, device=any_place.device)
+    assert torch.equal(
+        ops.sample(**sampling(any_place, 3, vocab) | {"logits": logits, "temperature": zero}), expected
+    )
+
+
+def test_greedy_takes_the_first_of_equals(any_place):
+    logits = torch.zeros(3, 5000, device=any_place.device, dtype=any_place.dtype)
+    logits[0, [17, 18, 4999]] = 1
+    logits[1, [4097, 4999]] = 1
+    assert ops.sample(logits).tolist() == [17, 4097, 0]
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_no_number_is_never_chosen(any_place, temperature):
+    """NaN counts as -inf; where all are -inf it is token 0."""
+    inf, nan = torch.inf, torch.nan
+    rows = [[nan, -inf, 2.0, nan, -inf], [-inf] * 5, [nan] * 5, [nan, nan, -inf, nan, -1e4]]
+    logits = torch.tensor(rows).to(any_place.device, any_place.dtype)
+    if temperature is not None:
+        temperature = torch.full((4,), temperature, device=any_place.device)
+    assert ops.sample(logits, temperature=temperature).tolist() == [2, 0, 0, 4]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1e-3},
+        {"temperature": 50.0},
+        {"top_k": 1},
+        {"top_k": 10},
+        {"top_k": 10**6},
+        {"top_p": 0.0},
+        {"top_p": 0.3},
+        {"top_p": 0.95},
+        {"min_p": 0.1},
+        {"min_p": 1.0},
+        {"temperature": 1.7, "top_k": 40, "top_p": 0.8, "min_p": 0.05},
+        {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("vocab", [50, 3001])
+def test_filters(any_place, vocab, parameters):
+    assert_drawn(sampling(any_place, 64, vocab, **{"temperature": 1.0} | parameters))
+
+
+def test_large_vocabulary(any_place):
+    for parameters in ({}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.02}):
+        assert_drawn(sampling(any_place, 4, 151936, temperature=1.0, **parameters))
+
+
+def test_ties_at_a_threshold_are_kept(any_place):
+    """Four tokens share the second place: top-k 2 and a top-p that needs one of them keep all four."""
+    batch = 400
+    arguments = sampling(any_place, batch, 20, temperature=1.0)
+    arguments["logits"] = torch.full((batch, 20), -5.0, device=any_place.device, dtype=any_place.dtype)
+    arguments["logits"][:, 3] = 1.0
+    arguments["logits"][:, [5, 6, 11, 19]] = 0.5
+    top_p = torch.full((batch,), 0.4, device=any_place.device)
+    for filtered in ({"top_k": int32(any_place, [2] * batch)}, {"top_p": top_p}):
+        assert assert_drawn(arguments | filtered).unique().tolist() == [3, 5, 6, 11, 19]
+
+
+def test_every_row_has_its_own_parameters(any_place):
+    rows = [
+        sampling(any_place, 1, 300, seed=i, temperature=t, top_k=k, top_p=p)
+        for i, (t, k, p) in enumerate([(0.0, 5, 0.1), (1.0, 0, 1.0), (2.0, 3, 0.5), (0.5, -1, 0.9)])
+    ]
+    batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    alone = [ops.sample(**row).item() for row in rows]
+    assert ops.sample(**batch).tolist() == alone
+
+
+def test_independent_of_the_batch(any_place):
+    arguments = sampling(any_place, 16, 3001, temperature=1.0, top_k=500, top_p=0.99)
+    token = ops.sample(**arguments)
+    order = torch.randperm(16).to(any_place.device)
+    assert torch.equal(ops.sample(**{name: x[order] for name, x in arguments.items()}), token[order])
+    for row in (0, 7):
+        assert ops.sample(**{name: x[row : row + 1] for name, x in arguments.items()}) == token[row]
+
+
+def test_spaced_rows(any_place):
+    """The last position of [batch, tokens, vocab] logits, as a view."""
+    arguments = sampling(any_place, 5, 100, temperature=1.0)
+    wide = randn(any_place, 5, 3, 100)
+    packed = ops.sample(**arguments | {"logits": wide[:, -1].contiguous()})
+    assert torch.equal(ops.sample(**arguments | {"logits": wide[:, -1]}), packed)
+
+
+def test_repetition_penalty(any_place):
+    """Divides positive and multiplies negative logits of seen tokens; what is chosen is marked as seen."""
+    logits = torch.tensor([[3.0, 2.0, -1.0], [-1.0, -1.5, -9.0]]).to(any_place.device, any_place.dtype)
+    seen = torch.zeros(2, 3, dtype=torch.bool, device=any_place.device)
+    penalty = torch.full((2,), 2.0, device=any_place.device)
+    chosen = [ops.sample(logits, repetition_penalty=penalty, seen=seen).tolist() for _ in range(3)]
+    assert chosen == [[0, 0], [1, 1], [0, 0]]
+    assert seen.int().tolist() == [[1, 1, 0], [1, 1, 0]]
+
+    arguments = sampling(any_place, 64, 200, temperature=0.9, top_p=0.9, repetition_penalty=1.4)
+    assert_drawn(arguments | {"seen": randn(any_place, 64, 200, seed=5) > 0})
+
+
+def test_seen_is_marked_without_a_penalty(any_place):
+    arguments = sampling(any_place, 8, 200, temperature=1.0)
+    assert_drawn(arguments | {"seen": torch.zeros(8, 200, dtype=torch.bool, device=any_place.device)})
+
+
+def test_philox_known_answers(any_place):
+    """Of 2^16 equally likely tokens it is the one of the counter's top 16 bits."""
+    logits = torch.zeros(6, 2**16, device=any_place.device, dtype=any_place.dtype)
+    seed = torch.tensor([0, 0, 1, -1, 2**40 + 5, -(2**63)], device=any_place.device)
+    position = torch.tensor([0, 1, 0, 2**31, 2**33 + 1, 2**63 - 1], device=any_place.device)
+    temperature = torch.ones(6, device=any_place.device)
+    token = ops.sample(logits, temperature=temperature, seed=seed, position=position)
+    assert token[0] == 0x6627  # of Random123's vector for the zero key and counter
+    assert torch.equal(token, (reference.uniform(seed, position).double() * 2**16).long())
+    unseeded = ops.sample(logits[:1], temperature=temperature[:1])
+    assert unseeded == token[0]
+
+
+@pytest.mark.parametrize("counter", ["seed", "position"])
+def test_distribution(any_place, counter):
+    """Chi squared of 20000 draws with consecutive seeds, and with consecutive positions."""
+    draws, vocab = 20000, 24
+    logits = randn(any_place, 1, vocab).expand(draws, vocab).contiguous()
+    arguments = sampling(any_place, draws, 1, temperature=1.3) | {"logits": logits}
+    arguments |= {
+        "seed": torch.full_like(arguments["seed"], 7),
+        "position": torch.zeros_like(arguments["position"]),
+    }
+    arguments[counter] = torch.arange(draws, device=any_place.device)
+    expected = (logits[0].double() / 1.3).softmax(-1) * draws
+    observed = ops.sample(**arguments).bincount(minlength=vocab)
+    chi_squared = ((observed - expected).square() / expected).sum()
+    assert chi_squared < (vocab - 1) + 4 * (2 * (vocab - 1)) ** 0.5
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_any_parameters(any_place, data):
+    draw = data.draw
+    parameters = {
+        "temperature": draw(st.floats(0.1, 3)),
+        "top_k": draw(st.integers(-1, 60)),
+        "top_p": draw(st.floats(0, 1.1)),
+        "min_p": draw(st.floats(0, 0.3)),
+    }
+    chosen = draw(st.sets(st.sampled_from(["top_k", "top_p", "min_p"])))
+    kept = {name: value for name, value in parameters.items() if name == "temperature" or name in chosen}
+    assert_drawn(sampling(any_place, draw(st.integers(1, 9)), draw(st.integers(1, 400)), **kept))
