@@ -91,19 +91,15 @@ class Engine:
         waiting, running = deque(requests), []
         try:
             while waiting or running:
-                batch = None  # built anew where the batch has changed
-                while (
-                    waiting
-                    and len(running) < self.max_batch
-                    and self._blocks(waiting[0]) <= cache.free_blocks
-                ):
+                while waiting and self._has_room(waiting[0], running, cache):
                     request = waiting.popleft()
                     running.append(request)
                     yield from self._take_token(request, self._prefill(request, cache))
                 running = self._drop_finished(running, cache)
-                if running:
-                    batch = Batch(running, self.decoder, self.eos_ids)
-                while batch and all(request.finish_reason is None for request in running):
+                if not running:
+                    continue
+                batch = Batch(running, self.decoder, self.eos_ids)
+                while all(request.finish_reason is None for request in running):
                     for request, token in zip(running, batch.step(self.decoder, cache), strict=True):
                         yield from self._take_token(request, token)
                 running = self._drop_finished(running, cache)
@@ -111,6 +107,9 @@ class Engine:
             for request in running:  # the caller stopped early
                 cache.give_back(request.blocks)
             self._idle_cache = cache
+
+    def _has_room(self, request: Request, running: list[Request], cache: KVCache) -> bool:
+        return len(running) < self.max_batch and self._blocks(request) <= cache.free_blocks
 
     def _prefill(self, request: Request, cache: KVCache) -> int:
         """Puts the prompt into the cache; the first token of the answer."""
