@@ -1,4 +1,4 @@
-"""Drives CMake for pip: which op libraries this machine can build, and why. Everything else is in pyproject.toml."""
+"""Drives CMake for pip: which op libraries this machine can build, and why. The rest is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_CUDA_ARCHITECTURES = ["80-real", "90a-real"]
 
 
 def torch_folder() -> Path | None:
-    """torch's folder in the environment that is installed into. Not an import: pip's isolated builds hide it."""
+    """torch's folder in the environment that is installed into: pip's isolated builds hide it from import."""
     candidates = [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
     for folder in candidates:
         if (torch := Path(folder) / "torch" / "include" / "torch" / "csrc" / "stable").is_dir():
@@ -41,22 +41,27 @@ def find_nvcc() -> str | None:
 
 
 def present_gpus() -> list[str]:
-    """Compute capabilities of this machine's NVIDIA GPUs, such as ["9.0"]."""
+    """Compute capabilities of this machine's NVIDIA GPUs that the kernels run on, such as ["9.0"]."""
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        return sorted(set(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()))
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+        return sorted({capability for capability in found if float(capability) >= 8})
     except (OSError, subprocess.CalledProcessError):
         return []
 
 
 def cmake_architectures(capabilities: list[str]) -> list[str]:
-    """CMake's names for capabilities in torch's notation: "9.0" -> "90a-real", "8.6+PTX" -> "86-real", "86-virtual"."""
+    """CMake's names for torch's notation: "9.0" -> "90a-real"; "8.6+PTX" -> "86-real", "86-virtual"."""
     names = []
     for capability in capabilities:
         match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", capability)
         if match is None:
             sys.exit(
-                f"flashdecpp: TORCH_CUDA_ARCH_LIST has {capability!r}; write capabilities such as '8.0;9.0' or '8.6+PTX'"
+                f"flashdecpp: TORCH_CUDA_ARCH_LIST has {capability!r}; write such as '8.0;9.0' or '8.6+PTX'"
+            )
+        if int(match[1]) < 8:
+            sys.exit(
+                f"flashdecpp: TORCH_CUDA_ARCH_LIST has {capability}; the kernels need 8.0 (Ampere) or newer"
             )
         number = match[1] + match[2]
         names.append(f"{number}a-real" if match[3] or number == "90" else f"{number}-real")
@@ -73,9 +78,7 @@ def cuda_choice() -> tuple[list[str], str]:
     nvcc = find_nvcc()
     if nvcc is None:
         if switch == "1":
-            sys.exit(
-                "flashdecpp: FLASHDECPP_CUDA=1 but nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
-            )
+            sys.exit("flashdecpp: FLASHDECPP_CUDA=1 but nvcc was not found; install it or set CUDA_HOME")
         return [
             "-DFLASHDECPP_CUDA=OFF"
         ], "cuda: not built, no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
@@ -86,10 +89,8 @@ def cuda_choice() -> tuple[list[str], str]:
     elif gpus := present_gpus():
         architectures, why = cmake_architectures(gpus), "the GPU of this machine"
     else:
-        architectures, why = (
-            DEFAULT_CUDA_ARCHITECTURES,
-            "no GPU here and TORCH_CUDA_ARCH_LIST not set, so the default",
-        )
+        architectures = DEFAULT_CUDA_ARCHITECTURES
+        why = "no GPU here and TORCH_CUDA_ARCH_LIST not set, so the default"
     options = [
         "-DFLASHDECPP_CUDA=ON",
         f"-DCMAKE_CUDA_COMPILER={nvcc}",

@@ -1,4 +1,4 @@
-"""decode_attention beside torch's SDPA (flash, cuDNN) on one GPU, contiguous and paged, online and unified maximum.
+"""decode_attention beside torch's SDPA (flash, cuDNN) on one GPU: contiguous and paged, online and unified.
 
 python bench/attention.py [--output bench/results/attention_h100.json]
 """

@@ -6,6 +6,7 @@ python bench/linear.py [--output bench/results/linear_h100.json]
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import measure
 import torch
@@ -33,12 +34,12 @@ def measure_shape(n: int, k: int, dtype: torch.dtype) -> list[dict]:
     for m in BATCHES:
         x = torch.randn(m, k, dtype=dtype, device="cuda")
         times = {
-            "blas": measure.graph_median_us([lambda w=w: F.linear(x, w) for w in weights]),
-            "auto": measure.graph_median_us([lambda w=w: ops.linear(x, w) for w in weights]),
-            "flat_gemm": measure.graph_median_us([lambda w=w: ops.flat_gemm(x, w) for w in weights]),
+            "blas": measure.graph_median_us([partial(F.linear, x, w) for w in weights]),
+            "auto": measure.graph_median_us([partial(ops.linear, x, w) for w in weights]),
+            "flat_gemm": measure.graph_median_us([partial(ops.flat_gemm, x, w) for w in weights]),
         }
         if m <= 8:
-            times["gemv"] = measure.graph_median_us([lambda w=w: ops.gemv(x, w) for w in weights])
+            times["gemv"] = measure.graph_median_us([partial(ops.gemv, x, w) for w in weights])
         rows.append(
             {
                 "n": n,

@@ -23,7 +23,7 @@ def rotation(bytes_per_call: int) -> int:
 
 
 def graph_median_us(calls: Sequence[Callable[[], object]], replays: int = 30) -> float:
-    """Median microseconds of one call, from CUDA-graph replays of all `calls` (each on its own inputs) in turn."""
+    """Median microseconds of one call, from graph replays of all `calls` (each on its own inputs) in turn."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:

@@ -1,4 +1,4 @@
-"""FlashDecoding++ for PyTorch: decode attention with a unified maximum, flat GEMM, GEMV and the switch between them.
+"""FlashDecoding++ for PyTorch: decode attention with a unified maximum, flat GEMM, GEMV and their switch.
 
 Three ways in:
 

@@ -28,7 +28,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32 (CPU only), bfloat16 or float16.  [default: bfloat16 on the CPU, on a GPU the model's own]"
+        help="float32 (CPU only), bfloat16 or float16.  [default: bfloat16; on a GPU the model's own]"
     ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens of an answer.", min=1)]

@@ -81,24 +81,26 @@ def runner_logits(llm: LLM, prompt: list[int], following: list[int]) -> torch.Te
     decoder = llm.decoder
     blocks = blocks_for(len(prompt) + len(following))
     cache = KVCache(decoder.config, blocks, decoder.device, decoder.dtype)
-    # Not in order: a mistake in the use of the table would show.
-    table = torch.arange(blocks - 1, -1, -1, dtype=torch.int32)[None]
-    rows = [decoder.prefill(torch.tensor(prompt), cache, table)]
-    for i, token in enumerate(following):
-        seq_lens = torch.tensor([len(prompt) + i + 1], dtype=torch.int32)
-        rows.append(decoder.decode(torch.tensor([token]), cache, seq_lens, table))
-    return torch.cat(rows).float()
+    with decoder.device:
+        # Not in order: a mistake in the use of the table would show.
+        table = torch.arange(blocks - 1, -1, -1, dtype=torch.int32)[None]
+        rows = [decoder.prefill(torch.tensor(prompt), cache, table)]
+        for i, token in enumerate(following):
+            seq_lens = torch.tensor([len(prompt) + i + 1], dtype=torch.int32)
+            rows.append(decoder.decode(torch.tensor([token]), cache, seq_lens, table))
+    return torch.cat(rows).float().cpu()
 
 
 @torch.inference_mode()
 def transformers_logits(model: PreTrainedModel, prompt: list[int], following: list[int]) -> torch.Tensor:
     """The same of transformers, with its cache and step by step too: some rope scalings depend on that."""
-    out = model(torch.tensor([prompt]), use_cache=True)
-    rows = [out.logits[:, -1]]
-    for token in following:
-        out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
-        rows.append(out.logits[:, -1])
-    return torch.cat(rows).float()
+    with model.device:
+        out = model(torch.tensor([prompt]), use_cache=True)
+        rows = [out.logits[:, -1]]
+        for token in following:
+            out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+            rows.append(out.logits[:, -1])
+    return torch.cat(rows).float().cpu()
 
 
 def random_tokens(count: int, seed: int = 0, below: int = 256) -> list[int]:

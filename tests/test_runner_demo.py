@@ -90,6 +90,42 @@ def test_bfloat16_agrees_within_its_error(llm, transformers_model):
 
 
 @demo
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("run", GREEDY["runs"], ids=lambda run: run["prompt"][:12])
+def test_a_gpu_agrees_within_half_precision(llm, transformers_model, dtype, run):
+    """Logits within twice transformers' own error; the same tokens wherever that error can't turn the choice."""
+    prompt, expected = run["prompt_ids"], run["token_ids"]
+    exact = transformers_logits(transformers_model, prompt, expected[:-1])
+    gpu = LLM("demo", device="cuda", dtype=dtype)
+    ours = runner_logits(gpu, prompt, expected[:-1])
+    theirs = transformers_logits(transformers_twin(gpu, dtype), prompt, expected[:-1])
+    error = (ours - exact).abs().amax(-1)
+    assert error.max() <= 2 * (theirs - exact).abs().max()
+
+    best, second = exact.topk(2).values.T
+    unsure = (best - second <= 2 * error).nonzero().flatten().tolist()
+    sure = unsure[0] if unsure else len(expected)
+    (answer,) = gpu.generate(prompt, SamplingParams(max_tokens=48, ignore_eos=True))
+    assert sure > 0
+    assert answer.token_ids[:sure] == expected[:sure]
+    print(f"{dtype}: {sure} of {len(expected)} tokens are certain, equal {answer.token_ids == expected}")
+
+
+@demo
+@pytest.mark.gpu
+def test_a_gpu_streams_and_batches(llm):
+    gpu = LLM("demo", device="cuda")
+    prompts = [run["prompt"] for run in GREEDY["runs"]] + UNSEEN
+    params = SamplingParams(max_tokens=8, temperature=0.8, seed=1)
+    answers = gpu.generate(prompts, params)
+    assert [len(answer.token_ids) > 0 for answer in answers] == [True] * len(prompts)
+    pieces = list(gpu.stream(prompts[0], params))
+    assert "".join(piece.text for piece in pieces) == gpu.generate(prompts[0], params)[0].text
+    assert gpu.stats.peak_memory > gpu.decoder.weights.nbytes
+
+
+@demo
 def test_chat_follows_the_template(llm):
     messages = [{"role": "user", "content": "What is 2 + 2?"}]
     answer = llm.chat(messages, SamplingParams(max_tokens=40))

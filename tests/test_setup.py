@@ -36,6 +36,11 @@ def test_a_malformed_architecture_is_one_sentence(build: ModuleType) -> None:
         build.cmake_architectures(["sm_80"])
 
 
+def test_an_architecture_before_ampere_is_one_sentence(build: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=r"has 7\.5; the kernels need 8\.0"):
+        build.cmake_architectures(["7.5"])
+
+
 def test_without_nvcc_cuda_is_left_out_and_says_why(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,6 @@ def transformers_twin(llm: LLM, dtype: torch.dtype) -> LlamaForCausalLM:
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     if config.tied_embeddings:
         model.tie_weights()
-    # The rope's frequencies are no weights: made again, off the meta device, in float32.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    # The frequencies of the rope are no weights: made again, off the meta device, in float32.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(weights.embed.device)
     return model.eval()

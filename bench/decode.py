@@ -1,10 +1,10 @@
-"""The demo model on this CPU beside transformers: decode tokens/s at batch 1 and the prefill of a prompt.
+"""The demo model beside transformers: decode tokens/s at batch 1, and the prefill of a long prompt.
 
-Same weights, same threads, one process; the contestants take turns, so that a drift of the machine meets all.
-transformers runs its forward pass in a bare greedy loop, without generate's overhead; flashdecpp its whole
-`generate`, tokenizer and streaming text included.
+Same weights, same device, same threads, one process; the contestants take turns, so that a drift of the
+machine meets all. transformers runs its forward pass in a bare greedy loop, without generate's overhead;
+flashdecpp its whole `generate`, tokenizer and streaming text included.
 
-python bench/cpu_decode.py [--rounds 7] [--output bench/results/cpu_decode.json]
+    python bench/decode.py [--device cpu] [--rounds 7] [--output bench/results/decode_cpu.json]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flashdecpp.runner import LLM, SamplingParams
 from flashdecpp.runner.hf_twin import transformers_twin
 
 SHORT_PROMPT, LONG_PROMPT, DECODE_TOKENS = 32, 512, 32
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16, torch.float16)}
 
 # prompt, decode steps -> (seconds to the first token, tokens/s after it)
 Contestant = Callable[[list[int], int], tuple[float, float]]
@@ -42,7 +42,7 @@ def transformers_contestant(llm: LLM, dtype: torch.dtype) -> Contestant:
     @torch.inference_mode()
     def run(prompt: list[int], steps: int) -> tuple[float, float]:
         start = time.perf_counter()
-        out = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+        out = model(torch.tensor([prompt], device=model.device), use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
         token.item()
         first = time.perf_counter()
@@ -57,14 +57,16 @@ def transformers_contestant(llm: LLM, dtype: torch.dtype) -> Contestant:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=list(DTYPES), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", default="bench/results/cpu_decode.json")
+    parser.add_argument("--output", help="default: bench/results/decode_<device>.json")
     options = parser.parse_args()
+    dtypes = DTYPES[options.device]
 
     contestants: dict[str, Contestant] = {}
-    for dtype in DTYPES:
+    for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        llm = LLM("demo", device="cpu", dtype=dtype)
+        llm = LLM("demo", device=options.device, dtype=dtype)
         contestants[f"flashdecpp {name}"] = flashdecpp_contestant(llm)
         contestants[f"transformers {name}"] = transformers_contestant(llm, dtype)
 
@@ -91,7 +93,7 @@ def main() -> None:
     peers = [name for name in contestants if name.startswith("transformers")]
     best_decode = max(statistics.median(decode[name]) for name in peers)
     best_prefill = min(statistics.median(prefill[name]) for name in peers)
-    for dtype in DTYPES:
+    for dtype in dtypes:
         name = f"flashdecpp {dtype}".replace("torch.", "")
         results[f"{name} over the best transformers"] = {
             "decode": round(statistics.median(decode[name]) / best_decode, 2),
@@ -105,7 +107,9 @@ def main() -> None:
         "decode": f"{DECODE_TOKENS} tokens after {SHORT_PROMPT}, batch 1, median of {options.rounds}",
         "prefill": f"a prompt of {LONG_PROMPT} tokens to its first token, median of {options.rounds}",
     }
-    measure.save(options.output, {"workload": workload, **results})
+    measure.save(
+        options.output or f"bench/results/decode_{options.device}.json", {"workload": workload, **results}
+    )
 
 
 if __name__ == "__main__":
