@@ -66,6 +66,6 @@ def _kernel_lines() -> Iterator[str]:
             properties.multi_processor_count, 10 * properties.major + properties.minor
         )
         points = _C.default_inflection_points(device)
-        yield f"  linear(impl='auto') on cuda:0: gemv for M < {points.m1}, flat_gemm for M < {points.m2}, then blas"
+        yield f"  linear(auto) on a GPU: gemv below M = {points.m1}, flat_gemm below {points.m2}, blas above"
         yield "    (the rule for shapes that nobody profiled; K not a multiple of 8 and float32 go to blas)"
-    yield "  linear(impl='auto') on cpu: own kernel for small M, blas above (csrc/cpu/linear_rule.h)"
+    yield "  linear(auto) on the CPU: own kernel for small M, blas above (csrc/cpu/linear_rule.h)"

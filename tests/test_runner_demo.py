@@ -94,7 +94,7 @@ def test_bfloat16_agrees_within_its_error(llm, transformers_model):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("run", GREEDY["runs"], ids=lambda run: run["prompt"][:12])
 def test_a_gpu_agrees_within_half_precision(llm, transformers_model, dtype, run):
-    """Logits within twice transformers' own error; the same tokens wherever that error can't turn the choice."""
+    """Logits within twice transformers' own error; the same tokens wherever that can't turn the choice."""
     prompt, expected = run["prompt_ids"], run["token_ids"]
     exact = transformers_logits(transformers_model, prompt, expected[:-1])
     gpu = LLM("demo", device="cuda", dtype=dtype)
