@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace flashdecpp {
@@ -30,10 +31,11 @@ struct InflectionPoints {
   int64_t m1, m2;
 };
 
-// The rule for a shape that nobody has profiled. The GEMV reads every weight once whatever M is, on CUDA cores: four
-// rows of x cost 4 fused multiply-adds a weight, about what one multiprocessor issues in the time memory delivers it.
-// The flat GEMM pads M to 8 and stays bound by the weight bytes until the tensor cores' tile of 64 rows is full.
-inline InflectionPoints default_inflection_points(const DeviceProperties&) { return {5, 65}; }
+// The rule for a shape that nobody has profiled, from an H100 (torch 2.11, CUDA 13.0, bfloat16, graph replay, weights
+// from memory; geometric means over nine shapes from [1536, 1536] to [128256, 4096]). Up to 6 rows the GEMV is the
+// faster of ours: 1.12 times cuBLAS with 1 row, 1.03 with 4, 0.97 with 6. With 8 rows its arithmetic takes longer than
+// its loads and the flat GEMM passes it, at 0.94 of cuBLAS; with 16 rows that is 0.90 and goes on falling.
+inline InflectionPoints default_inflection_points(const DeviceProperties&) { return {7, 9}; }
 
 inline LinearImpl choose_linear(InflectionPoints points, int64_t m, int64_t k) {
   if (k % 8 != 0) return LinearImpl::kBlas;  // rows that 16-byte loads cannot start on
@@ -42,14 +44,16 @@ inline LinearImpl choose_linear(InflectionPoints points, int64_t m, int64_t k) {
 }
 
 // ---- GEMV: how many waves share a row of the weight ----------------------------------------------------------------
-// One, unless the rows alone leave multiprocessors idle (small N) and K is long enough for every wave to have a full
-// set of loads in flight.
-inline int32_t choose_gemv_waves(const DeviceProperties& device, int64_t row_groups, int64_t loads_per_lane,
-                                 int64_t loads_in_flight) {
-  constexpr int32_t wanted_per_multiprocessor = 16, block_waves = 8;
-  int32_t waves = 1;
+// A few waves that walk along a row side by side read longer runs of memory than one, and were faster on an H100, as
+// long as each has some loads to make; with many rows of x, adding up their sums costs more. More waves still where the
+// rows alone leave multiprocessors idle.
+inline int32_t choose_gemv_waves(const DeviceProperties& device, int64_t m, int64_t row_groups,
+                                 int64_t loads_per_lane) {
+  constexpr int32_t wanted_per_multiprocessor = 8, wanted_loads = 4, block_waves = 8;
+  int32_t waves = m == 1 ? 4 : 2;
+  while (waves > 1 && loads_per_lane < waves * wanted_loads) waves /= 2;
   while (waves < block_waves && row_groups * waves < int64_t{device.multiprocessors} * wanted_per_multiprocessor &&
-         loads_per_lane > waves * loads_in_flight) {
+         loads_per_lane > waves) {
     waves *= 2;
   }
   return waves;
@@ -57,9 +61,11 @@ inline int32_t choose_gemv_waves(const DeviceProperties& device, int64_t row_gro
 
 // ---- flat GEMM: which tile, and how often K is split ---------------------------------------------------------------
 // A block multiplies block_n rows of the weight by block_m rows of x, block_k at a time through `stages` buffers in
-// shared memory, by waves_n x waves_m waves.
+// shared memory, by waves_n x waves_m waves. By itself it loads at `rate` times a multiprocessor's even share of the
+// memory bandwidth (measured on an H100): what its buffers hide of the latency.
 struct FlatTile {
   int32_t block_m, block_n, block_k, waves_m, waves_n, stages;
+  double rate;
 
   static constexpr int32_t kPadding = 8;  // elements after each row: rows 16 bytes apart modulo 128 share no bank
   constexpr int32_t stage_bytes() const { return (block_m + block_n) * (block_k + kPadding) * 2; }
@@ -67,12 +73,12 @@ struct FlatTile {
   constexpr int32_t stages_within(int32_t shared_bytes) const { return std::min(stages, shared_bytes / stage_bytes()); }
 };
 
-// Two blocks share a multiprocessor of an H100 (228 KiB), so 96 KiB of weights are in flight there. From 32 rows of x
-// on the tile doubles block_n: x comes from L2 once a block, and would otherwise take as much of its bandwidth as the
-// weights.
+// About the fastest of 28 tiles, with 1 to 12 splits of K, on an H100 over six shapes from [1536, 1536] to [22016,
+// 4096], among those that leave room for two blocks a multiprocessor. With 64 rows of x and more, block_n is larger: x
+// comes from L2 once a block, and would otherwise take as much of its bandwidth as the weight.
 inline constexpr FlatTile kFlatTiles[] = {
-    {8, 64, 128, 1, 4, 4},  {16, 64, 128, 1, 4, 4},  {32, 128, 64, 1, 4, 4},
-    {64, 128, 64, 2, 4, 3}, {128, 128, 64, 2, 4, 3},
+    {8, 32, 128, 1, 2, 6, 1.5},   {16, 32, 128, 1, 2, 5, 1.5},  {32, 64, 128, 1, 4, 3, 1.2},
+    {64, 128, 64, 2, 4, 3, 0.95}, {128, 128, 64, 2, 4, 3, 0.7},
 };
 inline constexpr int32_t kNumFlatTiles = sizeof(kFlatTiles) / sizeof(kFlatTiles[0]);
 
@@ -88,27 +94,27 @@ inline int32_t choose_flat_tile(int64_t m, int32_t shared_bytes, int32_t tile_n)
   return chosen;
 }
 
-// Time is counted in loads of one k tile at a multiprocessor's even share of the bandwidth. A round of blocks takes
-// what the bandwidth allows, but never less than one block needs by itself: its buffers hide so much latency that it
-// could take in alone_rate times that share. Filling the buffers and ending a block costs `start`; summing the parts of
-// K costs `reduce`.
-inline int32_t choose_k_splits(const DeviceProperties& device, int64_t tiles, int64_t k_tiles) {
-  constexpr double blocks_per_multiprocessor = 2, alone_rate = 2.5, start = 1.5, reduce = 3, reduce_part = 0.25;
-  constexpr int64_t max_splits = 16, min_k_tiles = 4;
+// Time is counted in KiB of weight that a multiprocessor loads at its even share of the bandwidth: 23 in a microsecond
+// of an H100. Rounds of blocks take what the bandwidth allows, but no less than one block after the other needs at its
+// own rate. Filling the buffers and ending a block costs `start`; a split clears its counters and waits for the last
+// block, which costs `reduce`, and its parts pass through L2 twice. Another split must win by more than the model is
+// worth.
+inline int32_t choose_k_splits(const DeviceProperties& device, const FlatTile& tile, int64_t tiles, int64_t k_tiles) {
+  constexpr double blocks_per_multiprocessor = 2, start = 58, reduce = 90, margin = 0.97;
+  constexpr int64_t max_splits = 16, min_k_tiles = 3;
+  const double k_tile_kib = tile.block_n * tile.block_k * 2 / 1024.0;
+  const double part_kib = tile.block_m * tile.block_n * 4 / 1024.0;
   const double slots = device.multiprocessors * blocks_per_multiprocessor;
   int32_t best = 1;
   double best_time = 0;
   for (int64_t splits = 1; splits <= std::clamp<int64_t>(k_tiles / min_k_tiles, 1, max_splits); ++splits) {
-    const double depth = static_cast<double>((k_tiles + splits - 1) / splits);
-    const auto round = [&](double blocks) {
-      return std::max(blocks * depth / device.multiprocessors, depth / alone_rate) + start;
-    };
     const double blocks = static_cast<double>(tiles * splits);
-    const double full = static_cast<double>(static_cast<int64_t>(blocks / slots));
-    double time = full * round(slots);
-    if (blocks > full * slots) time += round(blocks - full * slots);
-    if (splits > 1) time += reduce + reduce_part * static_cast<double>(splits);
-    if (splits == 1 || time < best_time) {
+    const double block_kib = k_tile_kib * static_cast<double>((k_tiles + splits - 1) / splits);
+    const double rounds = std::ceil(blocks / slots);
+    double time =
+        std::max(blocks * block_kib / device.multiprocessors, rounds * block_kib / tile.rate) + rounds * start;
+    if (splits > 1) time += reduce + 2 * blocks * part_kib / device.multiprocessors;
+    if (splits == 1 || time < margin * best_time) {
       best = static_cast<int32_t>(splits);
       best_time = time;
     }

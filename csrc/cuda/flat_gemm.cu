@@ -9,7 +9,7 @@ void launch(const Launcher& launcher, const LinearParams& p, Device device) {
   using G = FlatGemm<T, tile_index>;
   const int64_t tiles = (p.m + G::kBlockM - 1) / G::kBlockM * ((p.n + G::kBlockN - 1) / G::kBlockN);
   const int64_t k_tiles = (p.k + G::kBlockK - 1) / G::kBlockK;
-  const int64_t wanted = choose_k_splits(launcher.properties(), tiles, k_tiles);
+  const int64_t wanted = choose_k_splits(launcher.properties(), G::kTile, tiles, k_tiles);
 
   SplitK split{};
   split.k_tiles_per_split = static_cast<int32_t>((k_tiles + wanted - 1) / wanted);

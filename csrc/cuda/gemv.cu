@@ -8,10 +8,10 @@ constexpr int kMaxRows = 8;  // rows of x that one launch takes
 
 template <class T, int m>
 void launch(const Launcher& launcher, const LinearParams& p) {
-  const int64_t groups = (p.n + gemv_rows(m) - 1) / gemv_rows(m);
+  const int64_t groups = (p.n + kGemvRows - 1) / kGemvRows;
   const int32_t wave_size = launcher.wave_size();
   const int64_t loads_per_lane = (p.k / 8 + wave_size - 1) / wave_size;
-  const int32_t waves = choose_gemv_waves(launcher.properties(), groups, loads_per_lane, gemv_loads(m));
+  const int32_t waves = choose_gemv_waves(launcher.properties(), m, groups, loads_per_lane);
   const int64_t groups_per_block = kGemvThreads / wave_size / waves;
   const int64_t blocks = std::min<int64_t>((groups + groups_per_block - 1) / groups_per_block, INT32_MAX);
   launcher(gemv_kernel<T, m>, static_cast<unsigned>(blocks), kGemvThreads, 0, p, static_cast<int>(waves));

@@ -22,8 +22,24 @@ struct SampleRow {
   float penalty;
   uint32_t vocab;
 
-  __device__ __forceinline__ float value(uint32_t i) const {
-    float x = arch::to_float(logits[i]);
+  // f(i, value) for i = begin, begin + step, ... below end. Several loads are issued before the first value is used:
+  // one block has only its own to hide their latency.
+  template <class F>
+  __device__ __forceinline__ void for_each(uint32_t begin, uint32_t end, uint32_t step, F f) const {
+    constexpr uint32_t batch = 8;
+    for (; begin + (batch - 1) * step < end; begin += batch * step) {
+      T x[batch];
+#pragma unroll
+      for (uint32_t j = 0; j < batch; ++j) x[j] = logits[begin + j * step];
+#pragma unroll
+      for (uint32_t j = 0; j < batch; ++j) f(begin + j * step, value(x[j], begin + j * step));
+    }
+    for (; begin < end; begin += step) f(begin, value(logits[begin], begin));
+  }
+
+ private:
+  __device__ __forceinline__ float value(T logit, uint32_t i) const {
+    float x = arch::to_float(logit);
     if (penalised && penalised[i]) x = x > 0.f ? x / penalty : x * penalty;
     return x == x ? x + 0.f : -INFINITY;  // + 0: the two zeros are equal
   }
@@ -118,14 +134,12 @@ __device__ uint32_t find_threshold(const SampleRow<T>& row, DigitSums& sums, uin
     __syncthreads();  // nobody reads the sums of the digit before
     sums.clear();
     __syncthreads();
-#pragma unroll 8
-    for (uint32_t i = threadIdx.x; i < row.vocab; i += kSampleThreads) {
-      const float x = row.value(i);
+    row.for_each(threadIdx.x, row.vocab, kSampleThreads, [&](uint32_t, float x) {
       const uint32_t key = key_of(x);
       const bool same = first || key >> above == prefix >> above;
       const uint32_t mine = same && key >= least ? amount(x) : 0;
       if (mine) sums.add(key >> at & mask, mine);
-    }
+    });
     __syncthreads();
     sums.sum_groups();
     __syncthreads();
@@ -158,8 +172,7 @@ __device__ uint32_t draw(const SampleRow<T>& row, uint64_t* scratch, uint32_t u2
     const uint32_t length = (end - begin + waves - 1) / waves;
     const uint32_t stop = min(begin + (wave() + 1) * length, end);
     uint64_t sum = 0;
-#pragma unroll 8
-    for (uint32_t i = begin + wave() * length + lane(); i < stop; i += kWaveSize) sum += weight(row.value(i));
+    row.for_each(begin + wave() * length + lane(), stop, kWaveSize, [&](uint32_t, float x) { sum += weight(x); });
     sum = wave_reduce(sum, [](uint64_t a, uint64_t b) { return a + b; });
     __syncthreads();
     if (lane() == 0) scratch[wave()] = sum;
@@ -191,14 +204,12 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(SampleParams p) 
   // The largest value and, of its equals, the lowest index.
   uint32_t token = threadIdx.x;
   float largest = -INFINITY;
-#pragma unroll 8
-  for (uint32_t i = threadIdx.x; i < row.vocab; i += kSampleThreads) {
-    const float x = row.value(i);
+  row.for_each(threadIdx.x, row.vocab, kSampleThreads, [&](uint32_t i, float x) {
     if (x > largest) {
       largest = x;
       token = i;
     }
-  }
+  });
   uint64_t best = threadIdx.x < row.vocab ? uint64_t{key_of(largest)} << 32 | ~token : 0;
   best = block_reduce(best, 0, scratch, [](uint64_t a, uint64_t b) { return max(a, b); });
   token = ~static_cast<uint32_t>(best);
