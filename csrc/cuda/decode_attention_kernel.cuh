@@ -1,14 +1,13 @@
 // Decode attention: a few new tokens a sequence over a long KV cache. Every byte of K and V is read once, so memory is
-// the floor: 2 * keys * kv_heads * head_dim * sizeof(cache element) over the read bandwidth; arithmetic is far below
-// it.
+// the floor: 2 * keys * kv_heads * head_dim * sizeof(element) over the read bandwidth. Arithmetic is far below it.
 //
 // A block is (row tile of one KV head of one sequence, split). The q_len * group rows that share the KV head are
-// packed, token by token, into tiles of 16: one side of the matrix tile. The split walks over its key tiles:
-//   tile     64 keys (32 where head_dim is above 128); K and V tiles are the items of one ring of shared memory
-//   stages   as many as kSharedBudget holds, up to 6; head_dim 128, half: 4 stages of 17 KiB, 3 of them in flight
-//   shared   77 KiB at head_dim 128: two blocks a multiprocessor, 96 KiB in flight on each
-//   S = Q K^T   each wave takes some of the keys; the policy of softmax.cuh turns S into P; P goes through shared
-//   memory O += P V    each wave takes some of the columns
+// packed, token by token, into tiles of 16: one side of the matrix tile. The split walks over its key tiles.
+//   tile          64 keys, 32 where head_dim is above 128; K and V tiles are the items of one ring in shared memory
+//   stages        what kSharedBudget holds, up to 6; head_dim 128 in half: 4 of 17 KiB, 3 of them in flight
+//   shared        78.5 KiB at head_dim 128: two blocks a multiprocessor, 96 KiB of K and V in flight on it
+//   S = Q K^T     each wave takes some of the keys; the policy of softmax.cuh turns S into P
+//   O += P V      each wave takes some of the columns; P comes through shared memory
 // Two barriers a tile with the unified maximum, three with the online one. The splits of a row tile are merged, in a
 // fixed order, by the last of them to arrive; rows whose maximum phi did not fit are recomputed there.
 //
