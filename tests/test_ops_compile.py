@@ -120,31 +120,47 @@ def test_inductor(one_place):
         assert_same(mine[name], theirs[name], name)
 
 
+WITHOUT_IN_PLACE = {
+    "rms_norm": lambda x: ops.rms_norm(x, x[0]),
+    "layer_norm": lambda x: ops.layer_norm(x, x[0], x[1]),
+    "sample": lambda x: ops.sample(x),
+}
+
+
+@pytest.mark.parametrize("op", WITHOUT_IN_PLACE)
+def test_inductor_without_the_in_place_argument(one_place, op):
+    """Ops with an optional in-place argument, called without it: compiled, these take another way."""
+    function, x = WITHOUT_IN_PLACE[op], randn(one_place, 3, 64)
+    assert_same(torch.compile(function, fullgraph=True)(x), function(x))
+
+
+def test_opcheck_of_the_compiled_forms(one_place):
+    x, namespace = randn(one_place, 3, 64), torch.ops.flashdecpp
+    torch.library.opcheck(namespace.rms_norm_alone.default, (x, x[0], 1e-6))
+    torch.library.opcheck(namespace.layer_norm_alone.default, (x, x[0], x[1], 1e-6))
+    torch.library.opcheck(namespace.sample_unseen.default, (x, *[None] * 6))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("phi", [None, 0.0, -1000.0])
-def test_cuda_graph_of_attention(phi):
-    """Captured once; lengths, block table, phi and cache change between replays."""
+@pytest.mark.parametrize("unified", [False, True])
+def test_cuda_graph_of_attention(unified):
+    """Captured once; between replays the query, lengths, block table and phi change, and what falls back."""
     place = Place("cuda", torch.bfloat16)
-    arguments = attention(place, [300, 5, 64], q_len=2, max_len=600, q_heads=8)
-    if phi is not None:
-        arguments["phi"] = torch.full((8,), phi, device="cuda")
-    count = int32(place, [0])
+    arguments = attention(place, [600, 600, 600], q_len=2, q_heads=8)
+    phi, count = torch.zeros(8, device="cuda"), int32(place, [0])
+    arguments["phi"] = phi if unified else None
     graph, (out, lse) = capture(partial(ops.decode_attention, **arguments, fallback_count=count))
-    for seed, lengths in enumerate(([1, 600, 0], [64, 64, 64], [300, 5, 64])):
-        fresh = attention(place, lengths, q_len=2, max_len=600, q_heads=8, seed=seed)
-        blocks = min(arguments["k_cache"].size(0), fresh["k_cache"].size(0))
-        arguments["k_cache"][:blocks] = fresh["k_cache"][:blocks]
-        arguments["v_cache"][:blocks] = fresh["v_cache"][:blocks]
-        arguments["q"].copy_(fresh["q"])
-        arguments["seq_lens"].copy_(fresh["seq_lens"])
-        arguments["block_table"].copy_(fresh["block_table"].clamp(max=blocks - 1))
+    for turn, (lengths, value) in enumerate([([1, 600, 0], 0), ([64, 63, 65], -1000), ([300, 5, 599], 2)]):
+        arguments["q"].copy_(randn(place, 3, 2, 8, 64, seed=turn))
+        arguments["seq_lens"].copy_(int32(place, lengths))
+        arguments["block_table"].copy_(arguments["block_table"].roll(1, dims=0))
+        phi.fill_(value)
         count.zero_()
         graph.replay()
         now = compare("decode_attention", **arguments)
         assert_same(out, now[0])
         assert_same(lse, now[1])
-        rows = 8 * sum(min(length, 2) for length in lengths)
-        assert count.item() == (rows if phi == -1000.0 else 0)
+        assert count.item() == (8 * 6 if unified and value == -1000 else 0)
 
 
 @pytest.mark.gpu
@@ -168,8 +184,8 @@ def test_cuda_graph_of_a_layer():
 
 def capture(function) -> tuple[torch.cuda.CUDAGraph, object]:
     """A graph of one call, after a warm-up on the side, and the outputs that a replay fills."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
         function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -197,11 +213,10 @@ def test_current_stream(op):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("op", OPS)
 def test_second_gpu(op):
     """The op runs where its tensors are, not where the current device is."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     expected = outcome(getattr(ops, op), every_op(Place("cuda:0", torch.bfloat16))[op])
     actual = outcome(getattr(ops, op), every_op(Place("cuda:1", torch.bfloat16))[op])
     for a, b in zip(actual, expected, strict=True):

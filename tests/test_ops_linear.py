@@ -48,7 +48,10 @@ def test_impl(place, impl, rows):
 @pytest.mark.parametrize("rows", [1, 6, 200])
 @pytest.mark.parametrize("k", [1, 7, 65, 100])
 def test_auto_takes_any_k(any_place, rows, k):
-    compare("linear", x=randn(any_place, rows, k), weight=randn(any_place, 33, k, seed=1))
+    """And any alignment of the weight: packed, one row, rows with room between, rows off every boundary."""
+    x, spaced = randn(any_place, rows, k), randn(any_place, 33, 128, seed=1)
+    for weight in (spaced[:, :k].contiguous(), spaced[:1, :k], spaced[:, :k], spaced[:, 1 : k + 1]):
+        compare("linear", x=x, weight=weight)
 
 
 @pytest.mark.parametrize("op", [*HAND_WRITTEN, "linear"])
@@ -56,7 +59,13 @@ def test_any_strides(place, op):
     """x as any view, the rows of the weight spaced."""
     wide = randn(place, 6, 4, 128)
     weight = randn(place, 40, 200, seed=1)[:, 8:72]
-    for x in (wide[..., 64:], wide[:, 1, :64], wide[::2, 1:3, 32:96], wide.transpose(0, 1)[..., :64]):
+    for x in (
+        wide[..., 64:],
+        wide[..., 3:67],
+        wide[:, 1, :64],
+        wide[::2, 1:3, 32:96],
+        wide.transpose(0, 1)[..., :64],
+    ):
         compare(op, x=x, weight=weight)
     compare(op, x=randn(place, 64, 5).T, weight=weight)
     compare(op, x=randn(place, 64), weight=weight)
@@ -72,10 +81,13 @@ def test_no_rows(place, op):
 
 @pytest.mark.parametrize("op", HAND_WRITTEN)
 def test_sums_are_float32(place, op):
-    """A sum that a low-precision accumulator would lose: 4096 and then many ones."""
-    x = torch.ones(1, 4096, device=place.device, dtype=place.dtype)
-    weight = torch.ones(8, 4096, device=place.device, dtype=place.dtype)
-    assert (getattr(ops, op)(x, weight) == 4096).all()
+    """Ones among large numbers that cancel: exact in float32 in any order, lost by any sum in less."""
+    values = torch.tensor([4096.0] * 300 + [-4096.0] * 299 + [1.0] * 41)
+    order = torch.randperm(640, generator=torch.Generator().manual_seed(0))
+    x = values[order].to(place.device, place.dtype).expand(3, 640)
+    weight = torch.ones(8, 640, device=place.device, dtype=place.dtype)
+    bias = torch.full((8,), -4096.0, device=place.device, dtype=place.dtype)
+    assert (getattr(ops, op)(x, weight, bias) == 41).all()
 
 
 @pytest.mark.parametrize("op", HAND_WRITTEN)
