@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import _library  # noqa: F401  (loading it registers torch.ops.flashdecpp)
 
@@ -300,7 +301,7 @@ def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: 
     Raises:
         ValueError: an argument is not as described.
     """
-    if residual is None and torch.compiler.is_compiling():
+    if residual is None and is_compiling():
         return _rms_norm_alone(x, weight, eps)
     try:
         return _rms_norm(x, weight, residual, eps=eps)
@@ -320,7 +321,7 @@ def layer_norm(
 
     bias is [hidden] of weight's dtype. Everything else is as in `rms_norm`.
     """
-    if residual is None and torch.compiler.is_compiling():
+    if residual is None and is_compiling():
         return _layer_norm_alone(x, weight, bias, eps)
     try:
         return _layer_norm(x, weight, bias, residual, eps=eps)
@@ -453,7 +454,7 @@ def sample(
     Raises:
         ValueError: an argument is not as described.
     """
-    if seen is None and repetition_penalty is None and torch.compiler.is_compiling():
+    if seen is None and repetition_penalty is None and is_compiling():
         return _sample_unseen(logits, temperature, top_k, top_p, min_p, seed, position)
     try:
         return _sample(
