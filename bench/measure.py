@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -57,8 +58,9 @@ def environment() -> dict[str, object]:
     """Where and when a result was measured, and the command that measures it again."""
     record: dict[str, object] = {
         "date": datetime.date.today().isoformat(),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": _git("status", "--porcelain", "--untracked-files=no") != "",
+        # A copy without .git is told what it is a copy of.
+        "commit": os.environ.get("FLASHDECPP_COMMIT")
+        or _git("describe", "--always", "--dirty", "--abbrev=40"),
         "command": f"python {shlex.join(sys.argv)}",
         "python": platform.python_version(),
         "torch": torch.__version__,

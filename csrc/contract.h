@@ -306,8 +306,7 @@ inline Linear linear(const char* op, const Tensor& x, const Tensor& weight, cons
 
 // x's shape with its last dimension replaced: the shape of a linear's or a gated activation's output.
 inline Tensor new_like_rows(const View& x, int64_t last) {
-  int64_t sizes[8];
-  FLASHDECPP_REQUIRE(x.dim <= 8, "new_like_rows", "x must have at most 8 dimensions, got shape ", x.shape());
+  int64_t sizes[kMaxDims];
   for (int64_t i = 0; i + 1 < x.dim; ++i) sizes[i] = x.sizes[i];
   sizes[x.dim - 1] = last;
   return new_tensor(sizes, x.dim, x.dtype, x.device);
@@ -380,12 +379,13 @@ inline RotaryParams rotary_append(const Tensor& q_tensor, const Tensor& k_tensor
   check.float_dtype("q", q);
   check.last_contiguous("q", q);
   const int64_t batch = q.sizes[0], q_len = q.sizes[1], q_heads = q.sizes[2], head_dim = q.sizes[3];
+  check.same_device("k", k);
+  check.same_device("v", v);
   const Cache c =
       cache(check, kCpu, q.dtype, batch, head_dim, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale);
   const char* names[] = {"k", "v"};
   const View* views[] = {&k, &v};
   for (int i = 0; i < 2; ++i) {
-    check.same_device(names[i], *views[i]);
     check.dtype(names[i], *views[i], q.dtype);
     check.shape(names[i], *views[i], {batch, q_len, c.kv_heads, head_dim});
     check.last_contiguous(names[i], *views[i]);
@@ -479,7 +479,6 @@ inline SampleParams sample(const Tensor& logits, const OptionalTensor& temperatu
   const int64_t batch = a.sizes[0], vocab = a.sizes[1];
   FLASHDECPP_REQUIRE(vocab > 0 && vocab <= INT32_MAX, check.op, "logits must have a vocabulary of 1 to 2^31, got ",
                      vocab);
-  FLASHDECPP_REQUIRE(!repetition_penalty || seen, check.op, "seen must be given with repetition_penalty, got None");
   SampleParams p{};
   p.logits = a.data;
   p.logits_stride = a.strides[0];

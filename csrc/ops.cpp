@@ -13,10 +13,12 @@ STABLE_TORCH_LIBRARY(flashdecpp, m)
   m.def("flat_gemm(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, *, str impl=\"auto\") -> Tensor");
 
-  m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!)? residual=None, *, float eps=1e-6) -> Tensor");
+  // What an op updates in place is an overload of its own: compilers cannot lower an optional argument that is mutated.
+  m.def("rms_norm(Tensor x, Tensor weight, *, float eps=1e-6) -> Tensor");
+  m.def("rms_norm.residual(Tensor x, Tensor weight, Tensor(a!) residual, *, float eps=1e-6) -> Tensor");
+  m.def("layer_norm(Tensor x, Tensor? weight=None, Tensor? bias=None, *, float eps=1e-5) -> Tensor");
   m.def(
-      "layer_norm(Tensor x, Tensor? weight=None, Tensor? bias=None, Tensor(a!)? residual=None, *, "
-      "float eps=1e-5) -> Tensor");
+      "layer_norm.residual(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) residual, *, float eps=1e-5) -> Tensor");
   m.def(
       "rotary_append(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor seq_lens, "
       "Tensor? block_table=None, *, Tensor? cos_sin=None, bool interleaved=False, Tensor? k_scale=None, "
@@ -24,6 +26,9 @@ STABLE_TORCH_LIBRARY(flashdecpp, m)
   m.def("gated_activation(Tensor gate_up, *, str activation=\"silu\") -> Tensor");
   m.def(
       "sample(Tensor logits, *, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, "
-      "Tensor? min_p=None, Tensor? seed=None, Tensor? position=None, Tensor? repetition_penalty=None, "
-      "Tensor(a!)? seen=None) -> Tensor");
+      "Tensor? min_p=None, Tensor? seed=None, Tensor? position=None) -> Tensor");
+  m.def(
+      "sample.seen(Tensor logits, *, Tensor(a!) seen, Tensor? repetition_penalty=None, Tensor? temperature=None, "
+      "Tensor? top_k=None, Tensor? top_p=None, Tensor? min_p=None, Tensor? seed=None, Tensor? position=None) -> "
+      "Tensor");
 }

@@ -138,9 +138,11 @@ struct View {
   }
 };
 
+inline constexpr int64_t kMaxDims = 64;  // torch's own limit
+
 // A new contiguous tensor; memory comes from torch's allocator on that device.
 inline Tensor new_tensor(const int64_t* sizes, int64_t dim, DType dtype, Device device) {
-  int64_t strides[8];
+  int64_t strides[kMaxDims];
   int64_t step = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
     strides[i] = step;

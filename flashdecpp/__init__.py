@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from flashdecpp import _library as _library
 from flashdecpp import ops
+from flashdecpp.ops import check
 
 if TYPE_CHECKING:
     from flashdecpp.runner import LLM, SamplingParams
 
 __version__ = metadata.version("flashdecpp")
-__all__ = ["LLM", "SamplingParams", "ops"]
+__all__ = ["LLM", "SamplingParams", "check", "ops"]
 
 
 def __getattr__(name: str) -> object:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import _library  # noqa: F401  (loading it registers torch.ops.flashdecpp)
 
@@ -39,10 +38,13 @@ _gemv = torch.ops.flashdecpp.gemv.default
 _flat_gemm = torch.ops.flashdecpp.flat_gemm.default
 _linear = torch.ops.flashdecpp.linear.default
 _rms_norm = torch.ops.flashdecpp.rms_norm.default
+_rms_norm_residual = torch.ops.flashdecpp.rms_norm.residual
 _layer_norm = torch.ops.flashdecpp.layer_norm.default
+_layer_norm_residual = torch.ops.flashdecpp.layer_norm.residual
 _rotary_append = torch.ops.flashdecpp.rotary_append.default
 _gated_activation = torch.ops.flashdecpp.gated_activation.default
 _sample = torch.ops.flashdecpp.sample.default
+_sample_seen = torch.ops.flashdecpp.sample.seen
 
 
 def _translate(error: RuntimeError) -> Exception:
@@ -51,45 +53,6 @@ def _translate(error: RuntimeError) -> Exception:
     if complaint.startswith("flashdecpp::") and " must " in complaint:
         return ValueError(complaint)
     return error
-
-
-# Inductor can't lower an op with one result whose in-place argument is None (torch 2.13: "getitem is not an
-# OpOverload"). Compiled code calls these, which have no such argument, in its place.
-torch.library.define("flashdecpp::rms_norm_alone", "(Tensor x, Tensor weight, float eps) -> Tensor")
-torch.library.define(
-    "flashdecpp::layer_norm_alone", "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor"
-)
-torch.library.define(
-    "flashdecpp::sample_unseen",
-    "(Tensor logits, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? seed, "
-    "Tensor? position) -> Tensor",
-)
-_rms_norm_alone = torch.ops.flashdecpp.rms_norm_alone.default
-_layer_norm_alone = torch.ops.flashdecpp.layer_norm_alone.default
-_sample_unseen = torch.ops.flashdecpp.sample_unseen.default
-
-
-@torch.library.impl("flashdecpp::rms_norm_alone", "CompositeExplicitAutograd")
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _rms_norm(x, weight, eps=eps)
-
-
-@torch.library.impl("flashdecpp::layer_norm_alone", "CompositeExplicitAutograd")
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return _layer_norm(x, weight, bias, eps=eps)
-
-
-@torch.library.impl("flashdecpp::sample_unseen", "CompositeExplicitAutograd")
-def _(logits, temperature, top_k, top_p, min_p, seed, position):
-    return _sample(
-        logits,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        position=position,
-    )
 
 
 # ------------------------------------------------------------------------------------------------- attention
@@ -301,10 +264,10 @@ def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: 
     Raises:
         ValueError: an argument is not as described.
     """
-    if residual is None and is_compiling():
-        return _rms_norm_alone(x, weight, eps)
     try:
-        return _rms_norm(x, weight, residual, eps=eps)
+        if residual is None:
+            return _rms_norm(x, weight, eps=eps)
+        return _rms_norm_residual(x, weight, residual, eps=eps)
     except RuntimeError as error:
         raise _translate(error) from None
 
@@ -321,18 +284,18 @@ def layer_norm(
 
     bias is [hidden] of weight's dtype. Everything else is as in `rms_norm`.
     """
-    if residual is None and is_compiling():
-        return _layer_norm_alone(x, weight, bias, eps)
     try:
-        return _layer_norm(x, weight, bias, residual, eps=eps)
+        if residual is None:
+            return _layer_norm(x, weight, bias, eps=eps)
+        return _layer_norm_residual(x, weight, bias, residual, eps=eps)
     except RuntimeError as error:
         raise _translate(error) from None
 
 
 @torch.library.register_fake("flashdecpp::rms_norm")
-@torch.library.register_fake("flashdecpp::rms_norm_alone")
-@torch.library.register_fake("flashdecpp::layer_norm_alone")
+@torch.library.register_fake("flashdecpp::rms_norm.residual")
 @torch.library.register_fake("flashdecpp::layer_norm")
+@torch.library.register_fake("flashdecpp::layer_norm.residual")
 def _(x, *_args, **_):
     return x.new_empty(x.shape)
 
@@ -454,25 +417,35 @@ def sample(
     Raises:
         ValueError: an argument is not as described.
     """
-    if seen is None and repetition_penalty is None and is_compiling():
-        return _sample_unseen(logits, temperature, top_k, top_p, min_p, seed, position)
     try:
-        return _sample(
+        if seen is None:
+            if repetition_penalty is not None:
+                raise ValueError("flashdecpp::sample: seen must be given with repetition_penalty, got None")
+            return _sample(
+                logits,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                seed=seed,
+                position=position,
+            )
+        return _sample_seen(
             logits,
+            seen=seen,
+            repetition_penalty=repetition_penalty,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
             seed=seed,
             position=position,
-            repetition_penalty=repetition_penalty,
-            seen=seen,
         )
     except RuntimeError as error:
         raise _translate(error) from None
 
 
 @torch.library.register_fake("flashdecpp::sample")
-@torch.library.register_fake("flashdecpp::sample_unseen")
+@torch.library.register_fake("flashdecpp::sample.seen")
 def _(logits, *_args, **_):
     return logits.new_empty((logits.size(0),), dtype=torch.int64)

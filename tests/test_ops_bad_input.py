@@ -148,12 +148,17 @@ BAD = {
         ("seed", lambda a: {"seed": a["seed"].int()}),
         ("position", lambda a: {"position": a["position"][:1]}),
         ("repetition_penalty", lambda a: {"repetition_penalty": a["repetition_penalty"].half()}),
-        ("seen", lambda a: {"seen": None}),
         ("seen", lambda a: {"seen": a["seen"].int()}),
         ("seen", lambda a: {"seen": a["seen"][:, :10]}),
         ("seen", lambda a: {"seen": spaced(a["seen"])}),
     ],
 }
+
+
+def test_a_repetition_penalty_needs_what_was_seen() -> None:
+    logits, penalty = torch.zeros(2, 5), torch.ones(2)
+    with pytest.raises(ValueError, match=r"^flashdecpp::sample: seen must be given with repetition_penalty"):
+        ops.sample(logits, repetition_penalty=penalty)
 
 
 def tensors(arguments: dict) -> dict[str, Tensor]:

@@ -23,11 +23,19 @@ Tensor norm(const char* op, const Tensor& x, const OptionalTensor& weight, const
   return out;
 }
 
-Tensor rms_norm(Tensor x, Tensor weight, OptionalTensor residual, double eps) {
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  return norm("rms_norm", x, weight, std::nullopt, std::nullopt, eps, false);
+}
+
+Tensor rms_norm_residual(Tensor x, Tensor weight, Tensor residual, double eps) {
   return norm("rms_norm", x, weight, std::nullopt, residual, eps, false);
 }
 
-Tensor layer_norm(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, double eps) {
+Tensor layer_norm(Tensor x, OptionalTensor weight, OptionalTensor bias, double eps) {
+  return norm("layer_norm", x, weight, bias, std::nullopt, eps, true);
+}
+
+Tensor layer_norm_residual(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor residual, double eps) {
   return norm("layer_norm", x, weight, bias, residual, eps, true);
 }
 
@@ -58,7 +66,9 @@ Tensor gated_activation(Tensor gate_up, std::string activation) {
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
   m.impl("rms_norm", TORCH_BOX(&flashdecpp::cpu::rms_norm));
+  m.impl("rms_norm.residual", TORCH_BOX(&flashdecpp::cpu::rms_norm_residual));
   m.impl("layer_norm", TORCH_BOX(&flashdecpp::cpu::layer_norm));
+  m.impl("layer_norm.residual", TORCH_BOX(&flashdecpp::cpu::layer_norm_residual));
   m.impl("rotary_append", TORCH_BOX(&flashdecpp::cpu::rotary_append));
   m.impl("gated_activation", TORCH_BOX(&flashdecpp::cpu::gated_activation));
 }

@@ -138,10 +138,7 @@ int64_t choose(const SampleParams& p, const Kernels& kernel, int64_t row) {
   return draw(kernel, w, n, static_cast<float>(philox(seed, position) >> 8) * 0x1p-24f);
 }
 
-Tensor sample(Tensor logits, OptionalTensor temperature, OptionalTensor top_k, OptionalTensor top_p,
-              OptionalTensor min_p, OptionalTensor seed, OptionalTensor position, OptionalTensor repetition_penalty,
-              OptionalTensor seen) {
-  SampleParams p = contract::sample(logits, temperature, top_k, top_p, min_p, seed, position, repetition_penalty, seen);
+Tensor run_sample(const Tensor& logits, SampleParams p) {
   Tensor out = new_tensor({p.batch}, DType::kInt64, View(logits).device);
   p.out = static_cast<int64_t*>(View(out).data);
   const Kernels& kernel = kernels();
@@ -155,10 +152,24 @@ Tensor sample(Tensor logits, OptionalTensor temperature, OptionalTensor top_k, O
   return out;
 }
 
+Tensor sample(Tensor logits, OptionalTensor temperature, OptionalTensor top_k, OptionalTensor top_p,
+              OptionalTensor min_p, OptionalTensor seed, OptionalTensor position) {
+  return run_sample(
+      logits, contract::sample(logits, temperature, top_k, top_p, min_p, seed, position, std::nullopt, std::nullopt));
+}
+
+Tensor sample_seen(Tensor logits, Tensor seen, OptionalTensor repetition_penalty, OptionalTensor temperature,
+                   OptionalTensor top_k, OptionalTensor top_p, OptionalTensor min_p, OptionalTensor seed,
+                   OptionalTensor position) {
+  return run_sample(
+      logits, contract::sample(logits, temperature, top_k, top_p, min_p, seed, position, repetition_penalty, seen));
+}
+
 }  // namespace
 }  // namespace flashdecpp::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
   m.impl("sample", TORCH_BOX(&flashdecpp::cpu::sample));
+  m.impl("sample.seen", TORCH_BOX(&flashdecpp::cpu::sample_seen));
 }

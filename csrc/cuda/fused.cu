@@ -55,11 +55,19 @@ Tensor run_norm(const char* op, const Tensor& x, const OptionalTensor& weight, c
   return result;
 }
 
-Tensor rms_norm(Tensor x, Tensor weight, OptionalTensor residual, double eps) {
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  return run_norm("rms_norm", x, weight, std::nullopt, std::nullopt, eps, false);
+}
+
+Tensor rms_norm_residual(Tensor x, Tensor weight, Tensor residual, double eps) {
   return run_norm("rms_norm", x, weight, std::nullopt, residual, eps, false);
 }
 
-Tensor layer_norm(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, double eps) {
+Tensor layer_norm(Tensor x, OptionalTensor weight, OptionalTensor bias, double eps) {
+  return run_norm("layer_norm", x, weight, bias, std::nullopt, eps, true);
+}
+
+Tensor layer_norm_residual(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor residual, double eps) {
   return run_norm("layer_norm", x, weight, bias, residual, eps, true);
 }
 
@@ -132,7 +140,9 @@ Tensor gated_activation(Tensor gate_up, std::string activation) {
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm.residual", TORCH_BOX(&rms_norm_residual));
   m.impl("layer_norm", TORCH_BOX(&layer_norm));
+  m.impl("layer_norm.residual", TORCH_BOX(&layer_norm_residual));
   m.impl("rotary_append", TORCH_BOX(&rotary_append));
   m.impl("gated_activation", TORCH_BOX(&gated_activation));
 }

@@ -5,10 +5,7 @@
 namespace flashdecpp {
 namespace {
 
-Tensor sample(Tensor logits, OptionalTensor temperature, OptionalTensor top_k, OptionalTensor top_p,
-              OptionalTensor min_p, OptionalTensor seed, OptionalTensor position, OptionalTensor repetition_penalty,
-              OptionalTensor seen) {
-  SampleParams p = contract::sample(logits, temperature, top_k, top_p, min_p, seed, position, repetition_penalty, seen);
+Tensor run_sample(const Tensor& logits, SampleParams p) {
   const Device device = View(logits).device;
   const Launcher launcher("sample", device);
   Tensor result = new_tensor({p.batch}, DType::kInt64, device);
@@ -22,11 +19,25 @@ Tensor sample(Tensor logits, OptionalTensor temperature, OptionalTensor top_k, O
   return result;
 }
 
+Tensor sample(Tensor logits, OptionalTensor temperature, OptionalTensor top_k, OptionalTensor top_p,
+              OptionalTensor min_p, OptionalTensor seed, OptionalTensor position) {
+  return run_sample(
+      logits, contract::sample(logits, temperature, top_k, top_p, min_p, seed, position, std::nullopt, std::nullopt));
+}
+
+Tensor sample_seen(Tensor logits, Tensor seen, OptionalTensor repetition_penalty, OptionalTensor temperature,
+                   OptionalTensor top_k, OptionalTensor top_p, OptionalTensor min_p, OptionalTensor seed,
+                   OptionalTensor position) {
+  return run_sample(
+      logits, contract::sample(logits, temperature, top_k, top_p, min_p, seed, position, repetition_penalty, seen));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
   m.impl("sample", TORCH_BOX(&sample));
+  m.impl("sample.seen", TORCH_BOX(&sample_seen));
 }
 
 }  // namespace flashdecpp
