@@ -19,19 +19,37 @@ constexpr int tile_rows(int m) {
   return rows > 8 ? 8 : rows;
 }
 
-template <class T, int kRows, int kM>
-FLASHDECPP_INLINE void linear_tile(const T* weight, int64_t weight_stride, const float* x, int64_t x_stride, int64_t k,
-                                   const T* bias, T* out, int64_t out_stride) {
-  constexpr int kCount = kRows * kM;
-  constexpr int kVectors = (kCount + kLanes - 1) / kLanes;
-  Vec acc[kVectors * kLanes];
-  for (int i = 0; i < kVectors * kLanes; ++i) acc[i] = set1(0.0f);
+// What is fetched ahead of its use. The processor's own prefetchers do not keep up: they follow one row at a time, and
+// the arithmetic of 8 rows of x fills the window in which loads could overlap.
+inline constexpr int64_t kAheadBytes = 8192;
+// Rows of x in the nearest cache beside the weights that stream through it. A longer K is walked in blocks, with the
+// accumulators of kStripRows rows of weights kept in memory between them.
+inline constexpr int64_t kActivationBytes = 24576;
+inline constexpr int kStripRows = 16;
 
+// Where to prefetch while walking a run of weights: at offset i, (i < turn ? first : second) + i.
+template <class T>
+struct Ahead {
+  const T *first, *second;
+  int64_t turn;
+};
+
+// acc[m][r] += x[m][0, count) * weight[r][0, count), lane by lane.
+template <class T, int kRows, int kM>
+FLASHDECPP_INLINE void linear_run(Vec (&acc)[kM * kRows], const T* weight, int64_t weight_stride, const float* x,
+                                  int64_t x_stride, int64_t count, const Ahead<T>& ahead) {
   auto step = [&](int64_t i, auto&& load_weights) __attribute__((always_inline)) {
+    const T* next = (i < ahead.turn ? ahead.first : ahead.second) + i;
     Pair w[kRows];
-    for (int r = 0; r < kRows; ++r) w[r] = load_weights(weight + r * weight_stride + i);
+    for (int r = 0; r < kRows; ++r) {
+      for (int line = 0; line < 2 * kLanes * static_cast<int>(sizeof(T)); line += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(next + r * weight_stride) + line);
+      }
+      w[r] = load_weights(weight + r * weight_stride + i);
+    }
     for (int m = 0; m < kM; ++m) {
-      const Vec first = load(x + m * x_stride + i), second = load(x + m * x_stride + i + kLanes);
+      Vec first = load(x + m * x_stride + i), second = load(x + m * x_stride + i + kLanes);
+      if (kRows > 1) keep_in_registers(first, second);
       for (int r = 0; r < kRows; ++r) {
         Vec& a = acc[m * kRows + r];
         a = fma(w[r].second, second, fma(w[r].first, first, a));
@@ -39,42 +57,89 @@ FLASHDECPP_INLINE void linear_tile(const T* weight, int64_t weight_stride, const
     }
   };
   int64_t i = 0;
-  for (; i + 2 * kLanes <= k; i += 2 * kLanes) {
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
     step(i, [](const T* p) __attribute__((always_inline)) { return load_pair(p); });
   }
-  if (i < k) {
-    const int rest = static_cast<int>(k - i);
+  if (i < count) {
+    const int rest = static_cast<int>(count - i);
     step(i, [rest](const T* p) __attribute__((always_inline)) { return load_pair(p, rest); });
   }
+}
 
-  float sums[kVectors * kLanes];
-  for (int v = 0; v < kVectors; ++v) {
-    store(sums + v * kLanes, sum_each(*reinterpret_cast<const Vec(*)[kLanes]>(acc + v * kLanes)));
+// The lanes of every accumulator added up, plus bias, into out[m][r].
+template <class T, int kRows, int kM>
+FLASHDECPP_INLINE void linear_finish(const Vec (&acc)[kM * kRows], const T* bias, T* out, int64_t out_stride) {
+  constexpr int kCount = kM * kRows, kPadded = (kCount + kLanes - 1) / kLanes * kLanes;
+  float offsets[kPadded] = {};
+  if (bias) {
+    for (int i = 0; i < kCount; ++i) offsets[i] = to_float(bias[i % kRows]);
   }
-  for (int m = 0; m < kM; ++m) {
-    for (int r = 0; r < kRows; ++r) {
-      const float value = bias ? sums[m * kRows + r] + to_float(bias[r]) : sums[m * kRows + r];
-      from_float(value, out + m * out_stride + r);
+  T values[kPadded];
+  for (int i = 0; i < kPadded; i += kLanes) {
+    Vec group[kLanes];
+    for (int j = 0; j < kLanes; ++j) group[j] = i + j < kCount ? acc[i + j] : set1(0.0f);
+    const Vec sums = sum_each(group);
+    store(values + i, bias ? sums + load(offsets + i) : sums);
+  }
+  for (int m = 0; m < kM; ++m) __builtin_memcpy(out + m * out_stride, values + m * kRows, sizeof(T) * kRows);
+}
+
+// Weight rows [begin, end), a multiple of kRows, for the rows [m, m + kM) of x.
+template <class T, int kRows, int kM>
+void linear_tiles(const LinearParams& p, const float* x, int64_t x_stride, int64_t m, int64_t begin, int64_t end) {
+  constexpr int64_t kPair = 2 * kLanes;
+  const T* weight = static_cast<const T*>(p.weight) + begin * p.weight_stride;
+  const T* bias = p.bias ? static_cast<const T*>(p.bias) + begin : nullptr;
+  T* out = static_cast<T*>(p.out) + m * p.n + begin;
+  x += m * x_stride;
+
+  // A run is one tile of rows over one block of K; runs follow each other block by block within a strip of tiles.
+  const int64_t blocks = (p.k * kM * static_cast<int64_t>(sizeof(float)) + kActivationBytes - 1) / kActivationBytes;
+  const int64_t length = ((p.k + blocks - 1) / blocks + kPair - 1) / kPair * kPair;
+  const int64_t tiles = blocks > 1 ? kStripRows / kRows : 1;
+  const auto address = [&](int64_t run) {
+    if (blocks == 1) return weight + run * kRows * p.weight_stride;
+    const int64_t strip = run / (blocks * tiles), block = run / tiles % blocks;
+    return weight + (strip * tiles + run % tiles) * kRows * p.weight_stride + block * length;
+  };
+  constexpr int64_t kAhead = kAheadBytes / (kRows * static_cast<int64_t>(sizeof(T)));
+  // Short runs look whole runs ahead, so that the inner loop does not change its mind in the middle of one.
+  const int64_t runs_ahead = length <= kAhead ? (kAhead + length - 1) / length : 0;
+  const int64_t rest_ahead = length <= kAhead ? 0 : kAhead;
+  const auto ahead_of = [&](int64_t run) {
+    return Ahead<T>{address(run + runs_ahead) + rest_ahead, address(run + runs_ahead + 1) + rest_ahead - length,
+                    length - rest_ahead};
+  };
+
+  Vec kept[kStripRows / kRows][kM * kRows];
+  int64_t run = 0;
+  for (int64_t strip = 0; strip < end - begin; strip += tiles * kRows) {
+    const int64_t tiles_here = min(tiles, (end - begin - strip) / kRows);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t k = block * length, count = min(length, p.k - k);
+      for (int64_t tile = 0; tile < tiles_here; ++tile, ++run) {
+        const int64_t row = strip + tile * kRows;
+        Vec acc[kM * kRows];
+        for (int i = 0; i < kM * kRows; ++i) acc[i] = block == 0 ? set1(0.0f) : kept[tile][i];
+        linear_run<T, kRows, kM>(acc, weight + row * p.weight_stride + k, p.weight_stride, x + k, x_stride, count,
+                                 ahead_of(run));
+        if (block + 1 < blocks) {
+          for (int i = 0; i < kM * kRows; ++i) kept[tile][i] = acc[i];
+        } else {
+          linear_finish<T, kRows, kM>(acc, bias ? bias + row : nullptr, out + row, p.n);
+        }
+      }
     }
   }
 }
 
-// Weight rows [begin, end) for kM rows of x, tile by tile.
+// Weight rows [begin, end) for the rows [m, m + kM) of x.
 template <class T, int kM>
 void linear_columns(const LinearParams& p, const float* x, int64_t x_stride, int64_t m, int64_t begin, int64_t end) {
   constexpr int kRows = tile_rows(kM);
-  const T* weight = static_cast<const T*>(p.weight);
-  const T* bias = static_cast<const T*>(p.bias);
-  T* out = static_cast<T*>(p.out) + m * p.n;
-  int64_t n = begin;
-  for (; n + kRows <= end; n += kRows) {
-    linear_tile<T, kRows, kM>(weight + n * p.weight_stride, p.weight_stride, x, x_stride, p.k,
-                              bias ? bias + n : nullptr, out + n, p.n);
-  }
-  for (; n < end; ++n) {
-    linear_tile<T, 1, kM>(weight + n * p.weight_stride, p.weight_stride, x, x_stride, p.k, bias ? bias + n : nullptr,
-                          out + n, p.n);
-  }
+  const int64_t whole = begin + (end - begin) / kRows * kRows;
+  if (begin < whole) linear_tiles<T, kRows, kM>(p, x, x_stride, m, begin, whole);
+  if (whole < end) linear_tiles<T, 1, kM>(p, x, x_stride, m, whole, end);
 }
 
 template <class T>
@@ -89,7 +154,7 @@ void linear_typed(const LinearParams& p, const float* x, int64_t x_stride, int64
   const int64_t strip = p.m <= kMaxTileM ? end - begin : max(int64_t{8}, kStripBytes / row_bytes / 8 * 8);
   for (int64_t n = begin; n < end; n += strip) {
     for (int64_t m = 0; m < p.m; m += kMaxTileM) {
-      columns[min(p.m - m, int64_t{kMaxTileM}) - 1](p, x + m * x_stride, x_stride, m, n, min(n + strip, end));
+      columns[min(p.m - m, int64_t{kMaxTileM}) - 1](p, x, x_stride, m, n, min(n + strip, end));
     }
   }
 }

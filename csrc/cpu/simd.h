@@ -438,6 +438,17 @@ FLASHDECPP_INLINE float max_lane(Vec x) {
 }
 #endif
 
+// Keeps the compiler from folding one load into every instruction that uses it: load ports are what runs out.
+FLASHDECPP_INLINE void keep_in_registers(Vec& a, Vec& b) {
+#if defined(__x86_64__)
+  asm("" : "+v"(a.v), "+v"(b.v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(a.v), "+w"(b.v));
+#else
+  (void)a, (void)b;
+#endif
+}
+
 // --- functions ------------------------------------------------------------------------------------------------------
 
 // e^x within 1.5 ulp; 0 below -87.3, inf above 88.7, NaN for NaN.
