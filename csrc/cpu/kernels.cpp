@@ -14,10 +14,11 @@ const Kernels& choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const struct {
     const Kernels& kernels;
     bool supported;
-  } choices[] = {{kAvx512Kernels, avx512}, {kAvx2Kernels, avx2}, {kBaselineKernels, true}};
+  } choices[] = {{kAvx512Bf16Kernels, bf16}, {kAvx512Kernels, avx512}, {kAvx2Kernels, avx2}, {kBaselineKernels, true}};
 #else
   const struct {
     const Kernels& kernels;

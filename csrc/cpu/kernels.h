@@ -33,9 +33,10 @@ struct Kernels {
   int32_t (*attend)(const AttentionParams&, const AttentionTask&);
   int32_t (*merge)(const AttentionParams&, int32_t b, int32_t h, const float* partials, int64_t splits);
 
-  // linear: x's rows as float, each padded with zeros to packed_stride; then weight rows [begin, end) for all of x.
-  void (*pack)(const LinearParams&, float* packed, int64_t packed_stride);
-  void (*linear)(const LinearParams&, const float* packed, int64_t packed_stride, int64_t begin, int64_t end);
+  // linear: x's rows as the kernel wants them, at most a float a number, each padded with zeros to packed_stride; then
+  // weight rows [begin, end) for all of x.
+  void (*pack)(const LinearParams&, void* packed, int64_t packed_stride);
+  void (*linear)(const LinearParams&, const void* packed, int64_t packed_stride, int64_t begin, int64_t end);
 
   void (*norm)(const NormParams&, int64_t row_begin, int64_t row_end);
   void (*rotary)(const RotaryParams&, int64_t token_begin, int64_t token_end);  // a token of batch * q_len
@@ -55,7 +56,7 @@ inline constexpr int64_t kSumBlock = 256;
 
 extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels, kAvx512Kernels;
+extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
 #endif
 
 // The table for this machine, or the one that FLASHDECPP_CPU_ISA names.

@@ -9,7 +9,7 @@
 namespace flashdecpp::cpu {
 namespace {
 
-// A thread's share of the weights must be worth waking it.
+// A thread's share must be worth waking it: so many bytes of weights, for up to 8 rows of x.
 constexpr int64_t kMinBytesPerThread = 64 * 1024;
 constexpr int64_t kUnit = 16;  // weight rows that threads share out: whole tiles, and whole cache lines of the output
 
@@ -20,7 +20,7 @@ void run(const LinearParams& p) {
   Scratch<float, 16384> packed(static_cast<size_t>(p.m * packed_stride));
   float* x = packed.data();
   kernel.pack(p, x, packed_stride);
-  const int64_t unit_bytes = kUnit * p.k * contract::element_size(p.dtype);
+  const int64_t unit_bytes = kUnit * p.k * contract::element_size(p.dtype) * ((p.m + 7) / 8);
   torch::stable::parallel_for(0, (p.n + kUnit - 1) / kUnit, (kMinBytesPerThread + unit_bytes - 1) / unit_bytes,
                               [&](int64_t begin, int64_t end) {
                                 kernel.linear(p, x, packed_stride, begin * kUnit, std::min(end * kUnit, p.n));

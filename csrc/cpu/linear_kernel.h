@@ -27,6 +27,40 @@ inline constexpr int64_t kAheadBytes = 8192;
 inline constexpr int64_t kActivationBytes = 24576;
 inline constexpr int kStripRows = 16;
 
+// How T's numbers are multiplied: what x is packed as, and two vectors' worth of products added to an accumulator.
+template <class T>
+struct Products {
+  using Packed = float;
+  using Operand = Pair;
+  FLASHDECPP_INLINE Operand load_weights(const T* p) { return load_pair(p); }
+  FLASHDECPP_INLINE Operand load_weights(const T* p, int n) { return load_pair(p, n); }
+  FLASHDECPP_INLINE Operand load_x(const float* p) { return {load(p), load(p + kLanes)}; }
+  FLASHDECPP_INLINE void add(Vec& acc, const Operand& w, const Operand& x) {
+    acc = fma(w.second, x.second, fma(w.first, x.first, acc));
+  }
+  FLASHDECPP_INLINE void pack(float* out, const T* x) { store_pair(out, load_pair(x)); }
+  FLASHDECPP_INLINE void pack(float* out, const T* x, int n) { store_pair(out, load_pair(x, n)); }
+};
+
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16 products in one instruction: half the arithmetic, and no conversion.
+template <>
+struct Products<bf16> {
+  using Packed = bf16;
+  using Operand = __m512i;
+  FLASHDECPP_INLINE Operand load_weights(const bf16* p) { return _mm512_loadu_si512(p); }
+  FLASHDECPP_INLINE Operand load_weights(const bf16* p, int n) {
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p);
+  }
+  FLASHDECPP_INLINE Operand load_x(const bf16* p) { return _mm512_loadu_si512(p); }
+  FLASHDECPP_INLINE void add(Vec& acc, const Operand& w, const Operand& x) {
+    acc.v = _mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+  }
+  FLASHDECPP_INLINE void pack(bf16* out, const bf16* x) { _mm512_storeu_si512(out, load_weights(x)); }
+  FLASHDECPP_INLINE void pack(bf16* out, const bf16* x, int n) { _mm512_storeu_si512(out, load_weights(x, n)); }
+};
+#endif
+
 // Where to prefetch while walking a run of weights: at offset i, (i < turn ? first : second) + i.
 template <class T>
 struct Ahead {
@@ -36,11 +70,13 @@ struct Ahead {
 
 // acc[m][r] += x[m][0, count) * weight[r][0, count), lane by lane.
 template <class T, int kRows, int kM>
-FLASHDECPP_INLINE void linear_run(Vec (&acc)[kM * kRows], const T* weight, int64_t weight_stride, const float* x,
-                                  int64_t x_stride, int64_t count, const Ahead<T>& ahead) {
+FLASHDECPP_INLINE void linear_run(Vec (&acc)[kM * kRows], const T* weight, int64_t weight_stride,
+                                  const typename Products<T>::Packed* x, int64_t x_stride, int64_t count,
+                                  const Ahead<T>& ahead) {
+  using P = Products<T>;
   auto step = [&](int64_t i, auto&& load_weights) __attribute__((always_inline)) {
     const T* next = (i < ahead.turn ? ahead.first : ahead.second) + i;
-    Pair w[kRows];
+    typename P::Operand w[kRows];
     for (int r = 0; r < kRows; ++r) {
       for (int line = 0; line < 2 * kLanes * static_cast<int>(sizeof(T)); line += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(next + r * weight_stride) + line);
@@ -48,21 +84,18 @@ FLASHDECPP_INLINE void linear_run(Vec (&acc)[kM * kRows], const T* weight, int64
       w[r] = load_weights(weight + r * weight_stride + i);
     }
     for (int m = 0; m < kM; ++m) {
-      Vec first = load(x + m * x_stride + i), second = load(x + m * x_stride + i + kLanes);
-      if (kRows > 1) keep_in_registers(first, second);
-      for (int r = 0; r < kRows; ++r) {
-        Vec& a = acc[m * kRows + r];
-        a = fma(w[r].second, second, fma(w[r].first, first, a));
-      }
+      typename P::Operand operand = P::load_x(x + m * x_stride + i);
+      if (kRows > 1) keep_in_registers(operand);
+      for (int r = 0; r < kRows; ++r) P::add(acc[m * kRows + r], w[r], operand);
     }
   };
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    step(i, [](const T* p) __attribute__((always_inline)) { return load_pair(p); });
+    step(i, [](const T* p) __attribute__((always_inline)) { return P::load_weights(p); });
   }
   if (i < count) {
     const int rest = static_cast<int>(count - i);
-    step(i, [rest](const T* p) __attribute__((always_inline)) { return load_pair(p, rest); });
+    step(i, [rest](const T* p) __attribute__((always_inline)) { return P::load_weights(p, rest); });
   }
 }
 
@@ -86,7 +119,8 @@ FLASHDECPP_INLINE void linear_finish(const Vec (&acc)[kM * kRows], const T* bias
 
 // Weight rows [begin, end), a multiple of kRows, for the rows [m, m + kM) of x.
 template <class T, int kRows, int kM>
-void linear_tiles(const LinearParams& p, const float* x, int64_t x_stride, int64_t m, int64_t begin, int64_t end) {
+void linear_tiles(const LinearParams& p, const typename Products<T>::Packed* x, int64_t x_stride, int64_t m,
+                  int64_t begin, int64_t end) {
   constexpr int64_t kPair = 2 * kLanes;
   const T* weight = static_cast<const T*>(p.weight) + begin * p.weight_stride;
   const T* bias = p.bias ? static_cast<const T*>(p.bias) + begin : nullptr;
@@ -94,7 +128,8 @@ void linear_tiles(const LinearParams& p, const float* x, int64_t x_stride, int64
   x += m * x_stride;
 
   // A run is one tile of rows over one block of K; runs follow each other block by block within a strip of tiles.
-  const int64_t blocks = (p.k * kM * static_cast<int64_t>(sizeof(float)) + kActivationBytes - 1) / kActivationBytes;
+  const int64_t blocks =
+      (p.k * kM * static_cast<int64_t>(sizeof(typename Products<T>::Packed)) + kActivationBytes - 1) / kActivationBytes;
   const int64_t length = ((p.k + blocks - 1) / blocks + kPair - 1) / kPair * kPair;
   const int64_t tiles = blocks > 1 ? kStripRows / kRows : 1;
   const auto address = [&](int64_t run) {
@@ -135,7 +170,8 @@ void linear_tiles(const LinearParams& p, const float* x, int64_t x_stride, int64
 
 // Weight rows [begin, end) for the rows [m, m + kM) of x.
 template <class T, int kM>
-void linear_columns(const LinearParams& p, const float* x, int64_t x_stride, int64_t m, int64_t begin, int64_t end) {
+void linear_columns(const LinearParams& p, const typename Products<T>::Packed* x, int64_t x_stride, int64_t m,
+                    int64_t begin, int64_t end) {
   constexpr int kRows = tile_rows(kM);
   const int64_t whole = begin + (end - begin) / kRows * kRows;
   if (begin < whole) linear_tiles<T, kRows, kM>(p, x, x_stride, m, begin, whole);
@@ -143,23 +179,25 @@ void linear_columns(const LinearParams& p, const float* x, int64_t x_stride, int
 }
 
 template <class T>
-void linear_typed(const LinearParams& p, const float* x, int64_t x_stride, int64_t begin, int64_t end) {
-  using Columns = void (*)(const LinearParams&, const float*, int64_t, int64_t, int64_t, int64_t);
+void linear_typed(const LinearParams& p, const void* packed, int64_t x_stride, int64_t begin, int64_t end) {
+  using Packed = typename Products<T>::Packed;
+  using Columns = void (*)(const LinearParams&, const Packed*, int64_t, int64_t, int64_t, int64_t);
   static constexpr Columns columns[kMaxTileM] = {linear_columns<T, 1>, linear_columns<T, 2>, linear_columns<T, 3>,
                                                  linear_columns<T, 4>, linear_columns<T, 5>, linear_columns<T, 6>,
                                                  linear_columns<T, 7>, linear_columns<T, 8>};
   // More rows of x than a tile holds: the weights of one strip stay in the nearest cache while the tiles pass over it.
-  constexpr int64_t kStripBytes = 16384;
+  constexpr int64_t kStripBytes = 262144;
   const int64_t row_bytes = p.k * static_cast<int64_t>(sizeof(T));
   const int64_t strip = p.m <= kMaxTileM ? end - begin : max(int64_t{8}, kStripBytes / row_bytes / 8 * 8);
   for (int64_t n = begin; n < end; n += strip) {
     for (int64_t m = 0; m < p.m; m += kMaxTileM) {
-      columns[min(p.m - m, int64_t{kMaxTileM}) - 1](p, x, x_stride, m, n, min(n + strip, end));
+      columns[min(p.m - m, int64_t{kMaxTileM}) - 1](p, static_cast<const Packed*>(packed), x_stride, m, n,
+                                                    min(n + strip, end));
     }
   }
 }
 
-static void linear(const LinearParams& p, const float* x, int64_t x_stride, int64_t begin, int64_t end) {
+static void linear(const LinearParams& p, const void* x, int64_t x_stride, int64_t begin, int64_t end) {
   switch (p.dtype) {
     case DType::kFloat32: return linear_typed<float>(p, x, x_stride, begin, end);
     case DType::kFloat16: return linear_typed<fp16>(p, x, x_stride, begin, end);
@@ -169,25 +207,18 @@ static void linear(const LinearParams& p, const float* x, int64_t x_stride, int6
 }
 
 template <class T>
-void pack_typed(const LinearParams& p, float* packed, int64_t packed_stride) {
+void pack_typed(const LinearParams& p, void* packed, int64_t packed_stride) {
+  using P = Products<T>;
   for (int64_t m = 0; m < p.m; ++m) {
     const T* x = static_cast<const T*>(p.x) + m * p.x_stride;
-    float* row = packed + m * packed_stride;
+    auto* row = static_cast<typename P::Packed*>(packed) + m * packed_stride;
     int64_t i = 0;
-    for (; i + 2 * kLanes <= p.k; i += 2 * kLanes) {
-      const Pair pair = load_pair(x + i);
-      store(row + i, pair.first);
-      store(row + i + kLanes, pair.second);
-    }
-    if (i < p.k) {
-      const Pair pair = load_pair(x + i, static_cast<int>(p.k - i));
-      store(row + i, pair.first);
-      store(row + i + kLanes, pair.second);
-    }
+    for (; i + 2 * kLanes <= p.k; i += 2 * kLanes) P::pack(row + i, x + i);
+    if (i < p.k) P::pack(row + i, x + i, static_cast<int>(p.k - i));
   }
 }
 
-static void pack(const LinearParams& p, float* packed, int64_t packed_stride) {
+static void pack(const LinearParams& p, void* packed, int64_t packed_stride) {
   switch (p.dtype) {
     case DType::kFloat32: return pack_typed<float>(p, packed, packed_stride);
     case DType::kFloat16: return pack_typed<fp16>(p, packed, packed_stride);

@@ -439,14 +439,26 @@ FLASHDECPP_INLINE float max_lane(Vec x) {
 #endif
 
 // Keeps the compiler from folding one load into every instruction that uses it: load ports are what runs out.
-FLASHDECPP_INLINE void keep_in_registers(Vec& a, Vec& b) {
+template <class T>
+FLASHDECPP_INLINE void keep_in_register(T& x) {
 #if defined(__x86_64__)
-  asm("" : "+v"(a.v), "+v"(b.v));
+  asm("" : "+v"(x));
 #elif defined(__aarch64__)
-  asm("" : "+w"(a.v), "+w"(b.v));
+  asm("" : "+w"(x));
 #else
-  (void)a, (void)b;
+  (void)x;
 #endif
+}
+FLASHDECPP_INLINE void keep_in_registers(Pair& x) {
+  keep_in_register(x.first.v);
+  keep_in_register(x.second.v);
+}
+#if defined(__AVX512F__)
+FLASHDECPP_INLINE void keep_in_registers(__m512i& x) { keep_in_register(x); }
+#endif
+FLASHDECPP_INLINE void store_pair(float* p, Pair x) {
+  store(p, x.first);
+  store(p + kLanes, x.second);
 }
 
 // --- functions ------------------------------------------------------------------------------------------------------
