@@ -59,9 +59,8 @@ struct Checker {
     bool same = t.dim == static_cast<int64_t>(wanted.size());
     for (int64_t i = 0; same && i < t.dim; ++i) same = t.sizes[i] == wanted.begin()[i];
     if (same) return;
-    std::ostringstream text;
-    for (size_t i = 0; i < wanted.size(); ++i) text << (i ? ", " : "") << wanted.begin()[i];
-    fail(op, arg, " must have shape [", text.str(), "], got ", t.shape());
+    fail(op, arg, " must have shape ", list_text(wanted.begin(), static_cast<int64_t>(wanted.size())), ", got ",
+         t.shape());
   }
   void last_contiguous(const char* arg, const View& t) const {
     FLASHDECPP_REQUIRE(t.last_dim_contiguous(), op, arg, " must be contiguous in its last dimension, got strides ",

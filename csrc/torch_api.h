@@ -7,10 +7,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "params.h"
 
@@ -19,12 +20,28 @@ namespace flashdecpp {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Text without streams: their locale facets crash where a linker has put a second libstdc++ into the library.
+inline std::string text_of(const char* value) { return value; }
+inline std::string text_of(const std::string& value) { return value; }
+template <class Integer, std::enable_if_t<std::is_integral_v<Integer>, int> = 0>
+std::string text_of(Integer value) {
+  return std::to_string(value);
+}
+inline std::string text_of(double value) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%g", value);
+  return digits;
+}
+
+inline std::string list_text(const int64_t* values, int64_t count) {
+  std::string text = "[";
+  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+  return text + "]";
+}
+
 template <class... Args>
 [[noreturn]] void fail(const char* op, const Args&... args) {
-  std::ostringstream text;
-  text << "flashdecpp::" << op << ": ";
-  (text << ... << args);
-  throw std::runtime_error(text.str());
+  throw std::runtime_error("flashdecpp::" + std::string(op) + ": " + (text_of(args) + ...));
 }
 
 // The message is built only when the check fails: REQUIRE(ok, op, "q must be ..., got ", q.shape()).
@@ -125,17 +142,8 @@ struct View {
     return true;
   }
   bool last_dim_contiguous() const { return dim > 0 && (strides[dim - 1] == 1 || sizes[dim - 1] <= 1); }
-  std::string shape() const { return list(sizes); }
-  std::string stride_list() const { return list(strides); }
-
- private:
-  std::string list(const int64_t* values) const {
-    std::ostringstream text;
-    text << '[';
-    for (int64_t i = 0; i < dim; ++i) text << (i ? ", " : "") << values[i];
-    text << ']';
-    return text.str();
-  }
+  std::string shape() const { return list_text(sizes, dim); }
+  std::string stride_list() const { return list_text(strides, dim); }
 };
 
 inline constexpr int64_t kMaxDims = 64;  // torch's own limit

