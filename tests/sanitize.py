@@ -11,7 +11,9 @@ import itertools
 
 import torch
 from strategies import Place, attention, every_op, randn, rotary
-from tolerance import compare
+from tolerance import assert_same, compare
+
+from flashdecpp import ops, reference
 
 SHAPES = [(1, 17, 40), (3, 70, 136), (8, 33, 1032), (20, 130, 264), (70, 129, 72)]  # m, n, k: nothing round
 
@@ -44,9 +46,13 @@ def main() -> None:
     count = 0
     for dtype in (torch.float16, torch.bfloat16):
         place = Place("cuda", dtype)
-        for op, arguments in every_op(place).items():
+        ops_with_arguments = every_op(place)
+        choice = ops_with_arguments.pop("sample")
+        expected = reference.sample(**choice | {"seen": choice["seen"].clone()})
+        assert_same(ops.sample(**choice), expected)
+        for op, arguments in ops_with_arguments.items():
             compare(op, **arguments)
-            count += 1
+        count += 1 + len(ops_with_arguments)
         compare("rotary_append", **rotary(place, [5, 33], q_len=2, fp8=True))
         count += 1 + attention_cases(place) + linear_cases(place)
     torch.cuda.synchronize()

@@ -10,7 +10,12 @@
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
 constexpr Kernels kernel_table(const char* name) {
-  return {name, attend, merge, pack, linear, norm, rotary, gated, argmax, scores, weights, block_sums};
+#if defined(__AVX512BF16__)
+  constexpr bool bfloat16_dot = true;
+#else
+  constexpr bool bfloat16_dot = false;
+#endif
+  return {name, bfloat16_dot, attend, merge, pack, linear, norm, rotary, gated, argmax, scores, weights, block_sums};
 }
 
 }  // namespace flashdecpp::cpu::FLASHDECPP_ISA

@@ -9,8 +9,10 @@
 
 namespace flashdecpp::cpu {
 
-// Weight elements that a kernel may read as one unit: packed activations are padded to a multiple of it.
+// Packed activations of linear are padded to a multiple of this: what a kernel reads at once.
 inline constexpr int64_t kPackAlign = 32;
+// Rows of x that one pass over the weights serves.
+inline constexpr int kMaxTileM = 8;
 
 // A row of decode_attention is one query head of one token; the rows of one KV head are numbered token by token.
 // One KV head of sequence b, which is `length` keys long, over its keys [key_begin, key_end).
@@ -27,15 +29,16 @@ inline constexpr int64_t kStateHeader = 4;
 
 struct Kernels {
   const char* name;
+  bool bfloat16_dot;  // has instructions for products of bfloat16
 
   // decode_attention. A task without `partial` writes the output, as merge does from the partials of its splits; both
   // return how many of the rows they wrote could not use phi.
   int32_t (*attend)(const AttentionParams&, const AttentionTask&);
   int32_t (*merge)(const AttentionParams&, int32_t b, int32_t h, const float* partials, int64_t splits);
 
-  // linear: x's rows as the kernel wants them, at most a float a number, each padded with zeros to packed_stride; then
-  // weight rows [begin, end) for all of x.
-  void (*pack)(const LinearParams&, void* packed, int64_t packed_stride);
+  // linear: the rows [begin, end) of x as the kernel wants them, at most a float a number, each padded with zeros to
+  // packed_stride; then the rows [begin, end) of the weights for all packed rows.
+  void (*pack)(const LinearParams&, void* packed, int64_t packed_stride, int64_t begin, int64_t end);
   void (*linear)(const LinearParams&, const void* packed, int64_t packed_stride, int64_t begin, int64_t end);
 
   void (*norm)(const NormParams&, int64_t row_begin, int64_t row_end);

@@ -10,7 +10,6 @@
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
-inline constexpr int kMaxTileM = 8;
 
 // Weight rows that a tile of m rows of x reads side by side: as many as the accumulators leave room for.
 constexpr int tile_rows(int m) {
@@ -185,8 +184,8 @@ void linear_typed(const LinearParams& p, const void* packed, int64_t x_stride, i
   static constexpr Columns columns[kMaxTileM] = {linear_columns<T, 1>, linear_columns<T, 2>, linear_columns<T, 3>,
                                                  linear_columns<T, 4>, linear_columns<T, 5>, linear_columns<T, 6>,
                                                  linear_columns<T, 7>, linear_columns<T, 8>};
-  // More rows of x than a tile holds: the weights of one strip stay in the nearest cache while the tiles pass over it.
-  constexpr int64_t kStripBytes = 262144;
+  // More rows of x than a tile holds: the weights of one strip stay in the second cache while the tiles pass over it.
+  constexpr int64_t kStripBytes = 256 * 1024;
   const int64_t row_bytes = p.k * static_cast<int64_t>(sizeof(T));
   const int64_t strip = p.m <= kMaxTileM ? end - begin : max(int64_t{8}, kStripBytes / row_bytes / 8 * 8);
   for (int64_t n = begin; n < end; n += strip) {
@@ -207,9 +206,9 @@ static void linear(const LinearParams& p, const void* x, int64_t x_stride, int64
 }
 
 template <class T>
-void pack_typed(const LinearParams& p, void* packed, int64_t packed_stride) {
+void pack_typed(const LinearParams& p, void* packed, int64_t packed_stride, int64_t begin, int64_t end) {
   using P = Products<T>;
-  for (int64_t m = 0; m < p.m; ++m) {
+  for (int64_t m = begin; m < end; ++m) {
     const T* x = static_cast<const T*>(p.x) + m * p.x_stride;
     auto* row = static_cast<typename P::Packed*>(packed) + m * packed_stride;
     int64_t i = 0;
@@ -218,11 +217,11 @@ void pack_typed(const LinearParams& p, void* packed, int64_t packed_stride) {
   }
 }
 
-static void pack(const LinearParams& p, void* packed, int64_t packed_stride) {
+static void pack(const LinearParams& p, void* packed, int64_t packed_stride, int64_t begin, int64_t end) {
   switch (p.dtype) {
-    case DType::kFloat32: return pack_typed<float>(p, packed, packed_stride);
-    case DType::kFloat16: return pack_typed<fp16>(p, packed, packed_stride);
-    case DType::kBFloat16: return pack_typed<bf16>(p, packed, packed_stride);
+    case DType::kFloat32: return pack_typed<float>(p, packed, packed_stride, begin, end);
+    case DType::kFloat16: return pack_typed<fp16>(p, packed, packed_stride, begin, end);
+    case DType::kBFloat16: return pack_typed<bf16>(p, packed, packed_stride, begin, end);
     default: return;
   }
 }
