@@ -27,6 +27,11 @@ struct AttentionTask {
 // unused; then its weighted sum of values. States of disjoint keys merge exactly.
 inline constexpr int64_t kStateHeader = 4;
 
+// Outputs [m_begin, m_end) x [n_begin, n_end) of a linear.
+struct LinearPart {
+  int64_t m_begin, m_end, n_begin, n_end;
+};
+
 struct Kernels {
   const char* name;
   bool bfloat16_dot;  // has instructions for products of bfloat16
@@ -37,9 +42,9 @@ struct Kernels {
   int32_t (*merge)(const AttentionParams&, int32_t b, int32_t h, const float* partials, int64_t splits);
 
   // linear: the rows [begin, end) of x as the kernel wants them, at most a float a number, each padded with zeros to
-  // packed_stride; then the rows [begin, end) of the weights for all packed rows.
+  // packed_stride; then a part of the outputs.
   void (*pack)(const LinearParams&, void* packed, int64_t packed_stride, int64_t begin, int64_t end);
-  void (*linear)(const LinearParams&, const void* packed, int64_t packed_stride, int64_t begin, int64_t end);
+  void (*linear)(const LinearParams&, const void* packed, int64_t packed_stride, const LinearPart&);
 
   void (*norm)(const NormParams&, int64_t row_begin, int64_t row_end);
   void (*rotary)(const RotaryParams&, int64_t token_begin, int64_t token_end);  // a token of batch * q_len

@@ -10,7 +10,6 @@
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
-
 // Weight rows that a tile of m rows of x reads side by side: as many as the accumulators leave room for.
 constexpr int tile_rows(int m) {
   constexpr int accumulators = kManyRegisters ? 16 : 8;
@@ -178,7 +177,7 @@ void linear_columns(const LinearParams& p, const typename Products<T>::Packed* x
 }
 
 template <class T>
-void linear_typed(const LinearParams& p, const void* packed, int64_t x_stride, int64_t begin, int64_t end) {
+void linear_typed(const LinearParams& p, const void* packed, int64_t packed_stride, const LinearPart& part) {
   using Packed = typename Products<T>::Packed;
   using Columns = void (*)(const LinearParams&, const Packed*, int64_t, int64_t, int64_t, int64_t);
   static constexpr Columns columns[kMaxTileM] = {linear_columns<T, 1>, linear_columns<T, 2>, linear_columns<T, 3>,
@@ -187,20 +186,21 @@ void linear_typed(const LinearParams& p, const void* packed, int64_t x_stride, i
   // More rows of x than a tile holds: the weights of one strip stay in the second cache while the tiles pass over it.
   constexpr int64_t kStripBytes = 256 * 1024;
   const int64_t row_bytes = p.k * static_cast<int64_t>(sizeof(T));
-  const int64_t strip = p.m <= kMaxTileM ? end - begin : max(int64_t{8}, kStripBytes / row_bytes / 8 * 8);
-  for (int64_t n = begin; n < end; n += strip) {
-    for (int64_t m = 0; m < p.m; m += kMaxTileM) {
-      columns[min(p.m - m, int64_t{kMaxTileM}) - 1](p, static_cast<const Packed*>(packed), x_stride, m, n,
-                                                    min(n + strip, end));
+  const bool one_pass = part.m_end - part.m_begin <= kMaxTileM;
+  const int64_t strip = one_pass ? part.n_end - part.n_begin : max(int64_t{8}, kStripBytes / row_bytes / 8 * 8);
+  for (int64_t n = part.n_begin; n < part.n_end; n += strip) {
+    for (int64_t m = part.m_begin; m < part.m_end; m += kMaxTileM) {
+      const int64_t rows = min(part.m_end - m, int64_t{kMaxTileM});
+      columns[rows - 1](p, static_cast<const Packed*>(packed), packed_stride, m, n, min(n + strip, part.n_end));
     }
   }
 }
 
-static void linear(const LinearParams& p, const void* x, int64_t x_stride, int64_t begin, int64_t end) {
+static void linear(const LinearParams& p, const void* packed, int64_t packed_stride, const LinearPart& part) {
   switch (p.dtype) {
-    case DType::kFloat32: return linear_typed<float>(p, x, x_stride, begin, end);
-    case DType::kFloat16: return linear_typed<fp16>(p, x, x_stride, begin, end);
-    case DType::kBFloat16: return linear_typed<bf16>(p, x, x_stride, begin, end);
+    case DType::kFloat32: return linear_typed<float>(p, packed, packed_stride, part);
+    case DType::kFloat16: return linear_typed<fp16>(p, packed, packed_stride, part);
+    case DType::kBFloat16: return linear_typed<bf16>(p, packed, packed_stride, part);
     default: return;
   }
 }

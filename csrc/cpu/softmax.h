@@ -11,10 +11,10 @@ struct OnlineMax {
   float reference(float maximum) const { return maximum; }
 };
 
-// One value fixed beforehand. Only a row whose own maximum is near enough may use it. What is subtracted is the upper end
-// of the safe window, so no weight exceeds 1: a value that the online softmax can sum does not overflow here either. The
-// largest weight is then at least e^-44, and float keeps its precision down to values of 1e-19. Any other row takes its
-// maximum, which costs nothing here, since a block's logits are all there before the first exponential.
+// One value fixed beforehand. Only a row whose own maximum is near enough may use it. What is subtracted is the upper
+// end of the safe window, so no weight exceeds 1: a value that the online softmax can sum does not overflow here
+// either. The largest weight is then at least e^-44, and float keeps its precision down to values of 1e-19. Any other
+// row takes its maximum, which costs nothing here, since a block's logits are all there before the first exponential.
 struct UnifiedMax {
   static constexpr float kSafe = 22.0f;
   float phi;
