@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=list(DTYPES), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", help="default: bench/results/decode_<device>.json")
+    parser.add_argument("--output", help="default: bench/results/decode_<cpu or cuda>.json")
     options = parser.parse_args()
     dtypes = DTYPES[options.device]
 

@@ -61,7 +61,7 @@ def environment() -> dict[str, object]:
         # A copy without .git is told what it is a copy of.
         "commit": os.environ.get("FLASHDECPP_COMMIT")
         or _git("describe", "--always", "--dirty", "--abbrev=40"),
-        "command": f"python {shlex.join(sys.argv)}",
+        "command": f"python {shlex.join(_without_output(sys.argv))}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": _cpu_name(),
@@ -87,6 +87,14 @@ def save(path: str | Path, results: object) -> None:
     document = {"environment": environment(), "results": results}
     Path(path).write_text(json.dumps(document, indent=1) + "\n")
     print(f"wrote {path}", file=sys.stderr)
+
+
+def _without_output(arguments: list[str]) -> list[str]:
+    """The command line without `--output FILE`: where a result went is no part of how it was measured."""
+    if "--output" not in arguments:
+        return arguments
+    at = arguments.index("--output")
+    return arguments[:at] + arguments[at + 2 :]
 
 
 def _git(*arguments: str) -> str:

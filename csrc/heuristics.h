@@ -31,11 +31,14 @@ struct InflectionPoints {
   int64_t m1, m2;
 };
 
-// The rule for a shape that nobody has profiled, from an H100 (torch 2.11, CUDA 13.0, bfloat16, graph replay, weights
-// from memory; geometric means over nine shapes from [1536, 1536] to [128256, 4096]). Up to 6 rows the GEMV is the
-// faster of ours: 1.12 times cuBLAS with 1 row, 1.03 with 4, 0.97 with 6. With 8 rows its arithmetic takes longer than
-// its loads and the flat GEMM passes it, at 0.94 of cuBLAS; with 16 rows that is 0.90 and goes on falling.
-inline InflectionPoints default_inflection_points(const DeviceProperties&) { return {7, 9}; }
+// The rule for a shape that nobody has profiled.
+// Hopper, measured on an H100 (bench/results/linear_h100.json and nine shapes from [1536, 1536] to [128256, 4096]): the
+// GEMV takes 1 / 1.13 of cuBLAS's time with 1 row and 1 / 1.06 with 4, and is behind with 6. The flat GEMM is behind
+// cuBLAS from 8 rows on (1 / 0.94), so the rule does not choose it there.
+// Older machines: the paper's range for an A100 (section 5: m1 of 2 to 3, m2 of 8 to 17), not measured here.
+inline InflectionPoints default_inflection_points(const DeviceProperties& device) {
+  return device.arch >= 90 ? InflectionPoints{5, 5} : InflectionPoints{3, 9};
+}
 
 inline LinearImpl choose_linear(InflectionPoints points, int64_t m, int64_t k) {
   if (k % 8 != 0) return LinearImpl::kBlas;  // rows that 16-byte loads cannot start on

@@ -66,6 +66,7 @@ def _kernel_lines() -> Iterator[str]:
             properties.multi_processor_count, 10 * properties.major + properties.minor
         )
         points = _C.default_inflection_points(device)
-        yield f"  linear(auto) on a GPU: gemv below M = {points.m1}, flat_gemm below {points.m2}, blas above"
+        flat = f"flat_gemm below {points.m2}, " if points.m2 > points.m1 else ""
+        yield f"  linear(auto) on a GPU: gemv below M = {points.m1}, {flat}blas above"
         yield "    (the rule for shapes that nobody profiled; K not a multiple of 8 and float32 go to blas)"
     yield "  linear(auto) on the CPU: own kernel for small M, blas above (csrc/cpu/linear_rule.h)"

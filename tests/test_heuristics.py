@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from flashdecpp import _C
 
 H100 = _C.DeviceProperties(multiprocessors=132, arch=90)
+A100 = _C.DeviceProperties(multiprocessors=108, arch=80)
 
 
 @pytest.mark.parametrize(
@@ -22,10 +23,14 @@ def test_a_k_that_vector_loads_cannot_start_on_goes_to_blas(m: int, k: int) -> N
     assert _C.choose_linear(_C.default_inflection_points(H100), m, k) == "blas"
 
 
-def test_the_default_rule_is_a_sequence_of_gemv_flat_gemm_and_blas() -> None:
-    points = _C.default_inflection_points(H100)
+@pytest.mark.parametrize(
+    ("device", "ranges"), [(H100, ["gemv", "blas"]), (A100, ["gemv", "flat_gemm", "blas"])]
+)
+def test_the_default_rule_has_one_range_of_m_for_each_implementation(device, ranges: list[str]) -> None:
+    points = _C.default_inflection_points(device)
     choices = [_C.choose_linear(points, m, 4096) for m in range(1, 513)]
-    assert list(dict.fromkeys(choices)) == ["gemv", "flat_gemm", "blas"]
+    changes = [b for a, b in zip([None, *choices], choices, strict=False) if a != b]
+    assert changes == ranges
 
 
 def test_one_short_sequence_is_not_split_into_crumbs() -> None:
