@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "products.h"
 #include "simd.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
@@ -24,40 +25,6 @@ inline constexpr int64_t kAheadBytes = 8192;
 // accumulators of kStripRows rows of weights kept in memory between them.
 inline constexpr int64_t kActivationBytes = 24576;
 inline constexpr int kStripRows = 16;
-
-// How T's numbers are multiplied: what x is packed as, and two vectors' worth of products added to an accumulator.
-template <class T>
-struct Products {
-  using Packed = float;
-  using Operand = Pair;
-  FLASHDECPP_INLINE Operand load_weights(const T* p) { return load_pair(p); }
-  FLASHDECPP_INLINE Operand load_weights(const T* p, int n) { return load_pair(p, n); }
-  FLASHDECPP_INLINE Operand load_x(const float* p) { return {load(p), load(p + kLanes)}; }
-  FLASHDECPP_INLINE void add(Vec& acc, const Operand& w, const Operand& x) {
-    acc = fma(w.second, x.second, fma(w.first, x.first, acc));
-  }
-  FLASHDECPP_INLINE void pack(float* out, const T* x) { store_pair(out, load_pair(x)); }
-  FLASHDECPP_INLINE void pack(float* out, const T* x, int n) { store_pair(out, load_pair(x, n)); }
-};
-
-#if defined(__AVX512BF16__)
-// Pairs of bfloat16 products in one instruction: half the arithmetic, and no conversion.
-template <>
-struct Products<bf16> {
-  using Packed = bf16;
-  using Operand = __m512i;
-  FLASHDECPP_INLINE Operand load_weights(const bf16* p) { return _mm512_loadu_si512(p); }
-  FLASHDECPP_INLINE Operand load_weights(const bf16* p, int n) {
-    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p);
-  }
-  FLASHDECPP_INLINE Operand load_x(const bf16* p) { return _mm512_loadu_si512(p); }
-  FLASHDECPP_INLINE void add(Vec& acc, const Operand& w, const Operand& x) {
-    acc.v = _mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
-  }
-  FLASHDECPP_INLINE void pack(bf16* out, const bf16* x) { _mm512_storeu_si512(out, load_weights(x)); }
-  FLASHDECPP_INLINE void pack(bf16* out, const bf16* x, int n) { _mm512_storeu_si512(out, load_weights(x, n)); }
-};
-#endif
 
 // Where to prefetch while walking a run of weights: at offset i, (i < turn ? first : second) + i.
 template <class T>
@@ -82,18 +49,18 @@ FLASHDECPP_INLINE void linear_run(Vec (&acc)[kM * kRows], const T* weight, int64
       w[r] = load_weights(weight + r * weight_stride + i);
     }
     for (int m = 0; m < kM; ++m) {
-      typename P::Operand operand = P::load_x(x + m * x_stride + i);
+      typename P::Operand operand = P::load_packed(x + m * x_stride + i);
       if (kRows > 1) keep_in_registers(operand);
       for (int r = 0; r < kRows; ++r) P::add(acc[m * kRows + r], w[r], operand);
     }
   };
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    step(i, [](const T* p) __attribute__((always_inline)) { return P::load_weights(p); });
+    step(i, [](const T* p) __attribute__((always_inline)) { return P::load_once(p); });
   }
   if (i < count) {
     const int rest = static_cast<int>(count - i);
-    step(i, [rest](const T* p) __attribute__((always_inline)) { return P::load_weights(p, rest); });
+    step(i, [rest](const T* p) __attribute__((always_inline)) { return P::load_once(p, rest); });
   }
 }
 

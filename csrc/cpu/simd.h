@@ -136,19 +136,9 @@ FLASHDECPP_INLINE __m512 widen(__m256i x, bf16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
 FLASHDECPP_INLINE __m512 widen(__m256i x, fp16) { return _mm512_cvtph_ps(x); }
-FLASHDECPP_INLINE __m512 widen(__m128i x) {  // fp8 -> fp16 with an exponent 8 too small, which fp16 holds exactly
-  const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepu8_epi16(x), 8);
-  const __m256i half = _mm256_and_si256(_mm256_srai_epi16(shifted, 1), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
-  const __mmask16 nan =
-      _mm256_cmpeq_epi16_mask(_mm256_slli_epi16(half, 2), _mm256_set1_epi16(static_cast<int16_t>(0xfe00)));
-  const __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
-  return _mm512_mask_blend_ps(nan, value, _mm512_set1_ps(__builtin_nanf("")));
-}
-
 FLASHDECPP_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 FLASHDECPP_INLINE Vec load(const bf16* p) { return {widen(_mm256_loadu_si256((const __m256i*)p), bf16{})}; }
 FLASHDECPP_INLINE Vec load(const fp16* p) { return {widen(_mm256_loadu_si256((const __m256i*)p), fp16{})}; }
-FLASHDECPP_INLINE Vec load(const fp8* p) { return {widen(_mm_loadu_si128((const __m128i*)p))}; }
 // The first n of kLanes numbers, zeros behind; nothing else is read.
 FLASHDECPP_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
 FLASHDECPP_INLINE Vec load(const bf16* p, int n) {
@@ -157,7 +147,6 @@ FLASHDECPP_INLINE Vec load(const bf16* p, int n) {
 FLASHDECPP_INLINE Vec load(const fp16* p, int n) {
   return {widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), fp16{})};
 }
-FLASHDECPP_INLINE Vec load(const fp8* p, int n) { return {widen(_mm_maskz_loadu_epi8(first_lanes(n), p))}; }
 
 FLASHDECPP_INLINE __m256i narrow(Vec x, bf16) {
   const __m512i bits = _mm512_castps_si512(x.v);
@@ -197,6 +186,38 @@ FLASHDECPP_INLINE Pair load_pair(const T* p, int n) {
 }
 FLASHDECPP_INLINE Pair load_pair(const bf16* p, int n) {
   return split_pair(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p));
+}
+
+// fp8 as fp16 has an exponent that is 8 too small, and fits: it is loaded as value / 256.
+inline constexpr float kFp8Unit = 256.0f;
+FLASHDECPP_INLINE Pair widen_fp8(__m256i x) {
+  const __m512i shifted = _mm512_slli_epi16(_mm512_cvtepu8_epi16(x), 8);
+  const __m512i half = _mm512_and_si512(_mm512_srai_epi16(shifted, 1), _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
+  Pair y = {{_mm512_cvtph_ps(_mm512_castsi512_si256(half))}, {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1))}};
+  const __m256i magnitude = _mm256_set1_epi8(0x7f);
+  if (const __mmask32 nan = _mm256_cmpeq_epi8_mask(_mm256_and_si256(x, magnitude), magnitude)) [[unlikely]] {
+    const __m512 value = _mm512_set1_ps(__builtin_nanf(""));
+    y.first.v = _mm512_mask_mov_ps(y.first.v, static_cast<__mmask16>(nan), value);
+    y.second.v = _mm512_mask_mov_ps(y.second.v, static_cast<__mmask16>(nan >> 16), value);
+  }
+  return y;
+}
+FLASHDECPP_INLINE Pair load_pair(const fp8* p) { return widen_fp8(_mm256_loadu_si256((const __m256i*)p)); }
+FLASHDECPP_INLINE Pair load_pair(const fp8* p, int n) {
+  return widen_fp8(_mm256_maskz_loadu_epi8(static_cast<__mmask32>((uint64_t{1} << n) - 1), p));
+}
+
+// What load_pair<T> gave, stored in the order of memory.
+template <class T>
+FLASHDECPP_INLINE void store_in_order(float* p, Pair x, T) {
+  store(p, x.first);
+  store(p + kLanes, x.second);
+}
+FLASHDECPP_INLINE void store_in_order(float* p, Pair x, bf16) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  store(p, {_mm512_permutex2var_ps(x.first.v, low, x.second.v)});
+  store(p + kLanes, {_mm512_permutex2var_ps(x.first.v, high, x.second.v)});
 }
 
 // Lane i of the result is the sum of the lanes of x[i], in an order that is the same for every i.
@@ -257,18 +278,9 @@ FLASHDECPP_INLINE __m256 widen(__m128i x, bf16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
 }
 FLASHDECPP_INLINE __m256 widen(__m128i x, fp16) { return _mm256_cvtph_ps(x); }
-FLASHDECPP_INLINE __m256 widen(__m128i x, fp8) {  // fp8 -> fp16 with an exponent 8 too small, which fp16 holds exactly
-  const __m128i shifted = _mm_slli_epi16(_mm_cvtepu8_epi16(x), 8);
-  const __m128i half = _mm_and_si128(_mm_srai_epi16(shifted, 1), _mm_set1_epi16(static_cast<int16_t>(0xbf80)));
-  const __m128i nan = _mm_cmpeq_epi16(_mm_slli_epi16(half, 2), _mm_set1_epi16(static_cast<int16_t>(0xfe00)));
-  const __m256 value = _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
-  return _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_cvtepi16_epi32(nan)));
-}
-
 FLASHDECPP_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 FLASHDECPP_INLINE Vec load(const bf16* p) { return {widen(_mm_loadu_si128((const __m128i*)p), bf16{})}; }
 FLASHDECPP_INLINE Vec load(const fp16* p) { return {widen(_mm_loadu_si128((const __m128i*)p), fp16{})}; }
-FLASHDECPP_INLINE Vec load(const fp8* p) { return {widen(_mm_loadl_epi64((const __m128i*)p), fp8{})}; }
 
 FLASHDECPP_INLINE __m128i narrow(Vec x, bf16) {
   const __m256i bits = _mm256_castps_si256(x.v);
@@ -295,6 +307,31 @@ FLASHDECPP_INLINE Pair load_pair(const bf16* p) {
   const __m256i x = _mm256_loadu_si256((const __m256i*)p);
   return {{_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))},
           {_mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))}};
+}
+
+inline constexpr float kFp8Unit = 256.0f;
+FLASHDECPP_INLINE Pair load_pair(const fp8* p) {
+  const __m128i x = _mm_loadu_si128((const __m128i*)p);
+  const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepu8_epi16(x), 8);
+  const __m256i half = _mm256_and_si256(_mm256_srai_epi16(shifted, 1), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+  Pair y = {{_mm256_cvtph_ps(_mm256_castsi256_si128(half))}, {_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))}};
+  const __m128i magnitude = _mm_set1_epi8(0x7f), nan = _mm_cmpeq_epi8(_mm_and_si128(x, magnitude), magnitude);
+  if (_mm_movemask_epi8(nan)) [[unlikely]] {
+    y.first.v = _mm256_or_ps(y.first.v, _mm256_castsi256_ps(_mm256_cvtepi8_epi32(nan)));
+    y.second.v = _mm256_or_ps(y.second.v, _mm256_castsi256_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(nan, 8))));
+  }
+  return y;
+}
+
+template <class T>
+FLASHDECPP_INLINE void store_in_order(float* p, Pair x, T) {
+  store(p, x.first);
+  store(p + kLanes, x.second);
+}
+FLASHDECPP_INLINE void store_in_order(float* p, Pair x, bf16) {
+  const __m256 low = _mm256_unpacklo_ps(x.first.v, x.second.v), high = _mm256_unpackhi_ps(x.first.v, x.second.v);
+  store(p, {_mm256_permute2f128_ps(low, high, 0x20)});
+  store(p + kLanes, {_mm256_permute2f128_ps(low, high, 0x31)});
 }
 
 FLASHDECPP_INLINE Vec sum_each(const Vec (&x)[kLanes]) {
@@ -392,6 +429,14 @@ struct Pair {
 template <class T>
 FLASHDECPP_INLINE Pair load_pair(const T* p) {
   return {load(p), load(p + kLanes)};
+}
+
+inline constexpr float kFp8Unit = 1.0f;
+
+template <class T>
+FLASHDECPP_INLINE void store_in_order(float* p, Pair x, T) {
+  store(p, x.first);
+  store(p + kLanes, x.second);
 }
 
 FLASHDECPP_INLINE Vec sum_each(const Vec (&x)[kLanes]) {
