@@ -15,7 +15,8 @@ constexpr Kernels kernel_table(const char* name) {
 #else
   constexpr bool bfloat16_dot = false;
 #endif
-  return {name, bfloat16_dot, attend, merge, pack, linear, norm, rotary, gated, argmax, scores, weights, block_sums};
+  return {name,   bfloat16_dot, attend, merge,  pack,    linear,     norm,
+          rotary, gated,        argmax, scores, weights, block_sums, block_maxima};
 }
 
 }  // namespace flashdecpp::cpu::FLASHDECPP_ISA

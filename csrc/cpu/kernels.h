@@ -58,9 +58,11 @@ struct Kernels {
   // [i * kSumBlock, (i + 1) * kSumBlock).
   void (*weights)(const float* x, float largest, float* w, int64_t n);
   void (*block_sums)(const float* w, double* sums, int64_t n);
+  // maxima[i]: the largest of x[i * kMaxBlock, (i + 1) * kMaxBlock).
+  void (*block_maxima)(const float* x, float* maxima, int64_t n);
 };
 
-inline constexpr int64_t kSumBlock = 256;
+inline constexpr int64_t kSumBlock = 256, kMaxBlock = 64;
 
 extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)

@@ -1,13 +1,13 @@
 // sample on a CPU: vector passes over the logits, then thresholds that only look at what matters.
 #include <algorithm>
 #include <bit>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <vector>
 
 #include "contract.h"
 #include "kernels.h"
-#include "scratch.h"
 
 namespace flashdecpp::cpu {
 namespace {
@@ -34,42 +34,99 @@ uint32_t ordered(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+float unordered(uint32_t x) { return std::bit_cast<float>(x & 0x80000000u ? x & 0x7fffffffu : ~x); }
+
 constexpr int kBucketBits = 12;
 constexpr int kBuckets = 1 << kBucketBits;
 
-// The k-th largest of x[0, n), 1 <= k <= n: a histogram of leading bits finds its bucket, and few are left to order.
-float kth_largest(const float* x, int64_t n, int64_t k, std::vector<float>& few) {
+// The largest numbers of a row, with their places, in the order of places.
+struct Candidates {
+  std::vector<float> x;
+  std::vector<int32_t> index;
+};
+
+// The k-th largest of x, 1 <= k <= x.size(), which is reordered.
+float kth_largest(std::vector<float>& x, int64_t k) {
+  std::nth_element(x.begin(), x.begin() + (k - 1), x.end(), std::greater<float>());
+  return x[static_cast<size_t>(k - 1)];
+}
+
+// A number that at least k of x[0, n) reach, and not many more.
+float bound_of_largest(const Kernels& kernel, const float* x, int64_t n, int64_t k, std::vector<float>& maxima) {
+  maxima.resize(static_cast<size_t>((n + kMaxBlock - 1) / kMaxBlock));
+  kernel.block_maxima(x, maxima.data(), n);
+  if (k <= static_cast<int64_t>(maxima.size())) {  // each of the k largest blocks has a number that reaches it
+    std::vector<float> order = maxima;
+    return kth_largest(order, k);
+  }
   int32_t counts[kBuckets] = {};
   for (int64_t i = 0; i < n; ++i) ++counts[ordered(x[i]) >> (32 - kBucketBits)];
   int bucket = kBuckets - 1;
   for (; counts[bucket] < k; --bucket) k -= counts[bucket];
-  few.clear();
-  for (int64_t i = 0; i < n; ++i) {
-    if (static_cast<int>(ordered(x[i]) >> (32 - kBucketBits)) == bucket) few.push_back(x[i]);
+  return unordered(static_cast<uint32_t>(bucket) << (32 - kBucketBits));
+}
+
+// All of x[0, n) that reach its k-th largest: more than k where several are equal to it.
+Candidates largest(const Kernels& kernel, const float* x, int64_t n, int64_t k) {
+  std::vector<float> maxima;
+  const float bound = bound_of_largest(kernel, x, n, k, maxima);
+  Candidates found;
+  for (size_t block = 0; block < maxima.size(); ++block) {
+    if (!(maxima[block] >= bound)) continue;
+    const int64_t begin = static_cast<int64_t>(block) * kMaxBlock, end = std::min(begin + kMaxBlock, n);
+    for (int64_t i = begin; i < end; ++i) {
+      if (x[i] >= bound) {
+        found.x.push_back(x[i]);
+        found.index.push_back(static_cast<int32_t>(i));
+      }
+    }
   }
-  std::nth_element(few.begin(), few.begin() + (k - 1), few.end(), std::greater<float>());
-  return few[k - 1];
+  std::vector<float> order = found.x;
+  const float threshold = kth_largest(order, k);
+  size_t kept = 0;
+  for (size_t i = 0; i < found.x.size(); ++i) {
+    if (found.x[i] < threshold) continue;
+    found.x[kept] = found.x[i];
+    found.index[kept++] = found.index[i];
+  }
+  found.x.resize(kept);
+  found.index.resize(kept);
+  return found;
+}
+
+double sum(const Kernels& kernel, const float* w, int64_t n, std::vector<double>& sums) {
+  sums.resize(static_cast<size_t>((n + kSumBlock - 1) / kSumBlock));
+  kernel.block_sums(w, sums.data(), n);
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 // The smallest weight that is kept when the largest weights are taken until `share` of the total is reached.
-float top_p_threshold(const float* w, int64_t n, float share, std::vector<float>& few) {
+float top_p_threshold(const Kernels& kernel, const float* w, int64_t n, float share) {
   constexpr int kShift = 31 - kBucketBits;  // weights are not negative: their sign bit says nothing
-  std::vector<double> sums(kBuckets, 0.0);
-  for (int64_t i = 0; i < n; ++i) sums[std::bit_cast<uint32_t>(w[i]) >> kShift] += w[i];
-  const double total = std::accumulate(sums.begin(), sums.end(), 0.0);
-  const double wanted = static_cast<double>(share) * total;
-  double before = 0.0;
-  int bucket = kBuckets - 1, last = bucket;  // last: of those that hold anything
-  for (; bucket >= 0; --bucket) {
-    if (sums[bucket] == 0.0) continue;
-    last = bucket;
-    if (before + sums[bucket] >= wanted) break;
-    before += sums[bucket];
-  }
-  bucket = last;
-  few.clear();
+  std::vector<double> sums;
+  const double total = sum(kernel, w, n, sums), wanted = static_cast<double>(share) * total;
+  // All weights below this add up to less than what may be left out, so the threshold is not among them.
+  const float least = static_cast<float>((1.0 - static_cast<double>(share)) * total / static_cast<double>(n) * 0.999);
+  std::vector<float> few(static_cast<size_t>(n));
+  size_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
-    if (static_cast<int>(std::bit_cast<uint32_t>(w[i]) >> kShift) == bucket && w[i] > 0) few.push_back(w[i]);
+    few[count] = w[i];
+    count += w[i] >= least && w[i] > 0;
+  }
+  few.resize(count);
+
+  double before = 0.0;
+  if (count > 256) {  // leave those that share the leading bits of the threshold
+    sums.assign(kBuckets, 0.0);
+    for (float x : few) sums[std::bit_cast<uint32_t>(x) >> kShift] += x;
+    int bucket = kBuckets - 1, last = bucket;  // last: of those that hold anything
+    for (; bucket >= 0; --bucket) {
+      if (sums[static_cast<size_t>(bucket)] == 0.0) continue;
+      last = bucket;
+      if (before + sums[static_cast<size_t>(bucket)] >= wanted) break;
+      before += sums[static_cast<size_t>(bucket)];
+    }
+    std::erase_if(few, [&](float x) { return static_cast<int>(std::bit_cast<uint32_t>(x) >> kShift) != last; });
   }
   std::sort(few.begin(), few.end(), std::greater<float>());
   size_t kept = 0;
@@ -79,26 +136,16 @@ float top_p_threshold(const float* w, int64_t n, float share, std::vector<float>
 
 // The first index whose cumulative weight exceeds u * total; the last one with a weight where rounding leaves none.
 int64_t draw(const Kernels& kernel, const float* w, int64_t n, float u) {
-  const int64_t blocks = (n + kSumBlock - 1) / kSumBlock;
-  Scratch<double, 1024> scratch(static_cast<size_t>(blocks));
-  double* sums = scratch.data();
-  kernel.block_sums(w, sums, n);
-  double total = 0.0;
-  for (int64_t i = 0; i < blocks; ++i) total += sums[i];
-  const double wanted = u * total;
+  std::vector<double> sums;
+  const double wanted = u * sum(kernel, w, n, sums);
   double before = 0.0;
-  int64_t block = 0;
-  while (block + 1 < blocks && before + sums[block] <= wanted) before += sums[block++];
-  int64_t last = 0;
-  for (int64_t i = block * kSumBlock; i < n; ++i) {
-    if (w[i] > 0) {
-      before += w[i];
-      last = i;
-      if (before > wanted) return i;
-    }
+  size_t block = 0;
+  while (block + 1 < sums.size() && before + sums[block] <= wanted) before += sums[block++];
+  for (int64_t i = static_cast<int64_t>(block) * kSumBlock; i < n; ++i) {
+    before += w[i];
+    if (w[i] > 0 && before > wanted) return i;
   }
-  if (w[last] > 0) return last;
-  last = n - 1;
+  int64_t last = n - 1;
   while (last > 0 && !(w[last] > 0)) --last;
   return last;
 }
@@ -111,31 +158,29 @@ int64_t choose(const SampleParams& p, const Kernels& kernel, int64_t row) {
     return kernel.argmax(logits + row * p.logits_stride * contract::element_size(p.dtype), p.dtype, n);
   }
   const auto x = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(n));
-  const float largest = kernel.scores(p, row, x.get());
+  const float top = kernel.scores(p, row, x.get());
   if (greedy) return kernel.argmax(x.get(), DType::kFloat32, n);
-  if (largest == -std::numeric_limits<float>::infinity()) return 0;
+  if (top == -std::numeric_limits<float>::infinity()) return 0;
 
   const int64_t k = p.top_k ? p.top_k[row] : 0;
-  const float top_p = p.top_p ? p.top_p[row] : 1.0f, min_p = p.min_p ? p.min_p[row] : 0.0f;
-  std::vector<float> few;
-  if (k > 0 && k < n) {
-    const float threshold = kth_largest(x.get(), n, k, few);
-    for (int64_t i = 0; i < n; ++i) {
-      if (x[i] < threshold) x[i] = -std::numeric_limits<float>::infinity();
-    }
-  }
+  Candidates candidates;
   float* w = x.get();
-  kernel.weights(x.get(), largest, w, n);
-  float threshold = min_p;
-  if (top_p < 1.0f) threshold = std::max(threshold, top_p_threshold(w, n, top_p, few));
+  int64_t count = n;
+  if (k > 0 && k < n) {
+    candidates = largest(kernel, x.get(), n, k);
+    w = candidates.x.data();
+    count = static_cast<int64_t>(candidates.x.size());
+  }
+  kernel.weights(w, top, w, count);
+  float threshold = p.min_p ? p.min_p[row] : 0.0f;
+  if (p.top_p && p.top_p[row] < 1.0f) threshold = std::max(threshold, top_p_threshold(kernel, w, count, p.top_p[row]));
   if (threshold > 0.0f) {
-    for (int64_t i = 0; i < n; ++i) {
-      if (w[i] < threshold) w[i] = 0.0f;
-    }
+    for (int64_t i = 0; i < count; ++i) w[i] = w[i] < threshold ? 0.0f : w[i];
   }
   const uint64_t seed = p.seed ? static_cast<uint64_t>(p.seed[row]) : 0;
   const uint64_t position = p.position ? static_cast<uint64_t>(p.position[row]) : 0;
-  return draw(kernel, w, n, static_cast<float>(philox(seed, position) >> 8) * 0x1p-24f);
+  const int64_t drawn = draw(kernel, w, count, static_cast<float>(philox(seed, position) >> 8) * 0x1p-24f);
+  return candidates.index.empty() ? drawn : candidates.index[static_cast<size_t>(drawn)];
 }
 
 Tensor run_sample(const Tensor& logits, SampleParams p) {

@@ -103,4 +103,16 @@ static void block_sums(const float* w, double* sums, int64_t n) {
   }
 }
 
+static void block_maxima(const float* x, float* maxima, int64_t n) {
+  for (int64_t block = 0; block * kMaxBlock < n; ++block) {
+    const int64_t begin = block * kMaxBlock, end = min(begin + kMaxBlock, n);
+    Vec largest = set1(-kInf);
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) largest = max(load(x + i), largest);
+    float top = max_lane(largest);
+    for (; i < end; ++i) top = max(top, x[i]);
+    maxima[block] = top;
+  }
+}
+
 }  // namespace flashdecpp::cpu::FLASHDECPP_ISA
