@@ -23,7 +23,7 @@ struct Products {
 };
 
 #if defined(__AVX512BF16__)
-// Pairs of bfloat16 products in one instruction: half the arithmetic, and no conversion.
+// Pairs of bfloat16 products in one instruction: half the arithmetic, and no conversion. It takes subnormals as zero.
 template <>
 struct Products<bf16> {
   using Packed = bf16;

@@ -349,7 +349,11 @@ FLASHDECPP_INLINE Vec sum_each(const Vec (&x)[kLanes]) {
 #else  // the compiler's own vectors of 16 bytes: SSE2, NEON, or whatever the target has
 
 inline constexpr int kLanes = 4;
+#if defined(__aarch64__)
+inline constexpr bool kManyRegisters = true;  // 32
+#else
 inline constexpr bool kManyRegisters = false;
+#endif
 
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
