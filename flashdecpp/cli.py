@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,12 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         help="float32 (CPU only), bfloat16 or float16.  [default: bfloat16; on a GPU the model's own]"
+    ),
+]
+Phi = Annotated[
+    str,
+    typer.Option(
+        help="Unified maximum of the softmax: auto (what calibrate wrote beside the model), none, or a file."
     ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens of an answer.", min=1)]
@@ -71,6 +78,7 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
+    phi: Phi = "auto",
 ) -> None:
     """Continue a prompt (or answer it, with --chat); the text streams to standard output."""
     from flashdecpp.runner import SamplingParams
@@ -87,7 +95,7 @@ def generate(
         stop=stop or (),
         ignore_eos=ignore_eos,
     )
-    llm = _load(model, device, dtype)
+    llm = _load(model, device, dtype, phi)
     inputs = [_templated(llm, text) for text in prompts] if chat else prompts
     if len(inputs) == 1 and not as_json:
         _print_stream(llm.stream(inputs[0], params))
@@ -111,6 +119,7 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    phi: Phi = "auto",
 ) -> None:
     """Talk with a model. Ctrl-C ends an answer, Ctrl-D the conversation, /new forgets it."""
     from flashdecpp.runner import SamplingParams
@@ -124,7 +133,44 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    _converse(_load(model, device, dtype), system, params)
+    _converse(_load(model, device, dtype, phi), system, params)
+
+
+@app.command()
+def calibrate(
+    model: Model = "demo",
+    text: Annotated[
+        Path | None, typer.Option(help="A text to measure.  [default: a short one of many kinds]")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", "-n", help="Most tokens of it to measure.", min=1)
+    ] = 4096,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where phi goes.  [default: beside the model]")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the statistics into this PNG (matplotlib).")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Measure a model's softmax inputs and write the unified maximum of every head beside the model."""
+    from flashdecpp.runner import calibrate as calibration
+    from flashdecpp.runner.calibration_text import TEXT
+    from flashdecpp.runner.phi import phi_path
+
+    if plot is not None:
+        calibration.need_matplotlib()
+    _need_writable(output, plot)
+    content = TEXT if text is None else text.read_text(encoding="utf-8")
+    llm = _load(model, device, dtype, "none")
+    output = phi_path(llm.path) if output is None else output
+    _need_writable(output)
+    measured = calibration.measure(llm, llm.tokenizer.encode(content)[:tokens])
+    measured.save(output)
+    if plot is not None:
+        calibration.plot(measured, plot)
+    for line in calibration.report(measured):
+        print(line)
+    print(f"phi is in {output}" + ("" if plot is None else f", the plot in {plot}"))
 
 
 @app.command()
@@ -162,11 +208,18 @@ def _prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
     return prompts
 
 
-def _load(model: str, device: str | None, dtype: str | None) -> LLM:
+def _need_writable(*paths: Path | None) -> None:
+    """Raises an error where a file could not be written, before the work that it's for."""
+    for path in paths:
+        if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise ValueError(f"{path} can't be written: {path.parent} is no folder that may be written to")
+
+
+def _load(model: str, device: str | None, dtype: str | None, phi: str) -> LLM:
     from flashdecpp.info import default_device
     from flashdecpp.runner import LLM
 
-    return LLM(model, device=device or default_device(), dtype=dtype)
+    return LLM(model, device=device or default_device(), dtype=dtype, phi=phi)
 
 
 def _templated(llm: LLM, text: str) -> list[int]:

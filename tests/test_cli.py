@@ -30,7 +30,7 @@ def complaint(result: subprocess.CompletedProcess[str]) -> str:
 def test_help_explains_itself() -> None:
     result = flashdecpp("--help")
     assert result.returncode == 0
-    for command in ("generate", "chat", "info"):
+    for command in ("generate", "chat", "calibrate", "info"):
         assert command in result.stdout
 
 
@@ -68,7 +68,16 @@ def test_bad_sampling_parameters_are_one_line() -> None:
 @pytest.mark.demo
 def test_generate_streams_the_answer_and_reports_on_stderr() -> None:
     result = flashdecpp(
-        "generate", "The capital of France is", "-n", "3", "--dtype", "float32", "--device", "cpu"
+        "generate",
+        "The capital of France is",
+        "-n",
+        "3",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--phi",
+        "none",
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(" Paris.")

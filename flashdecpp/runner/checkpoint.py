@@ -16,6 +16,7 @@ from .weights import Plan, WeightSource, plan_weights
 @dataclass(frozen=True)
 class Checkpoint:
     name: str
+    path: Path  # the folder or the file
     config: ModelConfig
     tokenizer: BaseTokenizer
     source: WeightSource
@@ -42,11 +43,11 @@ def _open_folder(path: Path) -> Checkpoint:
     config = config_from_directory(path)
     source = SafetensorsFolder(path)
     plan = plan_weights(config, config.architecture.names, source)
-    return Checkpoint(path.resolve().name, config, FolderTokenizer(path), source, plan)
+    return Checkpoint(path.resolve().name, path, config, FolderTokenizer(path), source, plan)
 
 
 def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile(path)
     config = config_from_gguf(file)
     plan = plan_weights(config, GGUF_NAMES, file, config.architecture.gguf_interleaved_qk)
-    return Checkpoint(path.stem, config, GGUFTokenizer(file.metadata), file, plan)
+    return Checkpoint(path.stem, path, config, GGUFTokenizer(file.metadata), file, plan)

@@ -12,6 +12,7 @@ from .engine import Engine, Request
 from .errors import ModelError, OutOfMemory
 from .memory import available_bytes, gigabytes, peak_bytes
 from .model import Decoder
+from .phi import Phi, load_phi
 from .sampling import SamplingParams
 from .tokenizer import Message
 from .weights import load_weights
@@ -66,7 +67,9 @@ class LLM:
     max_len: most tokens of prompt and answer together; the model's context if None.
     max_batch: sequences that are decoded together; more prompts than that take turns.
     cache_tokens: size of the KV cache, reserved at once; None makes it as large as each call needs.
-    phi: the unified maximum of the softmax, float32 [q_heads] for each layer.
+    phi: the unified maximum of the softmax. "auto": from the file that `flashdecpp calibrate` wrote beside
+        the model, if it's there. "none" or None: online softmax. Else the path of such a file, or float32
+        [q_heads] for each layer. It changes the time, never the result.
     """
 
     def __init__(
@@ -78,11 +81,12 @@ class LLM:
         max_len: int | None = None,
         max_batch: int = 32,
         cache_tokens: int | None = None,
-        phi: Sequence[torch.Tensor] | None = None,
+        phi: Phi = "auto",
     ) -> None:
         self.device = _device(device)
         checkpoint = open_checkpoint(model)
-        self.name, self.config, self.tokenizer = checkpoint.name, checkpoint.config, checkpoint.tokenizer
+        self.name, self.path = checkpoint.name, checkpoint.path
+        self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
         self.dtype = _dtype(dtype, self.device, self.config.dtype)
         self.max_len = self.config.context if max_len is None else max_len
         if not 0 < self.max_len <= self.config.context:
@@ -93,10 +97,11 @@ class LLM:
             raise ModelError(f"max_batch must be 1 or more, got {max_batch}")
         if cache_tokens is not None:
             self._check_room(checkpoint.plan.nbytes(self.dtype), cache_tokens)
+        unified_maximum = load_phi(phi, checkpoint.path, self.config, self.device)
         started = time.perf_counter()
         weights = load_weights(checkpoint.plan, checkpoint.source, self.device, self.dtype)
         self.load_seconds = time.perf_counter() - started
-        self.decoder = Decoder(self.config, weights, self.max_len, phi)
+        self.decoder = Decoder(self.config, weights, self.max_len, unified_maximum)
         self._engine = Engine(self.decoder, checkpoint.eos_ids, self.max_len, max_batch, cache_tokens)
         self.stats: Stats | None = None
 

@@ -17,6 +17,10 @@ PREFILL_CHUNK = 1024
 # (layer, q, k, v) -> [batch, q_len, q_heads, head_dim]; q and k are rotated, k and v are in the cache
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+# (layer, q, k) of a prompt's chunk, as its attention takes them: q [1, q_len, q_heads, head_dim] are the last
+# of the tokens of k [1, tokens, kv_heads, head_dim]
+Observe = Callable[[int, torch.Tensor, torch.Tensor], None]
+
 
 class Decoder:
     """Holds the weights and no state: the KV cache is the caller's.
@@ -60,10 +64,17 @@ class Decoder:
         return ops.linear(x, self.weights.lm_head)
 
     @torch.inference_mode()
-    def prefill(self, tokens: torch.Tensor, cache: KVCache, block_table: torch.Tensor) -> torch.Tensor:
+    def prefill(
+        self,
+        tokens: torch.Tensor,
+        cache: KVCache,
+        block_table: torch.Tensor,
+        observe: Observe | None = None,
+    ) -> torch.Tensor:
         """A prompt, tokens int64 [length], block_table [1, max_blocks]. Logits [1, vocab] of its last token.
 
-        One prompt at a time, so that its result doesn't depend on what it's batched with.
+        One prompt at a time, so that its result doesn't depend on what it's batched with. `observe` is
+        shown what the softmax of every layer is computed from.
         """
         length = tokens.numel()
         cos_sin = self.config.rope.prompt_table(length)
@@ -71,7 +82,7 @@ class Decoder:
         for start in range(0, length, PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, length)
             seq_lens = torch.tensor([stop], dtype=torch.int32, device=self.device)
-            attend = self._prompt_attention(cache, block_table, start, stop)
+            attend = self._prompt_attention(cache, block_table, start, stop, observe)
             x = self._layers(tokens[None, start:stop], cache, seq_lens, block_table, cos_sin, attend)
         return ops.linear(x[-1:], self.weights.lm_head)
 
@@ -106,7 +117,9 @@ class Decoder:
             x = ops.rms_norm(x, following_norms[index], residual, eps=eps)
         return x
 
-    def _prompt_attention(self, cache: KVCache, block_table: torch.Tensor, start: int, stop: int) -> Attend:
+    def _prompt_attention(
+        self, cache: KVCache, block_table: torch.Tensor, start: int, stop: int, observe: Observe | None
+    ) -> Attend:
         """Attention of the prompt's tokens [start, stop) over all before them, by torch's SDPA."""
         gqa = self.config.q_heads != self.config.kv_heads
         masks: dict[int, torch.Tensor] = {}
@@ -123,6 +136,8 @@ class Decoder:
         def attend(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             if blocks is not None:  # the chunk's own keys are in the cache as well
                 k, v = (layer[blocks].flatten(0, 1)[None, :stop] for layer in cache.layers[index])
+            if observe is not None:
+                observe(index, q, k)
             window = self.config.windows[index]
             causal = start == 0 and not 0 < window < stop
             out = F.scaled_dot_product_attention(
