@@ -47,7 +47,7 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	@touch $@
 
 $(VENV)/.test-tools: $(VENV)/.packages
-	$(PIP) install -c constraints.txt --quiet pytest hypothesis
+	$(PIP) install -c constraints.txt --quiet pytest hypothesis matplotlib
 	@touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.packages
