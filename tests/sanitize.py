@@ -1,6 +1,6 @@
-"""Small cases of every GPU kernel, each against its reference: what to run under compute-sanitizer.
+"""Small cases of every kernel, each against its reference: what to run under compute-sanitizer.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitize.py [cuda | cpu]
 
 Without torch's caching allocator every tensor ends where its allocation ends, so reads past it are found.
 """
@@ -8,6 +8,7 @@ Without torch's caching allocator every tensor ends where its allocation ends, s
 from __future__ import annotations
 
 import itertools
+import sys
 
 import torch
 from strategies import Place, attention, every_op, randn, rotary
@@ -42,10 +43,10 @@ def linear_cases(place: Place) -> int:
     return 3 * len(SHAPES)
 
 
-def main() -> None:
+def main(device: str = "cuda") -> None:
     count = 0
     for dtype in (torch.float16, torch.bfloat16):
-        place = Place("cuda", dtype)
+        place = Place(device, dtype)
         ops_with_arguments = every_op(place)
         choice = ops_with_arguments.pop("sample")
         expected = reference.sample(**choice | {"seen": choice["seen"].clone()})
@@ -55,9 +56,10 @@ def main() -> None:
         count += 1 + len(ops_with_arguments)
         compare("rotary_append", **rotary(place, [5, 33], q_len=2, fp8=True))
         count += 1 + attention_cases(place) + linear_cases(place)
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     print(f"{count} cases, all within tolerance")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
