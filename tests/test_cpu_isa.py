@@ -10,7 +10,7 @@ import pytest
 from flashdecpp._library import cpu_instruction_set
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_small_cases_of_every_op(isa: str) -> None:
     environment = {**os.environ, "FLASHDECPP_CPU_ISA": isa}
     ask = "from flashdecpp._library import cpu_instruction_set; print(cpu_instruction_set())"
