@@ -61,11 +61,7 @@ def main() -> None:
         print(line)
     llm = LLM("demo", device=options.device, dtype="bfloat16", phi=list(found.phi.to(llm.device)))
 
-    def chat(question: str) -> list[int]:
-        prompt = llm.tokenizer.chat_prompt([{"role": "user", "content": question}])
-        return llm.tokenizer.encode(prompt, add_special_tokens=False)
-
-    chats = [chat(question) for question in QUESTIONS]
+    chats = [llm.tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
     long, short = options.tokens, options.tokens // 4
     workloads = {
         "story, greedy": (STORY, SamplingParams(max_tokens=long, ignore_eos=True)),

@@ -216,15 +216,13 @@ def _need_writable(*paths: Path | None) -> None:
 
 
 def _load(model: str, device: str | None, dtype: str | None, phi: str) -> LLM:
-    from flashdecpp.info import default_device
     from flashdecpp.runner import LLM
 
-    return LLM(model, device=device or default_device(), dtype=dtype, phi=phi)
+    return LLM(model, device=device, dtype=dtype, phi=phi)
 
 
 def _templated(llm: LLM, text: str) -> list[int]:
-    prompt = llm.tokenizer.chat_prompt([{"role": "user", "content": text}])
-    return llm.tokenizer.encode(prompt, add_special_tokens=False)
+    return llm.tokenizer.encode_chat([{"role": "user", "content": text}])
 
 
 def _print_stream(pieces: Iterator) -> str:

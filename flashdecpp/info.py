@@ -35,11 +35,6 @@ def lines() -> Iterator[str]:
     yield from _kernel_lines()
 
 
-def default_device() -> str:
-    """The device a runner takes when none is named."""
-    return "cuda" if torch.cuda.is_available() and LIBRARIES["cuda"].loaded else "cpu"
-
-
 def _gpu_lines() -> Iterator[str]:
     if not torch.cuda.is_available():
         yield "  cuda: no GPU that torch can use: the runner uses the CPU"

@@ -1,11 +1,12 @@
 """LLM: a model that generates text."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from flashdecpp._library import LIBRARIES
 
 from .checkpoint import open_checkpoint
 from .engine import Engine, Request
@@ -61,7 +62,7 @@ class LLM:
     """Loads a model and generates with it.
 
     model: "demo" (SmolLM2-135M-Instruct, fetched on first use), a Hugging Face folder, or a .gguf file.
-    device: "cuda" where there is one, else "cpu".
+    device: None takes "cuda" where torch has a GPU and the CUDA library is loaded, else "cpu".
     dtype: a torch dtype or its name. Default: bfloat16 on the CPU; on a GPU the checkpoint's own half type,
         float16 for GGUF files, and bfloat16 for checkpoints in float32.
     max_len: most tokens of prompt and answer together; the model's context if None.
@@ -98,9 +99,7 @@ class LLM:
         if cache_tokens is not None:
             self._check_room(checkpoint.plan.nbytes(self.dtype), cache_tokens)
         unified_maximum = load_phi(phi, checkpoint.path, self.config, self.device)
-        started = time.perf_counter()
         weights = load_weights(checkpoint.plan, checkpoint.source, self.device, self.dtype)
-        self.load_seconds = time.perf_counter() - started
         self.decoder = Decoder(self.config, weights, self.max_len, unified_maximum)
         self._engine = Engine(self.decoder, checkpoint.eos_ids, self.max_len, max_batch, cache_tokens)
         self.stats: Stats | None = None
@@ -139,7 +138,7 @@ class LLM:
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: bool = False
     ) -> Completion | Iterator[Piece]:
         """The model's answer to messages like {"role": "user", "content": "..."}."""
-        ids = self.tokenizer.encode(self.tokenizer.chat_prompt(messages), add_special_tokens=False)
+        ids = self.tokenizer.encode_chat(messages)
         return self.stream(ids, params) if stream else self.generate([ids], params)[0]
 
     def _pieces(self, requests: list[Request]) -> Iterator[Piece]:
@@ -215,7 +214,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
 
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        usable = torch.cuda.is_available() and LIBRARIES["cuda"].loaded
+        return torch.device("cuda" if usable else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:

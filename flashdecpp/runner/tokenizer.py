@@ -38,6 +38,10 @@ class BaseTokenizer:
         """The messages in the model's chat format, up to where its answer begins."""
         raise NotImplementedError
 
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of chat_prompt, whose template writes the special tokens itself."""
+        return self.encode(self.chat_prompt(messages), add_special_tokens=False)
+
 
 class FolderTokenizer(BaseTokenizer):
     """The tokenizer files of a Hugging Face folder, through transformers."""
