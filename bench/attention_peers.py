@@ -126,7 +126,7 @@ def installed(wanted: list[str]) -> list[str]:
             try:
                 importlib.import_module(module)
                 missing[module] = None
-            except (ImportError, OSError, RuntimeError) as error:
+            except Exception as error:  # also a library that does not load, a version that does not fit
                 missing[module] = error
                 print(f"{module} is left out: {str(error).splitlines()[0]}", flush=True)
         if missing[module] is None:
