@@ -149,16 +149,9 @@ def measure_shape(shape: Shape, peers: list[str], device: str, timer: Timer) -> 
 def measure_group(name: str, group: Group, peers: list[str], device: str, timer: Timer) -> Iterator[dict]:
     names = [peer for peer in peers if peer.startswith(group.peers)] if group.peers else []
     for shape in group.shapes:
-        start = time.perf_counter()
         with torch.no_grad(), gpu_kernels(group.kernels):
-            row = {
-                "group": name,
-                "shape": str(shape),
-                **measure_shape(shape if device == "cuda" else shape.shrunk(), names, device, timer),
-            }
-        times = "  ".join(f"{who} {us:.1f}" for who, us in row["us"].items())
-        print(f"{name}: {shape}  [{time.perf_counter() - start:.1f} s]  {times}", flush=True)
-        yield row
+            row = measure_shape(shape if device == "cuda" else shape.shrunk(), names, device, timer)
+        yield {"group": name, "shape": str(shape), **row}
 
 
 def derive(row: dict, ceiling_gbs: float) -> dict:
@@ -167,7 +160,9 @@ def derive(row: dict, ceiling_gbs: float) -> dict:
     ours = {name: us for name, us in row["us"].items() if name not in PEERS}
     peers = {name: us for name, us in row["us"].items() if name in PEERS}
     best = min(peers, key=peers.__getitem__, default=None)
-    unified = {name.split()[0]: us for name, us in ours.items() if name.endswith("unified")}
+    unified = {
+        layout: ours[f"{layout} unified"] for layout in ("paged", "contiguous") if f"{layout} unified" in ours
+    }
     return {
         **row,
         "floor_us": round(floor, 2),
@@ -177,6 +172,19 @@ def derive(row: dict, ceiling_gbs: float) -> dict:
             layout: round(peers[best] / us, 3) for layout, us in unified.items() if best is not None
         },
     }
+
+
+def progress(row: dict) -> str:
+    """A row in a line: ours with the unified maximum, the best peer, and its time over ours."""
+    parts = []
+    for layout in ("paged", "contiguous"):
+        name = f"{layout} unified"
+        if name in row["us"]:
+            parts.append(f"{layout} {row['us'][name]:.1f} us, {row['fraction'][name]:.2f} of the ceiling")
+    if row["best_peer"]:
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in row["over_best_peer"].values())
+        parts.append(f"{row['best_peer']} {row['us'][row['best_peer']]:.1f} us: {ratios}")
+    return f"{row['group']}: {row['shape']}: " + "; ".join(parts)
 
 
 def call_once_us(calls: list[Callable[[], object]]) -> float:
@@ -222,7 +230,9 @@ def main() -> None:
 
     rows: list[dict] = []
     for name, group in groups.items():
-        rows.extend(derive(row, ceiling) for row in measure_group(name, group, peers, device, timer))
+        for row in measure_group(name, group, peers, device, timer):
+            rows.append(derive(row, ceiling))
+            print(progress(rows[-1]), flush=True)
         if output:  # after every group, so that a run cut off keeps what it has
             measure.save(
                 Path(output), {"read_ceiling_gbs": round(ceiling), "summary": summary(rows), "shapes": rows}
