@@ -20,16 +20,17 @@ SHAPES = [(1, 17, 40), (3, 70, 136), (8, 33, 1032), (20, 130, 264), (70, 129, 72
 
 
 def attention_cases(place: Place) -> int:
-    phis = {"online": None, "unified": 0.0, "fallback": 1000.0}
+    names = ("phi", "carried_phi")
+    phis = [{}, *({name: value} for name in names for value in (0.0, 1000.0))]
     layouts = ({"block_size": None}, {"block_size": 1}, {"block_size": 16})
     count = 0
-    for phi, layout, splits in itertools.product(phis.values(), layouts, (1, 3)):
+    for phi, layout, splits in itertools.product(phis, layouts, (1, 3)):
         for head_dim, q_len, fp8 in ((64, 1, False), (40, 3, False), (128, 2, True), (256, 1, False)):
             arguments = attention(
                 place, [0, 1, 77, 200], q_heads=6, q_len=q_len, head_dim=head_dim, fp8=fp8, **layout
             )
-            if phi is not None:
-                arguments["phi"] = torch.full((6,), phi, device=place.device)
+            for name, value in phi.items():
+                arguments[name] = torch.full((4, 6), value, device=place.device)
             compare("decode_attention", **arguments, num_splits=splits, window=90, softcap=20.0)
             count += 1
     return count
