@@ -66,15 +66,16 @@ class OpsOn:
 
 
 def attention_cases(place: Place) -> Cases:
-    phis = {"online": None, "unified": 0.0, "fallback": 1000.0}
+    names = ("phi", "carried_phi")
+    phis = [{}, *({name: value} for name in names for value in (0.0, 1000.0))]
     layouts = ({"block_size": None}, {"block_size": 1}, {"block_size": 16})
-    for phi, layout, splits in itertools.product(phis.values(), layouts, (1, 3)):
+    for phi, layout, splits in itertools.product(phis, layouts, (1, 3)):
         for head_dim, q_len, fp8 in ((64, 1, False), (40, 3, False), (128, 2, True), (256, 1, False)):
             arguments = attention(
                 place, LENGTHS, q_heads=6, q_len=q_len, head_dim=head_dim, fp8=fp8, **layout
             )
-            if phi is not None:
-                arguments["phi"] = torch.full((6,), phi)
+            for name, value in phi.items():
+                arguments[name] = torch.full((4, 6), value)
             yield "decode_attention", arguments | {"num_splits": splits, "window": 90, "softcap": 20.0}
 
 
@@ -160,7 +161,7 @@ def main() -> None:
     places = [Place("cpu", dtype) for dtype in (torch.float16, torch.bfloat16)]
     for place in places:
         for op, arguments in cases(place, options.quick):
-            if GROUP_OF.get(op, "fused") in only:
+            if GROUP_OF.get(op.partition(".")[0], "fused") in only:
                 check(op, arguments, options.device)
                 count += 1
     if options.quick and "attention" in only:

@@ -92,8 +92,9 @@ void run(const AttentionParams& p) {
   if (p.fallback_count) *p.fallback_count += fallbacks.load();
 }
 
+template <class Phi>  // as in contract::decode_attention
 std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens,
-                                            OptionalTensor block_table, std::optional<double> scale, OptionalTensor phi,
+                                            OptionalTensor block_table, std::optional<double> scale, Phi phi,
                                             double softcap, int64_t window, OptionalTensor alibi_slopes,
                                             OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale,
                                             int64_t num_splits, OptionalTensor fallback_count) {
@@ -113,5 +114,7 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_c
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
-  m.impl("decode_attention", TORCH_BOX(&flashdecpp::cpu::decode_attention));
+  using namespace flashdecpp;
+  m.impl("decode_attention", TORCH_BOX(&cpu::decode_attention<OptionalTensor>));
+  m.impl("decode_attention.carry", TORCH_BOX(&cpu::decode_attention<Tensor>));
 }

@@ -267,7 +267,7 @@ FLASHDECPP_INLINE void write_row(T* out, const float* x, int n, float scale) {
   if (i < n) store(out + i, load(x + i, n - i) * set1(scale), n - i);
 }
 
-// The end of a row: normalises acc into out, and lse. Returns 1 if phi did not serve this row.
+// The end of a row: normalises acc into out, lse, and the row's maximum. Returns 1 if phi did not serve this row.
 inline int32_t finish_row(const AttentionParams& p, int b, int h, int row, const SoftmaxState& state,
                           const float* acc) {
   const int group = p.q_heads / p.kv_heads, token = row / group, head = h * group + row % group;
@@ -288,7 +288,10 @@ inline int32_t finish_row(const AttentionParams& p, int b, int h, int row, const
   }
   p.lse[(int64_t{b} * p.q_heads + head) * p.q_len + token] = lse;
   if (!p.phi || state.empty() || state.sum != state.sum) return 0;
-  return UnifiedMax{p.phi[b * p.phi_batch_stride + head]}.serves(state.maximum) ? 0 : 1;
+  const bool served = UnifiedMax{p.phi[b * p.phi_batch_stride + head]}.serves(state.maximum);
+  // A head's last token is the last of its rows to be worked on: nothing reads phi after this.
+  if (p.row_max && token == p.q_len - 1) p.row_max[b * p.row_max_batch_stride + head] = state.maximum;
+  return served ? 0 : 1;
 }
 
 template <class KV>

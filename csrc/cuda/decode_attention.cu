@@ -43,8 +43,9 @@ void launch_copies(const Launcher& launcher, const AttentionLaunch& launch, Devi
   }
 }
 
+template <class Phi>  // as in contract::decode_attention
 std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens,
-                                            OptionalTensor block_table, std::optional<double> scale, OptionalTensor phi,
+                                            OptionalTensor block_table, std::optional<double> scale, Phi phi,
                                             double softcap, int64_t window, OptionalTensor alibi_slopes,
                                             OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale,
                                             int64_t num_splits, OptionalTensor fallback_count) {
@@ -71,7 +72,8 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_c
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
-  m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention<OptionalTensor>));
+  m.impl("decode_attention.carry", TORCH_BOX(&decode_attention<Tensor>));
 }
 
 }  // namespace flashdecpp
