@@ -125,23 +125,44 @@ inline int32_t choose_k_splits(const DeviceProperties& device, const FlatTile& t
   return best;
 }
 
-// ---- decode attention: how many blocks, and how many parts of units they may leave ---------------------------------
-struct AttentionGrid {
-  int64_t blocks, slots;
+// ---- decode attention: how the work is cut -----------------------------------------------------------------------------
+struct AttentionShape {
+  int64_t batch, kv_heads, num_splits;
+  int64_t groups;      // that a KV head of a sequence has if it fills the cache
+  int64_t part_bytes;  // workspace of the part of one KV head's rows that a block leaves
 };
 
-// `units` is batch * kv_heads, `groups` what they hold together if every sequence fills the cache. With num_splits
-// every unit has that many blocks, each of which leaves a part. Without, as many blocks as the machine holds at once
-// share all groups: a block's share begins and ends inside of units, so it leaves up to two parts. No more blocks than
-// min_groups make sense for, and no more parts than the workspace holds.
-inline AttentionGrid choose_attention_grid(const DeviceProperties& device, int64_t blocks_per_multiprocessor,
-                                           int64_t units, int64_t num_splits, int64_t groups, int64_t min_groups,
-                                           int64_t max_slots) {
-  if (num_splits > 0) return {units * num_splits, num_splits > 1 ? units * num_splits : 0};
-  const int64_t resident = device.multiprocessors * blocks_per_multiprocessor;
-  const int64_t blocks =
-      std::max<int64_t>(std::min({resident, (groups + min_groups - 1) / min_groups, max_slots / 2}), 1);
-  return {blocks, blocks > 1 ? 2 * blocks : 0};
+// What one multiprocessor takes at once.
+struct AttentionBlocks {
+  int64_t blocks, waves;
+};
+
+struct AttentionGrid {
+  int64_t block_heads;    // KV heads that a block works on at once
+  int64_t blocks, slots;  // a slot holds the parts of block_heads
+};
+
+// With num_splits every KV head has that many blocks, each of which leaves a part. Without, as many blocks as the
+// machine holds at once share all groups of keys: a share begins and ends inside of units, so a block leaves up to two
+// parts. It is worth a few groups at least, and parts must fit into the workspace.
+// Waves take a KV head each, rather than share one, where there are heads enough and a unit is not spread over more than
+// a few blocks: the more blocks, the more parts to merge. That the batch may be ragged is no matter: cut by keys, a long
+// sequence among many is spread over as many blocks as its share.
+inline AttentionGrid choose_attention_grid(const DeviceProperties& device, const AttentionBlocks& per_multiprocessor,
+                                           const AttentionShape& shape, int64_t workspace_bytes) {
+  constexpr int64_t min_groups = 8, max_blocks_per_unit = 8;
+  const int64_t heads = shape.batch * shape.kv_heads;
+  if (shape.num_splits > 0) {
+    const int64_t blocks = heads * shape.num_splits;
+    return {1, blocks, shape.num_splits > 1 ? blocks : 0};
+  }
+  const int64_t resident = device.multiprocessors * per_multiprocessor.blocks, waves = per_multiprocessor.waves;
+  const bool own_heads = shape.kv_heads % waves == 0 && heads / waves * max_blocks_per_unit >= resident;
+  const int64_t block_heads = own_heads ? waves : 1;
+  const int64_t worth = (heads / block_heads * shape.groups + min_groups - 1) / min_groups;
+  const int64_t fit = workspace_bytes / (2 * block_heads * shape.part_bytes);
+  const int64_t blocks = std::max<int64_t>(std::min({resident, worth, fit}), 1);
+  return {block_heads, blocks, blocks > 1 ? 2 * blocks : 0};
 }
 
 }  // namespace flashdecpp

@@ -26,7 +26,6 @@ struct AttentionParams {
   const float* sinks;          // [q_heads] or null
   const float* k_scale;        // [kv_heads] or null
   const float* v_scale;        // [kv_heads] or null
-  float* row_max;              // [batch, q_heads], the last token's largest logit, written; may be phi; null: none
   int32_t* fallback_count;     // [1] or null, rows recomputed are added
   float* row_max;              // [batch, q_heads], rows row_max_batch_stride apart, or null: the last token's largest
                                // logit is written there; may be phi's memory

@@ -16,7 +16,7 @@
 
 namespace flashdecpp {
 
-inline constexpr int kMinGroups = 8;  // that a block is worth
+inline constexpr int kMinGroups = 8;  // that a block is worth, as choose_attention_grid has it
 
 // A run of groups of one unit.
 struct Segment {

@@ -16,7 +16,7 @@ template <class Tile, class Policy>
 class WavePart {
   using T = typename Tile::T;
   static constexpr int kSlots = TileC::kRowSlots, kTiles = Tile::kRowTiles;
-  static constexpr int kAhead = 4;
+  static constexpr int kAhead = kTiles > 1 ? 2 : 4;
 
  public:
   __device__ WavePart(const AttentionParams& p, const RowBlock& rows, float scale) : p_(p), scale_(scale) {

@@ -23,19 +23,20 @@ inline uint64_t new_nonce(const void* workspace) {
 
 // The ring and the block that go with a way of copying. Tensor copies exist on Hopper alone, whose shared memory is
 // known; staged copies must do with the 99 KiB of a block on the smallest machine from Ampere on.
-template <CopyKind kind, int dims>
+template <CopyKind kind, int dims, int row_tiles>
 struct Machine;
-template <int dims>
-struct Machine<CopyKind::kStaged, dims> {
+template <int dims, int row_tiles>
+struct Machine<CopyKind::kStaged, dims, row_tiles> {
   template <class Tile>
   using Ring = StagedRing<Tile>;
-  using Shape = BlockShape<(dims <= 128 ? 4 : 2), 2, (dims <= 96 ? 2 : 1)>;
+  using Shape = BlockShape<(dims * row_tiles <= 128 ? 4 : 2), 2, 1>;
 };
-template <int dims>
-struct Machine<CopyKind::kTensor, dims> {
+template <int dims, int row_tiles>
+struct Machine<CopyKind::kTensor, dims, row_tiles> {
   template <class Tile>
   using Ring = TensorRing<Tile>;
-  using Shape = BlockShape<(dims <= 128 ? 8 : 4), (dims <= 128 ? 3 : 2), 1>;
+  static constexpr int kStages = dims * row_tiles <= 64 ? 4 : dims * row_tiles <= 128 ? 2 : dims <= 128 ? 4 : dims <= 192 ? 3 : 2;
+  using Shape = BlockShape<4, kStages, (dims * row_tiles <= 128 ? 2 : 1)>;
 };
 
 template <class Tile>
@@ -50,28 +51,30 @@ CacheMaps ring_source(const AttentionParams& p, TensorRing<Tile>*) {
 
 template <class T, class KV, int dims, int row_tiles, CopyKind kind, class Policy>
 void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device device) {
-  using M = Machine<kind, dims>;
+  using M = Machine<kind, dims, row_tiles>;
   using Tile = AttentionTile<T, KV, dims, row_tiles, typename M::Shape>;
   using Ring = typename M::template Ring<Tile>;
   const AttentionParams& p = launch.p;
-  const int64_t units = int64_t{p.batch} * p.kv_heads;
-  const int64_t slot_bytes = launch.rows() * (p.head_dim * sizeof(float) + sizeof(RowPart)) + sizeof(uint64_t);
+  const int64_t part_bytes = launch.rows() * (p.head_dim * sizeof(float) + sizeof(RowPart)) + sizeof(uint64_t);
   // More splits than groups would not change a bit of the result.
   const int64_t groups = std::max<int64_t>(p.num_blocks > 0 ? (p.capacity() + kGroup - 1) / kGroup : 0, 1);
   launch.p.num_splits = static_cast<int32_t>(std::min<int64_t>(p.num_splits, groups));
-  const AttentionGrid grid = choose_attention_grid(launcher.properties(), Tile::kBlocks, units, p.num_splits,
-                                                   units * groups, kMinGroups, kWorkspaceBytes / slot_bytes);
-  FLASHDECPP_REQUIRE(std::max(grid.blocks, units * groups) <= INT32_MAX, "decode_attention",
+  const AttentionGrid grid =
+      choose_attention_grid(launcher.properties(), {Tile::kBlocks, Tile::kWaves},
+                            {p.batch, p.kv_heads, p.num_splits, groups, part_bytes}, kWorkspaceBytes);
+  FLASHDECPP_REQUIRE(std::max(grid.blocks, p.batch * p.kv_heads * groups) <= INT32_MAX, "decode_attention",
                      "q, k_cache and block_table must have batch * kv_heads * max_len / 16 and batch * kv_heads * ",
                      "num_splits below 2^31, got ", p.batch, " * ", p.kv_heads, " * ", p.capacity(), " / 16 and ",
                      p.num_splits, " splits");
 
+  launch.block_heads = static_cast<int32_t>(grid.block_heads);
   Tensor workspace;
   if (grid.slots > 0) {
-    workspace = new_tensor({(grid.slots * slot_bytes + 16 + 3) / 4}, DType::kFloat32, device);
+    const int64_t parts = grid.slots * grid.block_heads;
+    workspace = new_tensor({(parts * part_bytes + 16 + 3) / 4}, DType::kFloat32, device);
     launch.ready = static_cast<uint64_t*>(View(workspace).data);
-    launch.part_out = reinterpret_cast<float*>(launch.ready + (grid.slots + 1) / 2 * 2);  // 16-byte aligned
-    launch.part_state = reinterpret_cast<RowPart*>(launch.part_out + grid.slots * launch.rows() * p.head_dim);
+    launch.part_out = reinterpret_cast<float*>(launch.ready + (parts + 1) / 2 * 2);  // 16-byte aligned
+    launch.part_state = reinterpret_cast<RowPart*>(launch.part_out + parts * launch.rows() * p.head_dim);
     launch.nonce = new_nonce(launch.ready);
   }
   using Shared = SharedMemory<Tile, Ring>;
