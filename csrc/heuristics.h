@@ -125,44 +125,31 @@ inline int32_t choose_k_splits(const DeviceProperties& device, const FlatTile& t
   return best;
 }
 
-// ---- decode attention: how the work is cut -----------------------------------------------------------------------------
-struct AttentionShape {
-  int64_t batch, kv_heads, num_splits;
-  int64_t groups;      // that a KV head of a sequence has if it fills the cache
-  int64_t part_bytes;  // workspace of the part of one KV head's rows that a block leaves
-};
-
-// What one multiprocessor takes at once.
-struct AttentionBlocks {
-  int64_t blocks, waves;
-};
-
+// ---- decode attention: how many blocks, and how many parts of units they may leave ---------------------------------
 struct AttentionGrid {
-  int64_t block_heads;    // KV heads that a block works on at once
-  int64_t blocks, slots;  // a slot holds the parts of block_heads
+  int64_t blocks, filling;  // all, and those that fill the machine
+  int64_t slots;
 };
 
-// With num_splits every KV head has that many blocks, each of which leaves a part. Without, as many blocks as the
-// machine holds at once share all groups of keys: a share begins and ends inside of units, so a block leaves up to two
-// parts. It is worth a few groups at least, and parts must fit into the workspace.
-// Waves take a KV head each, rather than share one, where there are heads enough and a unit is not spread over more than
-// a few blocks: the more blocks, the more parts to merge. That the batch may be ragged is no matter: cut by keys, a long
-// sequence among many is spread over as many blocks as its share.
-inline AttentionGrid choose_attention_grid(const DeviceProperties& device, const AttentionBlocks& per_multiprocessor,
-                                           const AttentionShape& shape, int64_t workspace_bytes) {
-  constexpr int64_t min_groups = 8, max_blocks_per_unit = 8;
-  const int64_t heads = shape.batch * shape.kv_heads;
-  if (shape.num_splits > 0) {
-    const int64_t blocks = heads * shape.num_splits;
-    return {1, blocks, shape.num_splits > 1 ? blocks : 0};
-  }
-  const int64_t resident = device.multiprocessors * per_multiprocessor.blocks, waves = per_multiprocessor.waves;
-  const bool own_heads = shape.kv_heads % waves == 0 && heads / waves * max_blocks_per_unit >= resident;
-  const int64_t block_heads = own_heads ? waves : 1;
-  const int64_t worth = (heads / block_heads * shape.groups + min_groups - 1) / min_groups;
-  const int64_t fit = workspace_bytes / (2 * block_heads * shape.part_bytes);
-  const int64_t blocks = std::max<int64_t>(std::min({resident, worth, fit}), 1);
-  return {block_heads, blocks, blocks > 1 ? 2 * blocks : 0};
+// `units` is batch * kv_heads, `groups` what they hold together if every sequence fills the cache. With num_splits
+// every unit has that many blocks, each of which leaves a part. Without, blocks share all groups: a share begins and
+// ends inside of units, so a block leaves up to two parts. No more blocks than min_groups make sense for, and no more
+// parts than the workspace holds. A few blocks less than the machine holds, if then a unit has a whole number of blocks
+// or a block of units: of sequences of one length nothing is cut in vain. Where there is much to do, the blocks that
+// fill the machine are followed by small ones, which even out what they leave.
+inline AttentionGrid choose_attention_grid(const DeviceProperties& device, int64_t blocks_per_multiprocessor,
+                                           int64_t units, int64_t num_splits, int64_t groups, int64_t min_groups,
+                                           int64_t max_slots) {
+  constexpr int64_t small_blocks = 2, worth_small_blocks = 48;  // for a filling one; times min_groups, of each
+  constexpr double enough = 0.95;                               // of the machine
+  if (num_splits > 0) return {units * num_splits, units * num_splits, num_splits > 1 ? units * num_splits : 0};
+  const int64_t resident = device.multiprocessors * blocks_per_multiprocessor, all = resident * (1 + small_blocks);
+  if (all <= max_slots / 2 && groups >= worth_small_blocks * min_groups * resident) return {all, resident, 2 * all};
+  int64_t filling = resident;
+  while (filling >= resident * enough && units % filling != 0 && filling % units != 0) --filling;
+  if (filling < resident * enough) filling = resident;
+  filling = std::max<int64_t>(std::min({filling, (groups + min_groups - 1) / min_groups, max_slots / 2}), 1);
+  return {filling, filling, filling > 1 ? 2 * filling : 0};
 }
 
 }  // namespace flashdecpp

@@ -44,13 +44,13 @@ PYBIND11_MODULE(_C, m) {
       py::arg("points"), py::arg("m"), py::arg("k"), "Which implementation linear(impl='auto') takes on a GPU.");
   m.def(
       "choose_attention_grid",
-      [](const DeviceProperties& device, int64_t blocks, int64_t waves, int64_t batch, int64_t kv_heads, int64_t groups,
-         int64_t num_splits, int64_t part_bytes, int64_t workspace_bytes) {
-        const AttentionGrid grid = choose_attention_grid(
-            device, {blocks, waves}, {batch, kv_heads, num_splits, groups, part_bytes}, workspace_bytes);
-        return std::make_tuple(grid.block_heads, grid.blocks, grid.slots);
+      [](const DeviceProperties& device, int64_t blocks_per_multiprocessor, int64_t units, int64_t num_splits,
+         int64_t groups, int64_t min_groups, int64_t max_slots) {
+        const AttentionGrid grid =
+            choose_attention_grid(device, blocks_per_multiprocessor, units, num_splits, groups, min_groups, max_slots);
+        return std::make_tuple(grid.blocks, grid.filling, grid.slots);
       },
-      py::arg("device"), py::arg("blocks"), py::arg("waves"), py::arg("batch"), py::arg("kv_heads"), py::arg("groups"),
-      py::arg("num_splits"), py::arg("part_bytes"), py::arg("workspace_bytes"),
-      "KV heads of a block, blocks and workspace slots of decode_attention on a GPU.");
+      py::arg("device"), py::arg("blocks_per_multiprocessor"), py::arg("units"), py::arg("num_splits"),
+      py::arg("groups"), py::arg("min_groups"), py::arg("max_slots"),
+      "Blocks and workspace slots of decode_attention on a GPU.");
 }

@@ -33,45 +33,44 @@ def test_the_default_rule_has_one_range_of_m_for_each_implementation(device, ran
     assert changes == ranges
 
 
-def attention_grid(batch: int, kv_heads: int, groups: int, num_splits: int = 0, workspace: int = 16 << 20):
-    """Two blocks of four waves a multiprocessor; parts of 2 KiB."""
-    return _C.choose_attention_grid(H100, 2, 4, batch, kv_heads, groups, num_splits, 2048, workspace)
+def attention_grid(units: int, groups: int, num_splits: int = 0, max_slots: int = 1 << 12):
+    """Blocks, those that fill the machine, and slots; one block a multiprocessor, worth 8 groups at least."""
+    return _C.choose_attention_grid(H100, 1, units, num_splits, groups, 8, max_slots)
 
 
 def test_one_short_sequence_is_not_cut_into_crumbs() -> None:
-    assert attention_grid(batch=1, kv_heads=1, groups=4) == (1, 1, 0)
-    assert attention_grid(batch=1, kv_heads=8, groups=64) == (1, 64, 128)
+    assert attention_grid(units=1, groups=4) == (1, 1, 0)
+    assert attention_grid(units=8, groups=8 * 64) == (64, 64, 128)
 
 
 def test_one_long_sequence_fills_the_machine() -> None:
-    assert attention_grid(batch=1, kv_heads=1, groups=1 << 13) == (1, 264, 528)
+    assert attention_grid(units=1, groups=1 << 13) == (132, 132, 264)
 
 
-def test_waves_take_heads_of_their_own_where_there_are_many() -> None:
-    assert attention_grid(batch=64, kv_heads=8, groups=128) == (4, 264, 528)
-    assert attention_grid(batch=64, kv_heads=7, groups=128) == (1, 264, 528)
+def test_units_are_cut_evenly_where_that_costs_few_blocks() -> None:
+    assert attention_grid(units=64, groups=1 << 13) == (128, 128, 256)
+    assert attention_grid(units=256, groups=1 << 15) == (128, 128, 256)
+    assert attention_grid(units=100, groups=1 << 13) == (132, 132, 264)
 
 
-@given(
-    batch=st.integers(1, 1 << 10),
-    kv_heads=st.integers(1, 64),
-    groups=st.integers(1, 1 << 13),
-    workspace=st.integers(1 << 14, 1 << 24),
-)
-def test_blocks_are_resident_and_their_parts_fit(
-    batch: int, kv_heads: int, groups: int, workspace: int
-) -> None:
-    heads, blocks, slots = attention_grid(batch, kv_heads, groups, workspace=workspace)
-    assert kv_heads % heads == 0
-    assert 1 <= blocks <= 2 * H100.multiprocessors
+def test_much_work_is_evened_out_by_small_blocks() -> None:
+    assert attention_grid(units=8, groups=1 << 16) == (3 * 132, 132, 6 * 132)
+    assert attention_grid(units=8, groups=1 << 16, max_slots=6 * 132 - 1) == (128, 128, 256)
+
+
+@given(units=st.integers(1, 1 << 16), groups=st.integers(1, 1 << 20), max_slots=st.integers(0, 1 << 12))
+def test_parts_fit_into_the_workspace(units: int, groups: int, max_slots: int) -> None:
+    blocks, filling, slots = attention_grid(units, units * groups, max_slots=max_slots)
+    assert 1 <= filling <= H100.multiprocessors
+    assert blocks in (filling, 3 * H100.multiprocessors)
     assert slots == (2 * blocks if blocks > 1 else 0)
-    assert slots * heads * 2048 <= workspace
+    assert slots <= max_slots or blocks == 1
 
 
-@given(batch=st.integers(1, 1 << 10), kv_heads=st.integers(1, 64), num_splits=st.integers(1, 64))
-def test_a_fixed_number_of_splits_is_kept(batch: int, kv_heads: int, num_splits: int) -> None:
-    blocks = batch * kv_heads * num_splits
-    assert attention_grid(batch, kv_heads, 64, num_splits) == (1, blocks, blocks if num_splits > 1 else 0)
+@given(units=st.integers(1, 1 << 16), num_splits=st.integers(1, 64))
+def test_a_fixed_number_of_splits_is_kept(units: int, num_splits: int) -> None:
+    blocks = units * num_splits
+    assert attention_grid(units, units, num_splits) == (blocks, blocks, blocks if num_splits > 1 else 0)
 
 
 def test_build_info_says_what_was_built_and_why() -> None:

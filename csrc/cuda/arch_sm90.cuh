@@ -52,15 +52,9 @@ __device__ __forceinline__ void copy_tensor(void* shared, const CUtensorMap& map
       : "memory");
 }
 
-// Hints: that the description, or a box, will be wanted.
+// A hint that the description will be wanted.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
-__device__ __forceinline__ void prefetch_tensor(const CUtensorMap& map, int x, int y, int z, int w) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(x), "r"(y),
-               "r"(z), "r"(w)
-               : "memory");
 }
 
 // Ordinary stores to shared memory before it, tensor copies after it.

@@ -7,17 +7,25 @@
 
 namespace flashdecpp {
 
-// Where in a paged cache a key lies; a contiguous one has a block a sequence.
+// Where a key lies in the cache: of a paged one the block as the table has it, to be looked at as late as possible.
 struct Place {
-  int block, within;
-};
+  int block = 0, within = 0;
 
-__device__ __forceinline__ Place place_of(const AttentionParams& p, int batch, int key) {
-  if (!p.block_table) return {batch, key};
-  const int index = key / static_cast<unsigned>(p.block_size);
-  const int block = arch::load_fresh(p.block_table + batch * p.table_stride + index);
-  return {min(max(block, 0), p.num_blocks - 1), key - index * p.block_size};
-}
+  __device__ __forceinline__ void look_up(const AttentionParams& p, int batch, int key) {
+    if (p.block_table) {
+      const int index = key / static_cast<unsigned>(p.block_size);
+      within = key - index * p.block_size;
+      block = arch::load_fresh(p.block_table + batch * p.table_stride + index);
+    } else {
+      within = key;
+      block = batch;
+    }
+  }
+  // A contiguous cache has a block a sequence. A table may say anything.
+  __device__ __forceinline__ int checked_block(const AttentionParams& p) const {
+    return min(max(block, 0), p.num_blocks - 1);
+  }
+};
 
 // Copies of 16 bytes (8 where the rows of a float8 cache allow no more), by all lanes.
 template <class Tile>
@@ -36,9 +44,9 @@ class StagedRing {
   // What a lane knows of a group before it copies it: where a row of it lies, and which rows are seen. In a cache whose
   // blocks hold whole groups that is row 0, else the row of this lane.
   struct Next {
-    const KV *k, *v;
-    int begin, end;
-    bool used;
+    Place place;
+    int kv_head, begin, end;
+    bool used = false;
   };
 
   __device__ StagedRing(unsigned char* stages, unsigned char*, const AttentionParams& p, const Source&)
@@ -57,33 +65,23 @@ class StagedRing {
     arch::wave_sync();
   }
 
-  __device__ __forceinline__ Next look_up(const Segment& segment, int kv_head, int group) const {
+  __device__ __forceinline__ void look_up(const Segment& segment, int group, Next& next) const {
     const int first = (segment.sequence.first_group + group) * kGroup;
-    Next next{nullptr, nullptr, segment.sequence.key_begin - first, segment.sequence.length - first, true};
+    next.kv_head = segment.kv_head;
+    next.begin = segment.sequence.key_begin - first;
+    next.end = segment.sequence.length - first;
     const int row = whole_groups_ ? 0 : arch::lane() % kGroup;
     if (whole_groups_ ? next.end > 0 : row >= next.begin && row < next.end) {
-      const Place place = place_of(p_, segment.batch, first + row);
-      next.k = static_cast<const KV*>(p_.k_cache) + place.block * p_.k.block_stride +
-               place.within * p_.k.token_stride + kv_head * p_.k.head_stride;
-      next.v = static_cast<const KV*>(p_.v_cache) + place.block * p_.v.block_stride +
-               place.within * p_.v.token_stride + kv_head * p_.v.head_stride;
+      next.place.look_up(p_, segment.batch, first + row);
     }
-    return next;
   }
-
-  __device__ __forceinline__ void prefetch(const Next&) const {}
 
   // One group of copies, also where there is nothing to copy: so many may be pending at every wait.
   __device__ __forceinline__ void fill(int stage, const Next& next) {
     if (next.used) {
       unsigned char* to = stages_ + stage * kStageBytes;
-      if (Tile::kWiden && narrow_) {
-        copy<8>(to, next.k, p_.k.token_stride, next);
-        copy<8>(to + kGroupBytes, next.v, p_.v.token_stride, next);
-      } else {
-        copy<16>(to, next.k, p_.k.token_stride, next);
-        copy<16>(to + kGroupBytes, next.v, p_.v.token_stride, next);
-      }
+      copy(to, p_.k_cache, p_.k, next);
+      copy(to + kGroupBytes, p_.v_cache, p_.v, next);
     }
     arch::copy_commit();
   }
@@ -107,8 +105,19 @@ class StagedRing {
   }
 
  private:
+  __device__ __forceinline__ void copy(unsigned char* to, const void* cache, const CacheLayout& layout,
+                                       const Next& next) {
+    const KV* from = static_cast<const KV*>(cache) + next.place.checked_block(p_) * layout.block_stride +
+                     next.place.within * layout.token_stride + next.kv_head * layout.head_stride;
+    if (Tile::kWiden && narrow_) {
+      copy_rows<8>(to, from, layout.token_stride, next);
+    } else {
+      copy_rows<16>(to, from, layout.token_stride, next);
+    }
+  }
+
   template <int bytes>
-  __device__ __forceinline__ void copy(unsigned char* to, const KV* from, int64_t stride, const Next& next) {
+  __device__ __forceinline__ void copy_rows(unsigned char* to, const KV* from, int64_t stride, const Next& next) {
     constexpr int kChunks = Tile::kDims * sizeof(KV) / bytes;
 #pragma unroll
     for (int i = 0; i < kGroup * kChunks / arch::kWaveSize; ++i) {
@@ -126,70 +135,63 @@ class StagedRing {
   bool whole_groups_, narrow_ = false;
 };
 
-// The groups of one wave in the order in which it consumes them, for every pass over the rows of every segment of the
-// block: all of its own KV head's, or each kWaves-th of the one that the waves share.
+// The groups of one wave in the order in which it consumes them: of every segment of the block, for every pass over
+// its rows, each kWaves-th.
 template <class Tile, class Ring>
 class KeyValueStream {
  public:
-  __device__ KeyValueStream(const AttentionLaunch& launch, const Schedule& schedule, int passes)
-      : launch_(launch), segment_(schedule.first), left_(schedule.groups), passes_(passes) {
-    group_ = first_group();
-    skip_empty();
+  __device__ __forceinline__ KeyValueStream(const AttentionParams& p, const Schedule& schedule, int passes, Ring& ring)
+      : p_(p), ring_(ring), segment_(schedule.first), left_(schedule.groups), passes_(passes) {
+    group_ = segment_.begin + arch::wave() - Tile::kWaves;
+#pragma unroll
+    for (int i = 0; i < Tile::kStages; ++i) take(first_[i]);
+    take(next_);
   }
 
-  __device__ __forceinline__ void start(Ring& ring) {
-    typename Ring::Next first[Tile::kStages];
+  // The look-ups are all under way by now, and have not had to wait behind the loads.
+  __device__ __forceinline__ void start() {
 #pragma unroll
-    for (int i = 0; i < Tile::kStages; ++i) first[i] = take(ring);
-#pragma unroll
-    for (int i = 0; i < Tile::kStages; ++i) ring.fill(i, first[i]);
-    next_ = take(ring);
+    for (int i = 0; i < Tile::kStages; ++i) ring_.fill(i, first_[i]);
   }
 
   // The next group is in the ring's stage() until release(); values outside of rows [begin, end) are zeros.
-  __device__ __forceinline__ void acquire(Ring& ring, int begin, int end) { ring.wait(stage_, begin, end); }
+  __device__ __forceinline__ void acquire(int begin, int end) { ring_.wait(stage_, begin, end); }
   __device__ __forceinline__ int stage() const { return stage_; }
 
-  __device__ __forceinline__ void release(Ring& ring) {
+  __device__ __forceinline__ void release() {
     arch::wave_sync();
-    ring.fill(stage_, next_);
-    next_ = take(ring);
+    fill_next(stage_);
     stage_ = stage_ + 1 == Tile::kStages ? 0 : stage_ + 1;
   }
 
-  // Hints for the first groups. What they are derived from may be about to change: then they were of no use.
-  __device__ __forceinline__ void prefetch(const Ring& ring, int groups) {
-    for (int i = 0; i < groups && alive_; ++i) ring.prefetch(take(ring));
-  }
-
  private:
-  __device__ __forceinline__ bool shared() const { return launch_.block_heads == 1; }
-  __device__ __forceinline__ int first_group() const { return segment_.begin + (shared() ? arch::wave() : 0); }
-
-  __device__ __forceinline__ typename Ring::Next take(const Ring& ring) {
-    if (!alive_) return {};
-    const int kv_head = segment_.head_set * launch_.block_heads + (shared() ? 0 : arch::wave());
-    const typename Ring::Next next = ring.look_up(segment_, kv_head, group_);
-    group_ += shared() ? Tile::kWaves : 1;
-    skip_empty();
-    return next;
+  // The look-up after next is under way before the next is needed.
+  __device__ __forceinline__ void fill_next(int stage) {
+    const typename Ring::Next now = next_;
+    take(next_);
+    ring_.fill(stage, now);
   }
 
-  __device__ __forceinline__ void skip_empty() {
+  // Assigns what is looked up and no more: to choose between values would be to wait for them.
+  __device__ __forceinline__ void take(typename Ring::Next& next) {
+    group_ += Tile::kWaves;
     while (alive_ && group_ >= segment_.end) {
       if (++pass_ == passes_) {
         pass_ = 0;
-        alive_ = Schedule::next(launch_, segment_, left_);
+        alive_ = segment_.next(p_, left_);
       }
-      group_ = first_group();
+      group_ = segment_.begin + arch::wave();
     }
+    next.used = alive_;
+    if (alive_) ring_.look_up(segment_, group_, next);
   }
 
-  const AttentionLaunch& launch_;
+  const AttentionParams& p_;
+  Ring& ring_;
   Segment segment_;
   int left_, passes_, pass_ = 0, group_;
   bool alive_ = true;
-  typename Ring::Next next_;
+  typename Ring::Next first_[Tile::kStages], next_;
   int stage_ = 0;
 };
 

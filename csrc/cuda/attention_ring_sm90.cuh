@@ -24,12 +24,12 @@ class TensorRing {
   using Source = CacheMaps;
 
   struct Next {
-    int block, within, kv_head;
-    bool used;
+    Place place;
+    int kv_head;
+    bool used = false;
   };
 
-  __device__ TensorRing(unsigned char* stages, unsigned char* barriers, const AttentionParams& p,
-                        const Source& source)
+  __device__ TensorRing(unsigned char* stages, unsigned char* barriers, const AttentionParams& p, const Source& source)
       : p_(p),
         source_(source),
         stages_(stages),
@@ -43,35 +43,27 @@ class TensorRing {
     arch::wave_sync();
   }
 
-  __device__ __forceinline__ Next look_up(const Segment& segment, int kv_head, int group) const {
+  __device__ __forceinline__ void look_up(const Segment& segment, int group, Next& next) const {
     const int first = (segment.sequence.first_group + group) * kGroup;
-    if (first >= segment.sequence.length) return {0, 0, 0, true};  // of an empty sequence: anything
-    const Place place = place_of(p_, segment.batch, first);
-    return {place.block, place.within, kv_head, true};
-  }
-
-  __device__ __forceinline__ void prefetch(const Next& next) const {
-    if (arch::lane() != 0) return;
-#pragma unroll
-    for (int b = 0; b < kBoxes; ++b) {
-      arch::prefetch_tensor(source_.k, b * kBoxColumns, next.within, next.kv_head, next.block);
-      arch::prefetch_tensor(source_.v, b * kBoxColumns, next.within, next.kv_head, next.block);
-    }
+    next.kv_head = segment.kv_head;
+    if (first < segment.sequence.length) next.place.look_up(p_, segment.batch, first);  // else empty: anything
   }
 
   __device__ __forceinline__ void fill(int stage, const Next& next) {
     if (arch::lane() != 0 || !next.used) return;
     unsigned char* to = stages_ + stage * kStageBytes;
     arch::CopyBarrier& barrier = barriers_[stage];
+    const int block = next.place.checked_block(p_);
     barrier.expect(kStageBytes);
 #pragma unroll
     for (int b = 0; b < kBoxes; ++b) {
-      arch::copy_tensor(to + b * kBoxBytes, source_.k, b * kBoxColumns, next.within, next.kv_head, next.block, barrier);
+      arch::copy_tensor(to + b * kBoxBytes, source_.k, b * kBoxColumns, next.place.within, next.kv_head, block,
+                        barrier);
     }
 #pragma unroll
     for (int b = 0; b < kBoxes; ++b) {
-      arch::copy_tensor(to + kGroupBytes + b * kBoxBytes, source_.v, b * kBoxColumns, next.within, next.kv_head,
-                        next.block, barrier);
+      arch::copy_tensor(to + kGroupBytes + b * kBoxBytes, source_.v, b * kBoxColumns, next.place.within, next.kv_head,
+                        block, barrier);
     }
   }
 

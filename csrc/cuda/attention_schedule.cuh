@@ -1,10 +1,12 @@
-// Decode attention, who does what. A unit is a set of block_heads KV heads of one sequence; its keys come in groups of
-// kGroup. All units' groups lie behind each other on one line, in the order of (sequence, head set).
+// Decode attention, who does what. A unit is one KV head of one sequence; its keys come in groups of kGroup. All units'
+// groups lie behind each other on one line, in the order of (sequence, KV head).
 //
-//   num_splits 0   the line is cut into equal shares, one for each block of a grid that fills the machine: a long
-//                  sequence among short ones is spread over as many blocks as its share of all keys. A block finishes
-//                  the units that lie inside its share; of a unit that begins before it or ends after it, it leaves a
-//                  part. Everything is derived from seq_lens on the device, by every block for itself.
+//   num_splits 0   the line is cut into shares, a block each: a long sequence among short ones is spread over as many
+//                  blocks as its share of all keys. The blocks that fill the machine take three quarters of the line in
+//                  equal shares; multiprocessors do not get equal shares of the memory's bandwidth, so the rest is left
+//                  to small blocks that start where others have ended. A block finishes the units that lie inside its
+//                  share; of a unit that begins before it or ends after it, it leaves a part. Everything is derived
+//                  from seq_lens on the device, by every block for itself.
 //   num_splits n   every unit is cut into n pieces (fewer where it has fewer groups), a block each: the pieces depend
 //                  on nothing else in the batch.
 //
@@ -16,21 +18,68 @@
 
 namespace flashdecpp {
 
-inline constexpr int kMinGroups = 8;  // that a block is worth, as choose_attention_grid has it
+inline constexpr unsigned kMinGroups = 8;  // that a block is worth, as choose_attention_grid has it
 
 // A run of groups of one unit.
 struct Segment {
-  int batch, head_set;
+  int batch, kv_head;
   int begin, end;  // groups, counted in the unit
   Sequence sequence;
 
   __device__ bool whole() const { return begin == 0 && end == sequence.groups; }
+
+  // Moves on; `left` are the groups that remain, this segment's included.
+  __device__ __forceinline__ bool next(const AttentionParams& p, int& left) {
+    left -= end - begin;
+    if (left <= 0) return false;
+    if (++kv_head == p.kv_heads) {
+      kv_head = 0;
+      sequence = Sequence(p, ++batch);
+    }
+    begin = 0;
+    end = min(sequence.groups, left);
+    return true;
+  }
 };
 
 // The slots of one unit's parts, in order.
 struct Slots {
   int first, second, step, count;
   __device__ int operator[](int i) const { return i == 0 ? first : second + (i - 1) * step; }
+};
+
+// `total` cut into `count` shares that differ by one at most.
+struct Shares {
+  unsigned share, longer;  // the first `longer` of them have one more
+
+  __device__ Shares(unsigned total, unsigned count) : share(total / count), longer(total - share * count) {}
+  __device__ unsigned begin(unsigned i) const { return i * share + min(i, longer); }
+  __device__ unsigned holder(unsigned at) const {
+    const unsigned with_longer = longer * (share + 1);
+    return at < with_longer ? at / (share + 1) : longer + (at - with_longer) / share;
+  }
+};
+
+// The line of `total` groups in shares for `blocks` blocks, of which a part fills the machine.
+struct LineShares {
+  unsigned blocks, large;  // all, and those with the large shares
+  unsigned rest_begin;     // where the small shares begin
+  Shares first, rest;
+
+  // `filling` blocks of the grid fill the machine.
+  __device__ LineShares(unsigned total, unsigned filling, unsigned grid)
+      : blocks(max(min(total / kMinGroups, grid), 1u)),
+        large(blocks < grid ? blocks : filling),
+        rest_begin(large == blocks ? total : total - total / 4),
+        first(rest_begin, large),
+        rest(total - rest_begin, max(blocks - large, 1u)) {}
+
+  __device__ unsigned begin(unsigned i) const {
+    return i < large ? first.begin(i) : rest_begin + rest.begin(i - large);
+  }
+  __device__ unsigned holder(unsigned at) const {
+    return at < rest_begin ? first.holder(at) : large + rest.holder(at - rest_begin);
+  }
 };
 
 template <int kThreads>
@@ -46,96 +95,85 @@ struct Schedule {
   Slots merge;     // of the unit that this block merges, which is the first segment's; count 0: none
 
   template <int kThreads>
-  __device__ Schedule(const AttentionLaunch& launch, ScheduleMemory<kThreads>& memory) {
+  __device__ __forceinline__ Schedule(const AttentionLaunch& launch, ScheduleMemory<kThreads>& memory) {
+    const AttentionParams& p = launch.p;
     merge.count = 0;
-    if (launch.p.num_splits > 0) {
-      cut_unit(launch);
+    if (p.num_splits > 0) {
+      cut_unit(p);
     } else {
       cut_line(launch, memory);
     }
     first.end = min(first.sequence.groups, first.begin + groups);
   }
 
-  // Moves on; `left` are the groups that remain, this segment's included.
-  static __device__ __forceinline__ bool next(const AttentionLaunch& launch, Segment& segment, int& left) {
-    left -= segment.end - segment.begin;
-    if (left <= 0) return false;
-    if (++segment.head_set == launch.head_sets()) {
-      segment.head_set = 0;
-      segment.sequence = Sequence(launch.p, ++segment.batch);
-    }
-    segment.begin = 0;
-    segment.end = min(segment.sequence.groups, left);
-    return true;
-  }
-
  private:
-  __device__ void cut_unit(const AttentionLaunch& launch) {
-    const AttentionParams& p = launch.p;
-    const int unit = blockIdx.x / p.num_splits, split = blockIdx.x % p.num_splits;
-    first.batch = unit / launch.head_sets();
-    first.head_set = unit % launch.head_sets();
+  __device__ __forceinline__ void cut_unit(const AttentionParams& p) {
+    const unsigned unit = blockIdx.x / static_cast<unsigned>(p.num_splits), base = unit * p.num_splits;
+    const unsigned split = blockIdx.x - base;
+    first.batch = unit / static_cast<unsigned>(p.kv_heads);
+    first.kv_head = unit - first.batch * p.kv_heads;
     first.sequence = Sequence(p, first.batch);
-    const int64_t all = first.sequence.groups;
-    const int splits = static_cast<int>(min(static_cast<int64_t>(p.num_splits), all));
+    const unsigned splits = min(p.num_splits, first.sequence.groups);
     first_slot = blockIdx.x;
     if (split >= splits) return;
-    first.begin = static_cast<int>(all * split / splits);
-    groups = static_cast<int>(all * (split + 1) / splits) - first.begin;
-    const int base = unit * p.num_splits;
-    if (split == splits - 1 && splits > 1) merge = {base, base + 1, 1, splits};
+    const Shares shares(first.sequence.groups, splits);
+    first.begin = shares.begin(split);
+    groups = shares.begin(split + 1) - first.begin;
+    if (split == splits - 1 && splits > 1)
+      merge = {static_cast<int>(base), static_cast<int>(base) + 1, 1, static_cast<int>(splits)};
   }
 
   template <int kThreads>
-  __device__ void cut_line(const AttentionLaunch& launch, ScheduleMemory<kThreads>& memory) {
+  __device__ __forceinline__ void cut_line(const AttentionLaunch& launch, ScheduleMemory<kThreads>& memory) {
     const AttentionParams& p = launch.p;
-    const int sets = launch.head_sets();
     const int per_thread = (p.batch + kThreads - 1) / kThreads;
     const int batch_begin = threadIdx.x * per_thread, batch_end = min(batch_begin + per_thread, p.batch);
     Sequence sequence;  // the last of this thread's
     int own = 0;
+#pragma unroll 1
     for (int b = batch_begin; b < batch_end; ++b) {
       sequence = Sequence(p, b);
       own += sequence.groups;
     }
     memory.groups[threadIdx.x] = own;
     __syncthreads();
-    int before = 0, total = 0;
+    unsigned before = 0, total = 0;
+#pragma unroll 4
     for (int t = 0; t < min(kThreads, p.batch); ++t) {
       if (t == static_cast<int>(threadIdx.x)) before = total;
       total += memory.groups[t];
     }
-    before *= sets;
-    total *= sets;
+    before *= p.kv_heads;
+    total *= p.kv_heads;
 
-    const int blocks = max(min(total / kMinGroups, static_cast<int>(gridDim.x)), 1), block = blockIdx.x;
-    const int share = total / blocks, longer = total % blocks;  // the first `longer` blocks take one group more
-    const auto share_begin = [&](int i) { return i * share + min(i, longer); };
-    const int begin = share_begin(block);
+    const unsigned block = blockIdx.x;
+    const LineShares shares(total, launch.filling_blocks, gridDim.x);
     first_slot = 2 * block;
-    if (block >= blocks) return;
-    groups = share_begin(block + 1) - begin;
+    if (block >= shares.blocks) return;
+    const unsigned begin = shares.begin(block);
+    groups = shares.begin(block + 1) - begin;
 
-    if (begin >= before && begin < before + own * sets) {
-      int at = before;
-      for (int b = batch_begin; b < batch_end; ++b) {
-        if (per_thread > 1) sequence = Sequence(p, b);
-        if (begin < at + sequence.groups * sets) {
-          memory.start = {b, (begin - at) / sequence.groups, (begin - at) % sequence.groups, 0, sequence};
-          break;
+    unsigned in_own = begin - before;  // wraps around where the share begins before this thread's sequences
+    if (in_own < static_cast<unsigned>(own) * p.kv_heads) {
+      int b = batch_begin;
+      if (per_thread > 1) {
+#pragma unroll 1
+        for (sequence = Sequence(p, b); in_own >= static_cast<unsigned>(sequence.groups) * p.kv_heads;) {
+          in_own -= sequence.groups * p.kv_heads;
+          sequence = Sequence(p, ++b);
         }
-        at += sequence.groups * sets;
       }
+      const int head = in_own / sequence.groups;
+      memory.start = {b, head, static_cast<int>(in_own) - head * sequence.groups, 0, sequence};
     }
     __syncthreads();
     first = memory.start;
 
     // The unit that began in an earlier block's share is merged here if it ends here.
     if (first.begin > 0 && first.begin + groups >= first.sequence.groups) {
-      const int unit_begin = begin - first.begin;
-      const int with_longer = longer * (share + 1);
-      const int from = unit_begin < with_longer ? unit_begin / (share + 1) : longer + (unit_begin - with_longer) / share;
-      merge = {2 * from + (unit_begin > share_begin(from)), 2 * (from + 1), 2, block - from + 1};
+      const unsigned unit_begin = begin - first.begin, from = shares.holder(unit_begin);
+      merge = {static_cast<int>(2 * from + (unit_begin > shares.begin(from))), static_cast<int>(2 * (from + 1)), 2,
+               static_cast<int>(block - from + 1)};
     }
   }
 };

@@ -18,18 +18,16 @@ struct AttentionLaunch {
   AttentionParams p;
   // Of a unit that several blocks share, each leaves its part in a slot. A slot is ready once its flag is the nonce: a
   // number that no other launch uses, so that what the memory held before does not matter.
-  float* part_out;      // [slots, block_heads, rows, head_dim]
-  RowPart* part_state;  // [slots, block_heads, rows]
-  uint64_t* ready;      // [slots, block_heads]
+  float* part_out;      // [slots, rows, head_dim]
+  RowPart* part_state;  // [slots, rows]
+  uint64_t* ready;      // [slots]
   uint64_t nonce;
-  // KV heads that a block works on at once: 1, which all its waves share the keys of, or one for each wave. Neighbouring
-  // heads lie side by side in memory, so the latter reads longer runs, and its waves need not meet; the former leaves
-  // fewer parts of few long sequences.
-  int32_t block_heads;
-  bool prefetch;  // hints while the previous kernel is running
+  int32_t filling_blocks;  // of the grid; the rest are small
+  // A kernel's first microseconds go into fetching its instructions: a division is 30 of them. row / group is
+  // row * group_reciprocal >> 16, exactly for the 256 rows that there may be.
+  int32_t group, group_reciprocal;
 
-  __host__ __device__ int rows() const { return p.q_len * p.group(); }
-  __host__ __device__ int head_sets() const { return p.kv_heads / block_heads; }
+  __host__ __device__ int rows() const { return p.q_len * group; }
 };
 
 // How blocks are cut: chosen by measurement.
@@ -53,7 +51,8 @@ struct AttentionTile {
   static constexpr int kColumnTiles = kDims / arch::kTileN;
   static constexpr bool kQueryInRegisters = kRowTiles * kDims <= 192;
   static constexpr int kQStride = kDims + 8;
-  static constexpr int kMergeRows = 4, kScratchStride = kDims + 8;  // rows that are merged at a time
+  static constexpr int kMergeRows = 16 / TileC::kRowSlots,
+                       kScratchStride = kDims + 8;  // rows that are merged at a time
 
   // The column of the cache that value i of column tile n stands for.
   static __device__ __forceinline__ int column(int n, int i) {
@@ -87,9 +86,9 @@ struct SharedMemory {
 
 // The keys of one sequence that some row sees, and the groups that hold them.
 struct Sequence {
-  int length;                 // keys, new tokens included
-  int key_begin;              // the first that a row sees
-  int first_group, groups;    // at least one group, also where there is no key: a block must write the outputs
+  int length;               // keys, new tokens included
+  int key_begin;            // the first that a row sees
+  int first_group, groups;  // at least one group, also where there is no key: a block must write the outputs
 
   Sequence() = default;
   __device__ Sequence(const AttentionParams& p, int batch) {
@@ -111,15 +110,19 @@ struct Sequence {
 struct RowBlock {
   int batch, kv_head, begin, count, length;
 
-  __device__ __forceinline__ int position(const AttentionParams& p, int row) const {
-    return length - p.q_len + (begin + row) / p.group();
+  __device__ __forceinline__ int token(const AttentionLaunch& launch, int row) const {
+    return (begin + row) * launch.group_reciprocal >> 16;
   }
-  __device__ __forceinline__ int head(const AttentionParams& p, int row) const {
-    return kv_head * p.group() + (begin + row) % p.group();
+  __device__ __forceinline__ int head(const AttentionLaunch& launch, int row) const {
+    const int group = launch.group;
+    return kv_head * group + begin + row - token(launch, row) * group;
   }
-  __device__ __forceinline__ int token(const AttentionParams& p, int row) const { return (begin + row) / p.group(); }
-  __device__ __forceinline__ float phi(const AttentionParams& p, int row) const {
-    return p.phi ? p.phi[batch * p.phi_batch_stride + head(p, row)] : 0.f;
+  __device__ __forceinline__ int position(const AttentionLaunch& launch, int row) const {
+    return length - launch.p.q_len + token(launch, row);
+  }
+  __device__ __forceinline__ float phi(const AttentionLaunch& launch, int row) const {
+    const AttentionParams& p = launch.p;
+    return p.phi ? p.phi[batch * p.phi_batch_stride + head(launch, row)] : 0.f;
   }
 };
 

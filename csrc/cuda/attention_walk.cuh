@@ -6,7 +6,10 @@
 namespace flashdecpp {
 
 __device__ __forceinline__ float logit(const AttentionParams& p, float x, float slope, int distance) {
-  if (p.softcap > 0.f) x = p.softcap * tanhf(x / p.softcap);
+  if (p.softcap > 0.f) {  // tanh(y) = 1 - 2 / (e^(2y) + 1)
+    const float e = arch::exp2_approx(x * (2.f * kLog2E / p.softcap));
+    x = p.softcap * (1.f - __fdividef(2.f, e + 1.f));
+  }
   if (p.alibi_slopes) x -= slope * static_cast<float>(distance);
   return x;
 }
@@ -19,18 +22,20 @@ class WavePart {
   static constexpr int kAhead = kTiles > 1 ? 2 : 4;
 
  public:
-  __device__ WavePart(const AttentionParams& p, const RowBlock& rows, float scale) : p_(p), scale_(scale) {
+  __device__ __forceinline__ WavePart(const AttentionLaunch& launch, const RowBlock& rows, float scale)
+      : p_(launch.p), scale_(scale) {
+    const AttentionParams& p = launch.p;
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
         const int row = r * 16 + TileC::slot_row(s);
         const bool used = row < rows.count;
-        const int position = used ? rows.position(p, row) : -1;
+        const int position = used ? rows.position(launch, row) : -1;
         first_[r][s] = Sequence::window_begin(p, position);
         last_[r][s] = position;
-        slope_[r][s] = used && p.alibi_slopes ? p.alibi_slopes[rows.head(p, row)] : 0.f;
-        const float phi = used ? rows.phi(p, row) : 0.f;
+        slope_[r][s] = used && p.alibi_slopes ? p.alibi_slopes[rows.head(launch, row)] : 0.f;
+        const float phi = Policy::kUnified && used ? rows.phi(launch, row) : 0.f;
         ref_[r][s] = usable(phi) ? phi : 0.f;
         max_[r][s] = -kInfinity;
         sum_[r][s] = 0.f;
@@ -39,7 +44,7 @@ class WavePart {
 #pragma unroll
       for (int n = 0; n < Tile::kColumnTiles; ++n) o_[r][n] = TileC();
     }
-    const int begin = rows.position(p, 0), end = rows.position(p, rows.count - 1);
+    const int begin = rows.position(launch, 0), end = rows.position(launch, rows.count - 1);
     common_begin_ = Sequence::window_begin(p, max(end, 0));
     common_end_ = begin + 1;
   }
@@ -65,8 +70,8 @@ class WavePart {
     multiply_keys(keys, scores);
     to_logits(scores, key_begin);
     weigh(scores);
-    const bool common = max(key_begin, loaded_begin) >= common_begin_ &&
-                        min(key_begin + kGroup, loaded_end) <= common_end_;
+    const bool common =
+        max(key_begin, loaded_begin) >= common_begin_ && min(key_begin + kGroup, loaded_end) <= common_end_;
     if (common || all_finite(values)) {
       add_values(values, scores);
     } else {
@@ -74,7 +79,7 @@ class WavePart {
     }
   }
 
-  // f(slot, row of the pass, RowPart) for every row that this lane holds values of.
+  // f(row of the pass, RowPart) for every row, by one of the lanes that hold values of it.
   template <class F>
   __device__ __forceinline__ void for_each_row(F f) const {
 #pragma unroll
@@ -83,27 +88,37 @@ class WavePart {
       for (int s = 0; s < kSlots; ++s) {
         const float max = arch::row_reduce(max_[r][s], [](float a, float b) { return fmaxf(a, b); });
         const float sum = arch::row_reduce(sum_[r][s], [](float a, float b) { return a + b; });
-        f(r * kSlots + s, r * 16 + TileC::slot_row(s), RowPart{ref_[r][s], max, sum});
+        if (arch::lane() % TileC::kRowLanes == 0) f(r * 16 + TileC::slot_row(s), RowPart{ref_[r][s], max, sum});
       }
     }
   }
 
-  // f(slot, row of the pass, column, value) for every element of O that this lane holds.
-  template <class F>
-  __device__ __forceinline__ void for_each_out(F f) const {
+  // O of the rows of one row slot of one row tile, kMergeRows in all, as rows of the scratch.
+  __device__ __forceinline__ void store_rows(int r, int s, float* scratch) const {
+    float* row = scratch + TileC::slot_row(0) % Tile::kMergeRows * Tile::kScratchStride;
 #pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
+    for (int n = 0; n < Tile::kColumnTiles; ++n) {
 #pragma unroll
-      for (int n = 0; n < Tile::kColumnTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < TileC::kValues; ++i) {
-            f(r * kSlots + TileC::slot(i), r * 16 + TileC::row(i), Tile::column(n, i), o_[r][n].v[i]);
-          }
+      for (int i = 0; i < TileC::kValues; ++i) {
+        if (TileC::slot(i) == 0) row[Tile::column(n, i)] = value(r, s, n, i);
       }
     }
   }
 
  private:
+  // The value of slot s that corresponds to value i of slot 0. Only constants index the registers.
+  __device__ __forceinline__ float value(int r, int s, int n, int i) const {
+    float chosen = 0.f;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        if (tile == r && slot == s) chosen = o_[tile][n].v[i + slot * (TileC::kValues / kSlots)];
+      }
+    }
+    return chosen;
+  }
+
   __device__ __forceinline__ void load_query(TileA<T>& a, int r, int k) const {
     arch::load_a(a, q_ + r * 16 * Tile::kQStride + k * 16, Tile::kQStride);
   }
@@ -298,7 +313,7 @@ class WavePart {
   float slope_[kTiles][kSlots];
   float ref_[kTiles][kSlots], max_[kTiles][kSlots], sum_[kTiles][kSlots];  // max and sum: over this lane's keys
   bool seen_[kTiles][kSlots], settled_ = false;  // whether the row, whether all rows have seen a key
-  int common_begin_, common_end_;  // the keys that every row sees
+  int common_begin_, common_end_;                // the keys that every row sees
   TileC o_[kTiles][Tile::kColumnTiles];
 };
 

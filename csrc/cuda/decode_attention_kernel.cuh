@@ -21,7 +21,8 @@
 // done nothing is read that counts: only hints go out, for the K and V that this block will want if nothing changes.
 //
 // attention_tile.cuh (what a block is), attention_schedule.cuh (who does what), attention_ring.cuh (loads),
-// attention_walk.cuh (arithmetic) and attention_merge.cuh (parts and output) hold the steps; here they become the kernel.
+// attention_walk.cuh (arithmetic) and attention_merge.cuh (parts and output) hold the steps; here they become the
+// kernel.
 #pragma once
 
 #include "attention_merge.cuh"
@@ -31,14 +32,16 @@ namespace flashdecpp {
 // A wave's queries of a pass, zeros for rows and columns that there are not; one group of copies. In a float8 cache's
 // order of columns where K is widened.
 template <class Tile>
-__device__ __forceinline__ void load_queries(const AttentionParams& p, const RowBlock& rows, typename Tile::T* q) {
+__device__ __forceinline__ void load_queries(const AttentionLaunch& launch, const RowBlock& rows, typename Tile::T* q) {
   using T = typename Tile::T;
+  const AttentionParams& p = launch.p;
   constexpr int kChunks = Tile::kDims / 8;
+#pragma unroll 1
   for (int index = arch::lane(); index < Tile::kRows * kChunks; index += arch::kWaveSize) {
     const int row = index / kChunks, dim = index % kChunks * 8;
     const bool valid = row < rows.count && dim < p.head_dim;
-    const int64_t offset = valid ? rows.batch * p.q_batch_stride + rows.token(p, row) * p.q_token_stride +
-                                       rows.head(p, row) * p.q_head_stride + dim
+    const int64_t offset = valid ? rows.batch * p.q_batch_stride + rows.token(launch, row) * p.q_token_stride +
+                                       rows.head(launch, row) * p.q_head_stride + dim
                                  : 0;
     const T* from = static_cast<const T*>(p.q) + offset;
     T* to = q + row * Tile::kQStride;
@@ -57,30 +60,24 @@ __device__ __forceinline__ void load_queries(const AttentionParams& p, const Row
   arch::copy_commit();
 }
 
-// A wave's passes: over the keys of a segment for up to kRows of its rows, then of the next.
+// The passes of a block: over the keys of a segment for up to kRows of its rows, then of the next.
 template <class Tile>
 struct Pass {
   const AttentionLaunch& launch;
   Segment segment;
-  int left, count, index = 0;
+  int left, begin = 0;  // groups; row
 
   __device__ Pass(const AttentionLaunch& all, const Schedule& schedule)
-      : launch(all),
-        segment(schedule.first),
-        left(schedule.groups),
-        count((all.rows() + Tile::kRows - 1) / Tile::kRows) {}
+      : launch(all), segment(schedule.first), left(schedule.groups) {}
 
-  __device__ int head_in_block() const { return launch.block_heads == 1 ? 0 : arch::wave(); }
   __device__ RowBlock rows() const {
-    const int begin = index * Tile::kRows;
-    return {segment.batch, segment.head_set * launch.block_heads + head_in_block(), begin,
-            min(Tile::kRows, launch.rows() - begin), segment.sequence.length};
+    return {segment.batch, segment.kv_head, begin, min(Tile::kRows, launch.rows() - begin), segment.sequence.length};
   }
-  __device__ bool last_of_segment() const { return index == count - 1; }
+  __device__ bool last_of_segment() const { return begin + Tile::kRows >= launch.rows(); }
   __device__ bool next() {
-    if (++index < count) return true;
-    index = 0;
-    return Schedule::next(launch, segment, left);
+    const bool last = last_of_segment();
+    begin = last ? 0 : begin + Tile::kRows;
+    return !last || segment.next(launch.p, left);
   }
 };
 
@@ -93,80 +90,61 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
   __shared__ uint64_t barriers[Ring::kBarrierBytes / 8 + 1];
   const SharedMemory<Tile, Ring> shared{arch::dynamic_shared()};
   const AttentionParams& p = launch.p;
-  const bool share_head = launch.block_heads == 1;
 
   arch::allow_next_kernel();
   Ring ring(shared.ring(arch::wave()), reinterpret_cast<unsigned char*>(barriers), p, source);
-  if (launch.prefetch) {
-    const Schedule hint(launch, memory.schedule);
-    if (hint.groups > 0) KeyValueStream<Tile, Ring>(launch, hint, 1).prefetch(ring, Tile::kStages);
-    __syncthreads();
-  }
   arch::wait_for_previous_kernel();
 
   const Schedule schedule(launch, memory.schedule);
   if (schedule.groups == 0) return;
-  __syncthreads();
   Pass<Tile> pass(launch, schedule);
-  KeyValueStream<Tile, Ring> stream(launch, schedule, pass.count);
-  stream.start(ring);
   typename Tile::T* q = shared.q(arch::wave());
-  load_queries<Tile>(p, pass.rows(), q);
+  load_queries<Tile>(launch, pass.rows(), q);
+  KeyValueStream<Tile, Ring> stream(p, schedule, (launch.rows() + Tile::kRows - 1) / Tile::kRows, ring);
+  stream.start();
 
-  int slot = schedule.first_slot, taken = 0;
+  int slot = schedule.first_slot, taken = Tile::kStages;
   for (bool more = true; more;) {
     const Segment segment = pass.segment;
     const RowBlock rows = pass.rows();
     const bool last = pass.last_of_segment();
-    const int64_t place = int64_t{slot} * launch.block_heads + pass.head_in_block();
-    WavePart<Tile, Policy> part(p, rows, p.scale * (p.k_scale ? p.k_scale[rows.kv_head] : 1.f));
+    WavePart<Tile, Policy> part(launch, rows, p.scale * (p.k_scale ? p.k_scale[rows.kv_head] : 1.f));
     ring.wait_for_others(taken);
     arch::wave_sync();
     part.take_queries(q);
     more = pass.next();
     if (Tile::kQueryInRegisters && more) {
       arch::wave_sync();
-      load_queries<Tile>(p, pass.rows(), q);
+      load_queries<Tile>(launch, pass.rows(), q);
     }
 
     taken = 0;
-    for (int group = segment.begin + (share_head ? arch::wave() : 0); group < segment.end; ++taken) {
+    for (int group = segment.begin + arch::wave(); group < segment.end; group += Tile::kWaves, ++taken) {
       const int key_begin = (segment.sequence.first_group + group) * kGroup;
       const int loaded_begin = segment.sequence.key_begin, loaded_end = segment.sequence.length;
-      stream.acquire(ring, loaded_begin - key_begin, loaded_end - key_begin);
+      stream.acquire(loaded_begin - key_begin, loaded_end - key_begin);
       part.take(ring.keys(stream.stage()), ring.values(stream.stage()), key_begin, loaded_begin, loaded_end,
                 shared.scratch(arch::wave()));
-      stream.release(ring);
-      group += share_head ? Tile::kWaves : 1;
+      stream.release();
     }
     if (!Tile::kQueryInRegisters && more) {
       arch::wave_sync();
-      load_queries<Tile>(p, pass.rows(), q);
+      load_queries<Tile>(launch, pass.rows(), q);
       taken = 0;
     }
 
-    const PartPlace destination{segment.whole() ? -1 : place * launch.rows() + rows.begin};
-    if (share_head) {
-      finish_block(launch, rows, destination, part, shared, memory.merge);
-      __syncthreads();
-    } else {
-      finish_wave(launch, rows, destination, part);
-      arch::wave_sync();
-    }
+    merge_waves(launch, rows, segment.whole() ? -1 : slot, part, shared, memory.merge);
+    __syncthreads();
     if (last) {
-      const bool speaks = share_head ? threadIdx.x == 0 : arch::lane() == 0;
-      if (!segment.whole() && speaks) arch::publish(launch.ready + place, launch.nonce);
+      if (!segment.whole() && threadIdx.x == 0) arch::publish(launch.ready + slot, launch.nonce);
       slot = schedule.first_slot + 1;
     }
   }
 
   if (schedule.merge.count > 0) {
     const Segment& unit = schedule.first;
-    const int head = share_head ? 0 : arch::wave();
-    const RowBlock rows{unit.batch, unit.head_set * launch.block_heads + head, 0, launch.rows(),
-                        unit.sequence.length};
-    merge_slots<Tile, Policy>(launch, schedule.merge, rows, head, share_head ? threadIdx.x : arch::lane(),
-                              share_head ? Tile::kThreads : arch::kWaveSize);
+    merge_slots<Tile, Policy>(launch, schedule.merge,
+                              {unit.batch, unit.kv_head, 0, launch.rows(), unit.sequence.length});
   }
 }
 

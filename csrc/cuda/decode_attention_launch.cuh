@@ -35,8 +35,9 @@ template <int dims, int row_tiles>
 struct Machine<CopyKind::kTensor, dims, row_tiles> {
   template <class Tile>
   using Ring = TensorRing<Tile>;
-  static constexpr int kStages = dims * row_tiles <= 64 ? 4 : dims * row_tiles <= 128 ? 2 : dims <= 128 ? 4 : dims <= 192 ? 3 : 2;
-  using Shape = BlockShape<4, kStages, (dims * row_tiles <= 128 ? 2 : 1)>;
+  static constexpr int kWaves = dims * row_tiles <= 128 ? 8 : 4;
+  static constexpr int kStages = dims <= 64 ? 4 : dims <= 128 ? (row_tiles == 1 ? 2 : 4) : dims <= 192 ? 3 : 2;
+  using Shape = BlockShape<kWaves, kStages, 1>;
 };
 
 template <class Tile>
@@ -55,26 +56,27 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
   using Tile = AttentionTile<T, KV, dims, row_tiles, typename M::Shape>;
   using Ring = typename M::template Ring<Tile>;
   const AttentionParams& p = launch.p;
-  const int64_t part_bytes = launch.rows() * (p.head_dim * sizeof(float) + sizeof(RowPart)) + sizeof(uint64_t);
+  launch.group = p.group();
+  launch.group_reciprocal = ((1 << 16) + launch.group - 1) / launch.group;
+  const int64_t units = int64_t{p.batch} * p.kv_heads;
+  const int64_t slot_bytes = launch.rows() * (p.head_dim * sizeof(float) + sizeof(RowPart)) + sizeof(uint64_t);
   // More splits than groups would not change a bit of the result.
   const int64_t groups = std::max<int64_t>(p.num_blocks > 0 ? (p.capacity() + kGroup - 1) / kGroup : 0, 1);
   launch.p.num_splits = static_cast<int32_t>(std::min<int64_t>(p.num_splits, groups));
-  const AttentionGrid grid =
-      choose_attention_grid(launcher.properties(), {Tile::kBlocks, Tile::kWaves},
-                            {p.batch, p.kv_heads, p.num_splits, groups, part_bytes}, kWorkspaceBytes);
-  FLASHDECPP_REQUIRE(std::max(grid.blocks, p.batch * p.kv_heads * groups) <= INT32_MAX, "decode_attention",
+  const AttentionGrid grid = choose_attention_grid(launcher.properties(), Tile::kBlocks, units, p.num_splits,
+                                                   units * groups, kMinGroups, kWorkspaceBytes / slot_bytes);
+  FLASHDECPP_REQUIRE(std::max(grid.blocks, units * groups) <= INT32_MAX, "decode_attention",
                      "q, k_cache and block_table must have batch * kv_heads * max_len / 16 and batch * kv_heads * ",
                      "num_splits below 2^31, got ", p.batch, " * ", p.kv_heads, " * ", p.capacity(), " / 16 and ",
                      p.num_splits, " splits");
 
-  launch.block_heads = static_cast<int32_t>(grid.block_heads);
+  launch.filling_blocks = static_cast<int32_t>(grid.filling);
   Tensor workspace;
   if (grid.slots > 0) {
-    const int64_t parts = grid.slots * grid.block_heads;
-    workspace = new_tensor({(parts * part_bytes + 16 + 3) / 4}, DType::kFloat32, device);
+    workspace = new_tensor({(grid.slots * slot_bytes + 16 + 3) / 4}, DType::kFloat32, device);
     launch.ready = static_cast<uint64_t*>(View(workspace).data);
-    launch.part_out = reinterpret_cast<float*>(launch.ready + (parts + 1) / 2 * 2);  // 16-byte aligned
-    launch.part_state = reinterpret_cast<RowPart*>(launch.part_out + parts * launch.rows() * p.head_dim);
+    launch.part_out = reinterpret_cast<float*>(launch.ready + (grid.slots + 1) / 2 * 2);  // 16-byte aligned
+    launch.part_state = reinterpret_cast<RowPart*>(launch.part_out + grid.slots * launch.rows() * p.head_dim);
     launch.nonce = new_nonce(launch.ready);
   }
   using Shared = SharedMemory<Tile, Ring>;

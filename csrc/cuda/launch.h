@@ -47,8 +47,8 @@ class Launcher {
     check_cuda(op_, cudaGetLastError(), "the launch");
   }
 
-  // Programmatic dependent launch where there is such a thing: the kernel may start before what the stream runs ahead of
-  // it has ended, and must call wait_for_previous_kernel() before it reads or writes anything.
+  // Programmatic dependent launch where there is such a thing: the kernel may start before what the stream runs ahead
+  // of it has ended, and must call wait_for_previous_kernel() before it reads or writes anything.
   template <class... Params, class... Args>
   void overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args&&... args) const {
     cudaLaunchAttribute attribute{};

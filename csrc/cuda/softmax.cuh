@@ -60,7 +60,7 @@ struct UnifiedMax<arch::bfloat16> {
 };
 
 // A part of a row as it is kept between waves and between blocks. max is -infinity while no key was seen.
-struct RowPart {
+struct alignas(16) RowPart {
   float ref, max, sum;
 };
 
