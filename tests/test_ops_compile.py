@@ -189,8 +189,9 @@ def test_cuda_graph_carries_phi():
     for _ in range(3):
         graph.replay()
         assert count.item() == 2 * 2 * 8
-        torch.testing.assert_close(out, now[0])
-        torch.testing.assert_close(lse, now[1])
+        # Relative to another phi, weights are rounded elsewhere.
+        torch.testing.assert_close(out, now[0], rtol=0.016, atol=5e-3)
+        torch.testing.assert_close(lse, now[1], rtol=1e-5, atol=1e-4)
     assert torch.equal(carried.isnan().all(1).cpu(), torch.tensor([False, True, False]))
 
 
