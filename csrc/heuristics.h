@@ -29,9 +29,14 @@ inline const char* name(LinearImpl impl) {
 // above.
 struct InflectionPoints {
   int64_t m1, m2;
+
+  LinearImpl choose(int64_t m) const {
+    if (m < m1) return LinearImpl::kGemv;
+    return m < m2 ? LinearImpl::kFlatGemm : LinearImpl::kBlas;
+  }
 };
 
-// The rule for a shape that nobody has profiled.
+// The rule for a shape that nobody has profiled, or not with so many rows.
 // Hopper, measured on an H100 (bench/results/linear_h100.json and nine shapes from [1536, 1536] to [128256, 4096]): the
 // GEMV takes 1 / 1.13 of cuBLAS's time with 1 row and 1 / 1.06 with 4, and is behind with 6. The flat GEMM is behind
 // cuBLAS from 8 rows on (1 / 0.94), so the rule does not choose it there.
@@ -41,9 +46,7 @@ inline InflectionPoints default_inflection_points(const DeviceProperties& device
 }
 
 inline LinearImpl choose_linear(InflectionPoints points, int64_t m, int64_t k) {
-  if (k % 8 != 0) return LinearImpl::kBlas;  // rows that 16-byte loads cannot start on
-  if (m < points.m1) return LinearImpl::kGemv;
-  return m < points.m2 ? LinearImpl::kFlatGemm : LinearImpl::kBlas;
+  return k % 8 == 0 ? points.choose(m) : LinearImpl::kBlas;  // rows that 16-byte loads cannot start on
 }
 
 // ---- GEMV: how many waves share a row of the weight ----------------------------------------------------------------
@@ -125,7 +128,8 @@ inline int32_t choose_k_splits(const DeviceProperties& device, const FlatTile& t
   return best;
 }
 
-// ---- decode attention: how the work is cut -----------------------------------------------------------------------------
+// ---- decode attention: how the work is cut
+// -----------------------------------------------------------------------------
 struct AttentionShape {
   int64_t batch, kv_heads, num_splits;
   int64_t groups;      // that a KV head of a sequence has if it fills the cache
@@ -145,9 +149,9 @@ struct AttentionGrid {
 // With num_splits every KV head has that many blocks, each of which leaves a part. Without, as many blocks as the
 // machine holds at once share all groups of keys: a share begins and ends inside of units, so a block leaves up to two
 // parts. It is worth a few groups at least, and parts must fit into the workspace.
-// Waves take a KV head each, rather than share one, where there are heads enough and a unit is not spread over more than
-// a few blocks: the more blocks, the more parts to merge. That the batch may be ragged is no matter: cut by keys, a long
-// sequence among many is spread over as many blocks as its share.
+// Waves take a KV head each, rather than share one, where there are heads enough and a unit is not spread over more
+// than a few blocks: the more blocks, the more parts to merge. That the batch may be ragged is no matter: cut by keys,
+// a long sequence among many is spread over as many blocks as its share.
 inline AttentionGrid choose_attention_grid(const DeviceProperties& device, const AttentionBlocks& per_multiprocessor,
                                            const AttentionShape& shape, int64_t workspace_bytes) {
   constexpr int64_t min_groups = 8, max_blocks_per_unit = 8;
