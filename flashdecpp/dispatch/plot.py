@@ -13,6 +13,7 @@ COLOURS = {"gemv": "#c8102e", "flat_gemm": "#2a7f3f", "blas": "#174a7c"}
 def plot(table: Table, path: Path) -> None:
     """A PNG, one panel a shape: time over M for each implementation, with the inflection points."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     columns = min(3, len(table.profiles))
     lines = math.ceil(len(table.profiles) / columns)
@@ -27,6 +28,8 @@ def plot(table: Table, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(profile.m, [str(m) for m in profile.m], fontsize="x-small")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.minorticks_off()
         axes.set(title=f"{profile.dtype} [{profile.n}, {profile.k}]", xlabel="M", ylabel="microseconds")
         axes.legend(fontsize="small")

@@ -21,6 +21,10 @@ from .timing import graph_median_us, rotation, wall_least_us
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
+# Every time is the best of so many, each taken in its turn among all numbers of rows and implementations:
+# what slows the machine for a while must not decide.
+ROUNDS = 3
+
 # The relative time that a further implementation must save, summed over the numbers of rows measured: less is
 # as likely noise as a difference.
 SWITCH_WORTH = 0.02
@@ -35,13 +39,12 @@ def tune(
     cache holds. Raises TableError before anything is measured where a shape can't be.
     """
     check_shapes(shapes, dtype, device)
-    impls = measured_impls(device)
     record = environment(device)
     profiles = []
     with (
         torch.inference_mode(),
         tqdm(
-            total=len(shapes) * len(rows) * len(impls),
+            total=ROUNDS * len(shapes) * len(rows) * len(measured_impls(device)),
             desc="tuning",
             file=sys.stderr,
             leave=False,
@@ -52,8 +55,7 @@ def tune(
             bar.set_postfix_str(f"[{n}, {k}]", refresh=False)
             us = measure(n, k, dtype, device, rows, bar)
             m1, m2 = inflection_points(rows, us)
-            times = {impl: tuple(round(time, 2) for time in column) for impl, column in us.items()}
-            profiles.append(Profile(dtype_name(dtype), n, k, m1, m2, tuple(rows), times, record))
+            profiles.append(Profile(dtype_name(dtype), n, k, m1, m2, tuple(rows), us, record))
     return Table(device.type, device_name(device), tuple(profiles))
 
 
@@ -88,17 +90,18 @@ def measured_impls(device: torch.device) -> tuple[str, ...]:
 
 def measure(
     n: int, k: int, dtype: torch.dtype, device: torch.device, rows: Sequence[int], bar: tqdm
-) -> dict[str, list[float]]:
-    """Microseconds of every implementation, for each number of rows."""
+) -> dict[str, tuple[float, ...]]:
+    """Microseconds of every implementation, for each number of rows; `bar` counts every time taken."""
     weight = torch.randn(n, k, dtype=dtype, device=device) * k**-0.5
     weights = [weight, *(weight.clone() for _ in range(weights_needed(n, k, dtype, device) - 1))]
-    us: dict[str, list[float]] = {impl: [] for impl in measured_impls(device)}
-    for m in rows:
-        x = torch.randn(m, k, dtype=dtype, device=device)
-        for impl, column in us.items():
-            column.append(_time_us(x, weights, impl))
-            bar.update()
-    return us
+    inputs = [torch.randn(m, k, dtype=dtype, device=device) for m in rows]
+    us = {impl: [math.inf] * len(rows) for impl in measured_impls(device)}
+    for _ in range(ROUNDS):
+        for index, x in enumerate(inputs):
+            for impl, column in us.items():
+                column[index] = min(column[index], _time_us(x, weights, impl))
+                bar.update()
+    return {impl: tuple(round(time, 2) for time in column) for impl, column in us.items()}
 
 
 def _time_us(x: Tensor, weights: Sequence[Tensor], impl: str) -> float:
@@ -106,7 +109,7 @@ def _time_us(x: Tensor, weights: Sequence[Tensor], impl: str) -> float:
     if x.device.type == "cpu":
         return wall_least_us(calls)
     with torch.cuda.device(x.device):
-        return graph_median_us(calls)
+        return graph_median_us(calls, replays=12)
 
 
 def inflection_points(rows: Sequence[int], us: Mapping[str, Sequence[float | None]]) -> tuple[int, int]:
@@ -118,7 +121,8 @@ def inflection_points(rows: Sequence[int], us: Mapping[str, Sequence[float | Non
     Of all pairs of points among the rows (and beyond the last), the one with the smallest sum over the rows
     of how much longer the chosen implementation takes than the fastest, in proportion, and of SWITCH_WORTH
     for each change of implementation. So neither a single wrong time nor noise between two equals adds a
-    range. Of equals: the one with more blas, then with more flat_gemm.
+    range. Of equals: the one with more blas, then with more flat_gemm. Between two numbers of rows a point
+    lies where the straight lines through the two times of both implementations meet.
     """
     count = len(rows)
     fastest = [min(us[impl][i] or math.inf for impl in us) for i in range(count)]
@@ -134,8 +138,29 @@ def inflection_points(rows: Sequence[int], us: Mapping[str, Sequence[float | Non
 
     pairs = [(first, second) for second in range(count + 1) for first in range(second + 1)]
     first, second = min(pairs, key=lambda pair: cost(*pair))
-    points = [*rows, rows[-1] + 1]
-    return points[first], points[second]
+    if first == second:
+        m = _switch(rows, us, first, "gemv", "blas")
+        return m, m
+    return _switch(rows, us, first, "gemv", "flat_gemm"), _switch(rows, us, second, "flat_gemm", "blas")
+
+
+def _switch(
+    rows: Sequence[int], us: Mapping[str, Sequence[float | None]], index: int, before: str, after: str
+) -> int:
+    """The first number of rows for `after`, above rows[index - 1] and at most rows[index]."""
+    if index == 0:
+        return 1
+    if index == len(rows):
+        return rows[-1] + 1
+    low, high = rows[index - 1], rows[index]
+    if us[after][index - 1] is None:  # neither is taken where it was not measured
+        return high
+    if us[before][index] is None:
+        return low + 1
+    behind, ahead = us[after][index - 1] - us[before][index - 1], us[before][index] - us[after][index]
+    if behind <= 0:
+        return low + 1
+    return high if ahead <= 0 else low + math.ceil((high - low) * behind / (behind + ahead))
 
 
 def report(table: Table) -> Iterator[str]:
