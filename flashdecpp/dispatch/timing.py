@@ -44,7 +44,7 @@ def graph_median_us(calls: Calls, replays: int = 30) -> float:
     return statistics.median(times)
 
 
-def wall_least_us(calls: Calls, seconds: float = 0.03, least: int = 3) -> float:
+def wall_least_us(calls: Calls, seconds: float = 0.01, least: int = 3) -> float:
     """Microseconds of the fastest of calls on the CPU, in turn for so long and at least so often.
 
     The fastest, for whatever else runs on the machine only ever adds to the time, and with threads that wait
