@@ -7,6 +7,9 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """$FLASHDECPP_CACHE, else ~/.cache/flashdecpp."""
-    chosen = os.environ.get("FLASHDECPP_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "flashdecpp"
+    """$FLASHDECPP_CACHE, else ~/.cache/flashdecpp. OSError for a user without a home."""
+    chosen = os.environ.get("FLASHDECPP_CACHE") or "~/.cache/flashdecpp"
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError:
+        raise OSError(f"{chosen} can't be found: there is no home folder; set FLASHDECPP_CACHE") from None

@@ -222,7 +222,10 @@ def tune(
         checkpoint = open_checkpoint(model)
         wanted, own_dtype = checkpoint.plan.linear_shapes, checkpoint.config.dtype
     table = Table(place.type, machine.device_name(place))
-    output = user_folder() / table.file_name if output is None else output
+    if output is None:
+        user_folder().mkdir(parents=True, exist_ok=True)
+        output = user_folder() / table.file_name
+        _need_writable(output)
     if output.exists():
         table = table.merged(Table.load(output))
     measured = tuner.tune(wanted, resolve_dtype(dtype, place, own_dtype), place)

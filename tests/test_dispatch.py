@@ -320,7 +320,7 @@ def test_a_file_gives_back_what_it_was_written_from(tmp_path: Path) -> None:
     times = {"gemv": (1.5, None), "flat_gemm": (2.0, 2.25), "blas": (3.0, 2.0)}
     first = Profile("float16", 4096, 4096, 2, 8, (1, 8), times, {"driver": "580.1"})
     written = table(first, profile(8, 16, 1, 1))
-    path = tmp_path / "new" / written.file_name
+    path = tmp_path / written.file_name
     written.save(path)
     assert path.name == "nvidia_h100_80gb_hbm3.json"
     assert Table.load(path) == written
@@ -411,6 +411,7 @@ def test_shapes_on_the_command_line() -> None:
 
 def test_the_users_table_wins_over_the_shipped_one(tmp_path: Path) -> None:
     shipped, user = tmp_path / "shipped", tmp_path / "user"
+    shipped.mkdir(), user.mkdir()
     table(profile(8, 8, 1, 2), profile(16, 8, 3, 4)).save(shipped / "h100.json")
     table(profile(8, 8, 5, 6)).save(user / "mine.json")
     table(profile(8, 8, 7, 7), device="another").save(user / "other.json")
@@ -420,6 +421,16 @@ def test_the_users_table_wins_over_the_shipped_one(tmp_path: Path) -> None:
     assert found.files["NVIDIA H100 80GB HBM3"] == [shipped / "h100.json", user / "mine.json"]
     assert set(found.tables) == {"NVIDIA H100 80GB HBM3", "another"}
     assert len(found.problems) == 1 and "bad.json" in found.problems[0]
+
+
+def test_without_a_home_there_are_the_shipped_tables(monkeypatch) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert find_tables() == find_tables([dispatch.shipped_folder()])
+    with pytest.raises(OSError, match="no home folder; set FLASHDECPP_CACHE"):
+        dispatch.user_folder()
 
 
 def test_shipped_tables_are_valid_and_can_be_derived_again() -> None:

@@ -42,10 +42,17 @@ def user_folder() -> Path:
     return cache_folder() / "tables"
 
 
+def _folders() -> list[Path]:
+    try:
+        return [shipped_folder(), user_folder()]
+    except OSError:  # no home: no tables of the user's
+        return [shipped_folder()]
+
+
 def find_tables(folders: Sequence[Path] | None = None) -> Found:
     """Every table in the folders, a later folder's profiles before an earlier one's."""
     found = Found()
-    for folder in (shipped_folder(), user_folder()) if folders is None else folders:
+    for folder in _folders() if folders is None else folders:
         for path in sorted(folder.glob("*.json")):
             try:
                 table = Table.load(path)

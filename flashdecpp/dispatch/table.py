@@ -104,10 +104,9 @@ class Table:
         return Table(self.kind, self.device, tuple(profiles.values()))
 
     def save(self, path: Path) -> None:
-        """Writes the file, a line for each shape; all or nothing. Creates its folder."""
+        """Writes the file, a line for each shape; all or nothing."""
         head = json.dumps({"version": VERSION, "kind": self.kind, "device": self.device})
         shapes = ",\n".join(json.dumps(asdict(profile)) for profile in self.profiles)
-        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".part")
         unfinished.write_text(f'{head[:-1]}, "shapes": [\n{shapes}\n]}}\n', encoding="utf-8")
         os.replace(unfinished, path)
