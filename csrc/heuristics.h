@@ -128,8 +128,7 @@ inline int32_t choose_k_splits(const DeviceProperties& device, const FlatTile& t
   return best;
 }
 
-// ---- decode attention: how the work is cut
-// -----------------------------------------------------------------------------
+// ---- decode attention: how the work is cut -----------------------------------------------------------------------------
 struct AttentionShape {
   int64_t batch, kv_heads, num_splits;
   int64_t groups;      // that a KV head of a sequence has if it fills the cache
@@ -149,9 +148,9 @@ struct AttentionGrid {
 // With num_splits every KV head has that many blocks, each of which leaves a part. Without, as many blocks as the
 // machine holds at once share all groups of keys: a share begins and ends inside of units, so a block leaves up to two
 // parts. It is worth a few groups at least, and parts must fit into the workspace.
-// Waves take a KV head each, rather than share one, where there are heads enough and a unit is not spread over more
-// than a few blocks: the more blocks, the more parts to merge. That the batch may be ragged is no matter: cut by keys,
-// a long sequence among many is spread over as many blocks as its share.
+// Waves take a KV head each, rather than share one, where there are heads enough and a unit is not spread over more than
+// a few blocks: the more blocks, the more parts to merge. That the batch may be ragged is no matter: cut by keys, a long
+// sequence among many is spread over as many blocks as its share.
 inline AttentionGrid choose_attention_grid(const DeviceProperties& device, const AttentionBlocks& per_multiprocessor,
                                            const AttentionShape& shape, int64_t workspace_bytes) {
   constexpr int64_t min_groups = 8, max_blocks_per_unit = 8;

@@ -101,7 +101,7 @@ def _table_lines(shapes: Sequence[Shape], dtype: str | None) -> Iterator[str]:
 
 
 def _choice_line(found: Found, device: torch.device, n: int, k: int, dtype: str | None) -> str:
-    """Such as "bfloat16 [576, 1536]: gemv M = 1 to 64, blas from 65 on (default rule)"."""
+    """Such as "bfloat16 [576, 1536]: gemv from M = 1 to 64, blas from M = 65 (default rule)"."""
     dtype = dtype or ("bfloat16" if device.type == "cpu" else "float16")
     row = torch.empty(k, dtype=getattr(torch, dtype), device=device)
     weight = row.as_strided((n, k), (0, 1))

@@ -64,8 +64,7 @@ Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
   return own_linear(contract::linear("flat_gemm", x, weight, bias));
 }
 
-// The choice of impl="auto": by what was measured on this CPU, else by the rule. gemv and flat_gemm are one kernel
-// here.
+// The choice of impl="auto": by what was measured on this CPU, else by the rule. gemv and flat_gemm are one kernel.
 LinearImpl choose(const LinearParams& p) {
   if (const auto points = linear_tables().find("cpu", p.dtype, p.n, p.k, p.m)) return points->choose(p.m);
   const bool blas = linear_prefers_blas(p.dtype, p.m, p.k, kernels().bfloat16_dot);
