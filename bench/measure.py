@@ -7,50 +7,22 @@ import json
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-L2_BYTES = 50 << 20
+from flashdecpp.dispatch import machine, timing
+from flashdecpp.dispatch.timing import graph_median_us as graph_median_us
+
+L2_BYTES = 50 << 20  # of an H100; kept for every GPU, so that results compare
 
 
 def rotation(bytes_per_call: int) -> int:
-    """How many input sets to rotate among so that each call finds its data outside of L2.
-
-    Before a set's turn comes again, four times L2 have been read; at least twice L2 are in the sets together
-    where the number of sets ends at 64 (from 1.6 MB a call on).
-    """
-    return 1 + min(63, -(-4 * L2_BYTES // bytes_per_call))
-
-
-def graph_median_us(calls: Sequence[Callable[[], object]], replays: int = 30) -> float:
-    """Median microseconds of one call, from graph replays of all `calls` (each on its own inputs) in turn."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # which may still be writing the inputs
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
-        for _ in range(3):
-            graph.replay()
-        times = []
-        for _ in range(replays):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
+    """How many input sets to rotate among so that each call finds its data outside of L2."""
+    return timing.rotation(bytes_per_call, L2_BYTES)
 
 
 def read_ceiling_gbs() -> float:
@@ -70,19 +42,14 @@ def environment() -> dict[str, object]:
         "command": f"python {shlex.join(_without_output(sys.argv))}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": _cpu_name(),
+        "cpu": machine.cpu_name(),
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-        )
         record |= {
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
-            "driver": driver.stdout.split("\n")[0].strip(),
+            "driver": machine.driver_version(),
         }
     return record
 
@@ -106,14 +73,3 @@ def _without_output(arguments: list[str]) -> list[str]:
 def _git(*arguments: str) -> str:
     result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
     return result.stdout.strip()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <string>
 
+#include "heuristics.h"
 #include "torch_api.h"
 
 namespace flashdecpp::contract {
@@ -320,6 +321,14 @@ inline Linear linear(const char* op, const Tensor& x, const Tensor& weight, cons
   p.x = call.x_view.data;
   p.x_stride = call.x_view.dim == 2 ? call.x_view.strides[0] : k;
   return call;
+}
+
+// What `impl` names, where it is not auto.
+inline LinearImpl linear_impl(const char* op, const std::string& impl) {
+  for (const LinearImpl candidate : {LinearImpl::kGemv, LinearImpl::kFlatGemm, LinearImpl::kBlas}) {
+    if (impl == name(candidate)) return candidate;
+  }
+  fail(op, "impl must be auto, gemv, flat_gemm or blas, got ", impl);
 }
 
 // x's shape with its last dimension replaced: the shape of a linear's or a gated activation's output.

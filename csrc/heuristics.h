@@ -29,9 +29,14 @@ inline const char* name(LinearImpl impl) {
 // above.
 struct InflectionPoints {
   int64_t m1, m2;
+
+  LinearImpl choose(int64_t m) const {
+    if (m < m1) return LinearImpl::kGemv;
+    return m < m2 ? LinearImpl::kFlatGemm : LinearImpl::kBlas;
+  }
 };
 
-// The rule for a shape that nobody has profiled.
+// The rule for a shape that nobody has profiled, or not with so many rows.
 // Hopper, measured on an H100 (bench/results/linear_h100.json and nine shapes from [1536, 1536] to [128256, 4096]): the
 // GEMV takes 1 / 1.13 of cuBLAS's time with 1 row and 1 / 1.06 with 4, and is behind with 6. The flat GEMM is behind
 // cuBLAS from 8 rows on (1 / 0.94), so the rule does not choose it there.
@@ -41,9 +46,7 @@ inline InflectionPoints default_inflection_points(const DeviceProperties& device
 }
 
 inline LinearImpl choose_linear(InflectionPoints points, int64_t m, int64_t k) {
-  if (k % 8 != 0) return LinearImpl::kBlas;  // rows that 16-byte loads cannot start on
-  if (m < points.m1) return LinearImpl::kGemv;
-  return m < points.m2 ? LinearImpl::kFlatGemm : LinearImpl::kBlas;
+  return k % 8 == 0 ? points.choose(m) : LinearImpl::kBlas;  // rows that 16-byte loads cannot start on
 }
 
 // ---- GEMV: how many waves share a row of the weight ----------------------------------------------------------------

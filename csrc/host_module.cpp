@@ -8,6 +8,7 @@
 
 #include "build_info.h"
 #include "heuristics.h"
+#include "linear_table.h"
 
 namespace py = pybind11;
 using namespace flashdecpp;
@@ -42,6 +43,17 @@ PYBIND11_MODULE(_C, m) {
       "choose_linear",
       [](InflectionPoints points, int64_t m_rows, int64_t k) { return name(choose_linear(points, m_rows, k)); },
       py::arg("points"), py::arg("m"), py::arg("k"), "Which implementation linear(impl='auto') takes on a GPU.");
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::kFloat32)
+      .value("float16", DType::kFloat16)
+      .value("bfloat16", DType::kBFloat16);
+  py::class_<LinearRow>(m, "LinearRow", "The points of one shape; dtype is the number of a DType.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>(), py::arg("dtype"), py::arg("n"),
+           py::arg("k"), py::arg("m1"), py::arg("m2"), py::arg("max_m"));
+  py::class_<LinearTables>(m, "LinearTables", "Measured inflection points as linear(impl='auto') looks them up.")
+      .def(py::init<>())
+      .def("install", &LinearTables::install, py::arg("device"), py::arg("rows"))
+      .def("find", &LinearTables::find, py::arg("device"), py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("m"));
   m.def(
       "choose_attention_grid",
       [](const DeviceProperties& device, int64_t blocks_per_multiprocessor, int64_t units, int64_t num_splits,

@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY(flashdecpp, m)
   m.def("gemv(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("flat_gemm(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, *, str impl=\"auto\") -> Tensor");
+  m.def("linear_choice(Tensor x, Tensor weight) -> str");
 
   // What an op updates in place is an overload of its own: compilers cannot lower an optional argument that is mutated.
   m.def("rms_norm(Tensor x, Tensor weight, *, float eps=1e-6) -> Tensor");

@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from flashdecpp import _library as _library
-from flashdecpp import ops
+from flashdecpp import dispatch, ops
 from flashdecpp.ops import check
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __version__ = metadata.version("flashdecpp")
 __all__ = ["LLM", "SamplingParams", "check", "ops"]
+
+dispatch.install()
 
 
 def __getattr__(name: str) -> object:

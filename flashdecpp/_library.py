@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,3 +55,17 @@ def cpu_instruction_set() -> str:
     function = ctypes.CDLL(str(LIBRARIES["cpu"].path)).flashdecpp_cpu_isa
     function.restype = ctypes.c_char_p
     return function().decode()
+
+
+class LinearRow(ctypes.Structure):
+    """csrc/linear_table.h: the inflection points of one shape."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("dtype", "n", "k", "m1", "m2", "max_m"))
+
+
+def install_linear_table(library: str, device: str, rows: Sequence[LinearRow]) -> None:
+    """Replaces what linear(impl="auto") of an op library knows of a device; "cpu" or a GPU's name."""
+    function = ctypes.CDLL(str(LIBRARIES[library].path)).flashdecpp_install_linear_table
+    function.argtypes = (ctypes.c_char_p, ctypes.POINTER(LinearRow), ctypes.c_int64)
+    function.restype = None
+    function(device.encode(), (LinearRow * len(rows))(*rows), len(rows))

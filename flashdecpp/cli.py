@@ -19,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # which would take "[default: ...]" for a style and drop it
 )
 
 Model = Annotated[
@@ -175,11 +176,82 @@ def calibrate(
 
 
 @app.command()
-def info() -> None:
+def tune(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Measure the linear layers of this model: 'demo', a folder, a .gguf."
+        ),
+    ] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="Or these weights [N, K]: 'N,K;N,K', such as '4096,4096;11008,4096'.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The table's file.  [default: where every run finds it]"),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time over M into this PNG (matplotlib).")] = None,
+) -> None:
+    """Measure gemv, flat GEMM and BLAS on this machine: which one linear() takes for how many rows.
+
+    For every weight [N, K] two inflection points come out: gemv below M1 rows, flat GEMM from M1 to M2, BLAS
+    from M2 on. They are added to this device's table, in tables/ of $FLASHDECPP_CACHE (~/.cache/flashdecpp),
+    which every later run finds by itself. `flashdecpp info --shapes ...` shows what is chosen. Let nothing
+    else run meanwhile.
+    """
+    import torch
+
+    from flashdecpp.dispatch import Table, machine, tuner, user_folder
+    from flashdecpp.dispatch import plot as drawing
+    from flashdecpp.dispatch.table import parse_shapes
+    from flashdecpp.runner import calibrate as calibration
+    from flashdecpp.runner.checkpoint import open_checkpoint
+    from flashdecpp.runner.llm import resolve_device, resolve_dtype
+
+    if (model is None) == (shapes is None):
+        raise ValueError("say what to measure, by --model or by --shapes, not both")
+    if plot is not None:
+        calibration.need_matplotlib()
+    _need_writable(output, plot)
+    place = resolve_device(device)
+    if shapes is not None:
+        wanted, own_dtype = parse_shapes(shapes), torch.float16
+    else:
+        checkpoint = open_checkpoint(model)
+        wanted, own_dtype = checkpoint.plan.linear_shapes, checkpoint.config.dtype
+    table = Table(place.type, machine.device_name(place))
+    if output is None:
+        user_folder().mkdir(parents=True, exist_ok=True)
+        output = user_folder() / table.file_name
+        _need_writable(output)
+    if output.exists():
+        table = table.merged(Table.load(output))
+    measured = tuner.tune(wanted, resolve_dtype(dtype, place, own_dtype), place)
+    table.merged(measured).save(output)
+    if plot is not None:
+        drawing.plot(measured, plot)
+    print(f"linear on {table.device}")
+    for line in tuner.report(measured):
+        print(f"  {line}")
+    print(f"the table is {output}" + ("" if plot is None else f", the plot {plot}"))
+
+
+@app.command()
+def info(
+    shapes: Annotated[
+        str | None, typer.Option(help="Show what linear() takes for weights [N, K]: 'N,K;N,K'.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="The dtype of these shapes.  [default: bfloat16; on a GPU float16]")
+    ] = None,
+) -> None:
     """What was built, which devices there are, and which kernels will run and why."""
+    from flashdecpp.dispatch.table import parse_shapes
     from flashdecpp.info import lines
 
-    for line in lines():
+    for line in lines([] if shapes is None else parse_shapes(shapes), dtype):
         print(line)
 
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 
 import flashdecpp
-from flashdecpp import _C
+from flashdecpp import _C, ops
 from flashdecpp._library import LIBRARIES, cpu_instruction_set
+from flashdecpp.dispatch import Found, find_tables
+from flashdecpp.dispatch.machine import device_name
+from flashdecpp.dispatch.table import DTYPES, Shape, TableError
 
 _NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
+_MOST_ROWS = 1024  # up to which choices are looked up
 
 
-def lines() -> Iterator[str]:
-    """The report, line by line."""
+def lines(shapes: Sequence[Shape] = (), dtype: str | None = None) -> Iterator[str]:
+    """The report, line by line; with what linear takes for weights of these shapes.
+
+    dtype: of the shapes; None is bfloat16 on the CPU and float16 on a GPU. Raises TableError for another than
+        linear has.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise TableError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     build = _C.build_info()
     yield f"flashdecpp {flashdecpp.__version__}, torch {torch.__version__}"
     yield ""
@@ -33,6 +44,9 @@ def lines() -> Iterator[str]:
     yield ""
     yield "Kernels"
     yield from _kernel_lines()
+    yield ""
+    yield "Tables of linear(auto)"
+    yield from _table_lines(shapes, dtype)
 
 
 def _gpu_lines() -> Iterator[str]:
@@ -63,5 +77,40 @@ def _kernel_lines() -> Iterator[str]:
         points = _C.default_inflection_points(device)
         flat = f"flat_gemm below {points.m2}, " if points.m2 > points.m1 else ""
         yield f"  linear(auto) on a GPU: gemv below M = {points.m1}, {flat}blas above"
-        yield "    (the rule for shapes that nobody profiled; K not a multiple of 8 and float32 go to blas)"
+        yield "    (the rule for shapes that no table has; K not a multiple of 8 and float32 go to blas)"
     yield "  linear(auto) on the CPU: own kernel for small M, blas above (csrc/cpu/linear_rule.h)"
+
+
+def _table_lines(shapes: Sequence[Shape], dtype: str | None) -> Iterator[str]:
+    found = find_tables()
+    for problem in found.problems:
+        yield f"  not used: {problem}"
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available() and LIBRARIES["cuda"].loaded:
+        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in devices:
+        table = found.tables.get(device_name(device))
+        if table is None:
+            what = "none, so the rule above; `flashdecpp tune` measures one"
+        else:
+            files = " and ".join(str(path) for path in found.files[table.device])
+            what = f"{len(table.profiles)} shapes in {files}"
+        yield f"  {device}, {device_name(device)}: {what}"
+        for n, k in shapes:
+            yield f"    {_choice_line(found, device, n, k, dtype)}"
+
+
+def _choice_line(found: Found, device: torch.device, n: int, k: int, dtype: str | None) -> str:
+    """Such as "bfloat16 [576, 1536]: gemv from M = 1 to 64, blas from M = 65 (default rule)"."""
+    dtype = dtype or ("bfloat16" if device.type == "cpu" else "float16")
+    row = torch.empty(k, dtype=getattr(torch, dtype), device=device)
+    weight = row.as_strided((n, k), (0, 1))
+    choices = [(ops.linear_choice(row.expand(m, k), weight), m) for m in range(1, _MOST_ROWS + 1)]
+    ranges = []
+    for impl, group in groupby(choices, key=lambda choice: choice[0]):
+        rows = [m for _, m in group]
+        ranges.append(f"{impl} from M = {rows[0]}" + ("" if rows[-1] == _MOST_ROWS else f" to {rows[-1]}"))
+    table = found.tables.get(device_name(device))
+    profile = table.find(dtype, n, k) if table else None
+    source = f"measured up to M = {profile.m[-1]}" if profile else "default rule"
+    return f"{dtype} [{n}, {k}]: {', '.join(ranges)} ({source})"

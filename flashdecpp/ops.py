@@ -27,6 +27,7 @@ __all__ = [
     "gemv",
     "layer_norm",
     "linear",
+    "linear_choice",
     "rms_norm",
     "rotary_append",
     "sample",
@@ -38,6 +39,7 @@ _decode_attention_carry = torch.ops.flashdecpp.decode_attention.carry
 _gemv = torch.ops.flashdecpp.gemv.default
 _flat_gemm = torch.ops.flashdecpp.flat_gemm.default
 _linear = torch.ops.flashdecpp.linear.default
+_linear_choice = torch.ops.flashdecpp.linear_choice.default
 _rms_norm = torch.ops.flashdecpp.rms_norm.default
 _rms_norm_residual = torch.ops.flashdecpp.rms_norm.residual
 _layer_norm = torch.ops.flashdecpp.layer_norm.default
@@ -240,8 +242,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
         weight: [N, K], x's dtype, contiguous last dim.
         bias: [N], x's dtype.
         impl: "gemv", "flat_gemm", "blas" (torch's own linear), or "auto": by the two inflection points that
-            were measured for this device, dtype, N and K, or by a rule where they weren't. "auto" takes
-            "blas" for what the other two can't do (on a GPU float32, and K not a multiple of 8).
+            were measured for this device, dtype, N and K (`flashdecpp tune`), or by a rule where they
+            weren't. "auto" takes "blas" for what the other two can't do (on a GPU float32, and K not a
+            multiple of 8).
 
     Returns:
         [..., N] of x's dtype.
@@ -251,6 +254,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
     """
     try:
         return _linear(x, weight, bias, impl=impl)
+    except RuntimeError as error:
+        raise _translate(error) from None
+
+
+def linear_choice(x: Tensor, weight: Tensor) -> str:
+    """What `linear(x, weight)` takes, "gemv", "flat_gemm" or "blas": reads shapes, strides and the address.
+
+    On a CPU "gemv" and "flat_gemm" are one kernel. Arguments and errors are those of `linear`. Not for
+    torch.compile: the choice is made when linear runs.
+    """
+    try:
+        return _linear_choice(x, weight)
     except RuntimeError as error:
         raise _translate(error) from None
 

@@ -1,9 +1,11 @@
 // gemv, flat_gemm and linear on a CPU: one kernel that streams the weights, and torch's BLAS for many rows.
 #include <string>
+#include <utility>
 
 #include "contract.h"
 #include "kernels.h"
 #include "linear_rule.h"
+#include "linear_table.h"
 #include "scratch.h"
 
 namespace flashdecpp::cpu {
@@ -47,31 +49,36 @@ void run(const LinearParams& p) {
       });
 }
 
-Tensor own_linear(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  contract::Linear call = contract::linear(op, x, weight, bias);
+Tensor own_linear(contract::Linear call) {
   Tensor out = contract::new_like_rows(call.x_view, call.params.n);
   call.params.out = View(out).data;
   run(call.params);
   return out;
 }
 
-Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) { return own_linear("gemv", x, weight, bias); }
+Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
+  return own_linear(contract::linear("gemv", x, weight, bias));
+}
 
-Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) { return own_linear("flat_gemm", x, weight, bias); }
+Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
+  return own_linear(contract::linear("flat_gemm", x, weight, bias));
+}
+
+// The choice of impl="auto": by what was measured on this CPU, else by the rule. gemv and flat_gemm are one kernel.
+LinearImpl choose(const LinearParams& p) {
+  if (const auto points = linear_tables().find("cpu", p.dtype, p.n, p.k, p.m)) return points->choose(p.m);
+  const bool blas = linear_prefers_blas(p.dtype, p.m, p.k, kernels().bfloat16_dot);
+  return blas ? LinearImpl::kBlas : LinearImpl::kGemv;
+}
 
 Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, std::string impl) {
   contract::Linear call = contract::linear("linear", x, weight, bias);
-  bool blas = impl == "blas";
-  if (impl == "auto") {
-    blas = linear_prefers_blas(call.params.dtype, call.params.m, call.params.k, kernels().bfloat16_dot);
-  } else if (!blas && impl != "gemv" && impl != "flat_gemm") {
-    fail("linear", "impl must be auto, gemv, flat_gemm or blas, got ", impl);
-  }
-  if (blas) return blas_linear(x, weight, bias);
-  Tensor out = contract::new_like_rows(call.x_view, call.params.n);
-  call.params.out = View(out).data;
-  run(call.params);
-  return out;
+  const LinearImpl chosen = impl == "auto" ? choose(call.params) : contract::linear_impl("linear", impl);
+  return chosen == LinearImpl::kBlas ? blas_linear(x, weight, bias) : own_linear(std::move(call));
+}
+
+std::string linear_choice(Tensor x, Tensor weight) {
+  return name(choose(contract::linear("linear_choice", x, weight, std::nullopt).params));
 }
 
 }  // namespace
@@ -82,4 +89,11 @@ STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
   m.impl("gemv", TORCH_BOX(&flashdecpp::cpu::gemv));
   m.impl("flat_gemm", TORCH_BOX(&flashdecpp::cpu::flat_gemm));
   m.impl("linear", TORCH_BOX(&flashdecpp::cpu::linear));
+  m.impl("linear_choice", TORCH_BOX(&flashdecpp::cpu::linear_choice));
+}
+
+// For Python, which calls it through ctypes; the only device of this library is "cpu".
+extern "C" __attribute__((visibility("default"))) void flashdecpp_install_linear_table(
+    const char* device, const flashdecpp::LinearRow* rows, int64_t count) {
+  flashdecpp::linear_tables().install(device, {rows, rows + count});
 }

