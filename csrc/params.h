@@ -26,7 +26,7 @@ struct AttentionParams {
   const float* sinks;          // [q_heads] or null
   const float* k_scale;        // [kv_heads] or null
   const float* v_scale;        // [kv_heads] or null
-  int32_t* fallback_count;     // [1] or null, rows recomputed are added
+  int32_t* fallback_count;     // [1] or null, rows that phi did not fit are added
   float* row_max;              // [batch, q_heads], rows row_max_batch_stride apart, or null: the last token's largest
                                // logit is written there; may be phi's memory
   int64_t q_batch_stride, q_token_stride, q_head_stride;

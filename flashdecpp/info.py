@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -67,13 +68,16 @@ def _gpu_lines() -> Iterator[str]:
 def _kernel_lines() -> Iterator[str]:
     dims = ", ".join(str(dim) for dim in _NATIVE_HEAD_DIMS)
     yield "  decode_attention: online softmax, or the unified maximum where phi is given or carried; rows"
-    yield "    outside its safe window are recomputed online and counted in fallback_count"
+    yield "    outside its safe window fall back in the same launch and are counted in fallback_count"
     yield f"    cuda: head_dim {dims} natively; other multiples of 8 are padded to the next (slower)"
     if torch.cuda.is_available() and LIBRARIES["cuda"].loaded:
         properties = torch.cuda.get_device_properties(0)
         device = _C.DeviceProperties(
             properties.multi_processor_count, 10 * properties.major + properties.minor
         )
+        copies = "tensor copies where block_size is a multiple of 16, else " if device.arch == 90 else ""
+        generic = os.environ.get("FLASHDECPP_GPU_KERNELS") == "generic"
+        yield f"    cuda: loads by {'' if generic else copies}staged copies (FLASHDECPP_GPU_KERNELS=generic: always)"
         points = _C.default_inflection_points(device)
         flat = f"flat_gemm below {points.m2}, " if points.m2 > points.m1 else ""
         yield f"  linear(auto) on a GPU: gemv below M = {points.m1}, {flat}blas above"

@@ -84,9 +84,9 @@ def decode_attention(
 
     The keys of a sequence are split over the machine. With `phi` every split subtracts that one value instead
     of its own maximum, so partial results add up in any order (the paper, section 3). A row (one query head
-    of one token) whose true maximum is too far from phi for that to be exact is recomputed with the online
-    softmax inside the same launch, so the result is the exact softmax whatever phi is; a good phi is only
-    faster.
+    of one token) whose true maximum is too far from phi for that to be exact falls back inside the same launch:
+    its parts take new references, or are recomputed with the online softmax. So the result is the exact
+    softmax whatever phi is; a good phi is only faster.
 
     Query token i of a sequence has the absolute position p = seq_len - q_len + i. Its logit for key j is
     x = scale * q.k, then softcap * tanh(x / softcap), then x - slope * (p - j). It sees key j where j <= p
@@ -115,7 +115,7 @@ def decode_attention(
             None: 1.
         num_splits: over how many parts the keys are split; 0 chooses. Fixed, it makes the result of a
             sequence bitwise repeatable, whatever else is in the batch.
-        fallback_count: [1] int32; the number of rows recomputed is added to it.
+        fallback_count: [1] int32; the number of rows that fell back is added to it.
         carried_phi: [batch, q_heads] float32, contiguous last dim; instead of phi. Read as the phi of each
             row, then replaced by the largest x of the last token's row, which is the phi of the next step:
             a row maximum moves little from token to token, so nothing needs to be calibrated. Stays as it was

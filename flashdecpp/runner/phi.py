@@ -2,7 +2,7 @@
 
 phi.json, beside a model, holds what `flashdecpp calibrate` chose and what it was chosen from. Without it
 every sequence carries the row maxima of its last step as its next phi. Nothing depends on either for
-accuracy: a row that phi doesn't fit is recomputed. It only saves time.
+accuracy: a row that phi doesn't fit falls back. It only saves time.
 """
 
 import json
