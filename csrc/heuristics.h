@@ -144,7 +144,7 @@ inline AttentionGrid choose_attention_grid(const DeviceProperties& device, int64
                                            int64_t units, int64_t num_splits, int64_t groups, int64_t min_groups,
                                            int64_t max_slots) {
   constexpr int64_t small_blocks = 2, worth_small_blocks = 150;  // for a filling one; times min_groups, of each
-  constexpr double enough = 0.95;                               // of the machine
+  constexpr double enough = 0.95;                                // of the machine
   if (num_splits > 0) return {units * num_splits, units * num_splits, num_splits > 1 ? units * num_splits : 0};
   const int64_t resident = device.multiprocessors * blocks_per_multiprocessor, all = resident * (1 + small_blocks);
   if (all <= max_slots / 2 && groups >= worth_small_blocks * min_groups * resident) return {all, resident, 2 * all};

@@ -84,9 +84,9 @@ def decode_attention(
 
     The keys of a sequence are split over the machine. With `phi` every split subtracts that one value instead
     of its own maximum, so partial results add up in any order (the paper, section 3). A row (one query head
-    of one token) whose true maximum is too far from phi for that to be exact falls back inside the same launch:
-    its parts take new references, or are recomputed with the online softmax. So the result is the exact
-    softmax whatever phi is; a good phi is only faster.
+    of one token) whose true maximum is too far from phi for that to be exact falls back inside the same
+    launch: its parts take new references, or are recomputed with the online softmax. So the result is the
+    exact softmax whatever phi is; a good phi is only faster.
 
     Query token i of a sequence has the absolute position p = seq_len - q_len + i. Its logit for key j is
     x = scale * q.k, then softcap * tanh(x / softcap), then x - slope * (p - j). It sees key j where j <= p
