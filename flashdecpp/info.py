@@ -76,9 +76,9 @@ def _kernel_lines() -> Iterator[str]:
             properties.multi_processor_count, 10 * properties.major + properties.minor
         )
         if device.arch == 90 and os.environ.get("FLASHDECPP_GPU_KERNELS") != "generic":
-            yield "    cuda: loads by tensor copies where block_size is a multiple of 16, else by staged copies"
+            yield "    cuda: loads by tensor copies where block_size is a multiple of 16, else by staged ones"
         else:
-            yield "    cuda: loads by staged copies"
+            yield "    cuda: loads by staged copies, as on older GPUs"
         points = _C.default_inflection_points(device)
         flat = f"flat_gemm below {points.m2}, " if points.m2 > points.m1 else ""
         yield f"  linear(auto) on a GPU: gemv below M = {points.m1}, {flat}blas above"

@@ -86,7 +86,7 @@ __device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const
 
   for (int chunk = 0; chunk < rows.count; chunk += Tile::kMergeRows) {
     if (chunk > 0) __syncthreads();
-    part.store_rows(chunk / 16, chunk % 16 / Tile::kMergeRows, shared.scratch(arch::wave()));
+    part.store_rows(chunk, shared.scratch(arch::wave()));
     __syncthreads();
     const int chunk_rows = min(Tile::kMergeRows, rows.count - chunk);
     // kDims / 4 threads a row, for the widest row; a narrower one leaves some idle.

@@ -31,10 +31,11 @@ struct AttentionLaunch {
 };
 
 // How blocks are cut: chosen by measurement.
-template <int kWaves_, int kStages_, int kBlocks_>
+template <int kWaves_, int kStages_, int kBlocks_, int kMergeRows_>
 struct BlockShape {
   static constexpr int kWaves = kWaves_, kStages = kStages_;
-  static constexpr int kBlocks = kBlocks_;  // at once on a multiprocessor
+  static constexpr int kMergeRows = kMergeRows_;  // rows that the waves merge at a time
+  static constexpr int kBlocks = kBlocks_;        // at once on a multiprocessor
 };
 
 // Shapes of one configuration. T computes, the cache holds KV; head_dim up to kDims; kRowTiles row tiles share every K

@@ -93,9 +93,12 @@ class WavePart {
     }
   }
 
-  // O of the rows of one row slot of one row tile, kMergeRows in all, as rows of the scratch.
-  __device__ __forceinline__ void store_rows(int r, int s, float* scratch) const {
-    float* row = scratch + TileC::slot_row(0) % Tile::kMergeRows * Tile::kScratchStride;
+  // O of the kMergeRows rows from `first` on, as rows of the scratch.
+  __device__ __forceinline__ void store_rows(int first, float* scratch) const {
+    constexpr int kSlotRows = 16 / kSlots;
+    const int r = first / 16, s = first % 16 / kSlotRows, at = TileC::slot_row(0) - first % kSlotRows;
+    if (at < 0 || at >= Tile::kMergeRows) return;
+    float* row = scratch + at * Tile::kScratchStride;
 #pragma unroll
     for (int n = 0; n < Tile::kColumnTiles; ++n) {
 #pragma unroll

@@ -83,10 +83,8 @@ struct Pass {
 
 template <class Tile, class Policy, class Ring>
 __device__ __forceinline__ void attend(const AttentionLaunch& launch, const typename Ring::Source& source) {
-  __shared__ union {
-    ScheduleMemory<Tile::kThreads> schedule;
-    MergeMemory<Tile> merge;
-  } memory;
+  __shared__ ScheduleMemory<Tile::kThreads> schedule_memory;
+  __shared__ MergeMemory<Tile> merge_memory;
   __shared__ uint64_t barriers[Ring::kBarrierBytes / 8 + 1];
   const SharedMemory<Tile, Ring> shared{arch::dynamic_shared()};
   const AttentionParams& p = launch.p;
@@ -95,7 +93,7 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
   Ring ring(shared.ring(arch::wave()), reinterpret_cast<unsigned char*>(barriers), p, source);
   arch::wait_for_previous_kernel();
 
-  const Schedule schedule(launch, memory.schedule);
+  const Schedule schedule(launch, schedule_memory);
   if (schedule.groups == 0) return;
   Pass<Tile> pass(launch, schedule);
   typename Tile::T* q = shared.q(arch::wave());
@@ -133,7 +131,7 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
       taken = 0;
     }
 
-    merge_waves(launch, rows, segment.whole() ? -1 : slot, part, shared, memory.merge);
+    merge_waves(launch, rows, segment.whole() ? -1 : slot, part, shared, merge_memory);
     __syncthreads();
     if (last) {
       if (!segment.whole() && threadIdx.x == 0) arch::publish(launch.ready + slot, launch.nonce);

@@ -29,7 +29,8 @@ template <int dims, int row_tiles>
 struct Machine<CopyKind::kStaged, dims, row_tiles> {
   template <class Tile>
   using Ring = StagedRing<Tile>;
-  using Shape = BlockShape<(dims * row_tiles <= 128 ? 4 : 2), 2, 1>;
+  using Shape = BlockShape<(dims * row_tiles <= 128 ? 4 : 2), 2, 1, 4>;
+  static constexpr int kSharedBytes = 99 * 1024;
 };
 template <int dims, int row_tiles>
 struct Machine<CopyKind::kTensor, dims, row_tiles> {
@@ -37,7 +38,8 @@ struct Machine<CopyKind::kTensor, dims, row_tiles> {
   using Ring = TensorRing<Tile>;
   static constexpr int kWaves = dims * row_tiles <= 128 ? 8 : 4;
   static constexpr int kStages = dims <= 64 ? 4 : dims <= 128 ? (row_tiles == 1 ? 2 : 4) : dims <= 192 ? 3 : 2;
-  using Shape = BlockShape<kWaves, kStages, 1>;
+  using Shape = BlockShape<kWaves, kStages, 1, 8>;
+  static constexpr int kSharedBytes = 227 * 1024;
 };
 
 template <class Tile>
@@ -80,6 +82,9 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
     launch.nonce = new_nonce(launch.ready);
   }
   using Shared = SharedMemory<Tile, Ring>;
+  static_assert(Shared::kBytes + sizeof(MergeMemory<Tile>) + sizeof(ScheduleMemory<Tile::kThreads>) +
+                    Ring::kBarrierBytes + 1024 <=
+                M::kSharedBytes);  // and 1 KiB to start on a multiple of that
   const auto kernel = decode_attention_kernel<Tile, Policy, Ring>;
   launcher.allow_shared_memory(kernel, Shared::kBytes);
   launcher.overlapping(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(Tile::kThreads), Shared::kBytes, launch,
