@@ -52,8 +52,7 @@ struct AttentionTile {
   static constexpr int kColumnTiles = kDims / arch::kTileN;
   static constexpr bool kQueryInRegisters = kRowTiles * kDims <= 192;
   static constexpr int kQStride = kDims + 8;
-  static constexpr int kMergeRows = 16 / TileC::kRowSlots,
-                       kScratchStride = kDims + 8;  // rows that are merged at a time
+  static constexpr int kMergeRows = Shape::kMergeRows, kScratchStride = kDims + 8;
 
   // The column of the cache that value i of column tile n stands for.
   static __device__ __forceinline__ int column(int n, int i) {
