@@ -50,8 +50,8 @@ def main() -> None:
         makers = {options.dtype: lambda n=n, k=k: dense(n, k, dtype)}
         for name, (bits, group) in FORMATS.items():
             for offsets in (False, True) if bits == 4 else (False,):
-                makers[name + (" offsets" if offsets else "")] = (
-                    lambda n=n, k=k, b=bits, g=group, o=offsets: quantized(n, k, b, g, o)
+                makers[name + (" offsets" if offsets else "")] = lambda n=n, k=k, b=bits, g=group, o=offsets: (
+                    quantized(n, k, b, g, o)
                 )
         times: dict[str, dict[int, float]] = {}
         nbytes = {}
@@ -59,7 +59,9 @@ def main() -> None:
             call, nbytes[name] = make()
             sets = max(1, min(64, ROTATION_BYTES // nbytes[name]))
             calls = [call] + [make()[0] for _ in range(sets - 1)]
-            times[name] = {rows: median_seconds(calls, torch.randn(rows, k).to(dtype)) for rows in options.rows}
+            times[name] = {
+                rows: median_seconds(calls, torch.randn(rows, k).to(dtype)) for rows in options.rows
+            }
             del calls
         for name, by_rows in times.items():
             for rows, seconds in by_rows.items():

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _library  # noqa: F401  (loading it registers torch.ops.flashdecpp)
-from . import reference
+from . import (
+    _library,  # noqa: F401  (loading it registers torch.ops.flashdecpp)
+    reference,
+)
 
 __all__ = [
     "check",

@@ -125,7 +125,9 @@ def test_bad_rows_stay_alone(any_place, bits, group):
 def test_dequantise_and_blas(dtype):
     """What runs where there is no kernel, on a GPU, is within the tolerance too: the same code on the CPU."""
     for bits, group in FORMATS:
-        arguments = quantized(Place("cpu", dtype), 5, 40, 256, bits=bits, group=group, offsets=True, bias=True)
+        arguments = quantized(
+            Place("cpu", dtype), 5, 40, 256, bits=bits, group=group, offsets=True, bias=True
+        )
         truth, plain = (
             reference.quantized_linear(**arguments, compute_dtype=low) for low in (torch.float64, dtype)
         )

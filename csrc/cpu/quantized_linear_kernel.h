@@ -10,43 +10,26 @@
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
-FLASHDECPP_INLINE int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-template <class S>
-void widen_typed(const void* from, int64_t count, float* out, int64_t padded) {
-  const S* source = static_cast<const S*>(from);
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    const int64_t left = count - i;
-    store(out + i, left >= kLanes ? load(source + i) : left > 0 ? load(source + i, static_cast<int>(left)) : set1(0));
-  }
+template <class T>
+FLASHDECPP_INLINE Vec load_up_to(const T* p, int64_t left) {
+  return left >= kLanes ? load(p) : left > 0 ? load(p, static_cast<int>(left)) : set1(0.0f);
 }
 
-// The numbers [first, first + count) of a row of scales or offsets, with zeros behind: up to `padded`, a multiple of
-// kLanes.
-static void widen_row(DType dtype, const void* from, int64_t first, int64_t count, float* out, int64_t padded) {
-  const void* begin = static_cast<const char*>(from) + first * dtype_bytes(dtype);
-  switch (dtype) {
-    case DType::kFloat32: return widen_typed<float>(begin, count, out, padded);
-    case DType::kFloat16: return widen_typed<fp16>(begin, count, out, padded);
-    default: return widen_typed<bf16>(begin, count, out, padded);
-  }
+// Scales or offsets from `index` on, of which `left` are there; zeros behind.
+FLASHDECPP_INLINE Vec load_groups(DType dtype, const void* from, int64_t index, int64_t left) {
+  if (dtype == DType::kFloat16) return load_up_to(static_cast<const fp16*>(from) + index, left);
+  if (dtype == DType::kBFloat16) return load_up_to(static_cast<const bf16*>(from) + index, left);
+  return load_up_to(static_cast<const float*>(from) + index, left);
 }
 
-// The groups of weight row n from `first` on: scales, and what the sums of x are multiplied with (null: not needed).
-FLASHDECPP_INLINE void group_row(const QuantizedLinearParams& p, int64_t n, int64_t first, int64_t count,
-                                 int64_t padded, float* scales, float* offsets) {
-  widen_row(p.scales_dtype, p.scales, n * p.scales_stride + first, count, scales, padded);
-  if (!offsets) return;
-  if (p.offsets) {
-    widen_row(p.scales_dtype, p.offsets, n * p.offsets_stride + first, count, offsets, padded);
-  } else {
-    for (int64_t i = 0; i < padded; ++i) offsets[i] = 0.0f;
-    return;
-  }
-  if (p.bits == 8) return;
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    store(offsets + i, fma(set1(8.0f), load(scales + i), load(offsets + i)));
-  }
+FLASHDECPP_INLINE Vec load_scales(const QuantizedLinearParams& p, int64_t n, int64_t group, int64_t left) {
+  return load_groups(p.scales_dtype, p.scales, n * p.scales_stride + group, left);
+}
+
+// What is added to the scaled products: times the sum of x over the group.
+FLASHDECPP_INLINE Vec load_offsets(const QuantizedLinearParams& p, int64_t n, int64_t group, int64_t left) {
+  const Vec offsets = load_groups(p.scales_dtype, p.offsets, n * p.offsets_stride + group, left);
+  return p.bits == 8 ? offsets : fma(set1(8.0f), load_scales(p, n, group, left), offsets);
 }
 
 constexpr int64_t padded_groups(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
@@ -83,7 +66,9 @@ struct QuantizedWeights {
     const int64_t first = k >> shift, groups = ((count - 1) >> shift) + 1;
     float scales[kRows][max_groups(kM)];
     for (int r = 0; r < kRows; ++r) {
-      group_row(p, n + r, first, groups, padded_groups(groups + 4), scales[r], nullptr);
+      for (int64_t g = 0; g < groups + 4; g += kLanes) {
+        store(scales[r] + g, load_scales(p, n + r, first + g, groups - g));
+      }
     }
     int32_t group_of_lane[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -131,16 +116,13 @@ struct QuantizedWeights {
                                 int64_t x_stride) {
     const QuantizedLinearParams& p = self.p;
     if (!p.offsets) return;
-    constexpr int64_t kAtOnce = 256;
-    float scales[kAtOnce], offsets[kAtOnce];
-    for (int64_t first = 0; first < p.groups(); first += kAtOnce) {
-      const int64_t count = min(kAtOnce, p.groups() - first);
+    const float* sums = reinterpret_cast<const float*>(x) + quantized_sums_at(p.k);
+    const int64_t sums_stride = x_stride * static_cast<int64_t>(sizeof(Packed)) / static_cast<int64_t>(sizeof(float));
+    for (int64_t g = 0; g < p.groups(); g += kLanes) {
       for (int r = 0; r < kRows; ++r) {
-        group_row(p, n + r, first, count, padded_groups(count), scales, offsets);
+        const Vec offsets = load_offsets(p, n + r, g, p.groups() - g);
         for (int m = 0; m < kM; ++m) {
-          const float* sums = reinterpret_cast<const float*>(x + m * x_stride) + quantized_sums_at(p.k) + first;
-          Vec& sum = acc[m * kRows + r];
-          for (int64_t g = 0; g < count; g += kLanes) sum = fma(load(offsets + g), load(sums + g), sum);
+          acc[m * kRows + r] = fma(offsets, load(sums + m * sums_stride + g), acc[m * kRows + r]);
         }
       }
     }
@@ -169,10 +151,7 @@ void pack_quantized_typed(const QuantizedLinearParams& p, void* packed, int64_t 
         for (int64_t i = 0; i < D::kWeights; ++i) ordered[i] = i < count ? x[k + i] : T{};
       } else {
         for (int64_t i = 0; i < D::kWeights; i += kLanes) {
-          const int64_t left = count - i;
-          store(ordered + i, left >= kLanes ? load(x + k + i)
-                             : left > 0     ? load(x + k + i, static_cast<int>(left))
-                                            : set1(0));
+          store(ordered + i, load_up_to(x + k + i, count - i));
         }
       }
       for (int part = 0; part < D::kParts; ++part) {
@@ -210,7 +189,10 @@ void dequantize_typed(const QuantizedLinearParams& p, void* out, int64_t begin, 
     const uint8_t* row = static_cast<const uint8_t*>(p.weight) + n * p.weight_stride;
     for (int64_t first = 0; first < p.k; first += kAtOnce) {
       const int64_t last = min(first + kAtOnce, p.k), groups = ((last - 1 - first) >> shift) + 1;
-      group_row(p, n, first >> shift, groups, padded_groups(groups), scales, offsets);
+      for (int64_t g = 0; g < groups; g += kLanes) {
+        store(scales + g, load_scales(p, n, (first >> shift) + g, groups - g));
+        store(offsets + g, p.offsets ? load_offsets(p, n, (first >> shift) + g, groups - g) : set1(0.0f));
+      }
       for (int64_t k = first; k < last; k += kBlock) {
         const int count = static_cast<int>(min(last - k, int64_t{kBlock}));
         float q[kBlock];
