@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import measure
 import torch
@@ -47,21 +48,21 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     results = []
     for n, k in SHAPES:
-        makers = {options.dtype: lambda n=n, k=k: dense(n, k, dtype)}
+        makers = {options.dtype: partial(dense, n, k, dtype)}
         for name, (bits, group) in FORMATS.items():
+            if group is not None and k % group:
+                continue
             for offsets in (False, True) if bits == 4 else (False,):
-                makers[name + (" offsets" if offsets else "")] = lambda n=n, k=k, b=bits, g=group, o=offsets: (
-                    quantized(n, k, b, g, o)
-                )
+                label = name + (" offsets" if offsets else "")
+                makers[label] = partial(quantized, n, k, bits, group, offsets)
         times: dict[str, dict[int, float]] = {}
         nbytes = {}
         for name, make in makers.items():
             call, nbytes[name] = make()
             sets = max(1, min(64, ROTATION_BYTES // nbytes[name]))
             calls = [call] + [make()[0] for _ in range(sets - 1)]
-            times[name] = {
-                rows: median_seconds(calls, torch.randn(rows, k).to(dtype)) for rows in options.rows
-            }
+            inputs = {rows: torch.randn(rows, k).to(dtype) for rows in options.rows}
+            times[name] = {rows: median_seconds(calls, x) for rows, x in inputs.items()}
             del calls
         for name, by_rows in times.items():
             for rows, seconds in by_rows.items():

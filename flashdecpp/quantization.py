@@ -137,8 +137,8 @@ def _check_format(bits: int, group_size: int | None) -> None:
 class QuantizedLinear(nn.Module):
     """nn.Linear with a quantised weight, for inference. Its state are buffers, so state_dict has them all.
 
-    `.to(dtype)` changes what the scales, offsets and bias are kept in, never q. A state_dict goes into a model
-    that was quantised the same way.
+    `.to(dtype)` changes what the scales, offsets and bias are kept in, never q. A state_dict goes into a
+    model that was quantised the same way.
     """
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:

@@ -194,24 +194,23 @@ void dequantize_typed(const QuantizedLinearParams& p, void* out, int64_t begin, 
         store(offsets + g, p.offsets ? load_offsets(p, n, (first >> shift) + g, groups - g) : set1(0.0f));
       }
       for (int64_t k = first; k < last; k += kBlock) {
-        const int count = static_cast<int>(min(last - k, int64_t{kBlock}));
-        float q[kBlock];
-        if (p.bits == 4) {
-          for (int i = 0; i < kBlock / 2; ++i) {
-            const int byte = row[k / 2 + i];
-            q[i] = static_cast<float>((byte & 15) - 8);
-            q[i + kBlock / 2] = static_cast<float>((byte >> 4) - 8);
-          }
-        } else {
-          for (int i = 0; i < count; ++i) q[i] = static_cast<float>(static_cast<int8_t>(row[k + i]));
-        }
         const Vec scale = set1(scales[(k - first) >> shift]), offset = set1(offsets[(k - first) >> shift]);
-        for (int i = 0; i < count; i += kLanes) {
-          const int left = count - i;
-          if (left >= kLanes) {
-            store(to + k + i, fma(load(q + i), scale, offset));
+        if (p.bits == 4) {
+          for (int i = 0; i < kBlock / 2; i += kLanes) {
+            const Nibbles nibbles = spread_nibbles(row + k / 2 + i);
+            store(to + k + i, fma(nibble<0>(nibbles), scale, offset));
+            store(to + k + i + kBlock / 2, fma(nibble<1>(nibbles), scale, offset));
+          }
+          continue;
+        }
+        const int64_t count = min(last - k, int64_t{kBlock});
+        for (int64_t i = 0; i < count; i += kLanes) {
+          if (count - i >= kLanes) {
+            store(to + k + i, fma(load_bytes(row + k + i), scale, offset));
           } else {
-            store(to + k + i, fma(load(q + i, left), scale, offset), left);
+            uint8_t rest[kLanes] = {};
+            __builtin_memcpy(rest, row + k + i, count - i);
+            store(to + k + i, fma(load_bytes(rest), scale, offset), static_cast<int>(count - i));
           }
         }
       }

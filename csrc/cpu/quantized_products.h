@@ -33,6 +33,10 @@ FLASHDECPP_INLINE Vec nibble(Nibbles x) {
 FLASHDECPP_INLINE Vec load_bytes(const uint8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
+// kLanes bytes, one in every 32 bits: nibbles 0 and 1 are then the low and the high ones, in order.
+FLASHDECPP_INLINE Nibbles spread_nibbles(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+}
 FLASHDECPP_INLINE LaneIndices load_indices(const int32_t (&x)[kLanes]) { return _mm512_loadu_si512(x); }
 // Lane l of the result is p[index[l]], for indices below kLanes / 4.
 FLASHDECPP_INLINE Vec select(const float* p, LaneIndices index) {
@@ -54,6 +58,9 @@ FLASHDECPP_INLINE Vec nibble(Nibbles x) {
 }
 FLASHDECPP_INLINE Vec load_bytes(const uint8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+}
+FLASHDECPP_INLINE Nibbles spread_nibbles(const uint8_t* p) {
+  return _mm256_xor_si256(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_set1_epi32(0x88));
 }
 FLASHDECPP_INLINE LaneIndices load_indices(const int32_t (&x)[kLanes]) { return _mm256_loadu_si256((const __m256i*)x); }
 FLASHDECPP_INLINE Vec select(const float* p, LaneIndices index) {
@@ -79,6 +86,7 @@ FLASHDECPP_INLINE Vec load_bytes(const uint8_t* p) {
   const auto byte = [p](int i) { return static_cast<int32_t>(static_cast<int8_t>(p[i])); };
   return {__builtin_convertvector(Ints{byte(0), byte(1), byte(2), byte(3)}, Floats)};
 }
+FLASHDECPP_INLINE Nibbles spread_nibbles(const uint8_t* p) { return Ints{p[0], p[1], p[2], p[3]} ^ 0x88; }
 FLASHDECPP_INLINE LaneIndices load_indices(const int32_t (&)[kLanes]) { return {}; }
 FLASHDECPP_INLINE Vec select(const float* p, LaneIndices) { return set1(*p); }
 
