@@ -283,8 +283,9 @@ def quantized_linear(
     w, not zero points: any affine format fits, GGUF's Q4_0 (d, no offsets), Q4_1 (d and m) and Q8_0 exactly.
 
     On the CPU the weight is streamed as it is stored and decoded in registers. From 32 rows of x on it is
-    dequantised strip by strip into x's dtype. Below that a row's result is the same bits whatever else is in
-    the batch. On a GPU it is dequantised into x's dtype, then multiplied by the vendor BLAS.
+    dequantised into x's dtype, strip by strip, or as a whole where `linear` would take the BLAS. Below that a
+    row's result is the same bits whatever else is in the batch. On a GPU it is dequantised into x's dtype,
+    then multiplied by the vendor BLAS.
 
     Args:
         x: [..., K], any strides; float32, float16 or bfloat16.

@@ -1,6 +1,7 @@
 // quantized_linear on a CPU: few rows of x stream the quantised weights, more rows share strips of them dequantised.
 #include "contract.h"
 #include "kernels.h"
+#include "linear_rule.h"
 #include "linear_split.h"
 #include "scratch.h"
 
@@ -45,8 +46,22 @@ void run_dequantized(const QuantizedLinearParams& p) {
       });
 }
 
+// Where a dense weight would go to the BLAS, it is worth its memory for the length of the call.
+Tensor run_blas(const QuantizedLinearParams& p, const Tensor& x, const OptionalTensor& bias) {
+  const Kernels& kernel = kernels();
+  const Tensor weight = new_tensor({p.n, p.k}, p.dtype, View(x).device);
+  char* out = static_cast<char*>(View(weight).data);
+  const int64_t row_bytes = p.k * contract::element_size(p.dtype);
+  torch::stable::parallel_for(0, p.n, ceil_div(kMinElementsPerThread, p.k), [&](int64_t begin, int64_t end) {
+    kernel.dequantize(p, out + begin * row_bytes, begin, end);
+  });
+  return blas_linear(x, weight, bias);
+}
+
 Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
   contract::QuantizedLinear call = contract::quantized_linear(x, weight, scales, offsets, bias);
+  const QuantizedLinearParams& p = call.params;
+  if (linear_prefers_blas(p.dtype, p.m, p.k, kernels().bfloat16_dot)) return run_blas(p, x, bias);
   Tensor out = contract::new_like_rows(call.x_view, call.params.n);
   call.params.out = View(out).data;
   if (call.params.m < kDequantizeRows) {

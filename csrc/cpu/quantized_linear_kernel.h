@@ -10,8 +10,12 @@
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
+// Scales and offsets are streams of their own beside the weights.
+inline constexpr int64_t kGroupsAheadBytes = 2048;
+
 template <class T>
 FLASHDECPP_INLINE Vec load_up_to(const T* p, int64_t left) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kGroupsAheadBytes);
   return left >= kLanes ? load(p) : left > 0 ? load(p, static_cast<int>(left)) : set1(0.0f);
 }
 
