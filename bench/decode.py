@@ -66,8 +66,11 @@ def main() -> None:
     contestants: dict[str, Contestant] = {}
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        llm = LLM("demo", device=options.device, dtype=dtype)
+        llm = LLM("demo", device=options.device, dtype=dtype, quantize="none")
         contestants[f"flashdecpp {name}"] = flashdecpp_contestant(llm)
+        if options.device == "cpu":  # the file's own 4 and 8 bit weights
+            stored = LLM("demo", device="cpu", dtype=dtype, quantize="auto")
+            contestants[f"flashdecpp {name}, weights as stored"] = flashdecpp_contestant(stored)
         contestants[f"transformers {name}"] = transformers_contestant(llm, dtype)
 
     short, long = (torch.randint(100, 40_000, (count,)).tolist() for count in (SHORT_PROMPT, LONG_PROMPT))
@@ -95,10 +98,12 @@ def main() -> None:
     best_prefill = min(statistics.median(prefill[name]) for name in peers)
     for dtype in dtypes:
         name = f"flashdecpp {dtype}".replace("torch.", "")
-        results[f"{name} over the best transformers"] = {
-            "decode": round(statistics.median(decode[name]) / best_decode, 2),
-            "prefill": round(best_prefill / statistics.median(prefill[name]), 2),
-        }
+        for own in (name, f"{name}, weights as stored"):
+            if own in contestants:
+                results[f"{own}, over the best transformers"] = {
+                    "decode": round(statistics.median(decode[own]) / best_decode, 2),
+                    "prefill": round(best_prefill / statistics.median(prefill[own]), 2),
+                }
     for name, result in results.items():
         print(f"{name:48} {result}")
     workload = {

@@ -277,11 +277,38 @@ AttentionParams decode_attention(const Backend& backend, const Tensor& q_tensor,
 }
 
 // x as rows of one stride. `x` keeps a packed copy alive where x's own strides cannot be described so.
-struct Linear {
+template <class Params>
+struct LinearCall {
   Tensor x;
   View x_view;
-  LinearParams params;
+  Params params;
 };
+using Linear = LinearCall<LinearParams>;
+using QuantizedLinear = LinearCall<QuantizedLinearParams>;
+
+// What every linear takes beside its weight, whose n and k are known: x's rows, its dtype, bias.
+template <class Params>
+void linear_operands(const Checker& check, LinearCall<Params>& call, const OptionalTensor& bias) {
+  View& a = call.x_view;
+  Params& p = call.params;
+  p.m = a.numel() / p.k;
+  p.dtype = a.dtype;
+  if (bias) {
+    const View b(*bias);
+    check.same_device("bias", b);
+    check.dtype("bias", b, a.dtype);
+    check.shape("bias", b, {p.n});
+    check.contiguous("bias", b);
+    p.bias = b.data;
+  }
+  const bool rows = a.last_dim_contiguous() && (a.dim <= 2 || a.contiguous_from(0));
+  if (!rows) {
+    call.x = torch::stable::contiguous(call.x);
+    a = View(call.x);
+  }
+  p.x = a.data;
+  p.x_stride = a.dim == 2 ? a.strides[0] : p.k;
+}
 
 inline Linear linear(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   Linear call{x, View(x), {}};
@@ -301,25 +328,66 @@ inline Linear linear(const char* op, const Tensor& x, const Tensor& weight, cons
   LinearParams& p = call.params;
   p.n = w.sizes[0];
   p.k = k;
-  p.m = a.numel() / k;
   p.weight = w.data;
   p.weight_stride = w.strides[0];
-  p.dtype = a.dtype;
-  if (bias) {
-    const View b(*bias);
-    check.same_device("bias", b);
-    check.dtype("bias", b, a.dtype);
-    check.shape("bias", b, {p.n});
-    check.contiguous("bias", b);
-    p.bias = b.data;
+  linear_operands(check, call, bias);
+  return call;
+}
+
+inline QuantizedLinear quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scales,
+                                        const OptionalTensor& offsets, const OptionalTensor& bias) {
+  QuantizedLinear call{x, View(x), {}};
+  const View& a = call.x_view;
+  const View w(weight), s(scales);
+  const Checker check("quantized_linear", "x", a);
+  FLASHDECPP_REQUIRE(a.dim >= 1, check.op, "x must be [..., K], got a scalar");
+  check.float_dtype("x", a);
+  const int64_t k = a.sizes[a.dim - 1];
+  FLASHDECPP_REQUIRE(k > 0, check.op, "x must have a K above 0, got shape ", a.shape());
+  check.same_device("weight", w);
+  FLASHDECPP_REQUIRE(w.dtype == DType::kInt8 || w.dtype == DType::kUInt8, check.op,
+                     "weight must be int8 (8 bit) or uint8 (4 bit, two a byte), got ", name(w.dtype));
+  const bool packed = w.dtype == DType::kUInt8;
+  check.rank("weight", w, 2, packed ? "[N, K / 2]" : "[N, K]");
+  FLASHDECPP_REQUIRE(w.sizes[1] * (packed ? 2 : 1) == k, check.op, "weight must have ", packed ? "K / 2 bytes" : "K",
+                     " a row for K ", k, " of x, got shape ", w.shape());
+  check.last_contiguous("weight", w);
+
+  QuantizedLinearParams& p = call.params;
+  p.n = w.sizes[0];
+  p.k = k;
+  p.bits = packed ? 4 : 8;
+  p.weight = w.data;
+  p.weight_stride = w.strides[0];
+  check.same_device("scales", s);
+  check.float_dtype("scales", s);
+  FLASHDECPP_REQUIRE(s.dim == 2 || (s.dim == 1 && !packed), check.op, "scales must be ",
+                     packed ? "[N, K / group]" : "[N] or [N, K / group]", ", got shape ", s.shape());
+  const int64_t groups = s.dim == 2 ? s.sizes[1] : 1;
+  p.group = s.dim == 2 && groups > 0 ? k / groups : k;
+  FLASHDECPP_REQUIRE(s.sizes[0] == p.n &&
+                         (s.dim == 1 || (p.group * groups == k && (p.group == 32 || p.group == 64 || p.group == 128))),
+                     check.op, "scales must have ", p.n, " rows with one for each 32, 64 or 128 of ", k,
+                     packed ? "" : " weights, or one for each row", packed ? " weights" : "", ", got shape ",
+                     s.shape());
+  check.last_contiguous("scales", s);
+  p.scales = s.data;
+  p.scales_stride = s.strides[0];
+  p.scales_dtype = s.dtype;
+  if (offsets) {
+    const View o(*offsets);
+    check.same_device("offsets", o);
+    check.dtype("offsets", o, s.dtype);
+    if (s.dim == 2) {
+      check.shape("offsets", o, {p.n, groups});
+    } else {
+      check.shape("offsets", o, {p.n});
+    }
+    check.last_contiguous("offsets", o);
+    p.offsets = o.data;
+    p.offsets_stride = o.strides[0];
   }
-  const bool rows = a.last_dim_contiguous() && (a.dim <= 2 || a.contiguous_from(0));
-  if (!rows) {
-    call.x = torch::stable::contiguous(x);
-    call.x_view = View(call.x);
-  }
-  p.x = call.x_view.data;
-  p.x_stride = call.x_view.dim == 2 ? call.x_view.strides[0] : k;
+  linear_operands(check, call, bias);
   return call;
 }
 

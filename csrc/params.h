@@ -6,7 +6,7 @@
 
 namespace flashdecpp {
 
-enum class DType : int8_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3, kInt32, kInt64, kBool, kOther };
+enum class DType : int8_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3, kInt8, kUInt8, kInt32, kInt64, kBool, kOther };
 
 // A cache is always seen as paged: a contiguous cache [batch, max_len, ...] is one block of max_len tokens a sequence.
 struct CacheLayout {
@@ -51,6 +51,22 @@ struct LinearParams {
   int64_t m, n, k;
   int64_t x_stride, weight_stride;
   DType dtype;
+};
+
+// A linear whose weights are w = scale * q + offset, with one scale and offset for each `group` weights of a row.
+// LinearParams' `weight` has q, rows weight_stride bytes apart:
+//   8 bit  int8 [n, k]
+//   4 bit  uint8 [n, k / 2]: 16 bytes hold 32 consecutive q from 0 to 15, the low nibbles the first 16, in order, the
+//          high nibbles the last 16. A null `offsets` means -8 * scale: q - 8 is what is scaled.
+struct QuantizedLinearParams : LinearParams {
+  const void* scales;   // [n, k / group], rows scales_stride apart
+  const void* offsets;  // the same, rows offsets_stride apart, or null
+  int64_t scales_stride, offsets_stride;
+  int64_t group;  // k where a row has one scale, else 32, 64 or 128
+  int32_t bits;   // 8 or 4
+  DType scales_dtype;
+
+  constexpr int64_t groups() const { return k / group; }
 };
 
 struct NormParams {

@@ -57,6 +57,8 @@ inline DType dtype_from_torch(int32_t code) {
   if (code == aoti_torch_dtype_float16()) return DType::kFloat16;
   if (code == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
   if (code == aoti_torch_dtype_float8_e4m3fn()) return DType::kFloat8E4M3;
+  if (code == aoti_torch_dtype_int8()) return DType::kInt8;
+  if (code == aoti_torch_dtype_uint8()) return DType::kUInt8;
   if (code == aoti_torch_dtype_int32()) return DType::kInt32;
   if (code == aoti_torch_dtype_int64()) return DType::kInt64;
   if (code == aoti_torch_dtype_bool()) return DType::kBool;
@@ -69,6 +71,8 @@ inline int32_t dtype_to_torch(DType dtype) {
     case DType::kFloat16: return aoti_torch_dtype_float16();
     case DType::kBFloat16: return aoti_torch_dtype_bfloat16();
     case DType::kFloat8E4M3: return aoti_torch_dtype_float8_e4m3fn();
+    case DType::kInt8: return aoti_torch_dtype_int8();
+    case DType::kUInt8: return aoti_torch_dtype_uint8();
     case DType::kInt32: return aoti_torch_dtype_int32();
     case DType::kInt64: return aoti_torch_dtype_int64();
     case DType::kBool: return aoti_torch_dtype_bool();
@@ -83,6 +87,8 @@ inline const char* name(DType dtype) {
     case DType::kFloat16: return "float16";
     case DType::kBFloat16: return "bfloat16";
     case DType::kFloat8E4M3: return "float8_e4m3fn";
+    case DType::kInt8: return "int8";
+    case DType::kUInt8: return "uint8";
     case DType::kInt32: return "int32";
     case DType::kInt64: return "int64";
     case DType::kBool: return "bool";

@@ -2,7 +2,8 @@
 
 Three ways in:
 
-- ``flashdecpp.ops`` (or ``torch.ops.flashdecpp``): the ops, for your own model
+- ``flashdecpp.ops`` (or ``torch.ops.flashdecpp``): the ops, for your own model; ``flashdecpp.quantize_`` to
+  run its linear layers in 8 or 4 bits
 - ``flashdecpp.LLM``: the model runner
 - ``python -m flashdecpp --help``: the command line
 """
@@ -15,12 +16,13 @@ from typing import TYPE_CHECKING
 from flashdecpp import _library as _library
 from flashdecpp import dispatch, ops
 from flashdecpp.ops import check
+from flashdecpp.quantization import QuantizedLinear, quantize_
 
 if TYPE_CHECKING:
     from flashdecpp.runner import LLM, SamplingParams
 
 __version__ = metadata.version("flashdecpp")
-__all__ = ["LLM", "SamplingParams", "check", "ops"]
+__all__ = ["LLM", "QuantizedLinear", "SamplingParams", "check", "ops", "quantize_"]
 
 dispatch.install()
 

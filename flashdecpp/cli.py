@@ -40,6 +40,13 @@ Phi = Annotated[
         "carry (each sequence's last row maxima), none, or a file."
     ),
 ]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        help="Weights: auto (on the CPU a GGUF's Q4_0, Q4_1 and Q8_0 as stored), none (all in --dtype), "
+        "int8 or int4 (float weights rounded to the nearest)."
+    ),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens of an answer.", min=1)]
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="0 takes the most likely token.", min=0)
@@ -81,6 +88,7 @@ def generate(
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     phi: Phi = "auto",
+    quantize: Quantize = "auto",
 ) -> None:
     """Continue a prompt (or answer it, with --chat); the text streams to standard output."""
     from flashdecpp.runner import SamplingParams
@@ -97,7 +105,7 @@ def generate(
         stop=stop or (),
         ignore_eos=ignore_eos,
     )
-    llm = _load(model, device, dtype, phi)
+    llm = _load(model, device, dtype, phi, quantize)
     inputs = [_templated(llm, text) for text in prompts] if chat else prompts
     if len(inputs) == 1 and not as_json:
         _print_stream(llm.stream(inputs[0], params))
@@ -122,6 +130,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     phi: Phi = "auto",
+    quantize: Quantize = "auto",
 ) -> None:
     """Talk with a model. Ctrl-C ends an answer, Ctrl-D the conversation, /new forgets it."""
     from flashdecpp.runner import SamplingParams
@@ -135,7 +144,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    _converse(_load(model, device, dtype, phi), system, params)
+    _converse(_load(model, device, dtype, phi, quantize), system, params)
 
 
 @app.command()
@@ -288,10 +297,10 @@ def _need_writable(*paths: Path | None) -> None:
             raise ValueError(f"{path} can't be written: {path.parent} is no folder that may be written to")
 
 
-def _load(model: str, device: str | None, dtype: str | None, phi: str) -> LLM:
+def _load(model: str, device: str | None, dtype: str | None, phi: str, quantize: str = "auto") -> LLM:
     from flashdecpp.runner import LLM
 
-    return LLM(model, device=device, dtype=dtype, phi=phi)
+    return LLM(model, device=device, dtype=dtype, phi=phi, quantize=quantize)
 
 
 def _templated(llm: LLM, text: str) -> list[int]:
@@ -366,6 +375,7 @@ def _print_stats(llm: LLM) -> None:
     print(
         f"[{llm.name}, {dtype} on {llm.device}: {stats.prompt_tokens} + {stats.generated_tokens} tokens, "
         f"first after {stats.time_to_first_token:.2f} s, then {stats.tokens_per_second:.1f} tokens/s, "
+        f"{stats.weights} weights {stats.weight_bytes / 2**20:.0f} MiB, "
         f"peak memory {stats.peak_memory / 2**20:.0f} MiB, {softmax}]",
         file=sys.stderr,
     )

@@ -84,6 +84,8 @@ def _kernel_lines() -> Iterator[str]:
         yield f"  linear(auto) on a GPU: gemv below M = {points.m1}, {flat}blas above"
         yield "    (the rule for shapes that no table has; K not a multiple of 8 and float32 go to blas)"
     yield "  linear(auto) on the CPU: own kernel for small M, blas above (csrc/cpu/linear_rule.h)"
+    yield "  quantized_linear: decoded in registers on the CPU, from 32 rows on in dequantised strips;"
+    yield "    on a GPU dequantise + blas (no kernel yet)"
 
 
 def _table_lines(shapes: Sequence[Shape], dtype: str | None) -> Iterator[str]:

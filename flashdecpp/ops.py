@@ -15,9 +15,13 @@ reports them.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import _library  # noqa: F401  (loading it registers torch.ops.flashdecpp)
+from . import (
+    _library,  # noqa: F401  (loading it registers torch.ops.flashdecpp)
+    reference,
+)
 
 __all__ = [
     "check",
@@ -28,6 +32,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_choice",
+    "quantized_linear",
     "rms_norm",
     "rotary_append",
     "sample",
@@ -40,6 +45,8 @@ _gemv = torch.ops.flashdecpp.gemv.default
 _flat_gemm = torch.ops.flashdecpp.flat_gemm.default
 _linear = torch.ops.flashdecpp.linear.default
 _linear_choice = torch.ops.flashdecpp.linear_choice.default
+_quantized_linear = torch.ops.flashdecpp.quantized_linear.default
+_check_quantized_linear = torch.ops.flashdecpp._check_quantized_linear.default
 _rms_norm = torch.ops.flashdecpp.rms_norm.default
 _rms_norm_residual = torch.ops.flashdecpp.rms_norm.residual
 _layer_norm = torch.ops.flashdecpp.layer_norm.default
@@ -275,6 +282,66 @@ def linear_choice(x: Tensor, weight: Tensor) -> str:
 @torch.library.register_fake("flashdecpp::linear")
 def _(x, weight, bias=None, *, impl="auto"):
     return x.new_empty((*x.shape[:-1], weight.size(0)))
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x @ w^T + bias for a weight of 8 or 4 bits: w = scale * q + offset, with q as it lies in memory.
+
+    Only the weight is quantised; products are with x as it is, in float32 or better than float32's error. A
+    group is K / G weights of one row that share a scale and an offset. Offsets are numbers, in the units of
+    w, not zero points: any affine format fits, GGUF's Q4_0 (d, no offsets), Q4_1 (d and m) and Q8_0 exactly.
+
+    On the CPU the weight is streamed as it is stored and decoded in registers. From 32 rows of x on it is
+    dequantised into x's dtype, strip by strip, or as a whole where `linear` would take the BLAS. Below that a
+    row's result is the same bits whatever else is in the batch. On a GPU it is dequantised into x's dtype,
+    then multiplied by the vendor BLAS.
+
+    Args:
+        x: [..., K], any strides; float32, float16 or bfloat16.
+        weight: contiguous last dim. 8 bit: int8 [N, K], q from -128 to 127. 4 bit: uint8 [N, K / 2], q from 0
+            to 15; 16 bytes hold 32 neighbours along K, the low nibbles the first 16, the high nibbles the
+            last 16, both in order (GGUF's own order; `reference.pack_int4` makes it).
+        scales: [N, G], contiguous last dim, for groups of 32, 64 or 128; 8 bit also [N], one a row, for any
+            K. float32, float16 or bfloat16, whatever x's dtype.
+        offsets: scales' shape and dtype. None: 0 for 8 bit and -8 * scale for 4 bit, which is then symmetric
+            around q = 8.
+        bias: [N], x's dtype.
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    try:
+        return _quantized_linear(x, weight, scales, offsets, bias)
+    except RuntimeError as error:
+        raise _translate(error) from None
+
+
+@torch.library.register_fake("flashdecpp::quantized_linear")
+def _(x, weight, scales, offsets=None, bias=None):
+    return x.new_empty((*x.shape[:-1], weight.size(0)))
+
+
+@torch.library.register_fake("flashdecpp::_check_quantized_linear")
+def _(*_args, **_):
+    return None
+
+
+def _dequantize_and_blas(x, weight, scales, offsets=None, bias=None):
+    _check_quantized_linear(x, weight, scales, offsets, bias)
+    return F.linear(x, reference.dequantize(weight, scales, offsets).to(x.dtype), bias)
+
+
+# No GPU kernel yet; the contract is the same.
+torch.library.impl("flashdecpp::quantized_linear", "CUDA", _dequantize_and_blas)
 
 
 # ----------------------------------------------------------------------------------------------------- fused

@@ -155,6 +155,54 @@ def flat_gemm(
     return linear(x, weight, bias, compute_dtype=compute_dtype)
 
 
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`linear` with the weight that `dequantize` gives."""
+    dense = dequantize(weight, scales, offsets, compute_dtype=compute_dtype)
+    return linear(x, dense, bias, compute_dtype=compute_dtype)
+
+
+def dequantize(
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight [N, K] behind the arguments of `quantized_linear`: scale * q + offset, group by group."""
+    # In float32 at least: a low precision rounds the weight, not the way to it.
+    exact = torch.promote_types(compute_dtype, torch.float32)
+    scales = scales.to(exact).view(weight.size(0), -1)
+    if weight.dtype == torch.uint8:
+        q = unpack_int4(weight)
+        offsets = -8 * scales if offsets is None else offsets
+    else:
+        q = weight
+    grouped = q.to(exact).unflatten(1, (scales.size(1), -1)) * scales[:, :, None]
+    if offsets is not None:
+        grouped = grouped + offsets.to(exact).view(scales.shape)[:, :, None]
+    return grouped.flatten(1).to(compute_dtype)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """[N, K / 2] uint8 -> [N, K] from 0 to 15. In 16 bytes the low nibbles are the first 16 of 32 numbers."""
+    blocks = packed.unflatten(1, (-1, 16))
+    return torch.cat((blocks & 15, blocks >> 4), dim=2).flatten(1)
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """The inverse of `unpack_int4`: [N, K] uint8 from 0 to 15 -> [N, K / 2]. K is a multiple of 32."""
+    low, high = q.unflatten(1, (-1, 2, 16)).unbind(2)
+    return (low | high << 4).flatten(1)
+
+
 # ----------------------------------------------------------------------------------------------------- fused
 
 

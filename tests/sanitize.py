@@ -19,7 +19,7 @@ from unittest import mock
 
 import tolerance
 import torch
-from strategies import Place, attention, every_op, randn, rotary
+from strategies import Place, attention, every_op, quantized, randn, rotary
 from tolerance import assert_same, compare
 from torch import Tensor
 
@@ -27,7 +27,8 @@ from flashdecpp import ops, reference
 
 SHAPES = [(1, 17, 40), (3, 70, 136), (8, 33, 1032), (20, 130, 264), (70, 129, 72)]  # m, n, k: nothing round
 LENGTHS = [0, 1, 77, 200]
-GROUP_OF = {op: "linear" for op in ("gemv", "flat_gemm", "linear")} | {"decode_attention": "attention"}
+GROUP_OF = {op: "linear" for op in ("gemv", "flat_gemm", "linear", "quantized_linear")}
+GROUP_OF["decode_attention"] = "attention"
 
 Cases = Iterator[tuple[str, dict]]  # op, arguments
 
@@ -113,10 +114,20 @@ def linear_cases(place: Place, quick: bool) -> Cases:
             yield op, arguments
 
 
+def quantized_cases(place: Place) -> Cases:
+    for rows, n, k in ((1, 17, 384), (3, 70, 160), (8, 33, 1056), (20, 130, 5120), (70, 129, 96)):
+        for bits, group in ((8, None), (8, 32), (4, 32)):
+            yield "quantized_linear", quantized(place, rows, n, k, bits=bits, group=group, offsets=True)
+    yield "quantized_linear", quantized(place, 3, 17, 77, bits=8, group=None)
+    yield "quantized_linear", quantized(place, 3, 17, 192, bits=4, group=64, bias=True)
+    yield "quantized_linear", quantized(place, 3, 17, 384, bits=4, group=128)
+
+
 def cases(place: Place, quick: bool) -> Cases:
     yield from every_op(place).items()
     yield "rotary_append", rotary(place, [5, 33], q_len=2, fp8=True)
     yield from linear_cases(place, quick)
+    yield from quantized_cases(place)
     yield from quick_attention_cases(place, generic=False) if quick else attention_cases(place)
 
 

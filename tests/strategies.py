@@ -198,6 +198,7 @@ def every_op(place: Place) -> dict[str, dict]:
         "gemv": _linear(place),
         "flat_gemm": _linear(place),
         "linear": _linear(place) | {"impl": "auto"},
+        "quantized_linear": quantized(place, 3, 24, 64, bits=4, offsets=True, bias=True),
         "rms_norm": {
             "x": randn(place, 3, 64),
             "weight": randn(place, 64),
@@ -215,6 +216,33 @@ def every_op(place: Place) -> dict[str, dict]:
             place, 3, 50, temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.3
         )
         | {"seen": torch.zeros(3, 50, dtype=torch.bool, device=place.device)},
+    }
+
+
+def quantized(
+    place: Place,
+    rows: int,
+    n: int,
+    k: int,
+    *,
+    bits: int,
+    group: int | None = 32,
+    offsets: bool = False,
+    bias: bool = False,
+    scales_dtype: torch.dtype | None = None,
+) -> dict:
+    """The arguments of quantized_linear, with every q there is; group None: a scale a row."""
+    generator = torch.Generator().manual_seed(7)
+    low, dtype, width = (0, torch.uint8, k // 2) if bits == 4 else (-128, torch.int8, k)
+    weight = torch.randint(low, low + 256, (n, width), generator=generator).to(place.device, dtype)
+    scale_place = Place(place.device, scales_dtype or place.dtype)
+    shape = (n,) if group is None else (n, k // group)
+    return {
+        "x": randn(place, rows, k),
+        "weight": weight,
+        "scales": randn(scale_place, *shape, seed=1) / 2**bits,
+        "offsets": randn(scale_place, *shape, seed=2) if offsets else None,
+        "bias": randn(place, n, seed=3) if bias else None,
     }
 
 

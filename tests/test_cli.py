@@ -82,7 +82,7 @@ def test_generate_streams_the_answer_and_reports_on_stderr() -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(" Paris.")
     report = result.stderr.strip().splitlines()[-1]
-    for part in ("first after", "tokens/s", "peak memory", "online softmax"):
+    for part in ("first after", "tokens/s", "int4 + int8 weights", "peak memory", "online softmax"):
         assert part in report
 
 

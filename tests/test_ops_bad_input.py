@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategies import Place, attention, every_op, randn, rotary, wrapper
+from strategies import Place, attention, every_op, quantized, randn, rotary, wrapper
 from torch import Tensor
 
 from flashdecpp import ops
@@ -101,6 +101,30 @@ BAD = {
     ),
     "flat_gemm": LINEAR,
     "linear": [*LINEAR, ("impl", lambda a: {"impl": "fastest"})],
+    "quantized_linear": [
+        ("x", lambda a: {"x": a["x"].double()}),
+        ("x", lambda a: {"x": a["x"][:, :0], "weight": a["weight"][:, :0]}),
+        ("x", lambda a: {"x": a["x"][0, 0]}),
+        ("weight", lambda a: {"weight": a["weight"].int()}),
+        ("weight", lambda a: {"weight": a["weight"].view(torch.int8)}),
+        ("weight", lambda a: {"weight": a["weight"][0]}),
+        ("weight", lambda a: {"weight": a["weight"][:, :16]}),
+        ("weight", lambda a: {"weight": a["weight"].repeat(1, 2)}),
+        ("weight", lambda a: {"weight": uneven(a["weight"])}),
+        ("scales", lambda a: {"scales": a["scales"].double()}),
+        ("scales", lambda a: {"scales": a["scales"][:5]}),
+        ("scales", lambda a: {"scales": a["scales"][:, 0].contiguous()}),
+        ("scales", lambda a: {"scales": a["scales"].repeat(1, 2)}),
+        ("scales", lambda a: {"scales": a["scales"][:, :0]}),
+        ("scales", lambda a: {"scales": a["scales"].repeat(1, 2)[:, :3]}),
+        ("scales", lambda a: {"scales": uneven(a["scales"])}),
+        ("offsets", lambda a: {"offsets": a["offsets"].float()}),
+        ("offsets", lambda a: {"offsets": a["offsets"][:, :1]}),
+        ("offsets", lambda a: {"offsets": a["offsets"][:5]}),
+        ("offsets", lambda a: {"offsets": uneven(a["offsets"])}),
+        ("bias", lambda a: {"bias": a["bias"].double()}),
+        ("bias", lambda a: {"bias": a["bias"][:5]}),
+    ],
     "rms_norm": (
         NORM := [
             ("x", lambda a: {"x": a["x"].double()}),
@@ -169,6 +193,16 @@ def test_a_repetition_penalty_needs_what_was_seen() -> None:
     logits, penalty = torch.zeros(2, 5), torch.ones(2)
     with pytest.raises(ValueError, match=r"^flashdecpp::sample: seen must be given with repetition_penalty"):
         ops.sample(logits, repetition_penalty=penalty)
+
+
+def test_scales_of_8_bits(one_place):
+    """One a row may have any K; groups may not."""
+    arguments = quantized(one_place, 3, 24, 96, bits=8, group=None, offsets=True)
+    wide = {"scales": arguments["scales"][:, None].expand(24, 2).contiguous(), "offsets": None}
+    assert_refused("quantized_linear", "scales", arguments | wide)  # groups of 48
+    assert_refused("quantized_linear", "scales", arguments | {"scales": wide["scales"][None]})
+    assert_refused("quantized_linear", "offsets", arguments | {"offsets": arguments["offsets"][:, None]})
+    assert_refused("quantized_linear", "scales", arguments | {"scales": arguments["scales"][:5]})
 
 
 def test_phi_is_given_or_carried(one_place):

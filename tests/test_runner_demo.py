@@ -51,6 +51,31 @@ def test_greedy_tokens_are_those_of_transformers(llm):
 
 
 @demo
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("run", GREEDY["runs"][:2], ids=lambda run: run["prompt"][:12])
+def test_stored_weights_agree_with_dequantised_ones(llm, transformers_model, dtype, run):
+    """The tokens of 4-bit weights are those of float32 wherever the precision of x can't turn the choice."""
+    prompt, expected = run["prompt_ids"], run["token_ids"]
+    exact = transformers_logits(transformers_model, prompt, expected[:-1])
+    stored, dense = (
+        LLM("demo", device="cpu", dtype=dtype, quantize=quantize) for quantize in ("auto", "none")
+    )
+    assert stored.decoder.weights.kinds == "int4 + int8"
+    assert stored.decoder.weights.nbytes < 0.4 * dense.decoder.weights.nbytes
+    error, dense_error = (
+        (runner_logits(each, prompt, expected[:-1]) - exact).abs().amax(-1) for each in (stored, dense)
+    )
+    assert error.max() <= 2 * dense_error.max()
+
+    best, second = exact.topk(2).values.T
+    unsure = (best - second <= 2 * error).nonzero().flatten().tolist()
+    sure = unsure[0] if unsure else len(expected)
+    (answer,) = stored.generate(prompt, SamplingParams(max_tokens=48, ignore_eos=True))
+    assert answer.token_ids[:sure] == expected[:sure]
+    assert sure == len(expected) or dtype == "bfloat16"
+
+
+@demo
 @torch.inference_mode()
 def test_greedy_tokens_of_other_prompts(llm, transformers_model):
     """The weights come from the runner's own dequantisation here; the prompts above were run without it."""

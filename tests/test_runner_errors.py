@@ -110,6 +110,7 @@ def test_settings(folder):
     refused(folder, "device 'tpu9' is not known", device="tpu9")
     refused(folder, "device must be cpu or cuda", device="meta")
     refused(folder, "max_len must be from 1 to the model's context of 256, got 257", max_len=257)
+    refused(folder, "quantize must be one of auto, none, int8, int4, got int5", quantize="int5")
     refused(folder, "max_batch must be 1 or more, got 0", max_batch=0)
     refused(folder, "cache_tokens must be 1 or more, got 0", cache_tokens=0)
     if not torch.cuda.is_available():

@@ -53,8 +53,9 @@ def write_gguf(
     quantisation: Q = Q.F32,
     pre: str = "smollm",
     rope_factors=None,
+    others: dict[str, Q] | None = None,
 ) -> None:
-    """As llama.cpp's converter does, permuted rows of q and k included."""
+    """As llama.cpp's converter does, permuted rows of q and k included. `others`: the types of some parts."""
     config, writer = model.config, gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -88,6 +89,7 @@ def write_gguf(
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
         kind = quantisation if values.ndim == 2 else Q.F32
+        kind = next((other for part, other in (others or {}).items() if part in name), kind)
         data = gguf.quants.quantize(values, kind)
         writer.add_tensor(name.replace("model.layers.", "blk."), data, raw_dtype=kind)
     writer.write_header_to_file()
@@ -96,7 +98,7 @@ def write_gguf(
     writer.close()
 
 
-@pytest.mark.parametrize("quantisation", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_1])
+@pytest.mark.parametrize("quantisation", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1])
 @pytest.mark.parametrize(
     ("architecture", "overrides"),
     [("llama", {}), ("llama", {"tie_word_embeddings": True, "head_dim": 16}), ("qwen2", {})],
@@ -111,8 +113,45 @@ def test_logits_equal_those_of_the_model(tmp_path, architecture, overrides, quan
                 packed = gguf.quants.quantize(parameter.numpy(), quantisation)
                 parameter.copy_(torch.tensor(gguf.quants.dequantize(packed, quantisation)))
     prompt, following = random_tokens(20, seed=1), random_tokens(8, seed=2)
-    logits = runner_logits(LLM(path, device="cpu", dtype="float32"), prompt, following)
-    torch.testing.assert_close(logits, transformers_logits(model, prompt, following), rtol=1e-4, atol=1e-4)
+    expected = transformers_logits(model, prompt, following)
+    for quantize in ("auto", "none"):  # the op with the weights as stored; dequantised weights
+        llm = LLM(path, device="cpu", dtype="float32", quantize=quantize)
+        logits = runner_logits(llm, prompt, following)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        stored = {Q.Q8_0: "int8", Q.Q4_0: "int4", Q.Q4_1: "int4"}.get(quantisation, "float32")
+        assert llm.decoder.weights.kinds == (stored if quantize == "auto" else "float32")
+
+
+@pytest.mark.parametrize("quantisation", [Q.Q8_0, Q.Q4_0, Q.Q4_1])
+def test_stored_blocks_are_taken_as_they_are(tmp_path, quantisation):
+    """Every weight is the number that gguf's own dequantisation gives, in float32 with the same roundings."""
+    write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "hf"), quantisation=quantisation)
+    file = GGUFFile(tmp_path / "m.gguf")
+    for name, shape in file.shapes.items():
+        if len(shape) == 2:
+            rows = file.quantized_rows(name, 3, shape[0] - 1)
+            torch.testing.assert_close(
+                rows.dense(), file.rows(name, 3, shape[0] - 1), rtol=2**-23, atol=0, msg=name
+            )
+            assert (
+                rows.nbytes == (shape[0] - 4) * gguf.quants.quant_shape_to_byte_shape(shape, quantisation)[-1]
+            )
+
+
+def test_pieces_of_one_weight_in_different_formats(tmp_path):
+    """Q4_0 beside Q4_1 gets offsets; 4 beside 8 bits is dequantised."""
+    model = save_model(tmp_path / "hf")
+    kinds = {"attn_q": Q.Q4_0, "attn_k": Q.Q4_1, "attn_v": Q.Q4_0, "ffn_gate": Q.Q4_0, "ffn_up": Q.Q8_0}
+    write_gguf(tmp_path / "m.gguf", model, quantisation=Q.F32, others=kinds)
+    stored, dense = (
+        LLM(tmp_path / "m.gguf", device="cpu", dtype="float32", quantize=quantize).decoder.weights
+        for quantize in ("auto", "none")
+    )
+    for layer, expected in zip(stored.layers, dense.layers, strict=True):
+        assert layer.qkv.bits == 4
+        torch.testing.assert_close(layer.qkv.dense(), expected.qkv)
+        assert torch.equal(layer.gate_up, expected.gate_up)
+    assert torch.equal(stored.embed, dense.embed)
 
 
 def test_llama3_rope_is_a_tensor_of_factors(tmp_path):
@@ -129,12 +168,20 @@ def test_tensors_are_read_in_pieces(tmp_path, monkeypatch):
 
     model = save_model(tmp_path / "hf")
     write_gguf(tmp_path / "m.gguf", model, quantisation=Q.Q8_0)
-    whole = LLM(tmp_path / "m.gguf", device="cpu", dtype="float32").decoder.weights
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 1500)
-    pieces = LLM(tmp_path / "m.gguf", device="cpu", dtype="float32").decoder.weights
-    assert torch.equal(whole.embed, pieces.embed)
-    assert torch.equal(whole.layers[1].qkv, pieces.layers[1].qkv)
-    assert torch.equal(whole.layers[1].down, pieces.layers[1].down)
+
+    def load(quantize: str) -> list[torch.Tensor]:
+        llm = LLM(tmp_path / "m.gguf", device="cpu", dtype="float32", quantize=quantize)
+        held = llm.decoder.weights
+        matrices = (held.embed, held.layers[1].qkv, held.layers[1].down)
+        return [matrix.dense() if quantize == "auto" else matrix for matrix in matrices]
+
+    for quantize in ("auto", "none"):
+        whole = load(quantize)
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "CHUNK_BYTES", 1500)
+            pieces = load(quantize)
+        for a, b in zip(pieces, whole, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_truncated_files(tmp_path):

@@ -146,6 +146,58 @@ def test_rope_table_is_a_function_of_the_position_alone():
         torch.testing.assert_close(rope.prompt_table(80)[-1], rope.table(80)[-1])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_rounded_weights(tmp_path, quantize, tied):
+    """As transformers with the rounded weights; the embedding stays, and a tied lm_head with it."""
+    model = save_model(tmp_path, "qwen2", tie_word_embeddings=tied)
+    llm = LLM(tmp_path, device="cpu", dtype="float32", quantize=quantize)
+    weights, config = llm.decoder.weights, llm.config
+    assert isinstance(weights.embed, torch.Tensor)
+    assert isinstance(weights.lm_head, torch.Tensor) == tied
+    assert set(weights.kinds.split(" + ")) == {quantize, "float32"}
+    with torch.no_grad():
+        for layer, rounded in zip(model.model.layers, weights.layers, strict=True):
+            attention, mlp = layer.self_attn, layer.mlp
+            q, k, v = rounded.qkv.dense().split(config.qkv_rows)
+            gate, up = rounded.gate_up.dense().chunk(2)
+            pairs = [(attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v)]
+            pairs += [(attention.o_proj, rounded.o.dense()), (mlp.down_proj, rounded.down.dense())]
+            for projection, values in [*pairs, (mlp.gate_proj, gate), (mlp.up_proj, up)]:
+                step = (projection.weight.amax(1) - projection.weight.amin(1)).max() / 2 ** llm_bits(quantize)
+                assert 0 < (projection.weight - values).abs().max() < step
+                projection.weight.copy_(values)
+        if not tied:
+            model.lm_head.weight.copy_(weights.lm_head.dense())
+    prompt, following = random_tokens(40, seed=1), random_tokens(8, seed=2)
+    logits = runner_logits(llm, prompt, following)
+    torch.testing.assert_close(logits, transformers_logits(model, prompt, following), rtol=1e-4, atol=1e-4)
+
+
+def llm_bits(quantize: str) -> int:
+    return int(quantize.removeprefix("int"))
+
+
+def test_columns_that_fill_no_group_stay(tmp_path):
+    save_model(tmp_path, intermediate_size=72)
+    weights = LLM(tmp_path, device="cpu", quantize="int4").decoder.weights
+    assert isinstance(weights.layers[0].down, torch.Tensor)
+    assert weights.layers[0].gate_up.bits == 4
+
+
+def test_quantised_weights_take_what_the_plan_says(tmp_path):
+    save_model(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    sizes = []
+    for quantize in ("none", "int8", "int4"):
+        plan = checkpoint.plan.quantized(quantize, checkpoint.source)
+        weights = load_weights(plan, checkpoint.source, torch.device("cpu"), torch.bfloat16)
+        assert weights.nbytes == plan.nbytes(torch.bfloat16)
+        sizes.append(weights.nbytes)
+    assert sizes == sorted(sizes, reverse=True)
+    assert LLM(tmp_path, device="cpu").decoder.weights.nbytes == sizes[0]  # auto rounds nothing
+
+
 def test_weights_are_stored_once(tmp_path):
     """What is loaded takes exactly what the plan says, and nothing is shared with the files."""
     save_model(tmp_path, tie_word_embeddings=True)

@@ -91,9 +91,17 @@ def _size_of_terms(op: str, output: int | str, arguments: dict) -> float:
     if op == "decode_attention" and output in (1, "carried_phi"):
         return 128  # lse is phi plus a logarithm, both small enough for exp in float32; logits are sums
     if op in ("gemv", "flat_gemm", "linear"):
-        x, weight = arguments["x"].float(), arguments["weight"].float()
-        return (x.square() @ weight.square().T).sqrt().nan_to_num().max().item()
+        return _random_sum(arguments["x"], arguments["weight"])
+    if op == "quantized_linear":  # the sums of scale * q * x and of offset * x
+        weights = (arguments["weight"], arguments["scales"])
+        dense = reference.dequantize(*weights, arguments["offsets"])
+        return max(_random_sum(arguments["x"], w) for w in (dense, dense - reference.dequantize(*weights)))
     return 0
+
+
+def _random_sum(x: Tensor, weight: Tensor) -> float:
+    """How large sums of x * weight get where signs are random."""
+    return (x.float().square() @ weight.float().square().T).sqrt().nan_to_num().max().item()
 
 
 def _copies(arguments: dict) -> dict:

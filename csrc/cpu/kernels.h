@@ -11,6 +11,11 @@ namespace flashdecpp::cpu {
 
 // Packed activations of linear are padded to a multiple of this: what a kernel reads at once.
 inline constexpr int64_t kPackAlign = 32;
+// The same of quantized_linear: how many weights of 4 bits a vector holds.
+inline constexpr int64_t kQuantizedAlign = 128;
+inline constexpr int64_t quantized_sums_at(int64_t k) {
+  return (k + kQuantizedAlign - 1) / kQuantizedAlign * kQuantizedAlign;
+}
 // Rows of x that one pass over the weights serves.
 inline constexpr int kMaxTileM = 8;
 
@@ -45,6 +50,13 @@ struct Kernels {
   // packed_stride; then a part of the outputs.
   void (*pack)(const LinearParams&, void* packed, int64_t packed_stride, int64_t begin, int64_t end);
   void (*linear)(const LinearParams&, const void* packed, int64_t packed_stride, const LinearPart&);
+
+  // quantized_linear, the same way. A packed row is packed_stride floats: at most one a number, of which there are
+  // quantized_sums_at(k) with padding, then the sum of each group of numbers.
+  void (*pack_quantized)(const QuantizedLinearParams&, void* packed, int64_t packed_stride, int64_t begin, int64_t end);
+  void (*quantized_linear)(const QuantizedLinearParams&, const void* packed, int64_t packed_stride, const LinearPart&);
+  // The weight rows [begin, end) as numbers of x's dtype, [end - begin, k].
+  void (*dequantize)(const QuantizedLinearParams&, void* out, int64_t begin, int64_t end);
 
   void (*norm)(const NormParams&, int64_t row_begin, int64_t row_end);
   void (*rotary)(const RotaryParams&, int64_t token_begin, int64_t token_end);  // a token of batch * q_len

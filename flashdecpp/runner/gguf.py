@@ -12,12 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from flashdecpp.quantization import QuantizedWeight
+
 from .errors import ModelError
+from .formats import Format
 from .mapped import map_file, release_pages
 
 # GGUF value type -> struct format; 8 is a string and 9 an array
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+
+# GGUF's types whose blocks ops.quantized_linear knows: 32 weights behind a scale and, with offsets, a minimum
+FORMATS = {
+    "Q4_0": Format(4, 32, stored=True),
+    "Q4_1": Format(4, 32, offsets=True, stored=True),
+    "Q8_0": Format(8, 32, stored=True),
+}
 
 
 @dataclass(frozen=True)
@@ -52,17 +62,32 @@ class GGUFFile:
         """float32 rows [start, stop) of a tensor."""
         from gguf.quants import dequantize
 
-        entry = self._entries[name]
-        raw = np.frombuffer(
-            self._map,
-            np.uint8,
-            (stop - start) * entry.row_bytes,
-            entry.offset + start * entry.row_bytes,
-        )
         # dequantize returns float32 as it is: a view of the (read-only) map, which torch must not have.
-        values = dequantize(raw.reshape(stop - start, entry.row_bytes), entry.quantisation)
+        values = dequantize(self._raw_rows(name, start, stop), self._entries[name].quantisation)
         values = values.reshape(stop - start, *self.shapes[name][1:])
         return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+    def format(self, name: str) -> Format | None:
+        return FORMATS.get(self._entries[name].quantisation.name)
+
+    def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
+        """Rows [start, stop) as they are stored, bit for bit: each block's scale, minimum and weights."""
+        format = self.format(name)
+        blocks = torch.from_numpy(self._raw_rows(name, start, stop).copy())
+        blocks = blocks.unflatten(1, (self.shapes[name][-1] // format.group, -1))
+        numbers, weight = blocks.tensor_split((4 if format.offsets else 2,), dim=2)
+        numbers = numbers.contiguous().view(torch.float16)
+        weight = weight.flatten(1)
+        return QuantizedWeight(
+            weight if format.bits == 4 else weight.view(torch.int8),
+            numbers[:, :, 0].contiguous(),
+            numbers[:, :, 1].contiguous() if format.offsets else None,
+        )
+
+    def _raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        entry = self._entries[name]
+        offset, count = entry.offset + start * entry.row_bytes, (stop - start) * entry.row_bytes
+        return np.frombuffer(self._map, np.uint8, count, offset).reshape(stop - start, entry.row_bytes)
 
     def release(self, name: str) -> None:
         entry = self._entries[name]

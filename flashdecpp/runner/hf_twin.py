@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from .errors import ModelError
 from .llm import LLM
+from .weights import Matrix
 
 
 def transformers_twin(llm: LLM, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -31,19 +32,23 @@ def transformers_twin(llm: LLM, dtype: torch.dtype) -> LlamaForCausalLM:
                 eos_token_id=list(config.eos_ids),
             )
         )
-    state = {"model.embed_tokens.weight": weights.embed, "lm_head.weight": weights.lm_head}
+
+    def dense(weight: Matrix) -> torch.Tensor:
+        return weight if isinstance(weight, torch.Tensor) else weight.dense(dtype)
+
+    state = {"model.embed_tokens.weight": dense(weights.embed), "lm_head.weight": dense(weights.lm_head)}
     state["model.norm.weight"] = weights.norm
     for index, layer in enumerate(weights.layers):
-        q, k, v = layer.qkv.split(config.qkv_rows)
-        gate, up = layer.gate_up.chunk(2)
+        q, k, v = dense(layer.qkv).split(config.qkv_rows)
+        gate, up = dense(layer.gate_up).chunk(2)
         tensors = {
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,
             "self_attn.v_proj": v,
-            "self_attn.o_proj": layer.o,
+            "self_attn.o_proj": dense(layer.o),
             "mlp.gate_proj": gate,
             "mlp.up_proj": up,
-            "mlp.down_proj": layer.down,
+            "mlp.down_proj": dense(layer.down),
             "input_layernorm": layer.attn_norm,
             "post_attention_layernorm": layer.ffn_norm,
         }
@@ -52,5 +57,5 @@ def transformers_twin(llm: LLM, dtype: torch.dtype) -> LlamaForCausalLM:
     if config.tied_embeddings:
         model.tie_weights()
     # The frequencies of the rope are no weights: made again, off the meta device, in float32.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(weights.embed.device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(llm.device)
     return model.eval()

@@ -11,6 +11,7 @@ from flashdecpp._library import LIBRARIES
 from .checkpoint import open_checkpoint
 from .engine import Engine, Request
 from .errors import ModelError, OutOfMemory
+from .formats import QUANTIZE
 from .memory import available_bytes, gigabytes, peak_bytes
 from .model import Decoder
 from .phi import Phi, load_phi
@@ -58,6 +59,8 @@ class Stats:
     softmax: str  # of decode steps: "fixed phi", "carried phi" or "online softmax"
     softmax_rows: int  # of decode steps: one for each token, layer and query head
     softmax_fallbacks: int  # of these, recomputed because their maximum was far from phi
+    weights: str  # what the matrices are stored in, like "bfloat16" or "int4 + int8"
+    weight_bytes: int  # of all weights
 
 
 class LLM:
@@ -74,6 +77,12 @@ class LLM:
         the model if it's there, else "carry". "carry": every sequence and head takes the row maximum of its
         last step. "none" or None: online softmax. Else the path of such a file, or float32 [q_heads] for
         each layer. It changes the time, never the result.
+    quantize: what the matrices are stored in. "auto": the Q4_0, Q4_1 and Q8_0 tensors of a GGUF file as they
+        are on the CPU, everything else in dtype. "none": everything in dtype. "int8" (a scale a row) and
+        "int4" (a scale for 32 weights): float weights are rounded to the nearest, but for the embedding, and
+        so an lm_head that is tied to it; tensors that a GGUF file has quantised so stay as they are. Weights
+        whose rows are not a multiple of 32 stay in dtype with "int4". On a GPU quantised weights save memory
+        and cost time for now.
     """
 
     def __init__(
@@ -86,7 +95,10 @@ class LLM:
         max_batch: int = 32,
         cache_tokens: int | None = None,
         phi: Phi = "auto",
+        quantize: str = "auto",
     ) -> None:
+        if quantize not in QUANTIZE:
+            raise ModelError(f"quantize must be one of {', '.join(QUANTIZE)}, got {quantize}")
         self.device = resolve_device(device)
         checkpoint = open_checkpoint(model)
         self.name, self.path = checkpoint.name, checkpoint.path
@@ -99,10 +111,13 @@ class LLM:
             )
         if max_batch < 1:
             raise ModelError(f"max_batch must be 1 or more, got {max_batch}")
+        if quantize == "auto" and self.device.type != "cpu":
+            quantize = "none"
+        plan = checkpoint.plan.quantized(quantize, checkpoint.source)
         if cache_tokens is not None:
-            self._check_room(checkpoint.plan.nbytes(self.dtype), cache_tokens)
+            self._check_room(plan.nbytes(self.dtype), cache_tokens)
         unified_maximum = load_phi(phi, checkpoint.path, self.config, self.device)
-        weights = load_weights(checkpoint.plan, checkpoint.source, self.device, self.dtype)
+        weights = load_weights(plan, checkpoint.source, self.device, self.dtype)
         carry = isinstance(unified_maximum, str)
         unified = "carried phi" if carry else "fixed phi"
         self._softmax = "online softmax" if unified_maximum is None else unified
@@ -213,6 +228,8 @@ class LLM:
             softmax=self._softmax,
             softmax_rows=(decoded - decoded_before) * self.config.layers * self.config.q_heads,
             softmax_fallbacks=fallbacks - fallbacks_before,
+            weights=self.decoder.weights.kinds,
+            weight_bytes=self.decoder.weights.nbytes,
         )
 
 

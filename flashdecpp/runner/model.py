@@ -9,7 +9,7 @@ from flashdecpp import ops
 
 from .cache import KVCache
 from .config import ModelConfig
-from .weights import Weights
+from .weights import Matrix, Weights
 
 # Tokens of a prompt that go through the layers at once: bounds the memory of their activations.
 PREFILL_CHUNK = 1024
@@ -34,7 +34,7 @@ class Decoder:
         self, config: ModelConfig, weights: Weights, max_len: int, phi: Sequence[torch.Tensor] | None = None
     ) -> None:
         self.config, self.weights = config, weights
-        self.device, self.dtype = weights.embed.device, weights.embed.dtype
+        self.device, self.dtype = weights.norm.device, weights.dtype
         self.phi = phi
         self.fallbacks = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._cos_sin = config.rope.table(max_len).to(self.device)
@@ -73,7 +73,7 @@ class Decoder:
             return out
 
         x = self._layers(tokens.unsqueeze(1), cache, seq_lens, block_table, self._cos_sin, attend)
-        return ops.linear(x, self.weights.lm_head)
+        return _linear(x, self.weights.lm_head)
 
     @torch.inference_mode()
     def prefill(
@@ -96,7 +96,7 @@ class Decoder:
             seq_lens = torch.tensor([stop], dtype=torch.int32, device=self.device)
             attend = self._prompt_attention(cache, block_table, start, stop, observe)
             x = self._layers(tokens[None, start:stop], cache, seq_lens, block_table, cos_sin, attend)
-        return ops.linear(x[-1:], self.weights.lm_head)
+        return _linear(x[-1:], self.weights.lm_head)
 
     def _layers(
         self,
@@ -114,18 +114,18 @@ class Decoder:
         attended_shape = (tokens.numel(), config.q_heads * config.head_dim)
         # A norm first adds its input, the output of the sublayer before it, to the residual stream.
         following_norms = [layer.attn_norm for layer in weights.layers[1:]] + [weights.norm]
-        residual = F.embedding(tokens.flatten(), weights.embed)
+        residual = _embedding(tokens.flatten(), weights.embed, self.dtype)
         x = ops.rms_norm(residual, weights.layers[0].attn_norm, eps=eps)
         for index, layer in enumerate(weights.layers):
             k_cache, v_cache = cache.layers[index]
-            q, k, v = ops.linear(x, layer.qkv, layer.qkv_bias).view(packed_shape).split(self._heads, dim=2)
+            q, k, v = _linear(x, layer.qkv, layer.qkv_bias).view(packed_shape).split(self._heads, dim=2)
             ops.rotary_append(
                 q, k, v, k_cache, v_cache, seq_lens, block_table, cos_sin=cos_sin, interleaved=interleaved
             )
-            x = ops.linear(attend(index, q, k, v).reshape(attended_shape), layer.o, layer.o_bias)
+            x = _linear(attend(index, q, k, v).reshape(attended_shape), layer.o, layer.o_bias)
             x = ops.rms_norm(x, layer.ffn_norm, residual, eps=eps)
-            x = ops.linear(x, layer.gate_up, layer.gate_up_bias)
-            x = ops.linear(ops.gated_activation(x, activation=activation), layer.down, layer.down_bias)
+            x = _linear(x, layer.gate_up, layer.gate_up_bias)
+            x = _linear(ops.gated_activation(x, activation=activation), layer.down, layer.down_bias)
             x = ops.rms_norm(x, following_norms[index], residual, eps=eps)
         return x
 
@@ -163,3 +163,11 @@ class Decoder:
             return out.transpose(1, 2)
 
         return attend
+
+
+def _linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return ops.linear(x, weight, bias) if isinstance(weight, torch.Tensor) else weight.linear(x, bias)
+
+
+def _embedding(tokens: torch.Tensor, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:
+    return F.embedding(tokens, weight) if isinstance(weight, torch.Tensor) else weight.rows(tokens, dtype)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from flashdecpp.quantization import QuantizedWeight
+
 from .errors import ModelError
 from .mapped import map_file, release_pages
 
@@ -49,6 +51,12 @@ class SafetensorsFolder:
                 offset=entry.offset + start * row * entry.dtype.itemsize,
             )
         return flat.view(stop - start, *shape[1:])
+
+    def format(self, name: str) -> None:
+        """Nothing here is quantised."""
+
+    def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
+        raise NotImplementedError("no tensor has a format")
 
     def release(self, name: str) -> None:
         entry = self._entries[name]

@@ -2,15 +2,18 @@
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from tqdm import tqdm
 
+from flashdecpp.quantization import QuantizedWeight, quantize
+
 from .architectures import Naming
 from .config import ModelConfig
 from .errors import ModelError, OutOfMemory
+from .formats import ROUNDED, Format
 from .memory import available_bytes, gigabytes
 
 CHUNK_BYTES = 16 << 20  # float32 bytes that are converted at once: what loading holds beyond the weights
@@ -23,6 +26,14 @@ class WeightSource(Protocol):
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) along the first dimension, on the CPU, in any float dtype."""
+        ...
+
+    def format(self, name: str) -> Format | None:
+        """How the tensor is quantised, where it is and ops.quantized_linear can run it so."""
+        ...
+
+    def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
+        """Rows [start, stop) of a tensor that has a format, as they are stored."""
         ...
 
     def release(self, name: str) -> None:
@@ -46,6 +57,7 @@ class Slot:
 
     pieces: tuple[Piece, ...]
     float32: bool = False
+    format: Format | None = None  # None: in the model's dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,17 +67,39 @@ class Slot:
         return torch.float32 if self.float32 else dtype
 
     def nbytes(self, dtype: torch.dtype) -> int:
+        if self.format is not None:
+            return self.format.nbytes(*self.shape)
         return math.prod(self.shape) * self.dtype(dtype).itemsize
+
+    def allocate(self, dtype: torch.dtype, device: torch.device) -> "Matrix":
+        if self.format is not None:
+            return self.format.allocate(*self.shape, device)
+        return torch.empty(self.shape, dtype=self.dtype(dtype), device=device)
+
+    def read(self, source: WeightSource, name: str, start: int, stop: int) -> "Matrix":
+        """Rows of a piece, as they are stored here."""
+        if self.format is None:
+            return source.rows(name, start, stop)
+        if not self.format.stored:
+            values = source.rows(name, start, stop).float()
+            return quantize(values, self.format.bits, self.format.group, scales_dtype=torch.float16)
+        rows = source.quantized_rows(name, start, stop)
+        if self.format.offsets and rows.offsets is None:  # beside pieces that have them
+            return replace(rows, offsets=rows.scales * (-8 if rows.bits == 4 else 0))
+        return rows
+
+
+Matrix = torch.Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True)
 class Layer:
     attn_norm: torch.Tensor  # [hidden]
-    qkv: torch.Tensor  # [(q_heads + 2 kv_heads) * head_dim, hidden]
-    o: torch.Tensor  # [hidden, q_heads * head_dim]
+    qkv: Matrix  # [(q_heads + 2 kv_heads) * head_dim, hidden]
+    o: Matrix  # [hidden, q_heads * head_dim]
     ffn_norm: torch.Tensor  # [hidden]
-    gate_up: torch.Tensor  # [2 ffn, hidden]
-    down: torch.Tensor  # [hidden, ffn]
+    gate_up: Matrix  # [2 ffn, hidden]
+    down: Matrix  # [hidden, ffn]
     qkv_bias: torch.Tensor | None = None
     o_bias: torch.Tensor | None = None
     gate_up_bias: torch.Tensor | None = None
@@ -74,17 +108,35 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    embed: torch.Tensor  # [vocab, hidden]
+    embed: Matrix  # [vocab, hidden]
     norm: torch.Tensor  # [hidden]
-    lm_head: torch.Tensor  # [vocab, hidden]; the same tensor as embed where they are tied
+    lm_head: Matrix  # [vocab, hidden]; the same as embed where they are tied
     layers: tuple[Layer, ...]
+    dtype: torch.dtype  # of what isn't quantised, and of activations
+
+    @property
+    def _all(self) -> list[Matrix]:
+        found = [self.embed, self.norm] + ([] if self.lm_head is self.embed else [self.lm_head])
+        for layer in self.layers:
+            found.extend(value for value in vars(layer).values() if value is not None)
+        return found
 
     @property
     def nbytes(self) -> int:
-        tensors = [self.embed, self.norm] + ([] if self.lm_head is self.embed else [self.lm_head])
-        for layer in self.layers:
-            tensors.extend(value for value in vars(layer).values() if value is not None)
-        return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+        return sum(weight.nbytes for weight in self._all)
+
+    @property
+    def kinds(self) -> str:
+        """What the matrices are stored in, as "int4 + int8": the one with the most bytes first."""
+        sizes: dict[str, int] = {}
+        for weight in self._all:
+            if isinstance(weight, QuantizedWeight):
+                kind = f"int{weight.bits}"
+            else:
+                kind = str(weight.dtype).removeprefix("torch.")
+            if len(weight.shape) == 2:
+                sizes[kind] = sizes.get(kind, 0) + weight.nbytes
+        return " + ".join(sorted(sizes, key=sizes.get, reverse=True))
 
 
 @dataclass(frozen=True)
@@ -107,6 +159,32 @@ class Plan:
 
     def nbytes(self, dtype: torch.dtype) -> int:
         return sum(slot.nbytes(dtype) for slot in self.slots)
+
+    def quantized(self, quantize: str, source: WeightSource) -> "Plan":
+        """The plan with a format for every matrix that is quantised: `quantize` as in LLM, "auto" resolved.
+
+        Where all pieces of a weight are stored in a format of the op, of the same bits, it stays what it is.
+        Other weights are rounded where that is asked for and their columns fill whole groups, except for the
+        embedding (and so an lm_head that is tied to it).
+        """
+        if quantize == "none":
+            return self
+
+        def with_format(field: str, slot: Slot) -> Slot:
+            if len(slot.shape) != 2:
+                return slot
+            formats = [source.format(piece.name) for piece in slot.pieces]
+            if all(formats) and len({(found.bits, found.group) for found in formats}) == 1:
+                return replace(slot, format=replace(formats[0], offsets=any(f.offsets for f in formats)))
+            rounded = ROUNDED.get(quantize)
+            if field == "embed" or rounded is None or slot.shape[1] % (rounded.group or 1):
+                return slot
+            return replace(slot, format=rounded)
+
+        def quantized(slots: dict[str, Slot]) -> dict[str, Slot]:
+            return {field: with_format(field, slot) for field, slot in slots.items()}
+
+        return Plan(quantized(self.top), tuple(quantized(layer) for layer in self.layers))
 
 
 def plan_weights(
@@ -161,14 +239,13 @@ def load_weights(plan: Plan, source: WeightSource, device: torch.device, dtype: 
         total=need, unit="B", unit_scale=True, desc="weights", file=sys.stderr, leave=False, disable=None
     ) as bar:
 
-        def load(slots: dict[str, Slot]) -> dict[str, torch.Tensor]:
-            return {
-                field: _load(slot, source, device, slot.dtype(dtype), bar) for field, slot in slots.items()
-            }
+        def load(slots: dict[str, Slot]) -> dict[str, Matrix]:
+            return {field: _load(slot, source, device, dtype, bar) for field, slot in slots.items()}
 
         top = load(plan.top)
         top.setdefault("lm_head", top["embed"])
-        return Weights(**top, layers=tuple(Layer(**load(slots)) for slots in plan.layers))
+        layers = tuple(Layer(**load(slots)) for slots in plan.layers)
+        return Weights(**top, layers=layers, dtype=dtype)
 
 
 def _check(plan: Plan, source: WeightSource) -> None:
@@ -185,27 +262,34 @@ def _check(plan: Plan, source: WeightSource) -> None:
             )
 
 
-def _load(
-    slot: Slot, source: WeightSource, device: torch.device, dtype: torch.dtype, bar: tqdm
-) -> torch.Tensor:
-    packed = torch.empty(slot.shape, dtype=dtype, device=device)
+def _load(slot: Slot, source: WeightSource, device: torch.device, dtype: torch.dtype, bar: tqdm) -> Matrix:
+    whole = slot.allocate(dtype, device)
+    row_bytes = slot.nbytes(dtype) // slot.shape[0]
     first = 0
     for piece in slot.pieces:
-        rows, row_bytes = piece.shape[0], 4 * math.prod(piece.shape[1:])
-        place = packed[first : first + rows]
+        rows = piece.shape[0]
         target = _half_and_half(rows, piece.interleaved_heads) if piece.interleaved_heads else None
-        step = max(1, CHUNK_BYTES // row_bytes)
+        step = max(1, CHUNK_BYTES // (4 * math.prod(piece.shape[1:])))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            chunk = source.rows(piece.name, start, stop)
-            if target is None:
-                place[start:stop].copy_(chunk)
-            else:
-                place.index_copy_(0, target[start:stop].to(device), chunk.to(device=device, dtype=dtype))
-            bar.update((stop - start) * row_bytes // 4 * dtype.itemsize)
+            chunk = slot.read(source, piece.name, start, stop)
+            for place, values in zip(_parts(whole), _parts(chunk), strict=True):
+                if target is None:
+                    place[first + start : first + stop].copy_(values)
+                else:
+                    index = (first + target[start:stop]).to(device)
+                    place.index_copy_(0, index, values.to(device=device, dtype=place.dtype))
+            bar.update((stop - start) * row_bytes)
         source.release(piece.name)
         first += rows
-    return packed
+    return whole
+
+
+def _parts(weight: Matrix) -> list[torch.Tensor]:
+    """The tensors of a weight; a row of it is a row of each."""
+    if isinstance(weight, torch.Tensor):
+        return [weight]
+    return [part for part in (weight.weight, weight.scales, weight.offsets) if part is not None]
 
 
 def _half_and_half(rows: int, heads: int) -> torch.Tensor:

@@ -1,0 +1,90 @@
+// quantized_linear on a CPU: few rows of x stream the quantised weights, more rows share strips of them dequantised.
+#include "contract.h"
+#include "kernels.h"
+#include "linear_rule.h"
+#include "linear_split.h"
+#include "scratch.h"
+
+namespace flashdecpp::cpu {
+namespace {
+
+// From so many rows on, dequantising a weight once costs less than decoding it for every 8 of them.
+constexpr int64_t kDequantizeRows = 32;
+// Of a strip of dequantised weights: what stays in the second cache while the rows of x pass over it.
+constexpr int64_t kStripBytes = 256 * 1024;
+
+void run_streamed(const QuantizedLinearParams& p) {
+  const Kernels& kernel = kernels();
+  const int64_t packed_stride = quantized_sums_at(p.k) + ceil_div(p.groups(), kPackAlign) * kPackAlign;
+  Scratch<float, 16384> packed(static_cast<size_t>(p.m * packed_stride));
+  float* x = packed.data();
+  split_linear(
+      p, p.k * p.bits / 8, [&](int64_t begin, int64_t end) { kernel.pack_quantized(p, x, packed_stride, begin, end); },
+      [&](const LinearPart& part) { kernel.quantized_linear(p, x, packed_stride, part); });
+}
+
+void run_dequantized(const QuantizedLinearParams& p) {
+  const Kernels& kernel = kernels();
+  const int64_t size = contract::element_size(p.dtype), packed_stride = ceil_div(p.k, kPackAlign) * kPackAlign;
+  const int64_t strip = std::max(kUnit, kStripBytes / (p.k * size) / kUnit * kUnit);
+  Scratch<float, 16384> packed(static_cast<size_t>(p.m * packed_stride));
+  float* x = packed.data();
+  split_linear(
+      p, p.k * size, [&](int64_t begin, int64_t end) { kernel.pack(p, x, packed_stride, begin, end); },
+      [&](const LinearPart& part) {
+        Scratch<char, 1024> weights(static_cast<size_t>(strip * p.k * size));
+        for (int64_t n = part.n_begin; n < part.n_end; n += strip) {
+          const int64_t last = std::min(n + strip, part.n_end);
+          kernel.dequantize(p, weights.data(), n, last);
+          LinearParams dense = p;  // the outputs from n on: p.n stays their distance
+          dense.weight = weights.data();
+          dense.weight_stride = p.k;
+          dense.out = static_cast<char*>(p.out) + n * size;
+          if (p.bias) dense.bias = static_cast<const char*>(p.bias) + n * size;
+          kernel.linear(dense, x, packed_stride, {part.m_begin, part.m_end, 0, last - n});
+        }
+      });
+}
+
+// Where a dense weight would go to the BLAS, it is worth its memory for the length of the call.
+Tensor run_blas(const QuantizedLinearParams& p, const Tensor& x, const OptionalTensor& bias) {
+  const Kernels& kernel = kernels();
+  const Tensor weight = new_tensor({p.n, p.k}, p.dtype, View(x).device);
+  char* out = static_cast<char*>(View(weight).data);
+  const int64_t row_bytes = p.k * contract::element_size(p.dtype);
+  torch::stable::parallel_for(0, p.n, ceil_div(kMinElementsPerThread, p.k), [&](int64_t begin, int64_t end) {
+    kernel.dequantize(p, out + begin * row_bytes, begin, end);
+  });
+  return blas_linear(x, weight, bias);
+}
+
+Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+  contract::QuantizedLinear call = contract::quantized_linear(x, weight, scales, offsets, bias);
+  const QuantizedLinearParams& p = call.params;
+  if (linear_prefers_blas(p.dtype, p.m, p.k, kernels().bfloat16_dot)) return run_blas(p, x, bias);
+  Tensor out = contract::new_like_rows(call.x_view, call.params.n);
+  call.params.out = View(out).data;
+  if (call.params.m < kDequantizeRows) {
+    run_streamed(call.params);
+  } else {
+    run_dequantized(call.params);
+  }
+  return out;
+}
+
+void check_quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+  contract::quantized_linear(x, weight, scales, offsets, bias);
+}
+
+}  // namespace
+}  // namespace flashdecpp::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
+{
+  m.impl("quantized_linear", TORCH_BOX(&flashdecpp::cpu::quantized_linear));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CompositeExplicitAutograd, m)
+{
+  m.impl("_check_quantized_linear", TORCH_BOX(&flashdecpp::cpu::check_quantized_linear));
+}

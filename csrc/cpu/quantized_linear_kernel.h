@@ -1,0 +1,255 @@
+// quantized_linear in the frame of linear_kernel.h: out = sum over groups of scale * (q . x) + offset * sum(x). Weights
+// are decoded in registers; a group's products are added up as they are and scaled once.
+//
+// With 4 bits q - 8 is what is multiplied, and offset + 8 * scale what the sums of x are: products around zero, whose
+// sums lose less than those of numbers from 0 to 15.
+#pragma once
+
+#include "linear_kernel.h"
+#include "quantized_products.h"
+
+namespace flashdecpp::cpu::FLASHDECPP_ISA {
+
+// Scales and offsets are streams of their own beside the weights.
+inline constexpr int64_t kGroupsAheadBytes = 2048;
+
+template <class T>
+FLASHDECPP_INLINE Vec load_up_to(const T* p, int64_t left) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kGroupsAheadBytes);
+  return left >= kLanes ? load(p) : left > 0 ? load(p, static_cast<int>(left)) : set1(0.0f);
+}
+
+// Scales or offsets from `index` on, of which `left` are there; zeros behind.
+FLASHDECPP_INLINE Vec load_groups(DType dtype, const void* from, int64_t index, int64_t left) {
+  if (dtype == DType::kFloat16) return load_up_to(static_cast<const fp16*>(from) + index, left);
+  if (dtype == DType::kBFloat16) return load_up_to(static_cast<const bf16*>(from) + index, left);
+  return load_up_to(static_cast<const float*>(from) + index, left);
+}
+
+FLASHDECPP_INLINE Vec load_scales(const QuantizedLinearParams& p, int64_t n, int64_t group, int64_t left) {
+  return load_groups(p.scales_dtype, p.scales, n * p.scales_stride + group, left);
+}
+
+// What is added to the scaled products: times the sum of x over the group.
+FLASHDECPP_INLINE Vec load_offsets(const QuantizedLinearParams& p, int64_t n, int64_t group, int64_t left) {
+  const Vec offsets = load_groups(p.scales_dtype, p.offsets, n * p.offsets_stride + group, left);
+  return p.bits == 8 ? offsets : fma(set1(8.0f), load_scales(p, n, group, left), offsets);
+}
+
+constexpr int64_t padded_groups(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// log2 of a group's weights, or what makes every weight of the first group where a row has one.
+FLASHDECPP_INLINE int group_shift(const QuantizedLinearParams& p) {
+  return p.groups() == 1 ? 62 : p.group == 32 ? 5 : p.group == 64 ? 6 : 7;
+}
+
+template <class T, template <class> class Decoder, int kBits>
+struct QuantizedWeights {
+  using D = Decoder<T>;
+  using Out = T;
+  using Packed = typename D::Packed;
+  static constexpr int64_t kStep = kQuantizedAlign;
+  static_assert(kStep % D::kWeights == 0);
+  static constexpr int tile_rows(int m) { return rows_within(kManyRegisters ? 12 : 4, m); }
+  // Groups of the longest run, and what `select` reads behind the last.
+  static constexpr int64_t max_groups(int m) {
+    return padded_groups((kActivationBytes / (m * static_cast<int64_t>(sizeof(Packed))) + kStep) / kBlock + 4);
+  }
+
+  const QuantizedLinearParams& p;
+
+  const char* row(int64_t n) const { return static_cast<const char*>(p.weight) + n * p.weight_stride; }
+  int64_t stride() const { return p.weight_stride; }
+  static constexpr int64_t bytes(int64_t k) { return k * kBits / 8; }
+
+  template <int kRows, int kM>
+  FLASHDECPP_INLINE void run(const QuantizedWeights& self, Vec (&acc)[kM * kRows], int64_t n, int64_t k, int64_t count,
+                             const Packed* x, int64_t x_stride, const Ahead& ahead) {
+    const QuantizedLinearParams& p = self.p;
+    const int shift = group_shift(p);
+    const int64_t first = k >> shift, groups = ((count - 1) >> shift) + 1;
+    float scales[kRows][max_groups(kM)];
+    for (int r = 0; r < kRows; ++r) {
+      for (int64_t g = 0; g < groups + 4; g += kLanes) {
+        store(scales[r] + g, load_scales(p, n + r, first + g, groups - g));
+      }
+    }
+    int32_t group_of_lane[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      group_of_lane[lane] = static_cast<int32_t>((int64_t{D::lane_block(lane)} * kBlock) >> shift);
+    }
+    const LaneIndices indices = load_indices(group_of_lane);
+
+    const uint8_t* weight = reinterpret_cast<const uint8_t*>(self.row(n)) + bytes(k);
+    x += k;
+    auto step = [&](int64_t i, auto&& load_raw) __attribute__((always_inline)) {
+      typename D::Raw raw[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        Ahead::fetch<bytes(D::kWeights)>(ahead, bytes(i), r * p.weight_stride);
+        raw[r] = load_raw(weight + r * p.weight_stride + bytes(i), r);
+      }
+      Vec products[kM * kRows];
+      for (int j = 0; j < kM * kRows; ++j) products[j] = set1(0.0f);
+      unroll<D::kParts>([&](auto part) __attribute__((always_inline)) {
+        typename D::Operand w[kRows];
+        for (int r = 0; r < kRows; ++r) w[r] = D::template decode<part>(raw[r]);
+        for (int m = 0; m < kM; ++m) {
+          const typename D::Operand operand = D::load_packed(x + m * x_stride + i + part * D::kPart);
+          for (int r = 0; r < kRows; ++r) D::add(products[m * kRows + r], w[r], operand);
+        }
+      });
+      for (int r = 0; r < kRows; ++r) {
+        const float* group = scales[r] + (i >> shift);
+        const Vec scale = D::kWeights > kBlock ? select(group, indices) : set1(*group);
+        for (int m = 0; m < kM; ++m) acc[m * kRows + r] = fma(products[m * kRows + r], scale, acc[m * kRows + r]);
+      }
+    };
+    int64_t i = 0;
+    for (; i + D::kWeights <= count; i += D::kWeights) {
+      step(i, [](const uint8_t* p, int) __attribute__((always_inline)) { return D::load_raw(p); });
+    }
+    if (i < count) {
+      uint8_t copies[kRows][bytes(D::kWeights)];
+      const int rest = static_cast<int>(bytes(count - i));
+      step(i, [&](const uint8_t* p, int r) __attribute__((always_inline)) { return D::load_raw(p, rest, copies[r]); });
+    }
+  }
+
+  template <int kRows, int kM>
+  FLASHDECPP_INLINE void finish(const QuantizedWeights& self, Vec (&acc)[kM * kRows], int64_t n, const Packed* x,
+                                int64_t x_stride) {
+    const QuantizedLinearParams& p = self.p;
+    if (!p.offsets) return;
+    const float* sums = reinterpret_cast<const float*>(x) + quantized_sums_at(p.k);
+    const int64_t sums_stride = x_stride * static_cast<int64_t>(sizeof(Packed)) / static_cast<int64_t>(sizeof(float));
+    for (int64_t g = 0; g < p.groups(); g += kLanes) {
+      for (int r = 0; r < kRows; ++r) {
+        const Vec offsets = load_offsets(p, n + r, g, p.groups() - g);
+        for (int m = 0; m < kM; ++m) {
+          acc[m * kRows + r] = fma(offsets, load(sums + m * sums_stride + g), acc[m * kRows + r]);
+        }
+      }
+    }
+  }
+};
+
+template <class T>
+using Weights4 = QuantizedWeights<T, Decoder4, 4>;
+template <class T>
+using Weights8 = QuantizedWeights<T, Decoder8, 8>;
+
+template <class W>
+void pack_quantized_typed(const QuantizedLinearParams& p, void* packed, int64_t packed_stride, int64_t begin,
+                          int64_t end) {
+  using D = typename W::D;
+  using T = typename W::Out;
+  using Packed = typename W::Packed;
+  for (int64_t m = begin; m < end; ++m) {
+    const T* x = static_cast<const T*>(p.x) + m * p.x_stride;
+    float* row = static_cast<float*>(packed) + m * packed_stride;
+    auto* numbers = reinterpret_cast<Packed*>(row);
+    for (int64_t k = 0; k < p.k; k += D::kWeights) {
+      Packed ordered[D::kWeights];
+      const int64_t count = min(p.k - k, int64_t{D::kWeights});
+      if constexpr (sizeof(Packed) == sizeof(T)) {
+        for (int64_t i = 0; i < D::kWeights; ++i) ordered[i] = i < count ? x[k + i] : T{};
+      } else {
+        for (int64_t i = 0; i < D::kWeights; i += kLanes) {
+          store(ordered + i, load_up_to(x + k + i, count - i));
+        }
+      }
+      for (int part = 0; part < D::kParts; ++part) {
+        for (int i = 0; i < D::kPart; ++i) numbers[k + part * D::kPart + i] = ordered[D::source(part, i)];
+      }
+    }
+    if (!p.offsets) continue;
+    float* sums = row + quantized_sums_at(p.k);
+    for (int64_t g = 0; g < padded_groups(p.groups()); ++g) {
+      Vec total = set1(0.0f);
+      const int64_t last = g < p.groups() ? (g + 1) * p.group : 0;
+      int64_t k = g * p.group;
+      for (; k + kLanes <= last; k += kLanes) total = total + load(x + k);
+      if (k < last) total = total + load(x + k, static_cast<int>(last - k));
+      sums[g] = sum(total);
+    }
+  }
+}
+
+template <class W>
+void quantized_linear_typed(const QuantizedLinearParams& p, const void* packed, int64_t packed_stride,
+                            const LinearPart& part) {
+  using Packed = typename W::Packed;
+  const int64_t stride = packed_stride * static_cast<int64_t>(sizeof(float) / sizeof(Packed));
+  linear_part(W{p}, static_cast<const Packed*>(packed), stride, part);
+}
+
+template <class T>
+void dequantize_typed(const QuantizedLinearParams& p, void* out, int64_t begin, int64_t end) {
+  constexpr int64_t kAtOnce = 4096;
+  const int shift = group_shift(p);
+  float scales[padded_groups(kAtOnce / kBlock)], offsets[padded_groups(kAtOnce / kBlock)];
+  T* to = static_cast<T*>(out);
+  for (int64_t n = begin; n < end; ++n) {
+    const uint8_t* row = static_cast<const uint8_t*>(p.weight) + n * p.weight_stride;
+    for (int64_t first = 0; first < p.k; first += kAtOnce) {
+      const int64_t last = min(first + kAtOnce, p.k), groups = ((last - 1 - first) >> shift) + 1;
+      for (int64_t g = 0; g < groups; g += kLanes) {
+        store(scales + g, load_scales(p, n, (first >> shift) + g, groups - g));
+        store(offsets + g, p.offsets ? load_offsets(p, n, (first >> shift) + g, groups - g) : set1(0.0f));
+      }
+      for (int64_t k = first; k < last; k += kBlock) {
+        const Vec scale = set1(scales[(k - first) >> shift]), offset = set1(offsets[(k - first) >> shift]);
+        if (p.bits == 4) {
+          for (int i = 0; i < kBlock / 2; i += kLanes) {
+            const Nibbles nibbles = spread_nibbles(row + k / 2 + i);
+            store(to + k + i, fma(nibble<0>(nibbles), scale, offset));
+            store(to + k + i + kBlock / 2, fma(nibble<1>(nibbles), scale, offset));
+          }
+          continue;
+        }
+        const int64_t count = min(last - k, int64_t{kBlock});
+        for (int64_t i = 0; i < count; i += kLanes) {
+          if (count - i >= kLanes) {
+            store(to + k + i, fma(load_bytes(row + k + i), scale, offset));
+          } else {
+            uint8_t rest[kLanes] = {};
+            __builtin_memcpy(rest, row + k + i, count - i);
+            store(to + k + i, fma(load_bytes(rest), scale, offset), static_cast<int>(count - i));
+          }
+        }
+      }
+    }
+    to += p.k;
+  }
+}
+
+// f.template operator()<W>() for the weights' and x's types.
+template <class F>
+void with_quantized(const QuantizedLinearParams& p, F&& f) {
+  const bool four = p.bits == 4;
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return four ? f.template operator()<Weights4<float>>() : f.template operator()<Weights8<float>>();
+    case DType::kFloat16:
+      return four ? f.template operator()<Weights4<fp16>>() : f.template operator()<Weights8<fp16>>();
+    case DType::kBFloat16:
+      return four ? f.template operator()<Weights4<bf16>>() : f.template operator()<Weights8<bf16>>();
+    default: return;
+  }
+}
+
+static void pack_quantized(const QuantizedLinearParams& p, void* packed, int64_t packed_stride, int64_t begin,
+                           int64_t end) {
+  with_quantized(p, [&]<class W>() { pack_quantized_typed<W>(p, packed, packed_stride, begin, end); });
+}
+
+static void quantized_linear(const QuantizedLinearParams& p, const void* packed, int64_t packed_stride,
+                             const LinearPart& part) {
+  with_quantized(p, [&]<class W>() { quantized_linear_typed<W>(p, packed, packed_stride, part); });
+}
+
+static void dequantize(const QuantizedLinearParams& p, void* out, int64_t begin, int64_t end) {
+  with_quantized(p, [&]<class W>() { dequantize_typed<typename W::Out>(p, out, begin, end); });
+}
+
+}  // namespace flashdecpp::cpu::FLASHDECPP_ISA

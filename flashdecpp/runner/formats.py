@@ -1,0 +1,41 @@
+"""What a weight can be stored in beside the model's dtype."""
+
+from dataclasses import dataclass
+
+import torch
+
+from flashdecpp.quantization import QuantizedWeight
+
+QUANTIZE = ("auto", "none", "int8", "int4")  # what LLM(quantize=) takes
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight is quantised. `stored`: in the checkpoint already, so nothing is rounded any more.
+
+    Scales and offsets are float16, as in GGUF files.
+    """
+
+    bits: int
+    group: int | None  # None: a row shares a scale
+    offsets: bool = False
+    stored: bool = False
+
+    def groups(self, columns: int) -> int:
+        return columns // self.group if self.group else 1
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        scales = rows * self.groups(columns) * torch.float16.itemsize
+        return rows * columns * self.bits // 8 + scales * (2 if self.offsets else 1)
+
+    def allocate(self, rows: int, columns: int, device: torch.device) -> QuantizedWeight:
+        def numbers() -> torch.Tensor:
+            shape = (rows, self.groups(columns)) if self.group else (rows,)
+            return torch.empty(shape, dtype=torch.float16, device=device)
+
+        dtype, width = (torch.uint8, columns // 2) if self.bits == 4 else (torch.int8, columns)
+        weight = torch.empty((rows, width), dtype=dtype, device=device)
+        return QuantizedWeight(weight, numbers(), numbers() if self.offsets else None)
+
+
+ROUNDED = {"int8": Format(8, None), "int4": Format(4, 32)}  # what float weights become
