@@ -102,27 +102,38 @@ class Fetcher {
     }
   }
 
-  // To be called for every `bytes` worked on, and out of line: the caller's registers are full.
-  [[gnu::noinline]] void advance(int bytes) {
-    while (bytes > 0) {
-      if (left_ == 0) {
-        if (key_ >= ring_.located) return;
-        at_ = reinterpret_cast<const char*>(rows_[key_ % (2 * ring_.block)] + head_ * head_stride_);
-        left_ = run_;
-        if (++head_ == heads_) {
-          head_ = 0;
-          ++key_;
-        }
-      }
+  // What to fetch while `bytes` are worked on, spread over the work: memory has only so many requests under way, and
+  // drops what comes too fast. Where that is not in one piece it is fetched here, and the result is `otherwise`.
+  const char* take(int bytes, const void* otherwise) {
+    if (left_ == 0) start_row();
+    if (left_ >= bytes) {
+      const char* piece = at_;
+      at_ += bytes;
+      left_ -= bytes;
+      return piece;
+    }
+    while (bytes > 0 && left_ > 0) {
       const int count = min(bytes, left_);
       for (int i = 0; i < count; i += 64) __builtin_prefetch(at_ + i);
       at_ += count;
       left_ -= count;
       bytes -= count;
+      if (left_ == 0) start_row();
     }
+    return static_cast<const char*>(otherwise);
   }
 
  private:
+  void start_row() {
+    if (key_ >= ring_.located) return;
+    at_ = reinterpret_cast<const char*>(rows_[key_ % (2 * ring_.block)] + head_ * head_stride_);
+    left_ = run_;
+    if (++head_ == heads_) {
+      head_ = 0;
+      ++key_;
+    }
+  }
+
   const KV* const* rows_;
   const KeyRing<KV>& ring_;
   int heads_;
@@ -148,10 +159,17 @@ FLASHDECPP_INLINE void for_row_tiles(int count, F&& f) {
   if (count - row == 1) f(Count<1>{}, row);
 }
 
+// What take() gave for kKeyTile rows of head_dim numbers: the part of a step from number d on.
+template <int kKeys, class KV>
+FLASHDECPP_INLINE void fetch(const char* piece, int d) {
+  constexpr int kBytes = kKeys * Products<KV>::kStep * static_cast<int>(sizeof(KV));
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(piece + kKeys * d * static_cast<int>(sizeof(KV)) + i);
+}
+
 // Products of kRows rows with kKeyTile keys of their head, one lane of a sum in every lane: dots[key * kRowTile + row].
 template <int kRows, class KV>
 FLASHDECPP_INLINE void dot_tile(const RowChunk<KV>& rows, int row, const KV* const* k, int64_t k_head, HeadShape shape,
-                                Vec* dots) {
+                                Vec* dots, const char* piece) {
   using P = Products<KV>;
   Vec acc[kRows][kKeyTile];
   for (int r = 0; r < kRows; ++r) {
@@ -160,6 +178,7 @@ FLASHDECPP_INLINE void dot_tile(const RowChunk<KV>& rows, int row, const KV* con
   const KV* keys[kKeyTile];
   for (int i = 0; i < kKeyTile; ++i) keys[i] = k[i] + k_head;
   auto step = [&](int d, auto&& load_key) __attribute__((always_inline)) {
+    fetch<kKeyTile, KV>(piece, d);
     typename P::Operand key[kKeyTile];
     for (int i = 0; i < kKeyTile; ++i) key[i] = load_key(keys[i] + d);
     for (int r = 0; r < kRows; ++r) {
@@ -200,17 +219,19 @@ void logits(RowChunk<KV>& rows, const KV* const* k, int64_t head_stride, int hea
   alignas(64) Vec dots[kRowTile * kKeyTile] = {};
   if (head_rows == 1) {  // a tile's rows are of as many heads
     for_row_tiles(heads, [&](auto tile, int row) __attribute__((always_inline)) {
-      fetcher.advance(tile.value * kKeyTile * shape.bytes);
-      for (int r = 0; r < tile.value; ++r) dot_tile<1>(rows, row + r, k, (row + r) * head_stride, shape, dots + r);
+      for (int r = 0; r < tile.value; ++r) {
+        const char* piece = fetcher.take(kKeyTile * shape.bytes, k[0]);
+        dot_tile<1>(rows, row + r, k, (row + r) * head_stride, shape, dots + r, piece);
+      }
       store_logits<tile.value>(rows, row, column, dots);
     });
     return;
   }
   for (int i = 0; i < heads; ++i) {
-    fetcher.advance(kKeyTile * shape.bytes);
+    const char* piece = fetcher.take(kKeyTile * shape.bytes, k[0]);
     for_row_tiles(head_rows, [&](auto tile, int in_head) __attribute__((always_inline)) {
       const int row = i * head_rows + in_head;
-      dot_tile<tile.value>(rows, row, k, i * head_stride, shape, dots);
+      dot_tile<tile.value>(rows, row, k, i * head_stride, shape, dots, piece);
       store_logits<tile.value>(rows, row, column, dots);
     });
   }
@@ -219,7 +240,7 @@ void logits(RowChunk<KV>& rows, const KV* const* k, int64_t head_stride, int hea
 // acc[r] += sum over kKeys keys of weight[key][r] * v[key], for kRows rows.
 template <int kRows, int kKeys, class KV>
 FLASHDECPP_INLINE void values_tile(RowChunk<KV>& rows, int row, const KV* const* v, int64_t v_head, int column,
-                                   HeadShape shape) {
+                                   HeadShape shape, const char* piece) {
   constexpr int kStep = Products<KV>::kStep;
   Vec weights[kKeys][kRows];
   for (int i = 0; i < kKeys; ++i) {
@@ -229,6 +250,7 @@ FLASHDECPP_INLINE void values_tile(RowChunk<KV>& rows, int row, const KV* const*
     }
   }
   auto step = [&](int d, auto&& load_value) __attribute__((always_inline)) {
+    fetch<kKeys, KV>(piece, d);
     Pair acc[kRows];
     for (int r = 0; r < kRows; ++r) acc[r] = {load(rows.acc(row + r) + d), load(rows.acc(row + r) + d + kLanes)};
     for (int i = 0; i < kKeys; ++i) {
@@ -253,17 +275,17 @@ FLASHDECPP_INLINE void values_tile(RowChunk<KV>& rows, int row, const KV* const*
 // over the keys that it sees.
 template <int kRows, class KV>
 FLASHDECPP_INLINE void accumulate_rows(RowChunk<KV>& rows, int row, const KV* const* v, int64_t v_head, int column,
-                                       HeadShape shape) {
+                                       HeadShape shape, const char* piece) {
   bool all_seen = rows.all_seen;
   if (!all_seen) {
     all_seen = true;
     for (int r = row; r < row + kRows; ++r) all_seen &= rows.begin[r] <= column && column + kKeyTile <= rows.end[r];
   }
-  if (all_seen) return values_tile<kRows, kKeyTile>(rows, row, v, v_head, column, shape);
+  if (all_seen) return values_tile<kRows, kKeyTile>(rows, row, v, v_head, column, shape, piece);
   for (int r = row; r < row + kRows; ++r) {
     const int first = max(column, static_cast<int>(rows.begin[r]));
     const int last = min(column + kKeyTile, static_cast<int>(rows.end[r]));
-    for (int j = first; j < last; ++j) values_tile<1, 1>(rows, r, v + (j - column), v_head, j, shape);
+    for (int j = first; j < last; ++j) values_tile<1, 1>(rows, r, v + (j - column), v_head, j, shape, piece);
   }
 }
 
@@ -272,9 +294,9 @@ template <class KV>
 void accumulate(RowChunk<KV>& rows, const KV* const* v, int64_t head_stride, int heads, int head_rows, HeadShape shape,
                 int column, Fetcher<KV>& fetcher) {
   for (int i = 0; i < heads; ++i) {
-    fetcher.advance(kKeyTile * shape.bytes);
+    const char* piece = fetcher.take(kKeyTile * shape.bytes, v[0]);
     for_row_tiles(head_rows, [&](auto tile, int in_head) __attribute__((always_inline)) {
-      accumulate_rows<tile.value>(rows, i * head_rows + in_head, v, i * head_stride, column, shape);
+      accumulate_rows<tile.value>(rows, i * head_rows + in_head, v, i * head_stride, column, shape, piece);
     });
   }
 }
@@ -431,8 +453,10 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
   Fetcher<KV> values(ring.v, ring, heads, p.v.head_stride, p.head_dim);
   if (first < last) {
     locate(p, task.b, h_begin, first, keys_at(first), ring);
-    keys.advance(kFetchBytes);
-    values.advance(kFetchBytes);
+    for (int i = 0; i < kFetchBytes; i += 64) {
+      __builtin_prefetch(keys.take(64, nullptr));
+      __builtin_prefetch(values.take(64, nullptr));
+    }
   }
   int base = 0;  // of this block in the ring
   for (int64_t key = first; key < last; key += block, base ^= block) {

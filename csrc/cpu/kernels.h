@@ -68,6 +68,8 @@ inline constexpr int64_t kSumBlock = 256, kMaxBlock = 64;
 extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
 #endif
 
 // The table for this machine, or the one that FLASHDECPP_CPU_ISA names.
