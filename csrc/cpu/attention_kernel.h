@@ -2,8 +2,9 @@
 //
 // Block by block: the logits of every row, then its softmax state, then the weighted values. Rows of different tokens
 // see different keys; a row only ever works on its own range, so that a key it does not see cannot reach it, not even
-// as 0 * NaN. Memory is fetched in the order of its addresses, a little ahead of the work: the heads of one token lie
-// side by side, and what reads a few keys at a time, in whatever order, runs at the speed of a plain copy behind that.
+// as 0 * NaN. Memory is fetched in the order of its addresses, a little ahead of the work, for the heads of one token
+// lie side by side: what the processor fetches by itself follows such a stream, and not the few keys at a time, head by
+// head, that the arithmetic wants.
 #pragma once
 
 #include "kernels.h"
@@ -14,17 +15,16 @@
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
 inline constexpr int kMaxBlockKeys = 128;
-inline constexpr int64_t kBlockBytes = 8192;    // of a head's keys in a block, and of its values
-inline constexpr int64_t kChunkBytes = 131072;  // of all heads' that are worked on together: a part of a core's cache
-inline constexpr int kFetchBytes = 16384;       // how far memory is fetched ahead of the work
-inline constexpr int kMaxHeadDim = 256;         // the op's contract
+inline constexpr int64_t kBlockBytes = 8192;  // of a head's keys in a block, and of its values
+inline constexpr int kFetchBytes = 32768;     // how far memory is fetched ahead of the work
+inline constexpr int kMaxHeadDim = 256;       // the op's contract
 inline constexpr int kRowTile = kManyRegisters ? 4 : 2;
 inline constexpr int kKeyTile = 4;
 
 // How head_dim divides into what Products reads at once.
 struct HeadShape {
   int full, rest;
-  int bytes;
+  int bytes;  // of a row
 };
 
 // The rows that are worked on together, head by head. Rows are lanes in all that the softmax does.
@@ -519,8 +519,7 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
 template <class KV>
 int32_t attend_typed(const AttentionParams& p, const AttentionTask& task) {
   const int total_rows = p.q_len * p.group();
-  const int64_t head_bytes = int64_t{block_keys<KV>(p.head_dim)} * p.head_dim * static_cast<int64_t>(sizeof(KV));
-  const int chunk_heads = max(1, min(kTaskRows / total_rows, static_cast<int>(kChunkBytes / head_bytes)));
+  const int chunk_heads = max(1, kTaskRows / total_rows);
   RowChunk<KV> rows;
   KeyRing<KV> ring;
   int32_t fallbacks = 0;
