@@ -39,8 +39,9 @@ struct RowChunk {
   alignas(64) float begin[kTaskRows], end[kTaskRows];  // the keys of this block that a row sees: [begin, end)
   alignas(64) float distance[kTaskRows];               // from the row's token back to the first key of this block
   alignas(64) float scale[kTaskRows], slope[kTaskRows], phi[kTaskRows];
-  int64_t position[kTaskRows];  // of its token
-  int64_t first[kTaskRows];     // the keys that a row sees: [first, last)
+  Vec dots[kRowTile * kKeyTile] = {};  // of a tile: see dot_tile
+  int64_t position[kTaskRows];         // of its token
+  int64_t first[kTaskRows];            // the keys that a row sees: [first, last)
   int64_t last[kTaskRows];
   int stride;     // of a row of q and acc: head_dim, padded. Close together they share the nearest cache evenly.
   bool all_seen;  // every row sees every key of this block
@@ -200,7 +201,7 @@ FLASHDECPP_INLINE void dot_tile(const RowChunk<KV>& rows, int row, const KV* con
 
 // The logits of kRows rows from their dot_tile, without their scale.
 template <int kRows, class KV>
-FLASHDECPP_INLINE void store_logits(RowChunk<KV>& rows, int row, int column, const Vec (&dots)[kRowTile * kKeyTile]) {
+FLASHDECPP_INLINE void store_logits(RowChunk<KV>& rows, int row, int column, const Vec* dots) {
   alignas(64) float sums[kRowTile * kKeyTile];
   for (int i = 0; i < kRowTile * kKeyTile; i += kLanes) {
     Vec group[kLanes];
@@ -216,7 +217,7 @@ FLASHDECPP_INLINE void store_logits(RowChunk<KV>& rows, int row, int column, con
 template <class KV>
 void logits(RowChunk<KV>& rows, const KV* const* k, int64_t head_stride, int heads, int head_rows, HeadShape shape,
             int column, Fetcher<KV>& fetcher) {
-  alignas(64) Vec dots[kRowTile * kKeyTile] = {};
+  auto& dots = rows.dots;
   if (head_rows == 1) {  // a tile's rows are of as many heads
     for_row_tiles(heads, [&](auto tile, int row) __attribute__((always_inline)) {
       for (int r = 0; r < tile.value; ++r) {
