@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kSplitKeys = 512;
 constexpr int64_t kMinSplitKeys = 16;  // of splits that the caller counts
 constexpr int64_t kMinBytesPerThread = 64 * 1024;
+constexpr int64_t kNearBytes = 2 * 1024 * 1024;
 constexpr int64_t kTasksPerThread = 4;  // so that the last ones to finish don't wait for each other for long
 
 struct Keys {
@@ -52,8 +53,9 @@ void run(const AttentionParams& p) {
   const int64_t bytes = total_keys * p.kv_heads * p.head_dim * 2 * contract::element_size(p.kv_dtype);
   const int64_t threads = std::min<int64_t>(
       {static_cast<int64_t>(torch::stable::get_num_threads()), splits * p.kv_heads, 1 + bytes / kMinBytesPerThread});
-  // A task has as many heads as leave enough tasks: the more, the longer the runs in which memory is read.
-  int32_t task_heads = p.kv_heads;
+  // A task has as many heads as leave enough tasks: the more, the longer the runs in which memory is read. What a nearer
+  // cache may hold costs less head by head, unless a head has but one row.
+  int32_t task_heads = bytes <= kNearBytes && p.q_len * p.group() > 1 ? 1 : p.kv_heads;
   while (task_heads > 1 && splits * (p.kv_heads / task_heads) < kTasksPerThread * threads) task_heads /= 2;
   const int32_t head_groups = (p.kv_heads + task_heads - 1) / task_heads;
 

@@ -15,36 +15,35 @@
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
 inline constexpr int kMaxBlockKeys = 128;
-inline constexpr int64_t kBlockBytes = 8192;  // of a head's keys in a block, and of its values
+inline constexpr int64_t kBlockBytes = 16384;  // of a head's keys in a block, and of its values
 inline constexpr int kFetchBytes = 32768;     // how far memory is fetched ahead of the work
 inline constexpr int kMaxHeadDim = 256;       // the op's contract
 inline constexpr int kRowTile = kManyRegisters ? 4 : 2;
 inline constexpr int kKeyTile = 4;
+inline constexpr int kWeightStride = kMaxBlockKeys + kLanes;  // a last vector may run past the block
 
 // How head_dim divides into what Products reads at once.
 struct HeadShape {
   int full, rest;
-  int bytes;  // of a row
 };
 
-// The rows that are worked on together, head by head. Rows are lanes in all that the softmax does.
+// The rows that are worked on together, head by head.
 template <class KV>
 struct RowChunk {
   using Packed = typename Products<KV>::Packed;
   alignas(64) Packed q_[kTaskRows * kMaxHeadDim];
   alignas(64) float acc_[kTaskRows * kMaxHeadDim];
-  alignas(64) float weights[kMaxBlockKeys][kTaskRows];                         // first the logits
+  alignas(64) float weights[kTaskRows][kWeightStride];                         // first the logits
   alignas(64) float reference[kTaskRows], sum[kTaskRows], maximum[kTaskRows];  // SoftmaxState of each row
   alignas(64) float rescale[kTaskRows];                                        // of acc, in this block
-  alignas(64) float begin[kTaskRows], end[kTaskRows];  // the keys of this block that a row sees: [begin, end)
-  alignas(64) float distance[kTaskRows];               // from the row's token back to the first key of this block
-  alignas(64) float scale[kTaskRows], slope[kTaskRows], phi[kTaskRows];
-  Vec dots[kRowTile * kKeyTile] = {};  // of a tile: see dot_tile
+  alignas(64) float phi[kTaskRows];
+  float scale[kTaskRows], slope[kTaskRows];
+  Vec dots[kRowTile * kKeyTile] = {};  // of a tile whose rows are no whole vectors: see store_logits
   int64_t position[kTaskRows];         // of its token
   int64_t first[kTaskRows];            // the keys that a row sees: [first, last)
   int64_t last[kTaskRows];
-  int stride;     // of a row of q and acc: head_dim, padded. Close together they share the nearest cache evenly.
-  bool all_seen;  // every row sees every key of this block
+  int begin[kTaskRows], end[kTaskRows];  // the same within this block
+  int stride;  // of a row of q and acc: head_dim, padded. Close together they share the nearest cache evenly.
 
   Packed* q(int row) { return q_ + row * stride; }
   const Packed* q(int row) const { return q_ + row * stride; }
@@ -52,7 +51,7 @@ struct RowChunk {
 };
 
 // One pointer a key, to the first head of a chunk, for this block and the next in turn: key i of the chunk is at
-// i % (2 * block). A block's last is repeated to a whole tile of keys.
+// i % (2 * block). The last one is repeated to a whole block.
 template <class KV>
 struct KeyRing {
   int block, located;  // keys of a block, and in all so far
@@ -83,65 +82,57 @@ void locate(const AttentionParams& p, int32_t b, int32_t h, int64_t key, int cou
       v_token += p.v.token_stride;
     }
   }
-  for (; j % kKeyTile != 0; ++j) {
+  for (; j % ring.block != 0; ++j) {
     ring.k[j] = ring.k[j - 1];
     ring.v[j] = ring.v[j - 1];
   }
   ring.located += count;
 }
 
-// Walks over the keys or values of a chunk in the order of memory, kFetchBytes ahead of the work.
+// What to fetch while a tile is worked on, spread over the work, for memory has only so many requests under way and drops
+// what comes too fast. Of one head: the values while their keys are worked on, and then the next block's keys.
 template <class KV>
-class Fetcher {
- public:
-  // Heads that lie one behind the other are fetched as one row.
-  Fetcher(const KV* const* rows, const KeyRing<KV>& ring, int heads, int64_t head_stride, int head_dim)
-      : rows_(rows), ring_(ring), heads_(heads), head_stride_(head_stride), run_(head_dim * sizeof(KV)) {
-    if (head_stride == head_dim) {
-      heads_ = 1;
-      run_ *= heads;
-    }
+struct OtherBlock {
+  const KV* const* rows;
+  const KV* const* next(int keys) {
+    const KV* const* tile = rows;
+    rows += keys;
+    return tile;
   }
+};
 
-  // What to fetch while `bytes` are worked on, spread over the work: memory has only so many requests under way, and
-  // drops what comes too fast. Where that is not in one piece it is fetched here, and the result is `otherwise`.
-  const char* take(int bytes, const void* otherwise) {
-    if (left_ == 0) start_row();
-    if (left_ >= bytes) {
-      const char* piece = at_;
-      at_ += bytes;
-      left_ -= bytes;
-      return piece;
+// Of the heads of a token, which lie side by side: their keys, or their values, in the order of memory, kFetchBytes
+// ahead of the work; the last key again where no more are located.
+template <class KV>
+class Stream {
+ public:
+  Stream(const KV* const* rows, const KeyRing<KV>& ring, int heads, int64_t head_stride)
+      : rows_(rows), ring_(ring), heads_(heads), head_stride_(head_stride) {}
+
+  const KV* const* next(int) {
+    for (const KV*& row : tile_) {
+      row = rows_[slot_] + head_ * head_stride_;
+      if (++head_ < heads_) continue;
+      head_ = 0;
+      if (key_ + 1 == ring_.located) continue;
+      ++key_;
+      if (++slot_ == 2 * ring_.block) slot_ = 0;
     }
-    while (bytes > 0 && left_ > 0) {
-      const int count = min(bytes, left_);
-      for (int i = 0; i < count; i += 64) __builtin_prefetch(at_ + i);
-      at_ += count;
-      left_ -= count;
-      bytes -= count;
-      if (left_ == 0) start_row();
-    }
-    return static_cast<const char*>(otherwise);
+    return tile_;
   }
 
  private:
-  void start_row() {
-    if (key_ >= ring_.located) return;
-    at_ = reinterpret_cast<const char*>(rows_[key_ % (2 * ring_.block)] + head_ * head_stride_);
-    left_ = run_;
-    if (++head_ == heads_) {
-      head_ = 0;
-      ++key_;
-    }
-  }
-
   const KV* const* rows_;
   const KeyRing<KV>& ring_;
   int heads_;
   int64_t head_stride_;
-  int run_, key_ = 0, head_ = 0, left_ = 0;
-  const char* at_ = nullptr;
+  int key_ = 0, slot_ = 0, head_ = 0;
+  const KV* tile_[kKeyTile];
 };
+
+FLASHDECPP_INLINE void prefetch(const void* p, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
 
 template <int kValue>
 struct Count {
@@ -160,17 +151,10 @@ FLASHDECPP_INLINE void for_row_tiles(int count, F&& f) {
   if (count - row == 1) f(Count<1>{}, row);
 }
 
-// What take() gave for kKeyTile rows of head_dim numbers: the part of a step from number d on.
-template <int kKeys, class KV>
-FLASHDECPP_INLINE void fetch(const char* piece, int d) {
-  constexpr int kBytes = kKeys * Products<KV>::kStep * static_cast<int>(sizeof(KV));
-  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(piece + kKeys * d * static_cast<int>(sizeof(KV)) + i);
-}
-
-// Products of kRows rows with kKeyTile keys of their head, one lane of a sum in every lane: dots[key * kRowTile + row].
+// Products of kRows rows with kKeyTile keys of their head, one lane of a sum in every lane: dots[row * stride + key].
 template <int kRows, class KV>
 FLASHDECPP_INLINE void dot_tile(const RowChunk<KV>& rows, int row, const KV* const* k, int64_t k_head, HeadShape shape,
-                                Vec* dots, const char* piece) {
+                                Vec* dots, int stride, const KV* const* ahead) {
   using P = Products<KV>;
   Vec acc[kRows][kKeyTile];
   for (int r = 0; r < kRows; ++r) {
@@ -179,9 +163,11 @@ FLASHDECPP_INLINE void dot_tile(const RowChunk<KV>& rows, int row, const KV* con
   const KV* keys[kKeyTile];
   for (int i = 0; i < kKeyTile; ++i) keys[i] = k[i] + k_head;
   auto step = [&](int d, auto&& load_key) __attribute__((always_inline)) {
-    fetch<kKeyTile, KV>(piece, d);
     typename P::Operand key[kKeyTile];
-    for (int i = 0; i < kKeyTile; ++i) key[i] = load_key(keys[i] + d);
+    for (int i = 0; i < kKeyTile; ++i) {
+      prefetch(ahead[i] + d, P::kStep * sizeof(KV));
+      key[i] = load_key(keys[i] + d);
+    }
     for (int r = 0; r < kRows; ++r) {
       const typename P::Operand query = P::load_packed(rows.q(row + r) + d);
       for (int i = 0; i < kKeyTile; ++i) P::add(acc[r][i], key[i], query);
@@ -195,161 +181,198 @@ FLASHDECPP_INLINE void dot_tile(const RowChunk<KV>& rows, int row, const KV* con
          [&](const KV* x) __attribute__((always_inline)) { return P::load_once(x, shape.rest); });
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kKeyTile; ++i) dots[i * kRowTile + r] = acc[r][i];
+    for (int i = 0; i < kKeyTile; ++i) dots[r * stride + i] = acc[r][i];
   }
 }
 
-// The logits of kRows rows from their dot_tile, without their scale.
+// The logits of rows [row, row + kRows) for kKeyTile keys from their dots, without their scale.
 template <int kRows, class KV>
-FLASHDECPP_INLINE void store_logits(RowChunk<KV>& rows, int row, int column, const Vec* dots) {
+FLASHDECPP_INLINE void store_logits(RowChunk<KV>& rows, int row, int column) {
   alignas(64) float sums[kRowTile * kKeyTile];
-  for (int i = 0; i < kRowTile * kKeyTile; i += kLanes) {
+  for (int i = 0; i < kRows * kKeyTile; i += kLanes) {
     Vec group[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) group[lane] = dots[i + lane];
+    for (int lane = 0; lane < kLanes; ++lane) group[lane] = rows.dots[i + lane];
     store(sums + i, sum_each(group));
   }
-  for (int i = 0; i < kKeyTile; ++i) {
-    __builtin_memcpy(rows.weights[column + i] + row, sums + i * kRowTile, kRows * sizeof(float));
+  for (int r = 0; r < kRows; ++r) {
+    __builtin_memcpy(rows.weights[row + r] + column, sums + r * kKeyTile, kKeyTile * sizeof(float));
   }
 }
 
-// The logits of a chunk's rows for a tile of keys.
+// The logits of one head's rows over a block of keys, as many at a time as a vector holds, or the tile.
+template <class KV>
+void logits(RowChunk<KV>& rows, const KV* const* k, int count, int keys, HeadShape shape, OtherBlock<KV> fetcher) {
+  constexpr int kKeys = kLanes > kKeyTile ? kLanes : kKeyTile;
+  for (int column = 0; column < keys; column += kKeys) {
+    const KV* const* ahead = fetcher.next(kKeys);
+    for_row_tiles(count, [&](auto tile, int row) __attribute__((always_inline)) {
+      Vec dots[tile.value][kKeys];
+      for (int j = 0; j < kKeys; j += kKeyTile) {
+        dot_tile<tile.value>(rows, row, k + column + j, 0, shape, &dots[0][j], kKeys, ahead + j);
+      }
+      for (int r = 0; r < tile.value; ++r) store(rows.weights[row + r] + column, sum_each(dots[r]));
+    });
+  }
+}
+
+// The logits of the rows of some heads for a tile of keys.
 template <class KV>
 void logits(RowChunk<KV>& rows, const KV* const* k, int64_t head_stride, int heads, int head_rows, HeadShape shape,
-            int column, Fetcher<KV>& fetcher) {
-  auto& dots = rows.dots;
+            int column, Stream<KV>& fetcher) {
   if (head_rows == 1) {  // a tile's rows are of as many heads
     for_row_tiles(heads, [&](auto tile, int row) __attribute__((always_inline)) {
       for (int r = 0; r < tile.value; ++r) {
-        const char* piece = fetcher.take(kKeyTile * shape.bytes, k[0]);
-        dot_tile<1>(rows, row + r, k, (row + r) * head_stride, shape, dots + r, piece);
+        const KV* const* ahead = fetcher.next(kKeyTile);
+        dot_tile<1>(rows, row + r, k, (row + r) * head_stride, shape, rows.dots + r * kKeyTile, kKeyTile, ahead);
       }
-      store_logits<tile.value>(rows, row, column, dots);
+      store_logits<tile.value>(rows, row, column);
     });
     return;
   }
   for (int i = 0; i < heads; ++i) {
-    const char* piece = fetcher.take(kKeyTile * shape.bytes, k[0]);
+    const KV* const* ahead = fetcher.next(kKeyTile);
     for_row_tiles(head_rows, [&](auto tile, int in_head) __attribute__((always_inline)) {
       const int row = i * head_rows + in_head;
-      dot_tile<tile.value>(rows, row, k, i * head_stride, shape, dots, piece);
-      store_logits<tile.value>(rows, row, column, dots);
+      dot_tile<tile.value>(rows, row, k, i * head_stride, shape, rows.dots, kKeyTile, ahead);
+      store_logits<tile.value>(rows, row, column);
     });
   }
 }
 
-// acc[r] += sum over kKeys keys of weight[key][r] * v[key], for kRows rows.
-template <int kRows, int kKeys, class KV>
-FLASHDECPP_INLINE void values_tile(RowChunk<KV>& rows, int row, const KV* const* v, int64_t v_head, int column,
-                                   HeadShape shape, const char* piece) {
+// acc[r][d ...] += sum over keys [begin, end) of weight[r][key] * v[key][d ...], for kPairs pairs of vectors, or for
+// the `rest` numbers of a part of one.
+template <int kRows, int kPairs, bool kPart, class KV>
+FLASHDECPP_INLINE void values_tile(RowChunk<KV>& rows, int row, const KV* const* v, int64_t offset, int column,
+                                   int begin, int end, int d, int rest, const KV* const* ahead) {
   constexpr int kStep = Products<KV>::kStep;
-  Vec weights[kKeys][kRows];
-  for (int i = 0; i < kKeys; ++i) {
-    for (int r = 0; r < kRows; ++r) {
-      weights[i][r] = set1(rows.weights[column + i][row + r]);
-      keep_in_register(weights[i][r].v);
+  Pair acc[kRows][kPairs];
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kPairs; ++i) {
+      const float* from = rows.acc(row + r) + d + i * kStep;
+      acc[r][i] = {load(from), load(from + kLanes)};
     }
   }
-  auto step = [&](int d, auto&& load_value) __attribute__((always_inline)) {
-    fetch<kKeys, KV>(piece, d);
-    Pair acc[kRows];
-    for (int r = 0; r < kRows; ++r) acc[r] = {load(rows.acc(row + r) + d), load(rows.acc(row + r) + d + kLanes)};
-    for (int i = 0; i < kKeys; ++i) {
-      Pair value = load_value(v[i] + v_head + d);
-      if constexpr (kRows > 1) keep_in_registers(value);
-      for (int r = 0; r < kRows; ++r) {
-        acc[r].first = fma(weights[i][r], value.first, acc[r].first);
-        acc[r].second = fma(weights[i][r], value.second, acc[r].second);
+  for (int j = begin; j < end; ++j) {
+    prefetch(ahead[j - column] + d, kPairs * kStep * sizeof(KV));
+    const KV* from = v[j - column] + offset + d;
+    Pair value[kPairs];
+    for (int i = 0; i < kPairs; ++i) {
+      value[i] = kPart ? load_pair(from, rest) : load_pair(from + i * kStep);
+      if constexpr (kRows > 1) keep_in_registers(value[i]);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const Vec weight = set1(rows.weights[row + r][j]);
+      for (int i = 0; i < kPairs; ++i) {
+        acc[r][i].first = fma(weight, value[i].first, acc[r][i].first);
+        acc[r][i].second = fma(weight, value[i].second, acc[r][i].second);
       }
     }
-    for (int r = 0; r < kRows; ++r) store_pair(rows.acc(row + r) + d, acc[r]);
-  };
-  for (int i = 0; i < shape.full; ++i) {
-    step(i * kStep, [](const KV* x) __attribute__((always_inline)) { return load_pair(x); });
   }
-  if (shape.rest) {
-    step(shape.full * kStep, [&](const KV* x) __attribute__((always_inline)) { return load_pair(x, shape.rest); });
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kPairs; ++i) store_pair(rows.acc(row + r) + d + i * kStep, acc[r][i]);
   }
 }
 
-// The weighted values of kRows rows of one head over a tile of keys: together where all see all of these, else each row
-// over the keys that it sees.
 template <int kRows, class KV>
-FLASHDECPP_INLINE void accumulate_rows(RowChunk<KV>& rows, int row, const KV* const* v, int64_t v_head, int column,
-                                       HeadShape shape, const char* piece) {
-  bool all_seen = rows.all_seen;
-  if (!all_seen) {
-    all_seen = true;
-    for (int r = row; r < row + kRows; ++r) all_seen &= rows.begin[r] <= column && column + kKeyTile <= rows.end[r];
+FLASHDECPP_INLINE void values_rows(RowChunk<KV>& rows, int row, const KV* const* v, int64_t offset, int column,
+                                   int begin, int end, HeadShape shape, const KV* const* ahead) {
+  constexpr int kStep = Products<KV>::kStep;
+  int i = 0;
+  for (; i + 2 <= shape.full; i += 2) {
+    values_tile<kRows, 2, false>(rows, row, v, offset, column, begin, end, i * kStep, 0, ahead);
   }
-  if (all_seen) return values_tile<kRows, kKeyTile>(rows, row, v, v_head, column, shape, piece);
+  if (i < shape.full) values_tile<kRows, 1, false>(rows, row, v, offset, column, begin, end, i++ * kStep, 0, ahead);
+  if (shape.rest) values_tile<kRows, 1, true>(rows, row, v, offset, column, begin, end, i * kStep, shape.rest, ahead);
+}
+
+// The weighted values of kRows rows of one head over the keys [column, stop): together over those that all of them see,
+// each alone over the rest of its own.
+template <int kRows, class KV>
+FLASHDECPP_INLINE void accumulate_rows(RowChunk<KV>& rows, int row, const KV* const* v, int64_t offset, int column,
+                                       int stop, HeadShape shape, const KV* const* ahead) {
+  int begin = column, end = stop;
   for (int r = row; r < row + kRows; ++r) {
-    const int first = max(column, static_cast<int>(rows.begin[r]));
-    const int last = min(column + kKeyTile, static_cast<int>(rows.end[r]));
-    for (int j = first; j < last; ++j) values_tile<1, 1>(rows, r, v + (j - column), v_head, j, shape, piece);
+    begin = max(rows.begin[r], begin);
+    end = min(rows.end[r], end);
+  }
+  if (begin == column && end == stop) {
+    return values_rows<kRows>(rows, row, v, offset, column, column, stop, shape, ahead);
+  }
+  end = max(begin, end);
+  values_rows<kRows>(rows, row, v, offset, column, begin, end, shape, ahead);
+  for (int r = row; r < row + kRows; ++r) {
+    const int own = max(rows.begin[r], column), last = min(rows.end[r], stop);
+    if (own < min(last, begin)) values_rows<1>(rows, r, v, offset, column, own, min(last, begin), shape, ahead);
+    if (max(own, end) < last) values_rows<1>(rows, r, v, offset, column, max(own, end), last, shape, ahead);
   }
 }
 
-// The weighted values of a chunk's rows for a tile of keys.
-template <class KV>
-void accumulate(RowChunk<KV>& rows, const KV* const* v, int64_t head_stride, int heads, int head_rows, HeadShape shape,
-                int column, Fetcher<KV>& fetcher) {
+// The weighted values of a chunk's rows over the next `keys` keys.
+template <class KV, class Fetcher>
+FLASHDECPP_INLINE void accumulate(RowChunk<KV>& rows, const KV* const* v, int64_t head_stride, int heads, int head_rows,
+                                  HeadShape shape, int column, int keys, Fetcher&& fetcher) {
   for (int i = 0; i < heads; ++i) {
-    const char* piece = fetcher.take(kKeyTile * shape.bytes, v[0]);
+    const KV* const* ahead = fetcher.next(keys);
     for_row_tiles(head_rows, [&](auto tile, int in_head) __attribute__((always_inline)) {
-      accumulate_rows<tile.value>(rows, i * head_rows + in_head, v, i * head_stride, column, shape, piece);
+      accumulate_rows<tile.value>(rows, i * head_rows + in_head, v, i * head_stride, column, column + keys, shape,
+                                  ahead);
     });
   }
 }
 
-// Logits -> weights of kLanes rows over a block of keys, and their softmax state. Keys that a row does not see get
-// weight 0.
+// Logits -> weights of rows [row_begin, row_end), at most kLanes of them, over the keys of a block that each sees, and
+// their softmax state. Keys are lanes, but in the state rows are.
 template <class Policy, class KV>
-void softmax_rows(const AttentionParams& p, RowChunk<KV>& rows, int row, int keys, Policy policy) {
-  const Vec begin = load(rows.begin + row), end = load(rows.end + row), zero = set1(0.0f), hidden = set1(-kInf);
-  const Vec scale = load(rows.scale + row), slope = load(rows.slope + row), distance = load(rows.distance + row);
-  Vec largest = hidden, not_finite = zero;
-  for (int j = 0; j < keys; ++j) {
-    const Vec key = set1(static_cast<float>(j));
-    Vec x = load(rows.weights[j] + row) * scale;
-    if (p.softcap > 0) x = set1(p.softcap) * tanh(x / set1(p.softcap));
-    if (p.alibi_slopes) x = x - slope * (distance - key);
-    const auto where_seen = [&](Vec a, Vec b) __attribute__((always_inline)) {
-      return where_less(key, begin, b, where_less(key, end, a, b));
-    };
-    not_finite = fma(where_seen(x, zero), zero, not_finite);  // inf * 0 and NaN * 0 are NaN, anything else is 0
-    x = where_seen(x, hidden);
-    largest = max(largest, x);
-    store(rows.weights[j] + row, x);
-  }
-  Vec sum = load(rows.sum + row);
-  alignas(64) float lanes[kLanes];
-  store(lanes, not_finite);
-  for (int i = 0; i < kLanes; ++i) {
-    if (lanes[i] == 0.0f) continue;
-    // This row is lost: it sees nothing from here on, and its sum stays NaN.
-    rows.sum[row + i] = __builtin_nanf("");
-    for (int j = 0; j < keys; ++j) rows.weights[j][row + i] = -kInf;
-    sum = load(rows.sum + row);
-    largest = hidden;
-    for (int j = 0; j < keys; ++j) largest = max(largest, load(rows.weights[j] + row));
+void softmax_rows(const AttentionParams& p, RowChunk<KV>& rows, int row_begin, int row_end, int64_t key,
+                  Policy policy) {
+  static constexpr float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Vec lane = load(kIota), zero = set1(0.0f), hidden = set1(-kInf);
+  alignas(64) float largest[kLanes], subtracted[kLanes];
+  Vec totals[kLanes];
+  store(largest, hidden);
+  for (Vec& total : totals) total = zero;
+  for (int r = row_begin; r < row_end; ++r) {
+    float* x = rows.weights[r];
+    const Vec scale = set1(rows.scale[r]), slope = set1(rows.slope[r]);
+    Vec top = hidden, not_finite = zero;
+    for (int j = rows.begin[r]; j < rows.end[r]; j += kLanes) {
+      Vec y = load(x + j) * scale;
+      if (p.softcap > 0) y = set1(p.softcap) * tanh(y / set1(p.softcap));
+      if (p.alibi_slopes) y = y - slope * (set1(static_cast<float>(rows.position[r] - key - j)) - lane);
+      Vec seen = y;
+      if (rows.end[r] - j < kLanes) {
+        const Vec count = set1(static_cast<float>(rows.end[r] - j));
+        seen = where_less(lane, count, y, zero);
+        y = where_less(lane, count, y, hidden);
+      }
+      not_finite = fma(seen, zero, not_finite);  // inf * 0 and NaN * 0 are NaN, anything else is 0
+      top = max(top, y);
+      store(x + j, y);
+    }
+    largest[r - row_begin] = max_lane(top);
+    totals[r - row_begin] = not_finite;  // a row that saw such a logit is lost: its sum is NaN and stays so
   }
 
-  const Vec old = load(rows.reference + row), maximum = max(load(rows.maximum + row), largest);
+  const Vec old = load(rows.reference + row_begin), maximum = max(load(rows.maximum + row_begin), load(largest));
   const Vec reference = policy.reference(maximum);
   const Vec rescale =
       where_equal(old, reference, set1(1.0f), where_equal(old, hidden, zero, exp_difference(old, reference)));
-  const Vec subtracted = where_equal(reference, hidden, zero, reference);  // -inf - -inf would be NaN
-  Vec total = zero;
-  for (int j = 0; j < keys; ++j) {
-    const Vec weight = exp_difference(load(rows.weights[j] + row), subtracted);
-    total = total + weight;
-    store(rows.weights[j] + row, weight);
+  store(subtracted, where_equal(reference, hidden, zero, reference));  // -inf - -inf would be NaN
+  for (int r = row_begin; r < row_end; ++r) {
+    float* x = rows.weights[r];
+    const Vec from = set1(subtracted[r - row_begin]);
+    Vec total = totals[r - row_begin];
+    for (int j = rows.begin[r]; j < rows.end[r]; j += kLanes) {
+      const Vec weight = exp_difference(load(x + j), from);
+      total = total + weight;
+      store(x + j, weight);
+    }
+    totals[r - row_begin] = total;
   }
-  store(rows.maximum + row, maximum);
-  store(rows.reference + row, reference);
-  store(rows.rescale + row, rescale);
-  store(rows.sum + row, fma(sum, rescale, total));
+  store(rows.maximum + row_begin, maximum);
+  store(rows.reference + row_begin, reference);
+  store(rows.rescale + row_begin, rescale);
+  store(rows.sum + row_begin, fma(load(rows.sum + row_begin), rescale, sum_each(totals)));
 }
 
 // A query of n numbers, packed for products with keys of type KV; zeros behind it. They share a type unless KV is fp8.
@@ -414,29 +437,32 @@ int block_keys(int head_dim) {
 
 // Rows [row_begin, row_begin + head_rows) of each of the KV heads [h_begin, h_begin + heads). Returns how many of the
 // rows that it finished phi did not serve.
-template <class KV>
+template <bool kOneHead, class KV>
 int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_begin, int heads, int row_begin,
                      int head_rows, RowChunk<KV>& rows, KeyRing<KV>& ring) {
   constexpr int kStep = Products<KV>::kStep;
   constexpr float kUnit = sizeof(KV) == 1 ? kFp8Unit : 1.0f;
   const int group = p.group(), count = heads * head_rows, block = block_keys<KV>(p.head_dim);
-  const HeadShape shape = {p.head_dim / kStep, p.head_dim % kStep, static_cast<int>(p.head_dim * sizeof(KV))};
+  const HeadShape shape = {p.head_dim / kStep, p.head_dim % kStep};
+  const int row_bytes = p.head_dim * static_cast<int>(sizeof(KV));
   const int padded = (p.head_dim + kStep - 1) / kStep * kStep;
 
   rows.stride = padded;
   int64_t first = task.key_end, last = task.key_begin;  // what any of these rows sees
-  for (int r = 0; r < kTaskRows; ++r) {
-    rows.reference[r] = rows.maximum[r] = -kInf;
-    rows.sum[r] = rows.scale[r] = rows.slope[r] = rows.phi[r] = 0.0f;
-    rows.first[r] = rows.last[r] = rows.position[r] = 0;
-    if (r >= count) continue;  // a lane of no row
+  for (int r = 0; r < kTaskRows; r += kLanes) {  // of lanes that are no rows, too
+    store(rows.reference + r, set1(-kInf));
+    store(rows.maximum + r, set1(-kInf));
+    store(rows.sum + r, set1(0.0f));
+    store(rows.phi + r, set1(0.0f));
+  }
+  for (int r = 0; r < count; ++r) {
     const int h = h_begin + r / head_rows, in_head = row_begin + r % head_rows;
     const int token = in_head / group, head = h * group + in_head % group;
     const int64_t offset = task.b * p.q_batch_stride + token * p.q_token_stride + head * p.q_head_stride;
     pack_query<KV>(rows.q(r), p.q, offset, p.head_dim, p.q_dtype);
     for (int i = 0; i < padded; i += kLanes) store(rows.acc(r) + i, set1(0.0f));
     rows.scale[r] = p.scale * kUnit * (p.k_scale ? p.k_scale[h] : 1.0f);
-    if (p.alibi_slopes) rows.slope[r] = p.alibi_slopes[head];
+    rows.slope[r] = p.alibi_slopes ? p.alibi_slopes[head] : 0.0f;
     if (p.phi) rows.phi[r] = p.phi[task.b * p.phi_batch_stride + head];
     rows.position[r] = task.length - p.q_len + token;
     rows.first[r] = max(p.window > 0 ? rows.position[r] - p.window + 1 : int64_t{0}, task.key_begin);
@@ -450,13 +476,19 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
   const auto keys_at = [&](int64_t key) { return static_cast<int>(max(int64_t{0}, min(int64_t{block}, last - key))); };
   ring.block = block;
   ring.located = 0;
-  Fetcher<KV> keys(ring.k, ring, heads, p.k.head_stride, p.head_dim);
-  Fetcher<KV> values(ring.v, ring, heads, p.v.head_stride, p.head_dim);
+  Stream<KV> keys(ring.k, ring, heads, p.k.head_stride), values(ring.v, ring, heads, p.v.head_stride);
   if (first < last) {
     locate(p, task.b, h_begin, first, keys_at(first), ring);
-    for (int i = 0; i < kFetchBytes; i += 64) {
-      __builtin_prefetch(keys.take(64, nullptr));
-      __builtin_prefetch(values.take(64, nullptr));
+    if constexpr (kOneHead) {
+      for (int j = 0; j < ring.located; ++j) prefetch(ring.k[j], row_bytes);
+    } else {
+      for (int row = min(kFetchBytes / row_bytes, ring.located * heads); row > 0; row -= kKeyTile) {
+        const KV *const* k = keys.next(kKeyTile), *const* v = values.next(kKeyTile);
+        for (int i = 0; i < kKeyTile; ++i) {
+          prefetch(k[i], row_bytes);
+          prefetch(v[i], row_bytes);
+        }
+      }
     }
   }
   int base = 0;  // of this block in the ring
@@ -464,24 +496,24 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
     const int here = keys_at(key);
     if (key + block < last) locate(p, task.b, h_begin, key + block, keys_at(key + block), ring);
 
-    for (int j = 0; j < here; j += kKeyTile) {
-      logits(rows, ring.k + base + j, p.k.head_stride, heads, head_rows, shape, j, keys);
+    if constexpr (kOneHead) {
+      logits(rows, ring.k + base, count, here, shape, OtherBlock<KV>{ring.v + base});
+    } else {
+      for (int j = 0; j < here; j += kKeyTile) {
+        logits(rows, ring.k + base + j, p.k.head_stride, heads, head_rows, shape, j, keys);
+      }
     }
 
-    rows.all_seen = here % kKeyTile == 0;
-    for (int r = 0; r < kTaskRows; ++r) {
-      const int64_t begin = max(int64_t{0}, min(rows.first[r] - key, int64_t{here}));
-      const int64_t end = max(begin, min(rows.last[r] - key, int64_t{here}));
-      rows.begin[r] = static_cast<float>(begin);
-      rows.end[r] = static_cast<float>(end);
-      rows.distance[r] = static_cast<float>(rows.position[r] - key);
-      if (r < count) rows.all_seen &= begin == 0 && end == here;
+    for (int r = 0; r < count; ++r) {
+      rows.begin[r] = static_cast<int>(max(int64_t{0}, min(rows.first[r] - key, int64_t{here})));
+      rows.end[r] = static_cast<int>(max(int64_t{0}, min(rows.last[r] - key, int64_t{here})));
     }
     for (int r = 0; r < count; r += kLanes) {
+      const int end = min(r + kLanes, count);
       if (p.phi) {
-        softmax_rows(p, rows, r, here, UnifiedMax{load(rows.phi + r)});
+        softmax_rows(p, rows, r, end, key, UnifiedMax{load(rows.phi + r)});
       } else {
-        softmax_rows(p, rows, r, here, OnlineMax{});
+        softmax_rows(p, rows, r, end, key, OnlineMax{});
       }
     }
 
@@ -489,8 +521,13 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
       if (rows.rescale[r] == 1.0f) continue;
       for (int i = 0; i < padded; i += kLanes) store(rows.acc(r) + i, set1(rows.rescale[r]) * load(rows.acc(r) + i));
     }
-    for (int j = 0; j < here; j += kKeyTile) {
-      accumulate(rows, ring.v + base + j, p.v.head_stride, heads, head_rows, shape, j, values);
+    if constexpr (kOneHead) {
+      const KV* const* next = ring.k + (key + block < last ? base ^ block : base);
+      accumulate(rows, ring.v + base, 0, 1, head_rows, shape, 0, here, OtherBlock<KV>{next});
+    } else {
+      for (int j = 0; j < here; j += kKeyTile) {
+        accumulate(rows, ring.v + base + j, p.v.head_stride, heads, head_rows, shape, j, kKeyTile, values);
+      }
     }
   }
 
@@ -527,7 +564,8 @@ int32_t attend_typed(const AttentionParams& p, const AttentionTask& task) {
   for (int h = task.head_begin; h < task.head_end; h += chunk_heads) {
     const int heads = min(chunk_heads, task.head_end - h);
     for (int row = 0; row < total_rows; row += kTaskRows) {
-      fallbacks += attend_chunk(p, task, h, heads, row, min(kTaskRows, total_rows - row), rows, ring);
+      const auto attend = heads == 1 ? attend_chunk<true, KV> : attend_chunk<false, KV>;
+      fallbacks += attend(p, task, h, heads, row, min(kTaskRows, total_rows - row), rows, ring);
     }
   }
   return fallbacks;
