@@ -1,95 +1,247 @@
-"""decode_attention beside torch's SDPA (flash, cuDNN) on one GPU: contiguous and paged, online and unified.
+"""decode_attention beside what a user would call instead, on one GPU and in one process.
 
-python bench/attention.py [--output bench/results/attention_h100.json]
+Every shape is checked against flashdecpp.reference before it is timed. Times are medians of CUDA-graph
+replays with the KV rotated past L2; `fraction` is the KV's bytes over that time, relative to the plain read
+of read_ceiling_gbs; `over_best_peer` is the time of the fastest peer on a shape, whatever layout it reads,
+over ours with the unified maximum.
+
+    python bench/attention.py [--groups main,ragged | all] [--peers none] [--output FILE.json]
+    python bench/attention.py --quick        # ten shapes, no peers, nothing written
+    python bench/attention.py --dry-run      # tiny shapes on the CPU: does the script hold together?
+
+FlashInfer and FlashAttention-3 take part where they are installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
 import measure
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from attention_peers import PEERS, Call, installed
+from attention_shapes import GROUPS, QUICK, Group, Inputs, Shape
+from attention_summary import summary
+from torch import Tensor
 
-from flashdecpp import ops
+from flashdecpp import ops, reference
 
-HEADS = {"mha 32/32": (32, 32), "gqa 32/8": (32, 8), "gqa 64/8": (64, 8), "gqa 28/4": (28, 4)}
-LENGTHS = [
-    (1, 1024),
-    (1, 8192),
-    (1, 32768),
-    (1, 131072),
-    (8, 1024),
-    (8, 8192),
-    (32, 1024),
-    (32, 4096),
-    (64, 2048),
-    (128, 1024),
-]
-HEAD_DIM, BLOCK_SIZE = 128, 16
+REPLAYS = 20
+MIN_CALLS = 4  # of one graph: starting it takes a few microseconds
+Timer = Callable[[list[Callable[[], object]]], float]
 
 
-def measure_shape(q_heads: int, kv_heads: int, batch: int, length: int, dtype: torch.dtype) -> dict:
-    kv_bytes = 2 * 2 * batch * length * kv_heads * HEAD_DIM
-    caches = [
-        torch.randn(2, batch, length, kv_heads, HEAD_DIM, dtype=dtype, device="cuda")
-        for _ in range(measure.rotation(kv_bytes))
-    ]
-    q = torch.randn(batch, 1, q_heads, HEAD_DIM, dtype=dtype, device="cuda")
-    seq_lens = torch.full((batch,), length, dtype=torch.int32, device="cuda")
-    blocks = batch * length // BLOCK_SIZE
-    table = torch.randperm(blocks, device="cuda").to(torch.int32).view(batch, -1)
-    # Random normal q and k give logits of unit variance, whose row maxima are near 4.
-    phi = torch.full((q_heads,), 4.0, dtype=torch.float32, device="cuda")
+@contextlib.contextmanager
+def gpu_kernels(which: str | None) -> Iterator[None]:
+    """Calls made inside use the kernels named, "generic" for those of every GPU; None leaves the choice."""
+    if which is None:
+        yield
+        return
+    before = os.environ.get("FLASHDECPP_GPU_KERNELS")
+    os.environ["FLASHDECPP_GPU_KERNELS"] = which
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FLASHDECPP_GPU_KERNELS"]
+        else:
+            os.environ["FLASHDECPP_GPU_KERNELS"] = before
 
-    def ours(cache: torch.Tensor, paged: bool, unified: bool) -> torch.Tensor:
-        if paged:
-            cache = cache.view(2, blocks, BLOCK_SIZE, kv_heads, HEAD_DIM)
-        return ops.decode_attention(
-            q, cache[0], cache[1], seq_lens, table if paged else None, phi=phi if unified else None
-        )
 
-    def sdpa(cache: torch.Tensor) -> torch.Tensor:
-        k, v = cache.transpose(2, 3)
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=q_heads != kv_heads)
+def our_calls(inputs: Inputs) -> dict[str, Call]:
+    """decode_attention in both layouts, with the unified maximum and (the ablation) with the online one."""
 
-    times = {
-        "contiguous online": measure.graph_median_us([lambda c=c: ours(c, False, False) for c in caches]),
-        "contiguous unified": measure.graph_median_us([lambda c=c: ours(c, False, True) for c in caches]),
-        "paged online": measure.graph_median_us([lambda c=c: ours(c, True, False) for c in caches]),
-        "paged unified": measure.graph_median_us([lambda c=c: ours(c, True, True) for c in caches]),
-    }
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        with sdpa_kernel(backend):
-            name = "sdpa " + backend.name.split("_")[0].lower()
-            try:
-                times[name] = measure.graph_median_us([lambda c=c: sdpa(c) for c in caches])
-            except RuntimeError as error:
-                print(f"{name} refused: {str(error).splitlines()[0]}", flush=True)
-    best_peer = min((us for name, us in times.items() if name.startswith("sdpa")), default=None)
+    def call(i: int, layout: str, phi: Tensor | None) -> Tensor:
+        k, v = getattr(inputs, layout)(i)
+        table = inputs.block_table if layout == "paged" else None
+        return ops.decode_attention(inputs.q, k, v, inputs.seq_lens, table, phi=phi, **inputs.options)[0]
+
     return {
-        "batch": batch,
-        "length": length,
-        "us": {name: round(us, 2) for name, us in times.items()},
-        "paged_unified_gbs": round(kv_bytes / times["paged unified"] / 1e3),
-        "over_best_sdpa": round(best_peer / times["paged unified"], 3) if best_peer else None,
+        f"{layout} {name}": partial(call, layout=layout, phi=phi)
+        for layout in inputs.layouts
+        if layout != "head_major"
+        for name, phi in (("online", None), ("unified", inputs.phi))
     }
+
+
+def expected(inputs: Inputs, layout: str) -> Tensor:
+    """What attention over set 0 is."""
+    k, v = getattr(inputs, layout)(0)
+    if layout == "head_major":
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    table = inputs.block_table if layout == "paged" else None
+    return reference.decode_attention(inputs.q, k, v, inputs.seq_lens, table, **inputs.options)[0]
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """The largest error over the largest value; infinite where either is not finite."""
+    error = (actual.float() - truth.float()).abs().max() / truth.float().abs().max()
+    return error.item() if error.isfinite() else torch.inf
+
+
+def fallbacks(inputs: Inputs) -> int:
+    """How many rows the unified maximum had to recompute: what is timed as unified should be."""
+    count = torch.zeros(1, dtype=torch.int32, device=inputs.q.device)
+    ops.decode_attention(
+        inputs.q,
+        *inputs.paged(0),
+        inputs.seq_lens,
+        inputs.block_table,
+        phi=inputs.phi,
+        fallback_count=count,
+        **inputs.options,
+    )
+    return count.item()
+
+
+def measure_shape(shape: Shape, peers: list[str], device: str, timer: Timer) -> dict:
+    """Checks and times every contestant on one shape."""
+    inputs = Inputs(shape, device)
+    truth: dict[str, Tensor] = {}
+    row: dict = {
+        **asdict(shape),
+        "kv_bytes": shape.kv_bytes,
+        "sets": inputs.sets,
+        "fallbacks": 0,
+        "us": {},
+        "error": {},
+        "refused": {},
+    }
+    # A result may be off by a few roundings of its own precision and of the weights'.
+    allowed = 8 * torch.finfo(inputs.q.dtype).eps
+
+    def contest(name: str, layout: str, make: Callable[[], Call], checked: bool = True) -> None:
+        try:
+            call = make()
+            if checked:
+                if layout not in truth:
+                    truth[layout] = expected(inputs, layout)
+                call(0)  # what a call leaves behind must not spoil the next one
+                error = relative_error(call(0), truth[layout])
+                row["error"][name] = float(f"{error:.2g}")
+                if error > allowed:
+                    raise ArithmeticError(f"wrong: relative error {error:.2g}, allowed {allowed:.2g}")
+            calls = [partial(call, i) for i in range(inputs.sets)]
+            row["us"][name] = round(timer(calls * -(-MIN_CALLS // inputs.sets)), 2)
+        except Exception as error:  # a peer may raise whatever it likes
+            row["refused"][name] = (str(error).strip() or repr(error)).splitlines()[0][:160]
+            print(f"    {name}: {row['refused'][name]}", flush=True)
+
+    for name, call in our_calls(inputs).items():
+        contest(name, name.split()[0], lambda call=call: call)
+    if "paged unified" in row["us"]:
+        row["fallbacks"] = fallbacks(inputs)
+    for name in peers:
+        _, layout, make = PEERS[name]
+        if layout in inputs.layouts:
+            # No peer takes the fp8 scales of a head: without them it computes something else.
+            contest(name, layout, partial(make, inputs), checked=not shape.fp8)
+    return row
+
+
+def measure_group(name: str, group: Group, peers: list[str], device: str, timer: Timer) -> Iterator[dict]:
+    names = [peer for peer in peers if peer.startswith(group.peers)] if group.peers else []
+    for shape in group.shapes:
+        with torch.no_grad(), gpu_kernels(group.kernels):
+            row = measure_shape(shape if device == "cuda" else shape.shrunk(), names, device, timer)
+        yield {"group": name, "shape": str(shape), **row}
+
+
+def derive(row: dict, ceiling_gbs: float) -> dict:
+    """The row with what follows from its times."""
+    floor = row["kv_bytes"] / ceiling_gbs / 1e3
+    ours = {name: us for name, us in row["us"].items() if name not in PEERS}
+    peers = {name: us for name, us in row["us"].items() if name in PEERS}
+    best = min(peers, key=peers.__getitem__, default=None)
+    unified = {
+        layout: ours[f"{layout} unified"] for layout in ("paged", "contiguous") if f"{layout} unified" in ours
+    }
+    return {
+        **row,
+        "floor_us": round(floor, 2),
+        "fraction": {name: round(floor / us, 3) for name, us in ours.items()},
+        "best_peer": best,
+        "over_best_peer": {
+            layout: round(peers[best] / us, 3) for layout, us in unified.items() if best is not None
+        },
+    }
+
+
+def progress(row: dict) -> str:
+    """A row in a line: ours with the unified maximum, the best peer, and its time over ours."""
+    parts = []
+    for layout in ("paged", "contiguous"):
+        name = f"{layout} unified"
+        if name in row["us"]:
+            parts.append(f"{layout} {row['us'][name]:.1f} us, {row['fraction'][name]:.2f} of the ceiling")
+    if row["best_peer"]:
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in row["over_best_peer"].values())
+        parts.append(f"{row['best_peer']} {row['us'][row['best_peer']]:.1f} us: {ratios}")
+    return f"{row['group']}: {row['shape']}: " + "; ".join(parts)
+
+
+def call_once_us(calls: list[Callable[[], object]]) -> float:
+    """The timer of a dry run."""
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - start) * 1e6 / len(calls)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
-    parser.add_argument("--output", default="bench/results/attention_h100.json")
-    arguments = parser.parse_args()
-    rows = []
-    for heads, (q_heads, kv_heads) in HEADS.items():
-        for batch, length in LENGTHS:
-            row = measure_shape(q_heads, kv_heads, batch, length, getattr(torch, arguments.dtype))
-            rows.append({"heads": heads, **row})
-            print(rows[-1], flush=True)
-    ceiling = round(measure.read_ceiling_gbs())
-    measure.save(arguments.output, {"dtype": arguments.dtype, "read_ceiling_gbs": ceiling, "shapes": rows})
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--groups", default="main", help=f"some of {','.join(GROUPS)}, or all")
+    parser.add_argument("--peers", default="sdpa,flashinfer,fa3", help="names or their beginnings, or none")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument(
+        "--output", help="default: bench/results/attention_h100.json; none of a quick or dry run"
+    )
+    options = parser.parse_args()
+
+    groups = {"quick": QUICK} if options.quick else GROUPS
+    if not options.quick and options.groups != "all":
+        unknown = set(options.groups.split(",")) - set(GROUPS)
+        if unknown:
+            parser.error(
+                f"--groups must be among {', '.join(GROUPS)}, or all; got {', '.join(sorted(unknown))}"
+            )
+        groups = {name: GROUPS[name] for name in options.groups.split(",")}
+    output = options.output
+    if output is None and not (options.quick or options.dry_run):
+        output = "bench/results/attention_h100.json"
+
+    device = "cpu" if options.dry_run else "cuda"
+    timer = call_once_us if options.dry_run else partial(measure.graph_median_us, replays=REPLAYS)
+    ceiling = 1.0 if options.dry_run else measure.read_ceiling_gbs()
+    print(f"read ceiling {ceiling:.0f} GB/s", flush=True)
+    torch.manual_seed(0)
+    wanted = [] if options.quick or options.peers == "none" else options.peers.split(",")
+    peers = installed(wanted)
+
+    rows: list[dict] = []
+    for name, group in groups.items():
+        for row in measure_group(name, group, peers, device, timer):
+            rows.append(derive(row, ceiling))
+            print(progress(rows[-1]), flush=True)
+        if output:  # after every group, so that a run cut off keeps what it has
+            measure.save(
+                Path(output), {"read_ceiling_gbs": round(ceiling), "summary": summary(rows), "shapes": rows}
+            )
+    for line, value in summary(rows).items():
+        print(f"{line:58} {value}")
+    failed = [row["shape"] for row in rows if any(name not in PEERS for name in row["refused"])]
+    if failed:
+        sys.exit(f"decode_attention was wrong or failed on {', '.join(failed)}")
 
 
 if __name__ == "__main__":

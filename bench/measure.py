@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,13 +20,18 @@ L2_BYTES = 50 << 20
 
 
 def rotation(bytes_per_call: int) -> int:
-    """How many input sets to rotate among so that each call finds its data outside of L2."""
-    return max(1, min(16, 4 * L2_BYTES // max(1, bytes_per_call) + 1))
+    """How many input sets to rotate among so that each call finds its data outside of L2.
+
+    Before a set's turn comes again, four times L2 have been read; at least twice L2 are in the sets together
+    where the number of sets ends at 64 (from 1.6 MB a call on).
+    """
+    return 1 + min(63, -(-4 * L2_BYTES // bytes_per_call))
 
 
 def graph_median_us(calls: Sequence[Callable[[], object]], replays: int = 30) -> float:
     """Median microseconds of one call, from graph replays of all `calls` (each on its own inputs) in turn."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still be writing the inputs
     with torch.cuda.stream(stream):
         for call in calls:
             call()
@@ -48,10 +54,10 @@ def graph_median_us(calls: Sequence[Callable[[], object]], replays: int = 30) ->
 
 
 def read_ceiling_gbs() -> float:
-    """GB/s of a plain read on this GPU, measured now: the sum of 2 GiB."""
-    data = torch.empty(1 << 29, dtype=torch.int32, device="cuda").random_()
-    microseconds = graph_median_us([lambda: data.sum(dtype=torch.int32)], replays=10)
-    return data.numel() * 4 / microseconds / 1e3
+    """GB/s of a plain read on this GPU, measured now: the sum of 2 GiB, of two sets in turn."""
+    sets = [torch.empty(1 << 29, dtype=torch.int32, device="cuda").random_() for _ in range(2)]
+    microseconds = graph_median_us([partial(data.sum, dtype=torch.int32) for data in sets], replays=10)
+    return sets[0].nbytes / microseconds / 1e3
 
 
 def environment() -> dict[str, object]:

@@ -1,23 +1,29 @@
-"""How often a calibrated phi does not fit while the demo model decodes, calibrated on the built-in text.
+"""How often the unified maximum does not fit: phi calibrated for every head, and carried from step to step.
 
-Fallbacks are what the kernel counted while it decoded (its safe window on the CPU is +-22). The share of rows
-outside each safe window comes from a second pass over the same tokens that looks at the softmax inputs.
+On the demo model while it decodes, calibrated on the built-in text; and on made-up softmax inputs as wide as
+OPT's, where every output is held against the float64 reference as well. Fallbacks are what the kernel counted
+(its safe window on the CPU is +-22); the shares outside of each safe window come from the recorded maximum of
+every row.
 
-    python bench/phi.py [--device cpu] [--tokens 1100] [--output bench/results/phi_cpu.json]
+    python bench/phi.py [--device cpu] [--tokens 1100] [--steps 1000] [--output bench/results/phi_cpu.json]
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import measure
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from flashdecpp.runner import LLM, Completion, SamplingParams
+from flashdecpp import ops, reference
+from flashdecpp.runner import LLM, SamplingParams
 from flashdecpp.runner import calibrate as calibration
-from flashdecpp.runner.cache import KVCache, blocks_for
 from flashdecpp.runner.calibration_text import TEXT
+from flashdecpp.runner.model import Decoder
 from flashdecpp.runner.phi import SAFE_WINDOWS
 
 STORY = ["Once upon a time, in a small village by the sea,"]
@@ -33,68 +39,239 @@ QUESTIONS = [
 ]
 
 
-def outside(llm: LLM, phi: torch.Tensor, answers: list[Completion]) -> dict[str, float]:
-    """The share of the rows decoded for the answers whose maximum is outside each safe window around phi."""
-    distances = []
-    for answer in answers:
-        tokens = (answer.prompt_token_ids + answer.token_ids)[:-1]  # the last token was never fed
-        cache = KVCache(llm.config, blocks_for(len(tokens)), llm.device, llm.dtype)
-        table = torch.arange(cache.num_blocks, dtype=torch.int32, device=llm.device)[None]
-        observer = calibration.SoftmaxObserver(llm.config, tqdm(disable=True))
-        llm.decoder.prefill(torch.tensor(tokens, device=llm.device), cache, table, observe=observer)
-        rows = torch.stack([observer.row_maxima(layer) for layer in range(llm.config.layers)])
-        distances.append((rows - phi[:, :, None]).abs()[:, :, len(answer.prompt_token_ids) :])
-    distance = torch.cat(distances, dim=2)
-    return {name: round((distance > width).double().mean().item(), 6) for name, width in SAFE_WINDOWS.items()}
+def outside(distance: Tensor) -> dict[str, float]:
+    """The share of rows that each safe window does not hold; NaN, as a sequence starts, is never in one."""
+    return {name: share(~(distance <= width)) for name, width in SAFE_WINDOWS.items()}
+
+
+def share(rows: Tensor) -> float:
+    return round(rows.double().mean().item(), 6)
+
+
+def carried_distance(maxima: Tensor) -> Tensor:
+    """[steps, ...]: how far a row's maximum is from that of the step before. NaN for the first step."""
+    before = torch.cat((torch.full_like(maxima[:1], torch.nan), maxima[:-1]))
+    return (maxima - before).abs()
+
+
+def summary(fallbacks: int, distance: Tensor) -> dict[str, object]:
+    """Of one policy: what the kernel counted, and what lay outside; distance is [steps, ...]."""
+    return {
+        "fallbacks": fallbacks,
+        "fallback rate": round(fallbacks / distance.numel(), 6),
+        "outside": outside(distance),
+        "outside after the first step": outside(distance[1:]),
+    }
+
+
+# ------------------------------------------------------------------------------------------ the demo model
+
+
+class Recorder:
+    """Decodes as a decoder does and keeps the row maxima that each step leaves in carried_phi."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decode = decoder.decode
+        self.steps: list[Tensor] = []
+        decoder.decode = self
+
+    def __call__(
+        self, tokens: Tensor, cache: object, seq_lens: Tensor, block_table: Tensor, carried_phi: Tensor
+    ) -> Tensor:
+        logits = self._decode(tokens, cache, seq_lens, block_table, carried_phi)
+        self.steps.append(carried_phi.transpose(0, 1).to("cpu", copy=True))  # [batch, layers, q_heads]
+        return logits
+
+
+def demo(device: str, tokens: int) -> dict[str, object]:
+    llm = LLM("demo", device=device, dtype="bfloat16", phi="none")
+    found = calibration.measure(llm, llm.tokenizer.encode(TEXT))
+    for line in calibration.report(found):
+        print(line)
+    fixed = LLM("demo", device=device, dtype="bfloat16", phi=list(found.phi.to(llm.device)))
+    carried = LLM("demo", device=device, dtype="bfloat16", phi="carry")
+    recorder = Recorder(carried.decoder)
+
+    chats = [llm.tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
+    endless = dict(ignore_eos=True, temperature=0.8)
+    workloads = {
+        "story, greedy": (STORY, SamplingParams(max_tokens=tokens, ignore_eos=True)),
+        "story, temperature 0.8": (STORY, SamplingParams(max_tokens=tokens, seed=1, **endless)),
+        "8 chats, temperature 0.8": (chats, SamplingParams(max_tokens=tokens // 4, seed=2, **endless)),
+    }
+    results: dict[str, object] = {
+        "calibration": {
+            "tokens": found.tokens,
+            "expected outside": {
+                name: round(1 - within.double().mean().item(), 6) for name, within in found.coverage.items()
+            },
+        }
+    }
+    for name, (prompts, params) in workloads.items():
+        recorder.steps.clear()
+        fixed.generate(prompts, params)
+        carried.generate(prompts, params)
+        maxima = torch.stack(recorder.steps)  # [steps, batch, layers, q_heads]
+        results[name] = {
+            "steps": maxima.size(0),
+            "sequences": maxima.size(1),
+            "rows": maxima.numel(),
+            "fixed phi": summary(fixed.stats.softmax_fallbacks, (maxima - found.phi).abs()),
+            "carried phi": summary(carried.stats.softmax_fallbacks, carried_distance(maxima)),
+        }
+        print(f"{name}: {results[name]}")
+    return results
+
+
+# ---------------------------------------------------------------------------- inputs as wide as those of OPT
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the level of a head moves from step to step.
+
+    level' = centre + memory * (level - centre) + step * normal. With a memory of 0 every step is on its own,
+    with 1 it is a random walk.
+    """
+
+    memory: float
+    step: float
+
+
+WALKS = {
+    "independent steps": Walk(0.0, 4.0),
+    "mean-reverting": Walk(0.95, 3.0),
+    "random walk": Walk(1.0, 3.0),
+    "rough random walk": Walk(1.0, 10.0),
+}
+LOWEST, HIGHEST = -497.0, 364.0  # softmax inputs of OPT
+DEPTH = 60.0  # how far the inputs of a row reach below its maximum
+HEADS, HEAD_DIM, KEYS, SEQUENCES = 32, 64, 128, 2
+CALIBRATION_STEPS = 250
+
+
+def opt_like_steps(walk: Walk, steps: int, device: str) -> Iterator[dict[str, Tensor]]:
+    """Arguments of decode_attention, step by step: KEYS random keys and values, a new query every time.
+
+    Each head has a level, near which its row maximum lies: the centres of the heads are spread evenly from
+    the lowest to the highest that keep all inputs within LOWEST and HIGHEST, where the levels turn back. A
+    key's first two numbers are 1 and the query's add up to the level (two, so that bfloat16 has its
+    fractions); a key's third is a depth from -1 to 0, which the query multiplies by DEPTH; the rest is noise,
+    which decides between the keys near the top. The cache stays as it is, only the query moves.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.5  # room for what the random part adds
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    keys = normal(SEQUENCES, KEYS, HEADS, HEAD_DIM) * 0.3
+    keys[..., :2] = 1
+    keys[..., 2] = -torch.rand(keys.shape[:-1], generator=generator)
+    cache = {"k_cache": keys, "v_cache": normal(*keys.shape)}
+    cache = {name: x.to(device, torch.bfloat16) for name, x in cache.items()}
+    seq_lens = torch.full((SEQUENCES,), KEYS, dtype=torch.int32, device=device)
+    low, high = LOWEST + DEPTH + noise, HIGHEST - noise
+    centre = torch.linspace(low, high, HEADS).expand(SEQUENCES, HEADS)
+    level = centre
+    for _ in range(steps):
+        level = centre + walk.memory * (level - centre) + walk.step * normal(SEQUENCES, HEADS)
+        level = torch.where(level < low, 2 * low - level, torch.where(level > high, 2 * high - level, level))
+        q = normal(SEQUENCES, 1, HEADS, HEAD_DIM)
+        target = level[:, None] * HEAD_DIM**0.5
+        q[..., 0] = target.bfloat16().float()
+        q[..., 1] = target - q[..., 0]
+        q[..., 2] = DEPTH * HEAD_DIM**0.5
+        yield {"q": q.to(device, torch.bfloat16), "seq_lens": seq_lens, **cache}
+
+
+class Exactness:
+    """Holds every result to the reference in float64 and keeps the largest share of the bound that one took.
+
+    The bound is that of the tests: twice the error of the same maths in plain bfloat16 torch, plus rounding.
+    """
+
+    def __init__(self) -> None:
+        self.results, self.worst = 0, 0.0
+
+    def truth(self, arguments: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """out, lse and the row maxima [batch, q_heads], and the bounds of what is checked next."""
+        maxima = torch.full(arguments["q"].shape[::2][:2], torch.nan, device=arguments["q"].device)
+        truth = reference.decode_attention(**arguments, carried_phi=maxima, compute_dtype=torch.float64)
+        plain = reference.decode_attention(**arguments, compute_dtype=torch.bfloat16)
+        self._truth = [x.double() for x in truth]
+        roundings = (torch.finfo(torch.bfloat16).eps, 2 * torch.finfo(torch.float32).eps)
+        self._bounds = [
+            2 * (low.double() - x).abs().max() + rounding * x.abs().max()
+            for low, x, rounding in zip(plain, self._truth, roundings, strict=True)
+        ]
+        return *truth, maxima
+
+    def check(self, result: tuple[Tensor, Tensor]) -> None:
+        for actual, truth, bound in zip(result, self._truth, self._bounds, strict=True):
+            taken = ((actual.double() - truth).abs().max() / bound).item()
+            if not taken <= 1:
+                raise SystemExit(f"a result is off by {taken:.2f} times what the tolerance allows")
+            self.worst = max(self.worst, taken)
+        self.results += 1
+
+
+def opt_like(walk: Walk, steps: int, device: str) -> dict[str, object]:
+    exact = Exactness()
+    policies = ("fixed phi", "carried phi", "hopeless phi")
+    counts = {name: torch.zeros(1, dtype=torch.int32, device=device) for name in policies}
+    carried = torch.full((SEQUENCES, HEADS), torch.nan, device=device)
+    phi = {"hopeless phi": torch.full((HEADS,), 1000.0, device=device)}
+    maxima: list[Tensor] = []
+    lowest, highest = torch.inf, -torch.inf
+    source = opt_like_steps(walk, CALIBRATION_STEPS + steps, device)
+    for step, arguments in enumerate(tqdm(source, total=CALIBRATION_STEPS + steps, disable=None)):
+        if step == CALIBRATION_STEPS:
+            seen = torch.stack(maxima).flatten(0, 1).T.contiguous()  # [q_heads, rows]
+            phi["fixed phi"] = calibration.choose_phi(seen).to(device)
+            maxima.clear()
+        *_, row_maxima = exact.truth(arguments)
+        maxima.append(row_maxima.cpu())
+        inputs = torch.einsum("bqhd,bkhd->bhqk", arguments["q"].float(), arguments["k_cache"].float())
+        inputs *= HEAD_DIM**-0.5
+        lowest, highest = min(lowest, inputs.min().item()), max(highest, inputs.max().item())
+        if step < CALIBRATION_STEPS:
+            continue
+        for name in policies:
+            how = {"carried_phi": carried} if name == "carried phi" else {"phi": phi[name]}
+            exact.check(ops.decode_attention(**arguments, **how, fallback_count=counts[name]))
+    rows = torch.stack(maxima)  # [steps, batch, q_heads]
+    distances = {
+        "fixed phi": (rows - phi["fixed phi"].cpu()).abs(),
+        "carried phi": carried_distance(rows),
+        "hopeless phi": (rows - phi["hopeless phi"].cpu()).abs(),
+    }
+    return {
+        "memory": walk.memory,
+        "step": walk.step,
+        "inputs": [round(lowest, 1), round(highest, 1)],
+        "steps": steps,
+        "rows": rows.numel(),
+        **{name: summary(int(counts[name].item()), distances[name]) for name in policies},
+        "results within tolerance": exact.results,
+        "largest error, of what is allowed": round(exact.worst, 3),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=1100, help="tokens of a story; an answer has a quarter")
+    parser.add_argument("--steps", type=int, default=1000, help="decode steps on inputs as wide as OPT's")
     parser.add_argument("--output", help="default: bench/results/phi_<device>.json")
     options = parser.parse_args()
 
-    llm = LLM("demo", device=options.device, dtype="bfloat16", phi="none")
-    found = calibration.measure(llm, llm.tokenizer.encode(TEXT))
-    for line in calibration.report(found):
-        print(line)
-    llm = LLM("demo", device=options.device, dtype="bfloat16", phi=list(found.phi.to(llm.device)))
-
-    chats = [llm.tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
-    long, short = options.tokens, options.tokens // 4
-    workloads = {
-        "story, greedy": (STORY, SamplingParams(max_tokens=long, ignore_eos=True)),
-        "story, temperature 0.8": (
-            STORY,
-            SamplingParams(max_tokens=long, ignore_eos=True, temperature=0.8, seed=1),
-        ),
-        "8 chats, temperature 0.8": (
-            chats,
-            SamplingParams(max_tokens=short, ignore_eos=True, temperature=0.8, seed=2),
-        ),
-    }
-    results: dict[str, object] = {
-        "calibration": {
-            "tokens": found.tokens,
-            "expected outside": {
-                name: round(1 - share.double().mean().item(), 6) for name, share in found.coverage.items()
-            },
-        }
-    }
-    for name, (prompts, params) in workloads.items():
-        answers = llm.generate(prompts, params)
-        steps = sum(len(answer.token_ids) - 1 for answer in answers)
-        rows = steps * found.phi.numel()
-        results[name] = {
-            "decoded tokens": steps,
-            "rows": rows,
-            "fallbacks": llm.stats.softmax_fallbacks,
-            "fallback rate": round(llm.stats.softmax_fallbacks / rows, 6),
-            "outside": outside(llm, found.phi, answers),
-        }
-        print(f"{name}: {results[name]}")
-    measure.save(options.output or f"bench/results/phi_{llm.device.type}.json", results)
+    wide = {name: opt_like(walk, options.steps, options.device) for name, walk in WALKS.items()}
+    for name, result in wide.items():
+        print(f"{name}: {result}")
+    results = {"demo model": demo(options.device, options.tokens), "inputs as wide as OPT's": wide}
+    device = torch.device(options.device).type
+    measure.save(options.output or f"bench/results/phi_{device}.json", results)
 
 
 if __name__ == "__main__":

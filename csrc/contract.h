@@ -176,13 +176,44 @@ inline Cache cache(const Checker& check, const Backend& backend, DType compute_d
   return c;
 }
 
-inline AttentionParams decode_attention(const Backend& backend, const Tensor& q_tensor, const Tensor& k_cache,
-                                        const Tensor& v_cache, const Tensor& seq_lens,
-                                        const OptionalTensor& block_table, std::optional<double> scale,
-                                        const OptionalTensor& phi, double softcap, int64_t window,
-                                        const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-                                        const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                                        int64_t num_splits, const OptionalTensor& fallback_count) {
+// A phi that stays as it is: [q_heads] or [batch, q_heads].
+inline void unified_maximum(const Checker& check, AttentionParams& p, const OptionalTensor& phi) {
+  if (!phi) return;
+  const View t(*phi);
+  check.same_device("phi", t);
+  check.dtype("phi", t, DType::kFloat32);
+  if (t.dim == 2) {
+    check.shape("phi", t, {p.batch, p.q_heads});
+    p.phi_batch_stride = p.q_heads;
+  } else {
+    check.shape("phi", t, {p.q_heads});
+  }
+  check.contiguous("phi", t);
+  p.phi = static_cast<const float*>(t.data);
+}
+
+// A phi that is carried from step to step: [batch, q_heads], replaced by the row maximum.
+inline void unified_maximum(const Checker& check, AttentionParams& p, const Tensor& carried_phi) {
+  const View t(carried_phi);
+  check.same_device("carried_phi", t);
+  check.dtype("carried_phi", t, DType::kFloat32);
+  check.shape("carried_phi", t, {p.batch, p.q_heads});
+  check.last_contiguous("carried_phi", t);
+  FLASHDECPP_REQUIRE(p.batch <= 1 || t.strides[0] >= p.q_heads, check.op,
+                     "carried_phi must have rows that do not overlap, got strides ", t.stride_list());
+  p.row_max = static_cast<float*>(t.data);
+  p.phi = p.row_max;
+  p.phi_batch_stride = p.row_max_batch_stride = t.strides[0];
+}
+
+// `Phi`: OptionalTensor for one that stays as it is, Tensor for one that is carried.
+template <class Phi>
+AttentionParams decode_attention(const Backend& backend, const Tensor& q_tensor, const Tensor& k_cache,
+                                 const Tensor& v_cache, const Tensor& seq_lens, const OptionalTensor& block_table,
+                                 std::optional<double> scale, const Phi& phi, double softcap, int64_t window,
+                                 const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                 const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t num_splits,
+                                 const OptionalTensor& fallback_count) {
   const View q(q_tensor);
   const Checker check("decode_attention", "q", q);
   check.rank("q", q, 4, "[batch, q_len, q_heads, head_dim]");
@@ -236,19 +267,7 @@ inline AttentionParams decode_attention(const Backend& backend, const Tensor& q_
   p.softcap = static_cast<float>(softcap);
   p.window = window > 0 ? static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX)) : 0;
   p.num_splits = static_cast<int32_t>(std::min<int64_t>(num_splits, INT32_MAX));
-  if (phi) {
-    const View t(*phi);
-    check.same_device("phi", t);
-    check.dtype("phi", t, DType::kFloat32);
-    if (t.dim == 2) {
-      check.shape("phi", t, {batch, q_heads});
-      p.phi_batch_stride = q_heads;
-    } else {
-      check.shape("phi", t, {q_heads});
-    }
-    check.contiguous("phi", t);
-    p.phi = static_cast<const float*>(t.data);
-  }
+  unified_maximum(check, p, phi);
   p.alibi_slopes = check.parameter<float>("alibi_slopes", alibi_slopes, DType::kFloat32, {q_heads});
   p.sinks = check.parameter<float>("sinks", sinks, DType::kFloat32, {q_heads});
   p.fallback_count =

@@ -125,28 +125,31 @@ inline int32_t choose_k_splits(const DeviceProperties& device, const FlatTile& t
   return best;
 }
 
-// ---- how many KV splits --------------------------------------------------------------------------------------------
-// Lengths live on the device, so the choice is made from the capacity of the cache, as if every sequence filled it.
-// `independent_blocks` is what there is without splitting: batch * kv_heads * row tiles. Time is counted in keys that
-// one block walks over: the machine takes the blocks in waves of `resident`, each wave as long as its split, plus a
-// block's fixed cost (filling its pipeline), plus the merge, which reads every split's partial output. The smallest
-// total wins, of equal ones the one with fewer splits.
-inline int32_t choose_num_splits(const DeviceProperties& device, int64_t independent_blocks, int64_t capacity) {
-  constexpr int64_t blocks_per_multiprocessor = 2, tile = 64, fixed = 64, merge = 4, max_splits = 128;
-  const int64_t resident = std::max<int64_t>(1, device.multiprocessors * blocks_per_multiprocessor);
-  const int64_t blocks = std::max<int64_t>(1, independent_blocks);
-  const int64_t tiles = std::max<int64_t>(1, (capacity + tile - 1) / tile);
-  int64_t best = 1, best_cost = INT64_MAX;
-  for (int64_t splits = 1; splits <= std::min(tiles, max_splits); ++splits) {
-    const int64_t waves = (blocks * splits + resident - 1) / resident;
-    const int64_t keys = (tiles + splits - 1) / splits * tile;
-    const int64_t cost = waves * (keys + fixed) + (splits > 1 ? merge * splits : 0);
-    if (cost < best_cost) {
-      best = splits;
-      best_cost = cost;
-    }
-  }
-  return static_cast<int32_t>(best);
+// ---- decode attention: how many blocks, and how many parts of units they may leave ---------------------------------
+struct AttentionGrid {
+  int64_t blocks, filling;  // all, and those that fill the machine
+  int64_t slots;
+};
+
+// `units` is batch * kv_heads, `groups` what they hold together if every sequence fills the cache. With num_splits
+// every unit has that many blocks, each of which leaves a part. Without, blocks share all groups: a share begins and
+// ends inside of units, so a block leaves up to two parts. No more blocks than min_groups make sense for, and no more
+// parts than the workspace holds. A few blocks less than the machine holds, if then a unit has a whole number of blocks
+// or a block of units: of sequences of one length nothing is cut in vain. Where there is much to do, the blocks that
+// fill the machine are followed by small ones, which even out what they leave.
+inline AttentionGrid choose_attention_grid(const DeviceProperties& device, int64_t blocks_per_multiprocessor,
+                                           int64_t units, int64_t num_splits, int64_t groups, int64_t min_groups,
+                                           int64_t max_slots) {
+  constexpr int64_t small_blocks = 2, worth_small_blocks = 150;  // for a filling one; times min_groups, of each
+  constexpr double enough = 0.95;                               // of the machine
+  if (num_splits > 0) return {units * num_splits, units * num_splits, num_splits > 1 ? units * num_splits : 0};
+  const int64_t resident = device.multiprocessors * blocks_per_multiprocessor, all = resident * (1 + small_blocks);
+  if (all <= max_slots / 2 && groups >= worth_small_blocks * min_groups * resident) return {all, resident, 2 * all};
+  int64_t filling = resident;
+  while (filling >= resident * enough && units % filling != 0 && filling % units != 0) --filling;
+  if (filling < resident * enough) filling = resident;
+  filling = std::max<int64_t>(std::min({filling, (groups + min_groups - 1) / min_groups, max_slots / 2}), 1);
+  return {filling, filling, filling > 1 ? 2 * filling : 0};
 }
 
 }  // namespace flashdecpp

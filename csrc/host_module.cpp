@@ -42,6 +42,15 @@ PYBIND11_MODULE(_C, m) {
       "choose_linear",
       [](InflectionPoints points, int64_t m_rows, int64_t k) { return name(choose_linear(points, m_rows, k)); },
       py::arg("points"), py::arg("m"), py::arg("k"), "Which implementation linear(impl='auto') takes on a GPU.");
-  m.def("choose_num_splits", &choose_num_splits, py::arg("device"), py::arg("independent_blocks"), py::arg("capacity"),
-        "How many KV splits decode_attention(num_splits=0) takes on a GPU.");
+  m.def(
+      "choose_attention_grid",
+      [](const DeviceProperties& device, int64_t blocks_per_multiprocessor, int64_t units, int64_t num_splits,
+         int64_t groups, int64_t min_groups, int64_t max_slots) {
+        const AttentionGrid grid =
+            choose_attention_grid(device, blocks_per_multiprocessor, units, num_splits, groups, min_groups, max_slots);
+        return std::make_tuple(grid.blocks, grid.filling, grid.slots);
+      },
+      py::arg("device"), py::arg("blocks_per_multiprocessor"), py::arg("units"), py::arg("num_splits"),
+      py::arg("groups"), py::arg("min_groups"), py::arg("max_slots"),
+      "Blocks and workspace slots of decode_attention on a GPU.");
 }

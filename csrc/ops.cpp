@@ -8,6 +8,11 @@ STABLE_TORCH_LIBRARY(flashdecpp, m)
       "float? scale=None, Tensor? phi=None, float softcap=0.0, int window=-1, Tensor? alibi_slopes=None, "
       "Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, int num_splits=0, "
       "Tensor(a!)? fallback_count=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "decode_attention.carry(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? block_table=None, *, "
+      "float? scale=None, Tensor(b!) carried_phi, float softcap=0.0, int window=-1, Tensor? alibi_slopes=None, "
+      "Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, int num_splits=0, "
+      "Tensor(a!)? fallback_count=None) -> (Tensor out, Tensor lse)");
 
   m.def("gemv(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("flat_gemm(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");

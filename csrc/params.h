@@ -27,9 +27,11 @@ struct AttentionParams {
   const float* k_scale;        // [kv_heads] or null
   const float* v_scale;        // [kv_heads] or null
   int32_t* fallback_count;     // [1] or null, rows recomputed are added
+  float* row_max;              // [batch, q_heads], rows row_max_batch_stride apart, or null: the last token's largest
+                               // logit is written there; may be phi's memory
   int64_t q_batch_stride, q_token_stride, q_head_stride;
   CacheLayout k, v;
-  int64_t table_stride, phi_batch_stride;
+  int64_t table_stride, phi_batch_stride, row_max_batch_stride;
   int32_t batch, q_len, q_heads, kv_heads, head_dim;
   int32_t num_blocks, block_size, max_blocks;
   float scale, softcap;  // softcap 0: none

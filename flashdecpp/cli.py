@@ -35,7 +35,8 @@ Dtype = Annotated[
 Phi = Annotated[
     str,
     typer.Option(
-        help="Unified maximum of the softmax: auto (what calibrate wrote beside the model), none, or a file."
+        help="Unified maximum of the softmax: auto (what calibrate wrote beside the model, else carry), "
+        "carry (each sequence's last row maxima), none, or a file."
     ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens of an answer.", min=1)]
@@ -287,12 +288,12 @@ def _print_stats(llm: LLM) -> None:
     if stats is None:
         return
     dtype = str(llm.dtype).removeprefix("torch.")
-    fallbacks = (
-        "online softmax" if llm.decoder.phi is None else f"{stats.softmax_fallbacks} softmax fallbacks"
-    )
+    softmax = stats.softmax
+    if softmax != "online softmax":
+        softmax += f": {stats.softmax_fallbacks} softmax fallbacks in {stats.softmax_rows} rows"
     print(
         f"[{llm.name}, {dtype} on {llm.device}: {stats.prompt_tokens} + {stats.generated_tokens} tokens, "
         f"first after {stats.time_to_first_token:.2f} s, then {stats.tokens_per_second:.1f} tokens/s, "
-        f"peak memory {stats.peak_memory / 2**20:.0f} MiB, {fallbacks}]",
+        f"peak memory {stats.peak_memory / 2**20:.0f} MiB, {softmax}]",
         file=sys.stderr,
     )

@@ -52,8 +52,8 @@ def _gpu_lines() -> Iterator[str]:
 
 def _kernel_lines() -> Iterator[str]:
     dims = ", ".join(str(dim) for dim in _NATIVE_HEAD_DIMS)
-    yield "  decode_attention: online softmax, or the unified maximum where phi is given; rows outside its"
-    yield "    safe window are recomputed online and counted in fallback_count"
+    yield "  decode_attention: online softmax, or the unified maximum where phi is given or carried; rows"
+    yield "    outside its safe window are recomputed online and counted in fallback_count"
     yield f"    cuda: head_dim {dims} natively; other multiples of 8 are padded to the next (slower)"
     if torch.cuda.is_available() and LIBRARIES["cuda"].loaded:
         properties = torch.cuda.get_device_properties(0)

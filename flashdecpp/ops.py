@@ -34,6 +34,7 @@ __all__ = [
 
 # Bound once: an attribute chain on every call would cost more than the rest of a wrapper.
 _decode_attention = torch.ops.flashdecpp.decode_attention.default
+_decode_attention_carry = torch.ops.flashdecpp.decode_attention.carry
 _gemv = torch.ops.flashdecpp.gemv.default
 _flat_gemm = torch.ops.flashdecpp.flat_gemm.default
 _linear = torch.ops.flashdecpp.linear.default
@@ -75,6 +76,7 @@ def decode_attention(
     v_scale: Tensor | None = None,
     num_splits: int = 0,
     fallback_count: Tensor | None = None,
+    carried_phi: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of 1 to 16 new tokens a sequence over a KV cache that already holds them.
 
@@ -112,6 +114,10 @@ def decode_attention(
         num_splits: over how many parts the keys are split; 0 chooses. Fixed, it makes the result of a
             sequence bitwise repeatable, whatever else is in the batch.
         fallback_count: [1] int32; the number of rows recomputed is added to it.
+        carried_phi: [batch, q_heads] float32, contiguous last dim; instead of phi. Read as the phi of each
+            row, then replaced by the largest x of the last token's row, which is the phi of the next step:
+            a row maximum moves little from token to token, so nothing needs to be calibrated. Stays as it was
+            where that row sees no key or is NaN. A new sequence starts with NaN, which serves no row.
 
     Returns:
         out, as q, and lse, [batch, q_heads, q_len] float32: the natural logarithm of the softmax's
@@ -120,15 +126,23 @@ def decode_attention(
     Raises:
         ValueError: an argument is not as described.
     """
+    if carried_phi is None:
+        op, unified_maximum = _decode_attention, {"phi": phi}
+    elif phi is None:
+        op, unified_maximum = _decode_attention_carry, {"carried_phi": carried_phi}
+    else:
+        raise ValueError(
+            "flashdecpp::decode_attention: phi must be None where carried_phi is given, got a tensor"
+        )
     try:
-        return _decode_attention(
+        return op(
             q,
             k_cache,
             v_cache,
             seq_lens,
             block_table,
             scale=scale,
-            phi=phi,
+            **unified_maximum,
             softcap=softcap,
             window=window,
             alibi_slopes=alibi_slopes,
@@ -143,6 +157,7 @@ def decode_attention(
 
 
 @torch.library.register_fake("flashdecpp::decode_attention")
+@torch.library.register_fake("flashdecpp::decode_attention.carry")
 def _(q, k_cache, v_cache, seq_lens, block_table=None, **_):
     batch, q_len, q_heads, _head_dim = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, q_heads, q_len), dtype=torch.float32)

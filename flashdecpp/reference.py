@@ -45,14 +45,16 @@ def decode_attention(
     v_scale: Tensor | None = None,
     num_splits: int = 0,
     fallback_count: Tensor | None = None,
+    carried_phi: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q_len new tokens a sequence over a KV cache that already holds them.
 
-    `phi` and `num_splits` choose how an implementation computes, never what, so they are not used.
-    `fallback_count` is left alone: which rows an implementation recomputes depends on its safe window around
-    phi. A `seq_lens` beyond the cache counts as the cache's capacity. A low `compute_dtype` is that of the
-    weights and values; logits and their softmax are never below float32.
+    `phi`, the value of `carried_phi` and `num_splits` choose how an implementation computes, never what, so
+    they are not used; `carried_phi` becomes the row maximum of the last token. `fallback_count` is left
+    alone: which rows an implementation recomputes depends on its safe window around phi. A `seq_lens` beyond
+    the cache counts as the cache's capacity. A low `compute_dtype` is that of the weights and values; logits
+    and their softmax are never below float32.
     """
     batch, q_len, q_heads, head_dim = q.shape
     group = q_heads // k_cache.size(2)
@@ -85,6 +87,9 @@ def decode_attention(
                 x = x - alibi_slopes[:, None].to(logit_dtype) * distance
             # A logit of -inf would silently drop its key, one of +inf every other key: neither is an answer.
             x = torch.where(x.isfinite().all(dim=-1, keepdim=True), x, torch.nan)
+            if carried_phi is not None and i == q_len - 1:
+                maximum = x.amax(dim=-1).float()
+                carried_phi[b] = torch.where(maximum.isnan(), carried_phi[b], maximum)
 
             terms = x if sinks is None else torch.cat((x, sinks[:, None].to(logit_dtype)), dim=-1)
             weights = torch.softmax(terms, dim=-1)[:, : x.size(-1)]

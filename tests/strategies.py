@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flashdecpp import ops
+
 NO_BLOCK = 10**9  # in a block table, beyond the blocks that a sequence uses
 E4M3 = torch.float8_e4m3fn
+NAN = float("nan")
 LAYOUTS = ("NHD", "HND", "two_planes", "beside")
 
 
@@ -178,17 +182,19 @@ def sampling(place: Place, batch: int, vocab: int, *, seed: int = 0, **parameter
     }
 
 
+def wrapper(op: str) -> Callable:
+    """The function of flashdecpp.ops for an op, or for an overload of one."""
+    return getattr(ops, op.partition(".")[0])
+
+
 def every_op(place: Place) -> dict[str, dict]:
-    """Valid arguments for each op, with its optional tensors."""
+    """Valid arguments for each op, with its optional tensors; an overload of an op stands behind a dot."""
+    heads = {name: torch.zeros(4, device=place.device) for name in ("phi", "sinks", "alibi_slopes")}
+    decode = attention(place, [5, 33], q_len=2) | heads | {"window": 20, "fallback_count": int32(place, [0])}
+    carried = {"carried_phi": torch.tensor([[0.0, NAN, 900.0, 1.0]] * 2, device=place.device)}
     return {
-        "decode_attention": attention(place, [5, 33], q_len=2)
-        | {
-            "phi": torch.zeros(4, device=place.device),
-            "sinks": torch.zeros(4, device=place.device),
-            "alibi_slopes": torch.zeros(4, device=place.device),
-            "window": 20,
-            "fallback_count": int32(place, [0]),
-        },
+        "decode_attention": decode,
+        "decode_attention.carry": {name: x for name, x in decode.items() if name != "phi"} | carried,
         "gemv": _linear(place),
         "flat_gemm": _linear(place),
         "linear": _linear(place) | {"impl": "auto"},

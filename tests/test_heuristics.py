@@ -33,23 +33,44 @@ def test_the_default_rule_has_one_range_of_m_for_each_implementation(device, ran
     assert changes == ranges
 
 
-def test_one_short_sequence_is_not_split_into_crumbs() -> None:
-    assert _C.choose_num_splits(H100, independent_blocks=8, capacity=64) == 1
+def attention_grid(units: int, groups: int, num_splits: int = 0, max_slots: int = 1 << 12):
+    """Blocks, those that fill the machine, and slots; one block a multiprocessor, worth 8 groups at least."""
+    return _C.choose_attention_grid(H100, 1, units, num_splits, groups, 8, max_slots)
+
+
+def test_one_short_sequence_is_not_cut_into_crumbs() -> None:
+    assert attention_grid(units=1, groups=4) == (1, 1, 0)
+    assert attention_grid(units=8, groups=8 * 64) == (64, 64, 128)
 
 
 def test_one_long_sequence_fills_the_machine() -> None:
-    splits = _C.choose_num_splits(H100, independent_blocks=8, capacity=131072)
-    assert splits * 8 >= H100.multiprocessors
+    assert attention_grid(units=1, groups=1 << 13) == (132, 132, 264)
 
 
-@given(blocks=st.integers(1, 1 << 16), capacity=st.integers(0, 1 << 20))
-def test_no_split_is_shorter_than_a_tile(blocks: int, capacity: int) -> None:
-    tiles = max(1, -(-capacity // 64))
-    assert 1 <= _C.choose_num_splits(H100, blocks, capacity) <= min(tiles, 128)
+def test_units_are_cut_evenly_where_that_costs_few_blocks() -> None:
+    assert attention_grid(units=64, groups=1 << 13) == (128, 128, 256)
+    assert attention_grid(units=256, groups=1 << 15) == (128, 128, 256)
+    assert attention_grid(units=100, groups=1 << 13) == (132, 132, 264)
 
 
-def test_enough_sequences_are_not_split() -> None:
-    assert _C.choose_num_splits(H100, independent_blocks=2 * H100.multiprocessors, capacity=1024) == 1
+def test_much_work_is_evened_out_by_small_blocks() -> None:
+    assert attention_grid(units=8, groups=1 << 16) == (3 * 132, 132, 6 * 132)
+    assert attention_grid(units=8, groups=1 << 16, max_slots=6 * 132 - 1) == (128, 128, 256)
+
+
+@given(units=st.integers(1, 1 << 16), groups=st.integers(1, 1 << 20), max_slots=st.integers(0, 1 << 12))
+def test_parts_fit_into_the_workspace(units: int, groups: int, max_slots: int) -> None:
+    blocks, filling, slots = attention_grid(units, units * groups, max_slots=max_slots)
+    assert 1 <= filling <= H100.multiprocessors
+    assert blocks in (filling, 3 * H100.multiprocessors)
+    assert slots == (2 * blocks if blocks > 1 else 0)
+    assert slots <= max_slots or blocks == 1
+
+
+@given(units=st.integers(1, 1 << 16), num_splits=st.integers(1, 64))
+def test_a_fixed_number_of_splits_is_kept(units: int, num_splits: int) -> None:
+    blocks = units * num_splits
+    assert attention_grid(units, units, num_splits) == (blocks, blocks, blocks if num_splits > 1 else 0)
 
 
 def test_build_info_says_what_was_built_and_why() -> None:

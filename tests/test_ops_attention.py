@@ -96,7 +96,17 @@ def test_any_shape(place, data):
         window=draw(st.sampled_from([-1, 1, 7, 64, 1000])),
         softcap=draw(st.sampled_from([0.0, 5.0])),
         num_splits=draw(st.integers(0, 5)),
-        phi=draw(st.sampled_from([None, _per_head(arguments, 2.0), _per_head(arguments, -300.0)])),
+        **draw(
+            st.sampled_from(
+                [
+                    {},
+                    {"phi": _per_head(arguments, 2.0)},
+                    {"phi": _per_head(arguments, -300.0)},
+                    {"carried_phi": _carried(arguments, 2.0)},
+                    {"carried_phi": _carried(arguments, NAN)},
+                ]
+            )
+        ),
     )
 
 
@@ -107,7 +117,13 @@ def _per_head(arguments: dict, value: float) -> torch.Tensor:
     return torch.full((arguments["q"].size(2),), value, device=arguments["q"].device)
 
 
-@pytest.mark.parametrize("phi", [None, 3.0])
+def _carried(arguments: dict, value: float) -> torch.Tensor:
+    """[batch, q_heads], the rows apart from each other."""
+    batch, _, heads, _ = arguments["q"].shape
+    return torch.full((batch, heads + 3), value, device=arguments["q"].device)[:, :heads]
+
+
+@pytest.mark.parametrize("phi", [None, 3.0, "carried"])
 @pytest.mark.parametrize(
     "features",
     [
@@ -126,7 +142,11 @@ def test_logit_features(place, features, phi):
     for name, values in {"alibi_slopes": [0.5, 0.25, 0.125, 0.0625], "sinks": [2.0, -3.0, 0.0, 9.0]}.items():
         if name in features:
             arguments[name] = torch.tensor(values, device=place.device)
-    compare("decode_attention", **arguments, phi=None if phi is None else _per_head(arguments, phi))
+    if phi == "carried":
+        arguments["carried_phi"] = _carried(arguments, NAN)
+    elif phi is not None:
+        arguments["phi"] = _per_head(arguments, phi)
+    compare("decode_attention", **arguments)
 
 
 @pytest.mark.parametrize("phi", [None, 0.0])
@@ -264,6 +284,65 @@ def test_only_the_row_maximum_falls_back(one_place):
     compare("decode_attention", **arguments, window=100, scale=1 / 8, phi=_per_head(arguments, 0.0))
 
 
+# ----------------------------------------------------------------------------------------- carried phi
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 5])
+@pytest.mark.parametrize("q_len", [1, 5])
+@pytest.mark.parametrize("start", [0.0, 1000.0, INF, NAN])
+def test_carried_phi_becomes_the_row_maximum(place, start, q_len, num_splits):
+    """Of the last token, and only where there is a key; between its rows nothing is written."""
+    arguments = attention(place, [300, 41, 1, 0], q_len=q_len, q_heads=6)
+    carried = _carried(arguments, start)
+    between = torch.as_strided(carried, (3, 3), carried.stride(), 6)
+    between.fill_(7.0)
+    compare("decode_attention", **arguments, num_splits=num_splits, carried_phi=carried)
+    assert carried[:3].isfinite().all() and (carried[:3].abs() < 100).all()
+    assert_same(carried[3], torch.full((6,), start))
+    assert (between == 7).all()
+
+
+def test_carried_phi_serves_every_token(one_place):
+    """A row's phi is that of its head; what no phi can serve is counted, and a good one in the next step."""
+    arguments = attention(one_place, [300, 64, 2, 0], q_len=3)
+    carried, count = _carried(arguments, NAN), int32(one_place, [0])
+    carried[1, 2] = 2.0
+    compare("decode_attention", **arguments, carried_phi=carried, fallback_count=count)
+    assert count.item() == 4 * (3 + 3 + 2) - 3
+    compare("decode_attention", **arguments, carried_phi=carried, fallback_count=count)
+    assert count.item() == 4 * (3 + 3 + 2) - 3
+
+
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_carried_phi_outlives_a_bad_row(place, poison):
+    """Rows that are NaN leave it; a NaN that only an earlier token sees does not matter."""
+    arguments = attention(place, [50, 50], block_size=None, q_len=2)
+    arguments["k_cache"][0, 49, 0, 5] = poison
+    arguments["q"][1, 0, 3] = NAN
+    carried = _carried(arguments, 1.5)
+    compare("decode_attention", **arguments, carried_phi=carried)
+    assert ((carried == 1.5).cpu() == torch.tensor([[True, True, False, False], [False] * 4])).all()
+
+
+@pytest.mark.parametrize("level", [0.0, -400.0, 300.0])
+def test_carried_from_step_to_step(place, level):
+    """Logits that move slowly, far from 0: after the first step of a sequence no row falls back."""
+    steps, first = 12, 90
+    arguments = attention(place, [first + steps, first // 2 + steps], max_len=200)
+    full, drift = arguments.pop("seq_lens"), randn(place, steps, 1, 1, 4, 64, seed=3) / 4
+    q = arguments.pop("q")
+    for cache in (arguments["k_cache"], arguments["v_cache"]):
+        cache[..., 0] = torch.where(cache[..., 0].isnan(), NAN, 1.0)
+    carried, count = torch.full((2, 4), NAN, device=place.device), int32(place, [0])
+    for step in range(steps):
+        q = q + drift[step]
+        q[..., 0] = 8 * (level + 2 * step)
+        now = dict(q=q, seq_lens=full - steps + step, **arguments)
+        compare("decode_attention", **now, carried_phi=carried, fallback_count=count)
+        assert count.item() == 8
+        assert (carried - level - 2 * step).abs().max() < 10
+
+
 # ----------------------------------------------------------------------------------------- splits and batches
 
 
@@ -273,19 +352,24 @@ def test_number_of_splits(place, num_splits):
     compare("decode_attention", **attention(place, LENGTHS, q_len=2), num_splits=num_splits)
 
 
-@pytest.mark.parametrize("phi", [None, 2.0, -1000.0])
+@pytest.mark.parametrize("phi", [None, 2.0, -1000.0, "carried"])
 @pytest.mark.parametrize("num_splits", [1, 3, 8])
 def test_fixed_splits_ignore_the_batch(place, num_splits, phi):
     """Bit for bit what the sequence gives alone in a table of its own length, whatever is in the batch."""
     lengths = [130, 1, 700, 64, 0, 7]
     arguments = attention(place, lengths, q_len=2, block_size=16)
     keep = ("k_cache", "v_cache")
-    phi = None if phi is None else _per_head(arguments, phi)
-    out, lse = ops.decode_attention(**arguments, num_splits=num_splits, phi=phi)
+    carried = _carried(arguments, NAN) if phi == "carried" else None
+    before = None if carried is None else carried.clone()
+    phi = None if phi in (None, "carried") else _per_head(arguments, phi)
+    out, lse = ops.decode_attention(**arguments, num_splits=num_splits, phi=phi, carried_phi=carried)
     for row, length in enumerate(lengths):
         alone = {name: x if name in keep else x[row : row + 1] for name, x in arguments.items()}
         alone["block_table"] = alone["block_table"][:, : length // 16 + 1]
-        out_alone, lse_alone = ops.decode_attention(**alone, num_splits=num_splits, phi=phi)
+        own = None if before is None else before[row : row + 1]
+        out_alone, lse_alone = ops.decode_attention(**alone, num_splits=num_splits, phi=phi, carried_phi=own)
+        if own is not None:
+            assert_same(carried[row : row + 1], own)
         assert_same(out[row : row + 1], out_alone)
         assert_same(lse[row : row + 1], lse_alone)
 

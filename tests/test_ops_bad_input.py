@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategies import Place, attention, every_op, randn, rotary
+from strategies import Place, attention, every_op, randn, rotary, wrapper
 from torch import Tensor
 
 from flashdecpp import ops
@@ -74,6 +74,16 @@ BAD = {
         ("scale", lambda a: {"scale": float("nan")}),
         ("softcap", lambda a: {"softcap": -1.0}),
         ("num_splits", lambda a: {"num_splits": -1}),
+    ],
+    "decode_attention.carry": [
+        ("carried_phi", lambda a: {"carried_phi": a["carried_phi"].double()}),
+        ("carried_phi", lambda a: {"carried_phi": a["carried_phi"][:1]}),
+        ("carried_phi", lambda a: {"carried_phi": a["carried_phi"][:, :3]}),
+        ("carried_phi", lambda a: {"carried_phi": a["carried_phi"][0]}),
+        ("carried_phi", lambda a: {"carried_phi": uneven(a["carried_phi"])}),
+        ("carried_phi", lambda a: {"carried_phi": a["carried_phi"][:1].expand(2, 4)}),
+        ("q", lambda a: {"q": a["q"][0]}),
+        ("fallback_count", lambda a: {"fallback_count": a["fallback_count"].long()}),
     ],
     "gemv": (
         LINEAR := [
@@ -161,6 +171,12 @@ def test_a_repetition_penalty_needs_what_was_seen() -> None:
         ops.sample(logits, repetition_penalty=penalty)
 
 
+def test_phi_is_given_or_carried(one_place):
+    arguments = every_op(one_place)["decode_attention.carry"]
+    with pytest.raises(ValueError, match=r"^flashdecpp::decode_attention: phi must be None where"):
+        ops.decode_attention(**arguments, phi=torch.zeros(4, device=one_place.device))
+
+
 def tensors(arguments: dict) -> dict[str, Tensor]:
     return {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
 
@@ -168,11 +184,12 @@ def tensors(arguments: dict) -> dict[str, Tensor]:
 def assert_refused(op: str, argument: str, arguments: dict) -> None:
     """A RuntimeError of the op, the same text as a ValueError of its wrapper, and every tensor as it was."""
     before = {name: x.clone() for name, x in tensors(arguments).items()}
-    message = rf"^flashdecpp::{op}: {argument}\b.* must .+, got .+"
+    name = op.partition(".")[0]
+    message = rf"^flashdecpp::{name}: {argument}\b.* must .+, got .+"
     with pytest.raises(RuntimeError, match=message) as from_op:
-        getattr(torch.ops.flashdecpp, op)(**arguments)
+        getattr(torch.ops.flashdecpp, name)(**arguments)
     with pytest.raises(ValueError, match=message) as from_wrapper:
-        getattr(ops, op)(**arguments)
+        wrapper(op)(**arguments)
     assert str(from_op.value).startswith(str(from_wrapper.value))
     for name, x in before.items():
         torch.testing.assert_close(arguments[name], x, rtol=0, atol=0, equal_nan=True, msg=name)
@@ -185,7 +202,7 @@ def assert_refused(op: str, argument: str, arguments: dict) -> None:
 )
 def test_bad_argument(one_place, op, argument, change):
     arguments = every_op(one_place)[op]
-    getattr(ops, op)(**arguments)  # what is changed next is all that is wrong
+    wrapper(op)(**arguments)  # what is changed next is all that is wrong
     assert_refused(op, argument, arguments | change(arguments))
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from strategies import Place, attention, every_op, int32, randn, rotary, sampling
+from strategies import NAN, Place, attention, every_op, int32, randn, rotary, sampling, wrapper
 from tolerance import assert_same, compare, overload_for
 from torch import Tensor
 
@@ -47,18 +47,22 @@ def test_opcheck(place, op):
 def test_opcheck_without_options(one_place, op):
     """Only the arguments that an op can't do without."""
     arguments = clean(every_op(one_place)[op])
-    overload = getattr(torch.ops.flashdecpp, op).default
-    needed = tuple(arguments[a.name] for a in overload._schema.arguments if not a.has_default_value())
-    if op in ("decode_attention", "rotary_append"):
-        contiguous = attention if op == "decode_attention" else rotary
-        arguments = clean(contiguous(one_place, [5, 33], q_len=2, block_size=None))
-        needed = tuple(arguments[a.name] for a in overload._schema.arguments if not a.has_default_value())
-    torch.library.opcheck(overload, needed)
+    name, _, overload = op.partition(".")
+    overload = getattr(getattr(torch.ops.flashdecpp, name), overload or "default")
+    if name in ("decode_attention", "rotary_append"):
+        contiguous = attention if name == "decode_attention" else rotary
+        arguments |= clean(contiguous(one_place, [5, 33], q_len=2, block_size=None))
+    needed = [a for a in overload._schema.arguments if not a.has_default_value()]
+    torch.library.opcheck(
+        overload,
+        tuple(arguments[a.name] for a in needed if not a.kwarg_only),
+        {a.name: arguments[a.name] for a in needed if a.kwarg_only},
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_compiled_whole(one_place, op):
-    function = getattr(ops, op)
+    function = wrapper(op)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     arguments = every_op(one_place)[op]
     for actual, expected in zip(
@@ -134,6 +138,20 @@ def test_inductor_without_the_in_place_argument(one_place, op):
     assert_same(torch.compile(function, fullgraph=True)(x), function(x))
 
 
+@pytest.mark.parametrize("counted", [False, True])
+def test_inductor_of_carried_phi(one_place, counted):
+    """Two arguments in place, one of them optional, through the default compiler, for two steps."""
+    arguments = every_op(one_place)["decode_attention.carry"]
+    if not counted:
+        del arguments["fallback_count"]
+    mine = copy(arguments)
+    compiled = torch.compile(ops.decode_attention, fullgraph=True)
+    for _ in range(2):
+        expected, actual = outcome(ops.decode_attention, arguments), outcome(compiled, mine)
+        for a, b in zip(actual, expected, strict=True):
+            assert_same(a, b)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("unified", [False, True])
 def test_cuda_graph_of_attention(unified):
@@ -154,6 +172,27 @@ def test_cuda_graph_of_attention(unified):
         assert_same(out, now[0])
         assert_same(lse, now[1])
         assert count.item() == (8 * 6 if unified and value == -1000 else 0)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_carries_phi():
+    """Every replay is a step: the first one's rows fall back, those after it find their maximum."""
+    place = Place("cuda", torch.bfloat16)
+    arguments = attention(place, [600, 0, 64], q_len=2, q_heads=8)
+    carried, count = torch.zeros(3, 8, device="cuda"), int32(place, [0])
+    graph, (out, lse) = capture(
+        partial(ops.decode_attention, **arguments, carried_phi=carried, fallback_count=count)
+    )
+    carried.fill_(NAN)
+    count.zero_()
+    now = compare("decode_attention", **arguments, carried_phi=carried.clone())
+    for _ in range(3):
+        graph.replay()
+        assert count.item() == 2 * 2 * 8
+        # Relative to another phi, weights are rounded elsewhere.
+        torch.testing.assert_close(out, now[0], rtol=0.016, atol=5e-3)
+        torch.testing.assert_close(lse, now[1], rtol=1e-5, atol=1e-4)
+    assert torch.equal(carried.isnan().all(1).cpu(), torch.tensor([False, True, False]))
 
 
 @pytest.mark.gpu
@@ -192,14 +231,14 @@ def capture(function) -> tuple[torch.cuda.CUDAGraph, object]:
 def test_current_stream(op):
     """The op waits for what its own stream does to its input, and for nothing else."""
     arguments = every_op(Place("cuda", torch.bfloat16))[op]
-    expected = outcome(getattr(ops, op), copy(arguments))
+    expected = outcome(wrapper(op), copy(arguments))
     late, first = copy(arguments), next(iter(arguments))
     late[first] = torch.zeros_like(arguments[first])
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(50_000_000)
         late[first].copy_(arguments[first])
-        actual = outcome(getattr(ops, op), late)
+        actual = outcome(wrapper(op), late)
     torch.cuda.synchronize()
     for a, b in zip(actual, expected, strict=True):
         assert_same(a, b, op)
@@ -210,8 +249,8 @@ def test_current_stream(op):
 @pytest.mark.parametrize("op", OPS)
 def test_second_gpu(op):
     """The op runs where its tensors are, not where the current device is."""
-    expected = outcome(getattr(ops, op), every_op(Place("cuda:0", torch.bfloat16))[op])
-    actual = outcome(getattr(ops, op), every_op(Place("cuda:1", torch.bfloat16))[op])
+    expected = outcome(wrapper(op), every_op(Place("cuda:0", torch.bfloat16))[op])
+    actual = outcome(wrapper(op), every_op(Place("cuda:1", torch.bfloat16))[op])
     for a, b in zip(actual, expected, strict=True):
         assert str(a.device) == "cuda:1"
         assert_same(a, b, op)

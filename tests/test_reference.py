@@ -70,6 +70,18 @@ def test_attention_rows_that_see_nothing():
     assert torch.equal(lse[0], torch.arange(4.0)[:, None].expand(4, 3))
 
 
+def test_attention_carries_the_row_maximum():
+    """The last token's largest logit; unseen keys, NaN rows and rows without keys leave what was there."""
+    arguments = attention(PLACE, [12, 9, 0], q_len=2, q_heads=2, kv_heads=1, block_size=None)
+    arguments["q"][1, 1, 0, 0] = torch.nan
+    carried = torch.full((3, 2), 5.0)
+    reference.decode_attention(**arguments, scale=0.3, window=4, carried_phi=carried)
+    logits = 0.3 * arguments["q"][:, 1] @ arguments["k_cache"][:, :, 0].transpose(1, 2)
+    expected = torch.stack([logits[0, :, 8:12].amax(-1), logits[1, :, 5:9].amax(-1), torch.full((2,), 5.0)])
+    expected[1, 0] = 5
+    torch.testing.assert_close(carried, expected)
+
+
 def test_attention_fp8_cache():
     arguments = attention(PLACE, [20, 7], fp8=True)
     k_scale, v_scale = arguments.pop("k_scale"), arguments.pop("v_scale")

@@ -152,10 +152,15 @@ def test_the_runner_takes_it_up_and_answers_the_same(folder, measured, phi_file)
     without = [LLM(folder, device="cpu", dtype="float32", phi=none) for none in ("none", None)]
     expected = [answer.token_ids for answer in without[0].generate(prompts, params)]
     assert all(llm.decoder.phi is None for llm in without)
+    assert without[0].stats.softmax == "online softmax"
     for phi in ("auto", phi_file, str(phi_file), list(measured.phi)):
         llm = LLM(folder, device="cpu", dtype="float32", phi=phi)
         torch.testing.assert_close(torch.stack(list(llm.decoder.phi)), measured.phi, rtol=0, atol=1e-4)
         assert [answer.token_ids for answer in llm.generate(prompts, params)] == expected
+        assert llm.stats.softmax == "fixed phi"
+    llm = LLM(folder, device="cpu", dtype="float32", phi="carry")
+    assert [answer.token_ids for answer in llm.generate(prompts, params)] == expected
+    assert llm.decoder.phi is None and llm.stats.softmax == "carried phi"
 
 
 def test_rows_that_it_does_not_fit_are_counted(folder, phi_file):
@@ -203,7 +208,8 @@ def test_a_bad_file_is_one_clear_error(folder, phi_file, case):
     with pytest.raises(ModelError, match=rf"phi\.json {message}.*run flashdecpp calibrate again") as caught:
         LLM(folder, device="cpu", dtype="float32")
     assert "\n" not in str(caught.value)
-    LLM(folder, device="cpu", dtype="float32", phi="none")
+    for phi in ("none", "carry"):
+        LLM(folder, device="cpu", dtype="float32", phi=phi)
 
 
 def test_a_file_that_is_not_there(folder):
@@ -229,10 +235,15 @@ def test_the_command_and_the_runs_after_it(tmp_path):
     assert Calibration.load(path).tokens == 300
 
     generate = ("generate", "hello", "-n", "8", "--ignore-eos", *model)
-    with_phi, without = flashdecpp(*generate), flashdecpp(*generate, "--phi", "none")
-    assert "softmax fallbacks" in with_phi.stderr.splitlines()[-1]
-    assert "online softmax" in without.stderr.splitlines()[-1]
-    assert with_phi.stdout == without.stdout
+    said = {
+        "auto": f"fixed phi: 0 softmax fallbacks in {7 * LAYERS * HEADS} rows",
+        "carry": f"carried phi: {LAYERS * HEADS} softmax fallbacks in {7 * LAYERS * HEADS} rows",
+        "none": "online softmax",
+    }
+    answers = {phi: flashdecpp(*generate, "--phi", phi) for phi in said}
+    for phi, text in said.items():
+        assert text in answers[phi].stderr.splitlines()[-1]
+        assert answers[phi].stdout == answers["none"].stdout
 
     path.write_text("{")
     assert "phi.json is not valid JSON" in complaint(flashdecpp(*generate))

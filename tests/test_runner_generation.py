@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from runner_models import random_tokens, save_model
+from tqdm import tqdm
 
 from flashdecpp.runner import LLM, ModelError, SamplingParams
+from flashdecpp.runner.cache import KVCache, blocks_for
+from flashdecpp.runner.calibrate import SoftmaxObserver
 from flashdecpp.runner.tokenizer import TextStream
 
 SAMPLED = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, seed=7, max_tokens=24)
@@ -34,7 +37,10 @@ def test_results_carry_prompt_tokens_and_timings(llm):
     assert answer.finish_reason == "length"
     assert answer.time_to_first_token > 0 and answer.tokens_per_second > 0
     assert llm.stats.generated_tokens == 6 and llm.stats.prompt_tokens == 6
-    assert llm.stats.peak_memory > 0 and llm.stats.softmax_fallbacks == 0
+    assert llm.stats.peak_memory > 0
+    assert llm.stats.softmax == "carried phi"  # there's no phi.json beside the model
+    assert llm.stats.softmax_rows == 5 * 3 * 4  # decode steps, layers, heads
+    assert llm.stats.softmax_fallbacks == 3 * 4  # those of the first step
 
 
 def test_token_ids_are_prompts_too(llm):
@@ -165,7 +171,53 @@ def test_phi_is_handed_to_attention_and_fallbacks_are_counted(folder, llm):
     far = LLM(folder, device="cpu", dtype="float32", phi=phi)
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     assert far.generate("hello", params)[0].token_ids == llm.generate("hello", params)[0].token_ids
-    assert far.stats.softmax_fallbacks == 7 * 3 * 4  # decode steps, layers, heads
+    assert far.stats.softmax == "fixed phi"
+    assert far.stats.softmax_fallbacks == far.stats.softmax_rows == 7 * 3 * 4  # decode steps, layers, heads
+
+
+def test_every_sequence_carries_its_own_phi_from_batch_to_batch(folder, monkeypatch):
+    """Its first step alone falls back, whoever leaves the batch or joins it."""
+    online = LLM(folder, device="cpu", dtype="float32", max_batch=3, phi="none")
+    carried = LLM(folder, device="cpu", dtype="float32", max_batch=3, phi="carry")
+    decode, steps = carried.decoder.decode, []
+
+    def spy(tokens, cache, seq_lens, block_table, carried_phi):
+        before = carried_phi.clone()
+        logits = decode(tokens, cache, seq_lens, block_table, carried_phi)
+        steps.append((before, carried_phi.clone()))
+        return logits
+
+    monkeypatch.setattr(carried.decoder, "decode", spy)
+    prompts = [random_tokens(length, seed=length) for length in (5, 40, 17, 30, 9)]
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (4, 20, 9, 13, 2)]
+    expected = [answer.token_ids for answer in online.generate(prompts, params)]
+    assert online.stats.softmax == "online softmax" and online.stats.softmax_fallbacks == 0
+    for _ in range(2):  # a prompt that comes again starts anew
+        assert [answer.token_ids for answer in carried.generate(prompts, params)] == expected
+        assert carried.stats.softmax_fallbacks == 5 * 3 * 4  # sequences, layers, heads
+        assert carried.stats.softmax_rows == (3 + 19 + 8 + 12 + 1) * 3 * 4
+    assert all(after.isfinite().all() for _, after in steps)
+    assert {before.size(1) for before, _ in steps} == {1, 2, 3}
+    assert sum(before.isnan().sum().item() for before, _ in steps) == 2 * 5 * 3 * 4
+
+
+def test_a_carried_phi_is_the_row_maximum_of_the_step_before(folder):
+    """As a pass over the whole text sees it."""
+    llm = LLM(folder, device="cpu", dtype="float32", phi="carry")
+    tokens, prompt = random_tokens(30), 20
+    observer = SoftmaxObserver(llm.config, tqdm(disable=True))
+    whole = KVCache(llm.config, blocks_for(len(tokens)), llm.device, llm.dtype)
+    table = torch.arange(whole.num_blocks, dtype=torch.int32)[None]
+    llm.decoder.prefill(torch.tensor(tokens), whole, table, observe=observer)
+    expected = torch.stack([observer.row_maxima(layer) for layer in range(3)])
+
+    cache = KVCache(llm.config, blocks_for(len(tokens)), llm.device, llm.dtype)
+    llm.decoder.prefill(torch.tensor(tokens[:prompt]), cache, table)
+    carried = torch.full((3, 1, 4), torch.nan)
+    for position in range(prompt, len(tokens)):
+        lengths = torch.tensor([position + 1], dtype=torch.int32)
+        llm.decoder.decode(torch.tensor(tokens[position : position + 1]), cache, lengths, table, carried)
+        torch.testing.assert_close(carried[:, 0], expected[:, :, position], rtol=1e-4, atol=1e-4)
 
 
 def test_text_never_holds_broken_characters(llm):

@@ -53,8 +53,8 @@ void run(const AttentionParams& p) {
   const int64_t bytes = total_keys * p.kv_heads * p.head_dim * 2 * contract::element_size(p.kv_dtype);
   const int64_t threads = std::min<int64_t>(
       {static_cast<int64_t>(torch::stable::get_num_threads()), splits * p.kv_heads, 1 + bytes / kMinBytesPerThread});
-  // A task has as many heads as leave enough tasks: the more, the longer the runs in which memory is read. What a nearer
-  // cache may hold costs less head by head, unless a head has but one row.
+  // A task has as many heads as leave enough tasks: the more, the longer the runs in which memory is read. What a
+  // nearer cache may hold costs less head by head, unless a head has but one row.
   int32_t task_heads = bytes <= kNearBytes && p.q_len * p.group() > 1 ? 1 : p.kv_heads;
   while (task_heads > 1 && splits * (p.kv_heads / task_heads) < kTasksPerThread * threads) task_heads /= 2;
   const int32_t head_groups = (p.kv_heads + task_heads - 1) / task_heads;
@@ -115,8 +115,9 @@ void run(const AttentionParams& p) {
   if (p.fallback_count) *p.fallback_count += fallbacks.load();
 }
 
+template <class Phi>  // as in contract::decode_attention
 std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens,
-                                            OptionalTensor block_table, std::optional<double> scale, OptionalTensor phi,
+                                            OptionalTensor block_table, std::optional<double> scale, Phi phi,
                                             double softcap, int64_t window, OptionalTensor alibi_slopes,
                                             OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale,
                                             int64_t num_splits, OptionalTensor fallback_count) {
@@ -136,5 +137,7 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_c
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
-  m.impl("decode_attention", TORCH_BOX(&flashdecpp::cpu::decode_attention));
+  using namespace flashdecpp;
+  m.impl("decode_attention", TORCH_BOX(&cpu::decode_attention<OptionalTensor>));
+  m.impl("decode_attention.carry", TORCH_BOX(&cpu::decode_attention<Tensor>));
 }

@@ -16,8 +16,8 @@ namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
 inline constexpr int kMaxBlockKeys = 128;
 inline constexpr int64_t kBlockBytes = 16384;  // of a head's keys in a block, and of its values
-inline constexpr int kFetchBytes = 32768;     // how far memory is fetched ahead of the work
-inline constexpr int kMaxHeadDim = 256;       // the op's contract
+inline constexpr int kFetchBytes = 32768;      // how far memory is fetched ahead of the work
+inline constexpr int kMaxHeadDim = 256;        // the op's contract
 inline constexpr int kRowTile = kManyRegisters ? 4 : 2;
 inline constexpr int kKeyTile = 4;
 inline constexpr int kWeightStride = kMaxBlockKeys + kLanes;  // a last vector may run past the block
@@ -89,8 +89,8 @@ void locate(const AttentionParams& p, int32_t b, int32_t h, int64_t key, int cou
   ring.located += count;
 }
 
-// What to fetch while a tile is worked on, spread over the work, for memory has only so many requests under way and drops
-// what comes too fast. Of one head: the values while their keys are worked on, and then the next block's keys.
+// What to fetch while a tile is worked on, spread over the work, for memory has only so many requests under way and
+// drops what comes too fast. Of one head: the values while their keys are worked on, and then the next block's keys.
 template <class KV>
 struct OtherBlock {
   const KV* const* rows;
@@ -404,7 +404,7 @@ FLASHDECPP_INLINE void write_row(T* out, const float* x, int n, float scale) {
   if (i < n) store(out + i, load(x + i, n - i) * set1(scale), n - i);
 }
 
-// The end of a row: normalises acc into out, and lse. Returns 1 if phi did not serve this row.
+// The end of a row: normalises acc into out, lse, and the row's maximum. Returns 1 if phi did not serve this row.
 inline int32_t finish_row(const AttentionParams& p, int b, int h, int row, const SoftmaxState& state,
                           const float* acc) {
   const int group = p.q_heads / p.kv_heads, token = row / group, head = h * group + row % group;
@@ -425,7 +425,10 @@ inline int32_t finish_row(const AttentionParams& p, int b, int h, int row, const
   }
   p.lse[(int64_t{b} * p.q_heads + head) * p.q_len + token] = lse;
   if (!p.phi || state.empty() || state.sum != state.sum) return 0;
-  return UnifiedMax::serves(p.phi[b * p.phi_batch_stride + head], state.maximum) ? 0 : 1;
+  const bool served = UnifiedMax::serves(p.phi[b * p.phi_batch_stride + head], state.maximum);
+  // A head's last token is the last of its rows to be worked on: nothing reads phi after this.
+  if (p.row_max && token == p.q_len - 1) p.row_max[b * p.row_max_batch_stride + head] = state.maximum;
+  return served ? 0 : 1;
 }
 
 // How many keys a block has: the same for every task, so that a row's bits don't depend on what else is in its task.
@@ -449,7 +452,7 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
 
   rows.stride = padded;
   int64_t first = task.key_end, last = task.key_begin;  // what any of these rows sees
-  for (int r = 0; r < kTaskRows; r += kLanes) {  // of lanes that are no rows, too
+  for (int r = 0; r < kTaskRows; r += kLanes) {         // of lanes that are no rows, too
     store(rows.reference + r, set1(-kInf));
     store(rows.maximum + r, set1(-kInf));
     store(rows.sum + r, set1(0.0f));
@@ -483,7 +486,7 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
       for (int j = 0; j < ring.located; ++j) prefetch(ring.k[j], row_bytes);
     } else {
       for (int row = min(kFetchBytes / row_bytes, ring.located * heads); row > 0; row -= kKeyTile) {
-        const KV *const* k = keys.next(kKeyTile), *const* v = values.next(kKeyTile);
+        const KV *const *k = keys.next(kKeyTile), *const *v = values.next(kKeyTile);
         for (int i = 0; i < kKeyTile; ++i) {
           prefetch(k[i], row_bytes);
           prefetch(v[i], row_bytes);

@@ -9,6 +9,12 @@
 //   load_a(TileA&, p, stride)              A[r][k] = p[r * stride + k]
 //   load_b(TileB&, p, stride)              B[k][n] = p[n * stride + k]       (rows of p are columns of B)
 //   load_b_transposed(TileB&, p, stride)   B[k][n] = p[k * stride + n]
+//   load_b(TileB[kTilesOf16]&, rows, j)    B[k][n] = R[n][16 j + k], n to 16, where R is what rows describe (below)
+//   load_b_transposed(TileB[kTilesOf16]&, rows, j)   B[k][n] = R[k][16 j + n]
+//                                          From float8 too, widened exactly; then k stands for column widened_k(k) of
+//                                          the 16 in load_b, and in load_b_transposed column n of tile t for column
+//                                          widened_column(t, n)
+//   as_a(TileA&, TileC[kTilesOf16])        a 16 x 16 result, rounded, as the left factor of the next product
 //   mma(TileC&, a, b)                      C += A B
 //   TileC::row(i), TileC::col(i)           the element that this lane's value i is
 //   TileC::kRowSlots, slot(i), slot_row(s) the rows that a lane holds values of: value i lies in row slot_row(slot(i))
@@ -20,8 +26,20 @@
 //   load_stream(p)                         16 bytes that are read once: past L1
 //   store_wide(p, v)                       16 bytes in one access, also where the compiler would take them apart
 //   exchange_xor(v, mask)                  the value of lane ^ mask; v is float or uint64_t
+//   from_lane(v, lane)                     the value of that lane; v is a pointer
+//   wave_any(b), wave_count(b)             whether, or for how many lanes, b is true
+//   wave_sync()                            the wave's lanes meet; what they wrote to memory, all of them see
+//   load_fresh(p)                          an int32 from L2: what another kernel wrote since this one started, too
+//   publish(flag, value), await(flag, value)   what was written before publish, and before a barrier before it, is
+//                                          seen by whoever awaited the value, in any block
 //   exp2_approx(x)                         2^x in one instruction
 //   wait_for_previous_kernel(), allow_next_kernel()   programmatic dependent launch; nothing where there is none
+//   kHasTensorCopies                       whether there is what arch_sm90.cuh adds
+//
+// Rows in shared memory are described by a type with an Element and
+//   chunk(row, c)     the address of 16-byte chunk c of a row; c may be 0 or 1
+//   moved(p, c)       that of the chunk c further on in the row; c is even unless chunk() was asked for 0
+//   at(row, column)   an element
 //
 // load_a, load_b and load_b_transposed read shared memory; p and stride * sizeof(T) are multiples of 16 bytes. All
 // lanes of a wave take part in a tile function.
@@ -31,11 +49,27 @@
 #include "../hip/arch_amd.h"
 #else
 #include "arch_sm80.cuh"
+#include "arch_sm90.cuh"
 #endif
 
 #include <type_traits>
 
 namespace flashdecpp::arch {
+
+// Rows behind each other, kStride elements apart.
+template <class Element_, int kStride>
+struct PlainRows {
+  using Element = Element_;
+  const unsigned char* data;
+
+  __device__ __forceinline__ const unsigned char* chunk(int row, int c) const {
+    return data + row * (kStride * static_cast<int>(sizeof(Element))) + c * 16;
+  }
+  static __device__ __forceinline__ const unsigned char* moved(const unsigned char* p, int c) { return p + c * 16; }
+  __device__ __forceinline__ Element at(int row, int column) const {
+    return reinterpret_cast<const Element*>(data)[row * kStride + column];
+  }
+};
 
 template <class T, class Combine>
 __device__ __forceinline__ T wave_reduce(T value, Combine combine) {
@@ -60,10 +94,10 @@ __device__ __forceinline__ float row_reduce(float value, Combine combine) {
   return value;
 }
 
-// The shared memory whose size the launch names.
+// The shared memory whose size the launch names. Swizzled rows want such an alignment.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
-  extern __shared__ uint4 dynamic_shared_memory[];
-  return reinterpret_cast<unsigned char*>(dynamic_shared_memory);
+  extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+  return dynamic_shared_memory;
 }
 
 // Over a whole block; `scratch` holds blockDim.x / kWaveSize values in shared memory. Every thread gets the result.

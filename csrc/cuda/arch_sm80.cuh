@@ -29,6 +29,15 @@ __device__ __forceinline__ uint64_t exchange_xor(uint64_t value, int mask) {
   return __shfl_xor_sync(0xffffffffu, static_cast<unsigned long long>(value), mask);
 }
 
+template <class T>
+__device__ __forceinline__ T* from_lane(T* value, int source) {
+  return reinterpret_cast<T*>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(value), source));
+}
+
+__device__ __forceinline__ bool wave_any(bool value) { return __any_sync(0xffffffffu, value); }
+__device__ __forceinline__ int wave_count(bool value) { return __popc(__ballot_sync(0xffffffffu, value)); }
+__device__ __forceinline__ void wave_sync() { __syncwarp(); }
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -67,6 +76,23 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
   return v;
+}
+
+__device__ __forceinline__ int32_t load_fresh(const int32_t* p) {
+  int32_t v;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void publish(uint64_t* flag, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ void await(const uint64_t* flag, uint64_t value) {
+  uint64_t seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
+  } while (seen != value);
 }
 
 __device__ __forceinline__ void store_wide(void* p, const uint4& v) {
@@ -121,6 +147,27 @@ __device__ __forceinline__ void load_b_transposed(TileB<T>& tile, const T* p, in
                : "memory");
 }
 
+inline constexpr int kTilesOf16 = 16 / kTileN;
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+template <class T>
+__device__ __forceinline__ void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a.v[i] = pack<T>(c[i / 2].v[i % 2 * 2], c[i / 2].v[i % 2 * 2 + 1]);
+}
+
 __device__ __forceinline__ void mma(TileC& c, const TileA<half>& a, const TileB<half>& b) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -169,6 +216,56 @@ template <class T>
 __device__ __forceinline__ uint4 widen_e4m3(uint2 v) {
   return {widen_pair(v.x & 0xffff, T()), widen_pair(v.x >> 16, T()), widen_pair(v.y & 0xffff, T()),
           widen_pair(v.y >> 16, T())};
+}
+
+// Bytes in pairs: a 16-bit matrix load hands a lane four neighbours of one row (load_b), or two neighbours of two rows
+// (load_b_transposed). The columns are taken in the order in which they then lie.
+__device__ __forceinline__ constexpr int widened_k(int k) { return k % 8 / 2 * 4 + k / 8 * 2 + k % 2; }
+__device__ __forceinline__ constexpr int widened_column(int tile, int n) { return 2 * n + tile; }
+
+template <class T, class Rows>
+__device__ __forceinline__ void load_b(TileB<T> (&tiles)[kTilesOf16], const Rows& rows, int j) {
+  if constexpr (sizeof(typename Rows::Element) == sizeof(T)) {
+    const void* p = rows.moved(rows.chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2), 2 * j);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tiles[0].v[0]), "=r"(tiles[0].v[1]), "=r"(tiles[1].v[0]), "=r"(tiles[1].v[1])
+                 : "r"(shared_address(p))
+                 : "memory");
+  } else {
+    uint32_t raw[kTilesOf16];
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(raw[0]), "=r"(raw[1])
+                 : "r"(shared_address(rows.moved(rows.chunk(lane() % 16, 0), j)))
+                 : "memory");
+#pragma unroll
+    for (int t = 0; t < kTilesOf16; ++t) {
+      tiles[t].v[0] = widen_pair(raw[t] & 0xffff, T());
+      tiles[t].v[1] = widen_pair(raw[t] >> 16, T());
+    }
+  }
+}
+
+template <class T, class Rows>
+__device__ __forceinline__ void load_b_transposed(TileB<T> (&tiles)[kTilesOf16], const Rows& rows, int j) {
+  if constexpr (sizeof(typename Rows::Element) == sizeof(T)) {
+    const void* p = rows.moved(rows.chunk(lane() % 16, lane() / 16), 2 * j);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tiles[0].v[0]), "=r"(tiles[0].v[1]), "=r"(tiles[1].v[0]), "=r"(tiles[1].v[1])
+                 : "r"(shared_address(p))
+                 : "memory");
+  } else {
+    uint32_t raw[2];
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(raw[0]), "=r"(raw[1])
+                 : "r"(shared_address(rows.moved(rows.chunk(lane() % 16, 0), j)))
+                 : "memory");
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t by_column = __byte_perm(raw[i], 0, 0x3120);
+      tiles[0].v[i] = widen_pair(by_column & 0xffff, T());
+      tiles[1].v[i] = widen_pair(by_column >> 16, T());
+    }
+  }
 }
 
 // ---- programmatic dependent launch: from Hopper on -----------------------------------------------------------------

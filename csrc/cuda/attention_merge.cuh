@@ -1,161 +1,151 @@
-// Decode attention, the end of a row: parts of splits written and merged, the verdict on phi, the output.
+// Decode attention, the end of a row: the waves' parts merged, the blocks' parts written and merged, the output.
 #pragma once
 
 #include "attention_walk.cuh"
 
 namespace flashdecpp {
 
-// This split's part of every row, to global memory.
+// In shared memory.
 template <class Tile>
-__device__ __forceinline__ void write_part(const AttentionLaunch& launch, const Work& work,
-                                           const Rows<Waves<Tile>::kWaves>& rows,
-                                           const TileC (&o)[Waves<Tile>::kOuts]) {
-  const int split = blockIdx.y, head_dim = launch.p.head_dim;
-  float* out = launch.part_out + work.part(launch.p, split, 0) * head_dim;
-  for_each_out<Tile>(work, head_dim, o,
-                     [&](int row, int column, float value) { out[row * head_dim + column] = value; });
-  if (threadIdx.x < work.rows) {
-    launch.part_state[work.part(launch.p, split, threadIdx.x)] = {rows.max[threadIdx.x], rows.sum[threadIdx.x]};
-  }
+struct MergeMemory {
+  RowPart parts[Tile::kWaves][Tile::kRows];
+  float shares[Tile::kWaves][Tile::kRows];  // what a wave's O counts
+  float factor[Tile::kRows];                // output = factor * O
+};
+
+__device__ __forceinline__ float4 scaled_sum(float a, float4 x, float b, float4 y) {
+  return {a * x.x + b * y.x, a * x.y + b * y.y, a * x.z + b * y.z, a * x.w + b * y.w};
 }
 
-// Maximum and sum of every row over `splits` parts.
-template <class Tile, class Policy>
-__device__ __forceinline__ void merge_states(const AttentionLaunch& launch, const Work& work, int splits,
-                                             Rows<Waves<Tile>::kWaves>& rows) {
-  const int64_t step = work.part(launch.p, 1, 0) - work.part(launch.p, 0, 0);
-  for (int row = arch::wave(); row < work.rows; row += Waves<Tile>::kWaves) {
-    const SoftmaxPart* parts = launch.part_state + work.part(launch.p, 0, row);
-    float max = -kInfinity;
-    for (int s = arch::lane(); s < splits; s += arch::kWaveSize) max = fmaxf(max, parts[s * step].max);
-    max = arch::wave_max(max);
-    float sum = 0.f;
-    for (int s = arch::lane(); s < splits; s += arch::kWaveSize) {
-      const SoftmaxPart part = parts[s * step];
-      sum += part.sum * Policy::share(part.max, max);
-    }
-    sum = arch::wave_sum(sum);
-    if (arch::lane() == 0) {
-      rows.max[row] = max;
-      rows.sum[row] = sum;
-    }
-  }
-  __syncthreads();
-}
-
-// From maximum and sum: lse, the factor that makes O the output, and whether the row must be recomputed. `again`: the
-// rows that are being recomputed, and no others.
-template <class Tile, class Policy>
-__device__ __forceinline__ void conclude(const AttentionParams& p, const Work& work, bool again,
-                                         Rows<Waves<Tile>::kWaves>& rows) {
-  const int row = threadIdx.x;
-  if (row < work.rows && (!again || rows.redo[row])) {
-    const int head = work.head(p, row);
-    Policy state(rows.phi[row]);
-    state.max = rows.max[row];
-    state.sum = rows.sum[row];
-    float lse, factor = 1.f / state.sum;
-    if (isnan(state.sum)) {
-      lse = kNaN;
-    } else if (state.max == -kInfinity) {  // sees no key
-      lse = p.sinks ? p.sinks[head] : -kInfinity;
-      factor = 0.f;
-    } else {
-      lse = state.log_sum();
-      if constexpr (Policy::kUnified) rows.redo[row] = !state.trusted();
-      if (p.sinks) {
-        const float sink = p.sinks[head], distance = fabsf(lse - sink);
-        factor /= 1.f + expf(sink - lse);
-        lse = fmaxf(lse, sink) + log1pf(expf(-distance));
-      }
-      if (p.v_scale) factor *= p.v_scale[work.kv_head];
-    }
-    rows.factor[row] = factor;
-    p.lse[(int64_t{work.batch} * p.q_heads + head) * p.q_len + work.token(p, row)] = lse;
-  }
-  __syncthreads();
-}
-
-template <class T>
-__device__ __forceinline__ T* out_row(const AttentionParams& p, const Work& work, int row) {
-  const int64_t token = int64_t{work.batch} * p.q_len + work.token(p, row);
-  return static_cast<T*>(p.out) + (token * p.q_heads + work.head(p, row)) * p.head_dim;
-}
-
-// O that overflowed although the weights were in range: only values near the end of bfloat16 do that.
-template <class Policy, int kWaves>
-__device__ __forceinline__ void watch_overflow(Rows<kWaves>& rows, int row, float value) {
-  if constexpr (Policy::kUnified) {
-    if constexpr (Policy::Range::kMayOverflow) {
-      if (!is_finite(value) && !isnan(rows.factor[row])) rows.redo[row] = 1;
-    }
-  }
-}
-
-// The output from registers. `again` as in conclude.
-template <class Tile, class Policy>
-__device__ __forceinline__ void write_out(const AttentionParams& p, const Work& work, bool again,
-                                          const TileC (&o)[Waves<Tile>::kOuts], Rows<Waves<Tile>::kWaves>& rows) {
-  using T = typename Tile::T;
-  for_each_out<Tile>(work, p.head_dim, o, [&](int row, int column, float value) {
-    if (again && !rows.redo[row]) return;
-    watch_overflow<Policy>(rows, row, value);
-    out_row<T>(p, work, row)[column] = arch::from_float<T>(value * rows.factor[row]);
-  });
-}
-
-// The output from the parts of all splits. A thread adds four columns of a row; where rows are few, teams of threads
-// add every so many of the splits.
-template <class Tile, class Policy>
-__device__ __forceinline__ void merge_out(const AttentionLaunch& launch, const Work& work, int splits,
-                                          unsigned char* shared, Rows<Waves<Tile>::kWaves>& rows) {
-  using T = typename Tile::T;
+// The factor that makes the O of a whole row its output. `first`: of the threads that ask, the one that also writes lse
+// and the row maximum and counts the row where phi did not fit it.
+template <class Policy>
+__device__ __forceinline__ float conclude(const AttentionLaunch& launch, const RowBlock& rows, int row,
+                                          const RowPart& whole, bool first) {
   const AttentionParams& p = launch.p;
-  const int quads = p.head_dim / 4, items = work.rows * quads;
-  const int64_t step = work.part(p, 1, 0) - work.part(p, 0, 0);
-
-  const auto add = [&](int item, int team, int teams) {
-    const int row = item / quads;
-    const SoftmaxPart* states = launch.part_state + work.part(p, 0, row);
-    const float* outs = launch.part_out + work.part(p, 0, row) * p.head_dim + item % quads * 4;
-    float4 total = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 4
-    for (int s = team; s < splits; s += teams) {
-      const float share = Policy::share(states[s * step].max, rows.max[row]);
-      const float4 part = *reinterpret_cast<const float4*>(outs + s * step * p.head_dim);
-      total.x += share * part.x;
-      total.y += share * part.y;
-      total.z += share * part.z;
-      total.w += share * part.w;
+  const int head = rows.head(launch, row), token = rows.token(launch, row);
+  float lse, factor = 1.f / whole.sum;
+  if (isnan(whole.sum)) {
+    lse = kNaN;
+  } else if (whole.max == -kInfinity) {  // sees no key
+    lse = p.sinks ? p.sinks[head] : -kInfinity;
+    factor = 0.f;
+  } else {
+    lse = log_sum<Policy>(whole);
+    if (first && p.fallback_count && !trusted<Policy>(rows.phi(launch, row), whole.max)) atomicAdd(p.fallback_count, 1);
+    if (first && p.row_max && token == p.q_len - 1) {
+      p.row_max[rows.batch * p.row_max_batch_stride + head] = whole.max;
     }
-    return total;
-  };
-  const auto write = [&](int item, float4 total) {
-    const int row = item / quads;
-    T* out = out_row<T>(p, work, row) + item % quads * 4;
-    const float values[] = {total.x, total.y, total.z, total.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      watch_overflow<Policy>(rows, row, values[i]);
-      out[i] = arch::from_float<T>(values[i] * rows.factor[row]);
+    if (p.sinks) {
+      const float sink = p.sinks[head], distance = fabsf(lse - sink);
+      factor /= 1.f + expf(sink - lse);
+      lse = fmaxf(lse, sink) + log1pf(expf(-distance));
     }
-  };
-
-  if (items >= Tile::kThreads) {
-    for (int item = threadIdx.x; item < items; item += Tile::kThreads) write(item, add(item, 0, 1));
-    return;
+    if (p.v_scale) factor *= p.v_scale[rows.kv_head];
   }
-  const int teams = Tile::kThreads / items, team = threadIdx.x / items, item = threadIdx.x % items;
-  float4* totals = reinterpret_cast<float4*>(Tile::stage(shared, 0));
-  if (team < teams) totals[threadIdx.x] = add(item, team, teams);
+  if (first) p.lse[(int64_t{rows.batch} * p.q_heads + head) * p.q_len + token] = lse;
+  return factor;
+}
+
+// Four neighbouring columns of a row.
+template <class T>
+__device__ __forceinline__ void write_out(const AttentionLaunch& launch, const RowBlock& rows, int row, int column,
+                                          float factor, float4 o) {
+  const AttentionParams& p = launch.p;
+  const int64_t token = int64_t{rows.batch} * p.q_len + rows.token(launch, row);
+  T* out = static_cast<T*>(p.out) + (token * p.q_heads + rows.head(launch, row)) * p.head_dim + column;
+  const float values[4] = {factor * o.x, factor * o.y, factor * o.z, factor * o.w};
+  arch::store_vector(out, values);
+}
+
+// The end of a pass, for all waves: their parts become the output, or the block's part in `slot` where that is not
+// negative. Scratch and memory are free again after the next barrier.
+template <class Tile, class Policy, class Ring>
+__device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const RowBlock& rows, int slot,
+                                            const WavePart<Tile, Policy>& part, const SharedMemory<Tile, Ring>& shared,
+                                            MergeMemory<Tile>& memory) {
+  const AttentionParams& p = launch.p;
+  const int64_t first = int64_t{slot} * launch.rows() + rows.begin;
+  part.for_each_row([&](int row, const RowPart& state) { memory.parts[arch::wave()][row] = state; });
   __syncthreads();
-  if (team == 0) {
-    float4 total = totals[item];
-    for (int t = 1; t < teams; ++t) {
-      const float4 part = totals[t * items + item];
-      total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
+  if (const int row = threadIdx.x; row < rows.count) {
+    WholeRow whole;
+#pragma unroll 1
+    for (int w = 0; w < Tile::kWaves; ++w) whole.add(memory.parts[w][row]);
+#pragma unroll 1
+    for (int w = 0; w < Tile::kWaves; ++w) {
+      const RowPart& of_wave = memory.parts[w][row];
+      memory.shares[w][row] = of_wave.max > -kInfinity ? share(of_wave.ref, whole.ref) : 1.f;
     }
-    write(item, total);
+    if (slot < 0) {
+      memory.factor[row] = conclude<Policy>(launch, rows, row, whole.part(), true);
+    } else {
+      launch.part_state[first + row] = whole.part();
+    }
+  }
+
+  for (int chunk = 0; chunk < rows.count; chunk += Tile::kMergeRows) {
+    if (chunk > 0) __syncthreads();
+    part.store_rows(chunk / 16, chunk % 16 / Tile::kMergeRows, shared.scratch(arch::wave()));
+    __syncthreads();
+    const int chunk_rows = min(Tile::kMergeRows, rows.count - chunk);
+    // kDims / 4 threads a row, for the widest row; a narrower one leaves some idle.
+    constexpr int kRowThreads = Tile::kDims / 4;
+#pragma unroll 1
+    for (int item = threadIdx.x; item < chunk_rows * kRowThreads; item += Tile::kThreads) {
+      const int row = item / kRowThreads, column = item % kRowThreads * 4;
+      if (column >= p.head_dim) continue;
+      float4 total = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int w = 0; w < Tile::kWaves; ++w) {
+        const float* from = shared.scratch(w) + row * Tile::kScratchStride + column;
+        total = scaled_sum(1.f, total, memory.shares[w][chunk + row], *reinterpret_cast<const float4*>(from));
+      }
+      if (slot < 0) {
+        write_out<typename Tile::T>(launch, rows, chunk + row, column, memory.factor[chunk + row], total);
+      } else {
+        *reinterpret_cast<float4*>(launch.part_out + (first + chunk + row) * p.head_dim + column) = total;
+      }
+    }
+  }
+}
+
+// The parts of one unit become the output of its rows, four columns a thread.
+template <class Tile, class Policy>
+__device__ __forceinline__ void merge_slots(const AttentionLaunch& launch, const Slots& slots, const RowBlock& rows) {
+  constexpr int kAtOnce = 16, kRowThreads = Tile::kDims / 4;  // loads in flight; threads of a row, as in merge_waves
+  const AttentionParams& p = launch.p;
+  for (int i = threadIdx.x; i < slots.count; i += Tile::kThreads) arch::await(launch.ready + slots[i], launch.nonce);
+  __syncthreads();
+  // A graph launches this with the same nonce again.
+  for (int i = threadIdx.x; i < slots.count; i += Tile::kThreads) launch.ready[slots[i]] = 0;
+
+#pragma unroll 1
+  for (int item = threadIdx.x; item < rows.count * kRowThreads; item += Tile::kThreads) {
+    const int row = item / kRowThreads, column = item % kRowThreads * 4;
+    if (column >= p.head_dim) continue;
+    WholeRow whole;
+    float4 total = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+    for (int begin = 0; begin < slots.count; begin += kAtOnce) {
+      RowPart state[kAtOnce];
+      float4 o[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (begin + j >= slots.count) continue;
+        const int64_t at = int64_t{slots[begin + j]} * rows.count + row;
+        state[j] = launch.part_state[at];
+        o[j] = *reinterpret_cast<const float4*>(launch.part_out + at * p.head_dim + column);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (begin + j >= slots.count) continue;
+        const float2 factors = whole.add(state[j]);
+        total = scaled_sum(factors.x, total, factors.y, o[j]);
+      }
+    }
+    const float factor = conclude<Policy>(launch, rows, row, whole.part(), column == 0);
+    write_out<typename Tile::T>(launch, rows, row, column, factor, total);
   }
 }
 

@@ -7,154 +7,123 @@
 
 namespace flashdecpp {
 
+using arch::kTilesOf16;
 using arch::TileA;
 using arch::TileB;
 using arch::TileC;
 
+inline constexpr int kGroup = 16;  // keys that a wave takes at a time
+
 struct AttentionLaunch {
   AttentionParams p;
-  // null where num_splits is 1
-  unsigned int* arrivals;   // [batch, kv_heads, row_tiles], zeros
-  float* part_out;          // [batch, kv_heads, num_splits, q_len * group, head_dim]
-  SoftmaxPart* part_state;  // [batch, kv_heads, num_splits, q_len * group]
-  int32_t row_tiles;
-  bool aligned16;  // every 16 bytes of a cache row start on a multiple of 16 and are inside the row
+  // Of a unit that several blocks share, each leaves its part in a slot. A slot is ready once its flag is the nonce: a
+  // number that no other launch uses, so that what the memory held before does not matter.
+  float* part_out;      // [slots, rows, head_dim]
+  RowPart* part_state;  // [slots, rows]
+  uint64_t* ready;      // [slots]
+  uint64_t nonce;
+  int32_t filling_blocks;  // of the grid; the rest are small
+  // A kernel's first microseconds go into fetching its instructions: a division is 30 of them. row / group is
+  // row * group_reciprocal >> 16, exactly for the 256 rows that there may be.
+  int32_t group, group_reciprocal;
+
+  __host__ __device__ int rows() const { return p.q_len * group; }
 };
 
-inline constexpr int kTileRows = 16;
+// How blocks are cut: chosen by measurement.
+template <int kWaves_, int kStages_, int kBlocks_>
+struct BlockShape {
+  static constexpr int kWaves = kWaves_, kStages = kStages_;
+  static constexpr int kBlocks = kBlocks_;  // at once on a multiprocessor
+};
 
-// Shapes and the shared memory of one configuration. T computes, the cache holds KV; head_dim up to kDims.
-template <class T_, class KV_, int kDims_>
+// Shapes of one configuration. T computes, the cache holds KV; head_dim up to kDims; kRowTiles row tiles share every K
+// and V that is loaded.
+template <class T_, class KV_, int kDims_, int kRowTiles_, class Shape_>
 struct AttentionTile {
   using T = T_;
   using KV = KV_;
-  static constexpr int kDims = kDims_;
-  static constexpr bool kWiden = sizeof(KV) != sizeof(T);  // float8 arrives raw and is widened in a tile of its own
-  static constexpr int kKeys = kDims <= 128 ? 64 : 32;
-  static constexpr int kThreads = 128;
+  using Shape = Shape_;
+  static constexpr int kDims = kDims_, kRowTiles = kRowTiles_, kRows = 16 * kRowTiles;
+  static constexpr bool kWiden = sizeof(KV) != sizeof(T);  // float8
+  static constexpr int kWaves = Shape::kWaves, kThreads = kWaves * arch::kWaveSize, kBlocks = Shape::kBlocks;
+  static constexpr int kStages = Shape::kStages;
+  static constexpr int kColumnTiles = kDims / arch::kTileN;
+  static constexpr bool kQueryInRegisters = kRowTiles * kDims <= 192;
+  static constexpr int kQStride = kDims + 8;
+  static constexpr int kMergeRows = 16 / TileC::kRowSlots,
+                       kScratchStride = kDims + 8;  // rows that are merged at a time
 
-  // 16 bytes of padding a row: the rows that a tile load touches at once start in different banks.
-  static constexpr int kStride = kDims + 8, kPStride = kKeys + 8;
-  static constexpr int kRowBytes = kWiden ? kDims : kStride * 2;
-  static constexpr int kStageBytes = kKeys * kRowBytes;
-  static constexpr int kWideBytes = kWiden ? kKeys * kStride * 2 : 0;
-  static constexpr int kQBytes = kTileRows * kStride * 2;
-  static constexpr int kPBytes = kTileRows * kPStride * 2;
-  static constexpr int kPlaceBytes = kKeys * 2 * 8;  // where the keys of one tile lie: element offsets in K and V
-
-  static constexpr int kMaxStages = 6, kMaxPlaces = 4;
-  static constexpr int kFixedBytes = kQBytes + kPBytes + kMaxPlaces * kPlaceBytes + kWideBytes;
-  static constexpr int kFit = (arch::kSharedBudget - kFixedBytes) / kStageBytes;
-  static constexpr int kStages = kFit < kMaxStages ? kFit : kMaxStages;
-  static_assert(kStages >= 2);
-  // Places are written this many tiles before the tile is multiplied, and looked up one tile earlier still.
-  static constexpr int kAhead = (kStages - 1) / 2 + 1;
-  static constexpr int kPlaces = kAhead + 1;
-  static_assert(kPlaces <= kMaxPlaces);
-  static constexpr int kSharedBytes = kFixedBytes + kStages * kStageBytes;
-
-  static constexpr int kChunk = 16 / sizeof(KV);  // elements of one copy
-  static constexpr int kChunks = kDims / kChunk;  // copies of one row
-  static constexpr int kCopies = kKeys * kChunks / kThreads;
-  static_assert(kCopies * kThreads == kKeys * kChunks);
-
-  static __device__ T* q(unsigned char* shared) { return reinterpret_cast<T*>(shared); }
-  static __device__ T* p(unsigned char* shared) { return reinterpret_cast<T*>(shared + kQBytes); }
-  static __device__ int64_t* places(unsigned char* shared, int tile) {
-    return reinterpret_cast<int64_t*>(shared + kQBytes + kPBytes + tile % kPlaces * kPlaceBytes);
-  }
-  static __device__ T* wide(unsigned char* shared) { return reinterpret_cast<T*>(shared + kFixedBytes - kWideBytes); }
-  static __device__ unsigned char* stage(unsigned char* shared, int index) {
-    return shared + kFixedBytes + index * kStageBytes;
+  // The column of the cache that value i of column tile n stands for.
+  static __device__ __forceinline__ int column(int n, int i) {
+    if constexpr (kWiden) {
+      return n / kTilesOf16 * 16 + arch::widened_column(n % kTilesOf16, TileC::col(i));
+    } else {
+      return n * arch::kTileN + TileC::col(i);
+    }
   }
 };
 
-// Device constants of a configuration: what depends on the machine's wave.
-template <class Tile>
-struct Waves {
-  static constexpr int kWaves = Tile::kThreads / arch::kWaveSize;
-  static constexpr int kKeyTiles = Tile::kKeys / arch::kTileN;
-  static constexpr int kColumnTiles = Tile::kDims / arch::kTileN;
-  static constexpr int kScores = (kKeyTiles + kWaves - 1) / kWaves;   // key tiles of one wave
-  static constexpr int kOuts = (kColumnTiles + kWaves - 1) / kWaves;  // column tiles of one wave
-  // Tile n of this wave, and whether there is one.
-  static __device__ __forceinline__ int tile(int n) { return arch::wave() + n * kWaves; }
-  static __device__ __forceinline__ bool has_scores(int n) { return kKeyTiles % kWaves == 0 || tile(n) < kKeyTiles; }
-  static __device__ __forceinline__ bool has_outs(int n) {
-    return kColumnTiles % kWaves == 0 || tile(n) < kColumnTiles;
+// The shared memory of a block: of every wave the ring, the queries of a pass, and room to merge.
+template <class Tile, class Ring>
+struct SharedMemory {
+  static constexpr int kRingBytes = Tile::kStages * Ring::kStageBytes;
+  static constexpr int kQBytes = Tile::kRows * Tile::kQStride * 2;
+  static constexpr int kScratchBytes = Tile::kMergeRows * Tile::kScratchStride * 4;
+  static constexpr int kBytes = Tile::kWaves * (kRingBytes + kQBytes + kScratchBytes);
+  static_assert(kScratchBytes >= 16 * kGroup * 2);
+
+  unsigned char* data;
+
+  __device__ unsigned char* ring(int wave) const { return data + wave * kRingBytes; }
+  __device__ typename Tile::T* q(int wave) const {
+    return reinterpret_cast<typename Tile::T*>(data + Tile::kWaves * kRingBytes + wave * kQBytes);
+  }
+  __device__ float* scratch(int wave) const {
+    return reinterpret_cast<float*>(data + Tile::kWaves * (kRingBytes + kQBytes) + wave * kScratchBytes);
   }
 };
 
-// What the rows of the block need beside matrices, in shared memory.
-template <int kWaves>
-struct Rows {
-  int first[kTileRows], last[kTileRows];  // the keys that a row sees
-  float phi[kTileRows], slope[kTileRows];
-  float wave_max[kWaves][kTileRows], wave_sum[kWaves][kTileRows];
-  float max[kTileRows], sum[kTileRows];
-  float factor[kTileRows];  // output = factor * O
-  int redo[kTileRows];      // to be recomputed with the online softmax
-};
+// The keys of one sequence that some row sees, and the groups that hold them.
+struct Sequence {
+  int length;               // keys, new tokens included
+  int key_begin;            // the first that a row sees
+  int first_group, groups;  // at least one group, also where there is no key: a block must write the outputs
 
-// The block's rows and the keys they see.
-struct Work {
-  int unit, batch, kv_head, row_begin, rows;
-  int key_begin, key_end;        // seen by some row
-  int common_begin, common_end;  // seen by every row; may be empty
-  int tile_begin, tile_count;    // key tiles with a key that is seen
-  int length;
-
-  __device__ Work(const AttentionLaunch& launch, int tile_keys) {
-    const AttentionParams& p = launch.p;
-    unit = blockIdx.x;
-    const int row_tile = unit % launch.row_tiles, sequence_head = unit / launch.row_tiles;
-    kv_head = sequence_head % p.kv_heads;
-    batch = sequence_head / p.kv_heads;
-    row_begin = row_tile * kTileRows;
-    rows = min(kTileRows, p.q_len * p.group() - row_begin);
+  Sequence() = default;
+  __device__ Sequence(const AttentionParams& p, int batch) {
     const int64_t capacity = p.num_blocks > 0 ? p.capacity() : 0;
-    length = static_cast<int>(min(static_cast<int64_t>(max(p.seq_lens[batch], 0)), capacity));
-
-    const int first = position(p, 0), last = position(p, rows - 1);
-    key_begin = window_begin(p, max(first, 0));
-    key_end = last + 1;
-    common_begin = window_begin(p, max(last, 0));
-    common_end = first + 1;
-    tile_begin = key_begin / tile_keys;
-    tile_count = key_end > 0 ? (key_end - 1) / tile_keys + 1 - tile_begin : 0;
+    length = static_cast<int>(min(static_cast<int64_t>(max(arch::load_fresh(p.seq_lens + batch), 0)), capacity));
+    key_begin = window_begin(p, max(length - p.q_len, 0));
+    first_group = key_begin / kGroup;
+    groups = max((length + kGroup - 1) / kGroup - first_group, 1);
   }
 
-  __device__ int position(const AttentionParams& p, int row) const {
-    return length - p.q_len + (row_begin + row) / p.group();
-  }
-  __device__ int head(const AttentionParams& p, int row) const {
-    return kv_head * p.group() + (row_begin + row) % p.group();
-  }
-  __device__ int token(const AttentionParams& p, int row) const { return (row_begin + row) / p.group(); }
   // First key that a row at `position` sees.
-  static __device__ int window_begin(const AttentionParams& p, int position) {
+  static __device__ __forceinline__ int window_begin(const AttentionParams& p, int position) {
     return p.window > 0 ? max(position - p.window + 1, 0) : 0;
   }
-  // Index of a row of one split in part_state; times head_dim, in part_out.
-  __device__ int64_t part(const AttentionParams& p, int split, int row) const {
-    const int64_t group = int64_t{batch} * p.kv_heads + kv_head;
-    return (group * gridDim.y + split) * (p.q_len * p.group()) + row_begin + row;
-  }
 };
 
-template <class Tile>
-__device__ __forceinline__ void describe_rows(const AttentionParams& p, const Work& work,
-                                              Rows<Waves<Tile>::kWaves>& rows) {
-  const int row = threadIdx.x;
-  if (row >= kTileRows) return;
-  const bool used = row < work.rows;
-  const int position = used ? work.position(p, row) : -1;
-  const int head = used ? work.head(p, row) : 0;
-  rows.first[row] = position >= 0 ? Work::window_begin(p, position) : 0;
-  rows.last[row] = position;
-  rows.phi[row] = used && p.phi ? p.phi[work.batch * p.phi_batch_stride + head] : 0.f;
-  rows.slope[row] = used && p.alibi_slopes ? p.alibi_slopes[head] : 0.f;
-  rows.redo[row] = 0;
-}
+// The rows that one pass over keys serves: up to kRows of the q_len * group query rows that share a KV head, token by
+// token.
+struct RowBlock {
+  int batch, kv_head, begin, count, length;
+
+  __device__ __forceinline__ int token(const AttentionLaunch& launch, int row) const {
+    return (begin + row) * launch.group_reciprocal >> 16;
+  }
+  __device__ __forceinline__ int head(const AttentionLaunch& launch, int row) const {
+    const int group = launch.group;
+    return kv_head * group + begin + row - token(launch, row) * group;
+  }
+  __device__ __forceinline__ int position(const AttentionLaunch& launch, int row) const {
+    return length - launch.p.q_len + token(launch, row);
+  }
+  __device__ __forceinline__ float phi(const AttentionLaunch& launch, int row) const {
+    const AttentionParams& p = launch.p;
+    return p.phi ? p.phi[batch * p.phi_batch_stride + head(launch, row)] : 0.f;
+  }
+};
 
 }  // namespace flashdecpp

@@ -1,210 +1,320 @@
-// Decode attention, the arithmetic: S = Q K^T, the softmax policy, O += P V over a run of key tiles.
+// Decode attention, the arithmetic: one wave takes a group of keys: S = Q K^T, the softmax policy, O += P V.
 #pragma once
 
-#include "attention_stream.cuh"
+#include "attention_ring.cuh"
 
 namespace flashdecpp {
 
-__device__ __forceinline__ float logit(const AttentionParams& p, float scale, float product, float slope,
-                                       int distance) {
-  float x = product * scale;
-  if (p.softcap > 0.f) x = p.softcap * tanhf(x / p.softcap);
+__device__ __forceinline__ float logit(const AttentionParams& p, float x, float slope, int distance) {
+  if (p.softcap > 0.f) {  // tanh(y) = 1 - 2 / (e^(2y) + 1)
+    const float e = arch::exp2_approx(x * (2.f * kLog2E / p.softcap));
+    x = p.softcap * (1.f - __fdividef(2.f, e + 1.f));
+  }
   if (p.alibi_slopes) x -= slope * static_cast<float>(distance);
-  return is_finite(x) ? x : kNaN;
+  return x;
 }
 
-// O += P V, key by key and row by row, for a tile with a V that is not finite and that not all rows see.
-template <class Tile>
-__device__ __forceinline__ void add_values_selected(const typename Tile::T* p, const typename Tile::T* v, int key_begin,
-                                                    const int (&first)[TileC::kRowSlots],
-                                                    const int (&last)[TileC::kRowSlots],
-                                                    TileC (&o)[Waves<Tile>::kOuts]) {
-#pragma unroll 1
-  for (int j = 0; j < Tile::kKeys; ++j) {
-#pragma unroll
-    for (int i = 0; i < TileC::kValues; ++i) {
-      const int slot = TileC::slot(i);
-      if (key_begin + j < first[slot] || key_begin + j > last[slot]) continue;
-      const float weight = arch::to_float(p[TileC::row(i) * Tile::kPStride + j]);
-#pragma unroll
-      for (int n = 0; n < Waves<Tile>::kOuts; ++n) {
-        if (!Waves<Tile>::has_outs(n)) continue;
-        const int column = Waves<Tile>::tile(n) * arch::kTileN + TileC::col(i);
-        o[n].v[i] += weight * arch::to_float(v[j * Tile::kStride + column]);
-      }
-    }
-  }
-}
-
-template <class Tile>
-__device__ __forceinline__ bool all_finite(const typename Tile::T* v) {
-  bool finite = true;
-  for (int index = threadIdx.x; index < Tile::kKeys * Tile::kDims; index += Tile::kThreads) {
-    finite &= is_finite(arch::to_float(v[index / Tile::kDims * Tile::kStride + index % Tile::kDims]));
-  }
-  return !__syncthreads_or(!finite);
-}
-
-// The attention of the block's rows to key tiles tile_begin .. tile_end: O in o, and maximum and sum in rows.
+// A wave's part of the rows of one pass: O, and for every row that this lane holds values of, its softmax.
 template <class Tile, class Policy>
-__device__ __forceinline__ void attend(const AttentionLaunch& launch, const Work& work, unsigned char* shared,
-                                       Rows<Waves<Tile>::kWaves>& rows, int tile_begin, int tile_end,
-                                       TileC (&o)[Waves<Tile>::kOuts]) {
+class WavePart {
   using T = typename Tile::T;
-  using W = Waves<Tile>;
-  const AttentionParams& p = launch.p;
-  const float scale = p.scale * (p.k_scale ? p.k_scale[work.kv_head] : 1.f);
-  const auto maximum = [](float a, float b) { return fmaxf(a, b); };
-  const auto plus = [](float a, float b) { return a + b; };
+  static constexpr int kSlots = TileC::kRowSlots, kTiles = Tile::kRowTiles;
+  static constexpr int kAhead = kTiles > 1 ? 2 : 4;
 
-  KeyValueStream<Tile> stream(launch, work, shared, tile_begin, tile_end);
-
-  int first[TileC::kRowSlots], last[TileC::kRowSlots];
-  float slope[TileC::kRowSlots];
-  Policy state[TileC::kRowSlots];
+ public:
+  __device__ __forceinline__ WavePart(const AttentionLaunch& launch, const RowBlock& rows, float scale)
+      : p_(launch.p), scale_(scale) {
+    const AttentionParams& p = launch.p;
 #pragma unroll
-  for (int s = 0; s < TileC::kRowSlots; ++s) {
-    const int row = TileC::slot_row(s);
-    first[s] = rows.first[row];
-    last[s] = rows.last[row];
-    slope[s] = rows.slope[row];
-    state[s] = Policy(rows.phi[row]);
-  }
+    for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
-  for (int n = 0; n < W::kOuts; ++n) o[n] = TileC();
-
-  TileA<T> q[Tile::kDims / 16];
-  for (int tile = tile_begin; tile < tile_end; ++tile) {
-    const int key_begin = tile * Tile::kKeys;
-
-    // S = Q K^T, the logits of this wave's keys.
-    const T* keys = stream.keys(tile);
-    if (tile == tile_begin) {
+      for (int s = 0; s < kSlots; ++s) {
+        const int row = r * 16 + TileC::slot_row(s);
+        const bool used = row < rows.count;
+        const int position = used ? rows.position(launch, row) : -1;
+        first_[r][s] = Sequence::window_begin(p, position);
+        last_[r][s] = position;
+        slope_[r][s] = used && p.alibi_slopes ? p.alibi_slopes[rows.head(launch, row)] : 0.f;
+        const float phi = Policy::kUnified && used ? rows.phi(launch, row) : 0.f;
+        ref_[r][s] = usable(phi) ? phi : 0.f;
+        max_[r][s] = -kInfinity;
+        sum_[r][s] = 0.f;
+        seen_[r][s] = position < 0;  // nothing to wait for
+      }
 #pragma unroll
-      for (int k = 0; k < Tile::kDims / 16; ++k) arch::load_a(q[k], Tile::q(shared) + k * 16, Tile::kStride);
+      for (int n = 0; n < Tile::kColumnTiles; ++n) o_[r][n] = TileC();
     }
-    TileC scores[W::kScores];
+    const int begin = rows.position(launch, 0), end = rows.position(launch, rows.count - 1);
+    common_begin_ = Sequence::window_begin(p, max(end, 0));
+    common_end_ = begin + 1;
+  }
+
+  // The pass's queries, [kRows, kDims] in shared memory; to be left there.
+  __device__ __forceinline__ void take_queries(const T* q) {
+    q_ = q;
+    if constexpr (Tile::kQueryInRegisters) {
 #pragma unroll
-    for (int k = 0; k < Tile::kDims / 16; ++k) {
+      for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
-      for (int n = 0; n < W::kScores; ++n) {
-        if (!W::has_scores(n)) continue;
-        TileB<T> b;
-        arch::load_b(b, keys + W::tile(n) * arch::kTileN * Tile::kStride + k * 16, Tile::kStride);
-        arch::mma(scores[n], q[k], b);
+        for (int k = 0; k < Tile::kDims / 16; ++k) load_query(q_tiles_[r][k], r, k);
       }
     }
+  }
+
+  // A group whose first key is `key_begin`. The sequence's keys from loaded_begin to loaded_end are in it, zeros in the
+  // place of others' values.
+  template <class Rows>
+  __device__ __forceinline__ void take(const Rows& keys, const Rows& values, int key_begin, int loaded_begin,
+                                       int loaded_end, float* scratch) {
+    TileC scores[kTiles][kTilesOf16];
+    multiply_keys(keys, scores);
+    to_logits(scores, key_begin);
+    weigh(scores);
+    const bool common =
+        max(key_begin, loaded_begin) >= common_begin_ && min(key_begin + kGroup, loaded_end) <= common_end_;
+    if (common || all_finite(values)) {
+      add_values(values, scores);
+    } else {
+      add_values_selected(values, scores, key_begin, reinterpret_cast<T*>(scratch));
+    }
+  }
+
+  // f(row of the pass, RowPart) for every row, by one of the lanes that hold values of it.
+  template <class F>
+  __device__ __forceinline__ void for_each_row(F f) const {
 #pragma unroll
-    for (int n = 0; n < W::kScores; ++n) {
+    for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+        const float max = arch::row_reduce(max_[r][s], [](float a, float b) { return fmaxf(a, b); });
+        const float sum = arch::row_reduce(sum_[r][s], [](float a, float b) { return a + b; });
+        if (arch::lane() % TileC::kRowLanes == 0) f(r * 16 + TileC::slot_row(s), RowPart{ref_[r][s], max, sum});
+      }
+    }
+  }
+
+  // O of the rows of one row slot of one row tile, kMergeRows in all, as rows of the scratch.
+  __device__ __forceinline__ void store_rows(int r, int s, float* scratch) const {
+    float* row = scratch + TileC::slot_row(0) % Tile::kMergeRows * Tile::kScratchStride;
+#pragma unroll
+    for (int n = 0; n < Tile::kColumnTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < TileC::kValues; ++i) {
+        if (TileC::slot(i) == 0) row[Tile::column(n, i)] = value(r, s, n, i);
+      }
+    }
+  }
+
+ private:
+  // The value of slot s that corresponds to value i of slot 0. Only constants index the registers.
+  __device__ __forceinline__ float value(int r, int s, int n, int i) const {
+    float chosen = 0.f;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        if (tile == r && slot == s) chosen = o_[tile][n].v[i + slot * (TileC::kValues / kSlots)];
+      }
+    }
+    return chosen;
+  }
+
+  __device__ __forceinline__ void load_query(TileA<T>& a, int r, int k) const {
+    arch::load_a(a, q_ + r * 16 * Tile::kQStride + k * 16, Tile::kQStride);
+  }
+
+  // Loads run ahead of the products by kAhead steps, and the steps alternate between two sums: chains of dependent
+  // instructions are what a wave waits for most.
+  template <class Rows>
+  __device__ __forceinline__ void multiply_keys(const Rows& keys, TileC (&scores)[kTiles][kTilesOf16]) {
+    constexpr int kSteps = Tile::kDims / 16;
+    TileC odd[kTiles][kTilesOf16];
+#pragma unroll
+    for (int begin = 0; begin < kSteps; begin += kAhead) {
+      TileB<T> b[kAhead][kTilesOf16];
+#pragma unroll
+      for (int j = 0; j < kAhead && begin + j < kSteps; ++j) arch::load_b(b[j], keys, begin + j);
+#pragma unroll
+      for (int j = 0; j < kAhead && begin + j < kSteps; ++j) {
+#pragma unroll
+        for (int r = 0; r < kTiles; ++r) {
+          const int k = begin + j;
+          TileA<T> loaded;
+          if constexpr (!Tile::kQueryInRegisters) load_query(loaded, r, k);
+          const TileA<T>& a = Tile::kQueryInRegisters ? q_tiles_[r][Tile::kQueryInRegisters ? k : 0] : loaded;
+#pragma unroll
+          for (int t = 0; t < kTilesOf16; ++t) arch::mma(k % 2 == 0 ? scores[r][t] : odd[r][t], a, b[j][t]);
+        }
+      }
+    }
+    for_each_score([&](int r, int t, int i) { scores[r][t].v[i] += odd[r][t].v[i]; });
+  }
+
+  // Products to logits: NaN where they are not finite, -infinity where a row does not see the key.
+  __device__ __forceinline__ void to_logits(TileC (&scores)[kTiles][kTilesOf16], int key_begin) {
+    const bool plain = p_.softcap <= 0.f && !p_.alibi_slopes;
+    const bool full = key_begin >= common_begin_ && key_begin + kGroup <= common_end_;
+    for_each_score([&](int r, int t, int i) {
+      const float x = scores[r][t].v[i] * scale_;
+      scores[r][t].v[i] = is_finite(x) ? x : kNaN;
+    });
+    if (plain && full) return;
+    for_each_score([&](int r, int t, int i) {
+      const int s = TileC::slot(i), key = key_begin + t * arch::kTileN + TileC::col(i);
+      float x = scores[r][t].v[i];
+      if (!plain) x = logit(p_, x, slope_[r][s], last_[r][s] - key);
+      scores[r][t].v[i] = key >= first_[r][s] && key <= last_[r][s] ? (is_finite(x) ? x : kNaN) : -kInfinity;
+    });
+  }
+
+  // Logits to weights.
+  __device__ __forceinline__ void weigh(TileC (&scores)[kTiles][kTilesOf16]) {
+    if constexpr (Policy::kUnified) {
+      bool outside = !settled_;
+      for_each_score([&](int r, int t, int i) {
         const int s = TileC::slot(i);
-        const int key = key_begin + W::tile(n) * arch::kTileN + TileC::col(i);
-        const bool visible = key >= first[s] && key <= last[s] && W::has_scores(n);
-        const float x = logit(p, scale, scores[n].v[i], slope[s], last[s] - key);
-        scores[n].v[i] = visible ? x : -kInfinity;
-      }
-    }
-
-    // The online maximum: of the tile over all waves, before any weight.
-    if constexpr (!Policy::kUnified) {
-      float top[TileC::kRowSlots];
-#pragma unroll
-      for (int s = 0; s < TileC::kRowSlots; ++s) {
-        top[s] = -kInfinity;
-#pragma unroll
-        for (int n = 0; n < W::kScores; ++n) {
-#pragma unroll
-          for (int i = 0; i < TileC::kValues; ++i) {
-            if (TileC::slot(i) == s) top[s] = fmaxf(top[s], scores[n].v[i]);
-          }
-        }
-        top[s] = arch::row_reduce(top[s], maximum);
-        if (arch::lane() % TileC::kRowLanes == 0) rows.wave_max[arch::wave()][TileC::slot_row(s)] = top[s];
-      }
-      __syncthreads();
-#pragma unroll
-      for (int s = 0; s < TileC::kRowSlots; ++s) {
-#pragma unroll
-        for (int w = 0; w < W::kWaves; ++w) top[s] = fmaxf(top[s], rows.wave_max[w][TileC::slot_row(s)]);
-        const float shrink = state[s].raise(top[s]);
-#pragma unroll
-        for (int n = 0; n < W::kOuts; ++n) {
-#pragma unroll
-          for (int i = 0; i < TileC::kValues; ++i) {
-            if (TileC::slot(i) == s) o[n].v[i] *= shrink;
-          }
-        }
-      }
-    }
-
-    // P, through shared memory to all waves.
-#pragma unroll
-    for (int n = 0; n < W::kScores; ++n) {
-      if (!W::has_scores(n)) continue;
-#pragma unroll
-      for (int i = 0; i < TileC::kValues; ++i) scores[n].v[i] = state[TileC::slot(i)].weight(scores[n].v[i]);
-      arch::store(Tile::p(shared) + W::tile(n) * arch::kTileN, Tile::kPStride, scores[n]);
-    }
-
-    // O += P V, for this wave's columns.
-    const T* values = stream.values(tile);
-    const bool common = max(key_begin, work.key_begin) >= work.common_begin &&
-                        min(key_begin + (Tile::kKeys - 1), work.key_end - 1) < work.common_end;
-    if (common || all_finite<Tile>(values)) {
-#pragma unroll
-      for (int k = 0; k < Tile::kKeys / 16; ++k) {
-        TileA<T> a;
-        arch::load_a(a, Tile::p(shared) + k * 16, Tile::kPStride);
-#pragma unroll
-        for (int n = 0; n < W::kOuts; ++n) {
-          if (!W::has_outs(n)) continue;
-          TileB<T> b;
-          arch::load_b_transposed(b, values + k * 16 * Tile::kStride + W::tile(n) * arch::kTileN, Tile::kStride);
-          arch::mma(o[n], a, b);
-        }
-      }
+        max_[r][s] = fmaxf(max_[r][s], scores[r][t].v[i]);  // passes over NaN
+        outside |= exponent<Policy>(scores[r][t].v[i], ref_[r][s]) > Policy::kHigh;
+      });
+      if (arch::wave_any(outside)) rebase(scores);
     } else {
-      add_values_selected<Tile>(Tile::p(shared), values, key_begin, first, last, o);
+      rebase(scores);
     }
+    for_each_score([&](int r, int t, int i) {
+      const int s = TileC::slot(i);
+      const float weight = arch::exp2_approx(exponent<Policy>(scores[r][t].v[i], ref_[r][s]));
+      sum_[r][s] += weight;
+      scores[r][t].v[i] = weight;
+    });
   }
-  arch::copy_wait<0>();
 
+  // f(row tile, key tile, value).
+  template <class F>
+  static __device__ __forceinline__ void for_each_score(F f) {
 #pragma unroll
-  for (int s = 0; s < TileC::kRowSlots; ++s) {
-    const float max = Policy::kUnified ? arch::row_reduce(state[s].max, maximum) : state[s].max;
-    const float sum = arch::row_reduce(state[s].sum, plus);
-    if (arch::lane() % TileC::kRowLanes == 0) {
-      rows.wave_max[arch::wave()][TileC::slot_row(s)] = max;
-      rows.wave_sum[arch::wave()][TileC::slot_row(s)] = sum;
+    for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+      for (int t = 0; t < kTilesOf16; ++t) {
+#pragma unroll
+        for (int i = 0; i < TileC::kValues; ++i) f(r, t, i);
+      }
     }
   }
-  __syncthreads();
-  if (threadIdx.x < kTileRows) {
-    float max = -kInfinity, sum = 0.f;
-    for (int w = 0; w < W::kWaves; ++w) {
-      max = fmaxf(max, rows.wave_max[w][threadIdx.x]);
-      sum += rows.wave_sum[w][threadIdx.x];
-    }
-    rows.max[threadIdx.x] = max;
-    rows.sum[threadIdx.x] = sum;
-  }
-  __syncthreads();
-}
 
-// f(row, column, value) for every element of O that this lane holds.
-template <class Tile, class Function>
-__device__ __forceinline__ void for_each_out(const Work& work, int head_dim, const TileC (&o)[Waves<Tile>::kOuts],
-                                             Function f) {
+  // New references for the rows that need one, before the weights of these logits are taken.
+  __device__ __forceinline__ void rebase(const TileC (&scores)[kTiles][kTilesOf16]) {
+    float shrink[kTiles][kSlots];
+    bool changed = false, unsettled = false;
 #pragma unroll
-  for (int n = 0; n < Waves<Tile>::kOuts; ++n) {
-    if (!Waves<Tile>::has_outs(n)) continue;
+    for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
-    for (int i = 0; i < TileC::kValues; ++i) {
-      const int row = TileC::row(i), column = Waves<Tile>::tile(n) * arch::kTileN + TileC::col(i);
-      if (row < work.rows && column < head_dim) f(row, column, o[n].v[i]);
+      for (int s = 0; s < kSlots; ++s) {
+        float top = -kInfinity;
+#pragma unroll
+        for (int t = 0; t < kTilesOf16; ++t) {
+#pragma unroll
+          for (int i = 0; i < TileC::kValues; ++i) {
+            if (TileC::slot(i) == s) top = fmaxf(top, scores[r][t].v[i]);
+          }
+        }
+        top = arch::row_reduce(top, [](float a, float b) { return fmaxf(a, b); });
+        if constexpr (!Policy::kUnified) max_[r][s] = fmaxf(max_[r][s], top);
+        shrink[r][s] = 1.f;
+        if (top > -kInfinity) {
+          const float e = exponent<Policy>(top, ref_[r][s]);
+          if (e > Policy::kHigh || (!seen_[r][s] && e < Policy::kLow)) {
+            const float ref = rebased<Policy>(top);
+            if (seen_[r][s]) shrink[r][s] = share(ref_[r][s], ref);
+            ref_[r][s] = ref;
+            changed = true;
+          }
+          seen_[r][s] = true;
+        }
+        unsettled |= !seen_[r][s];
+      }
+    }
+    settled_ = !arch::wave_any(unsettled);
+    if (!arch::wave_any(changed)) return;
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) sum_[r][s] *= shrink[r][s];
+#pragma unroll
+      for (int n = 0; n < Tile::kColumnTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < TileC::kValues; ++i) o_[r][n].v[i] *= shrink[r][TileC::slot(i)];
+      }
     }
   }
-}
+
+  template <class Rows>
+  __device__ __forceinline__ void add_values(const Rows& values, const TileC (&weights)[kTiles][kTilesOf16]) {
+    TileA<T> a[kTiles];
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) arch::as_a(a[r], weights[r]);
+#pragma unroll
+    for (int begin = 0; begin < Tile::kDims / 16; begin += kAhead) {
+      TileB<T> b[kAhead][kTilesOf16];
+#pragma unroll
+      for (int j = 0; j < kAhead && begin + j < Tile::kDims / 16; ++j) arch::load_b_transposed(b[j], values, begin + j);
+#pragma unroll
+      for (int j = 0; j < kAhead && begin + j < Tile::kDims / 16; ++j) {
+#pragma unroll
+        for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+          for (int t = 0; t < kTilesOf16; ++t) arch::mma(o_[r][(begin + j) * kTilesOf16 + t], a[r], b[j][t]);
+        }
+      }
+    }
+  }
+
+  template <class Rows>
+  __device__ __forceinline__ bool all_finite(const Rows& values) const {
+    bool finite = true;
+#pragma unroll 1
+    for (int index = arch::lane(); index < kGroup * Tile::kDims; index += arch::kWaveSize) {
+      finite &= is_finite(arch::to_float(values.at(index / Tile::kDims, index % Tile::kDims)));
+    }
+    return !arch::wave_any(!finite);
+  }
+
+  // O += P V, key by key and row by row, for a group with a V that is not finite and that not all rows see: 0 * V would
+  // be NaN.
+  template <class Rows>
+  __device__ __forceinline__ void add_values_selected(const Rows& values, const TileC (&weights)[kTiles][kTilesOf16],
+                                                      int key_begin, T* scratch) {
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+      arch::wave_sync();
+#pragma unroll
+      for (int t = 0; t < kTilesOf16; ++t) arch::store(scratch + t * arch::kTileN, kGroup, weights[r][t]);
+      arch::wave_sync();
+#pragma unroll 1
+      for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+        for (int i = 0; i < TileC::kValues; ++i) {
+          const int s = TileC::slot(i);
+          if (key_begin + j < first_[r][s] || key_begin + j > last_[r][s]) continue;
+          const float weight = arch::to_float(scratch[TileC::row(i) * kGroup + j]);
+#pragma unroll
+          for (int n = 0; n < Tile::kColumnTiles; ++n) {
+            o_[r][n].v[i] += weight * arch::to_float(values.at(j, Tile::column(n, i)));
+          }
+        }
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  float scale_;
+  const T* q_;
+  TileA<T> q_tiles_[kTiles][Tile::kQueryInRegisters ? Tile::kDims / 16 : 1];
+  int first_[kTiles][kSlots], last_[kTiles][kSlots];  // the keys that a row sees
+  float slope_[kTiles][kSlots];
+  float ref_[kTiles][kSlots], max_[kTiles][kSlots], sum_[kTiles][kSlots];  // max and sum: over this lane's keys
+  bool seen_[kTiles][kSlots], settled_ = false;  // whether the row, whether all rows have seen a key
+  int common_begin_, common_end_;                // the keys that every row sees
+  TileC o_[kTiles][Tile::kColumnTiles];
+};
 
 }  // namespace flashdecpp

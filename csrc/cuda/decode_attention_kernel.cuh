@@ -1,72 +1,158 @@
-// Decode attention: a few new tokens a sequence over a long KV cache. Every byte of K and V is read once, so memory is
-// the floor: 2 * keys * kv_heads * head_dim * sizeof(element) over the read bandwidth. Arithmetic is far below it.
+// Decode attention. Every byte of K and V is read once, so memory is the floor: 2 * keys * kv_heads * head_dim *
+// sizeof(element) over the read bandwidth. Arithmetic is far below it.
 //
-// A block is (row tile of one KV head of one sequence, split). The q_len * group rows that share the KV head are
-// packed, token by token, into tiles of 16: one side of the matrix tile. The split walks over its key tiles.
-//   tile          64 keys, 32 where head_dim is above 128; K and V tiles are the items of one ring in shared memory
-//   stages        what kSharedBudget holds, up to 6; head_dim 128 in half: 4 of 17 KiB, 3 of them in flight
-//   shared        78.5 KiB at head_dim 128: two blocks a multiprocessor, 96 KiB of K and V in flight on it
-//   S = Q K^T     each wave takes some of the keys; the policy of softmax.cuh turns S into P
-//   O += P V      each wave takes some of the columns; P comes through shared memory
-// Two barriers a tile with the unified maximum, three with the online one. The splits of a row tile are merged, in a
-// fixed order, by the last of them to arrive; rows whose maximum phi did not fit are recomputed there.
+// The q_len * group query rows that share a KV head are packed, token by token, into tiles of 16: one side of the
+// matrix tile. A wave takes 16 keys at a time, from Q K^T over the softmax to P V, in its own registers and out of its
+// own ring of stages: waves meet only when a unit (a KV head of a sequence) is done.
+//   tile          16 (or 32) rows x 16 keys x head_dim a wave
+//   stages        K and V of 16 keys each, as many as the shared memory of BlockShape holds
+//   shared        head_dim 128 in half on Hopper: 8.5 KiB a stage; and 17 KiB of queries and scratch
+//   S = Q K^T     to the softmax policy in registers, whose result is the left factor of
+//   O += P V      without a way through shared memory
+// attention_schedule.cuh cuts the work into equal shares for a grid that just fills the machine; blocks that share a
+// unit leave their parts in global memory and the one with the unit's end merges them, in order, in this launch.
 //
-// What is never read: keys that no row of the tile sees, and so anything beyond seq_len; their place holds zeros. A
-// key that some rows see and others do not (new tokens among themselves, the edge of the window) is in the tile for
-// all of them: its logit is set aside for the others, and where its V is not finite, so that 0 * V would be NaN, the
-// product with V is taken key by key.
+// What is never read: keys that no row sees, and so anything beyond seq_len; their place holds zeros. A key that some
+// rows see and others do not (new tokens among themselves, the edge of the window) is in the tile for all of them: its
+// logit is set aside for the others, and where its V is not finite, so that 0 * V would be NaN, the product with V is
+// taken key by key.
 //
-// attention_tile.cuh (what a block is), attention_stream.cuh (loads), attention_walk.cuh (arithmetic) and
-// attention_merge.cuh (splits and output) hold the steps; here they become the kernel.
+// Under programmatic dependent launch the block starts while the previous kernel is still running. Until that one is
+// done nothing is read that counts: only hints go out, for the K and V that this block will want if nothing changes.
+//
+// attention_tile.cuh (what a block is), attention_schedule.cuh (who does what), attention_ring.cuh (loads),
+// attention_walk.cuh (arithmetic) and attention_merge.cuh (parts and output) hold the steps; here they become the
+// kernel.
 #pragma once
 
 #include "attention_merge.cuh"
 
 namespace flashdecpp {
 
-// Rows that the unified maximum did not fit, from the first key to the last with the online softmax.
+// A wave's queries of a pass, zeros for rows and columns that there are not; one group of copies. In a float8 cache's
+// order of columns where K is widened.
 template <class Tile>
-__device__ __forceinline__ void recompute(const AttentionLaunch& launch, const Work& work, unsigned char* shared,
-                                          Rows<Waves<Tile>::kWaves>& rows) {
-  __syncthreads();
-  const int count = __syncthreads_count(threadIdx.x < work.rows && rows.redo[threadIdx.x]);
-  if (count == 0) return;
-  if (threadIdx.x == 0 && launch.p.fallback_count) atomicAdd(launch.p.fallback_count, count);
-  TileC o[Waves<Tile>::kOuts];
-  attend<Tile, OnlineMax>(launch, work, shared, rows, work.tile_begin, work.tile_begin + work.tile_count, o);
-  conclude<Tile, OnlineMax>(launch.p, work, true, rows);
-  write_out<Tile, OnlineMax>(launch.p, work, true, o, rows);
+__device__ __forceinline__ void load_queries(const AttentionLaunch& launch, const RowBlock& rows, typename Tile::T* q) {
+  using T = typename Tile::T;
+  const AttentionParams& p = launch.p;
+  constexpr int kChunks = Tile::kDims / 8;
+#pragma unroll 1
+  for (int index = arch::lane(); index < Tile::kRows * kChunks; index += arch::kWaveSize) {
+    const int row = index / kChunks, dim = index % kChunks * 8;
+    const bool valid = row < rows.count && dim < p.head_dim;
+    const int64_t offset = valid ? rows.batch * p.q_batch_stride + rows.token(launch, row) * p.q_token_stride +
+                                       rows.head(launch, row) * p.q_head_stride + dim
+                                 : 0;
+    const T* from = static_cast<const T*>(p.q) + offset;
+    T* to = q + row * Tile::kQStride;
+    if constexpr (!Tile::kWiden) {
+      arch::copy_async(to + dim, from, valid);
+    } else {
+      const uint4 bits = valid ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+      const T* values = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+      for (int k = 0; k < 16; ++k) {
+        const int column = arch::widened_k(k) - dim % 16;
+        if (column >= 0 && column < 8) to[dim / 16 * 16 + k] = values[column];
+      }
+    }
+  }
+  arch::copy_commit();
 }
 
-template <class Tile, class Policy>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
-    decode_attention_kernel(const __grid_constant__ AttentionLaunch launch) {
-  __shared__ Rows<Waves<Tile>::kWaves> rows;
-  unsigned char* shared = arch::dynamic_shared();
-  const Work work(launch, Tile::kKeys);
+// The passes of a block: over the keys of a segment for up to kRows of its rows, then of the next.
+template <class Tile>
+struct Pass {
+  const AttentionLaunch& launch;
+  Segment segment;
+  int left, begin = 0;  // groups; row
 
-  // No split is shorter than a tile; those without one have nothing to do.
-  const int splits = min(static_cast<int>(gridDim.y), max(work.tile_count, 1)), split = blockIdx.y;
-  if (split >= splits) return;
-  const auto split_begin = [&](int s) {
-    return work.tile_begin + static_cast<int>(int64_t{work.tile_count} * s / splits);
-  };
+  __device__ Pass(const AttentionLaunch& all, const Schedule& schedule)
+      : launch(all), segment(schedule.first), left(schedule.groups) {}
 
-  describe_rows<Tile>(launch.p, work, rows);
-  load_queries<Tile>(launch.p, work, shared);
-  TileC o[Waves<Tile>::kOuts];
-  attend<Tile, Policy>(launch, work, shared, rows, split_begin(split), split_begin(split + 1), o);
-  if (splits == 1) {
-    conclude<Tile, Policy>(launch.p, work, false, rows);
-    write_out<Tile, Policy>(launch.p, work, false, o, rows);
-  } else {
-    write_part<Tile>(launch, work, rows, o);
-    if (!arch::last_block_to_arrive(launch.arrivals + work.unit, splits)) return;
-    merge_states<Tile, Policy>(launch, work, splits, rows);
-    conclude<Tile, Policy>(launch.p, work, false, rows);
-    merge_out<Tile, Policy>(launch, work, splits, shared, rows);
+  __device__ RowBlock rows() const {
+    return {segment.batch, segment.kv_head, begin, min(Tile::kRows, launch.rows() - begin), segment.sequence.length};
   }
-  if constexpr (Policy::kUnified) recompute<Tile>(launch, work, shared, rows);
+  __device__ bool last_of_segment() const { return begin + Tile::kRows >= launch.rows(); }
+  __device__ bool next() {
+    const bool last = last_of_segment();
+    begin = last ? 0 : begin + Tile::kRows;
+    return !last || segment.next(launch.p, left);
+  }
+};
+
+template <class Tile, class Policy, class Ring>
+__device__ __forceinline__ void attend(const AttentionLaunch& launch, const typename Ring::Source& source) {
+  __shared__ union {
+    ScheduleMemory<Tile::kThreads> schedule;
+    MergeMemory<Tile> merge;
+  } memory;
+  __shared__ uint64_t barriers[Ring::kBarrierBytes / 8 + 1];
+  const SharedMemory<Tile, Ring> shared{arch::dynamic_shared()};
+  const AttentionParams& p = launch.p;
+
+  arch::allow_next_kernel();
+  Ring ring(shared.ring(arch::wave()), reinterpret_cast<unsigned char*>(barriers), p, source);
+  arch::wait_for_previous_kernel();
+
+  const Schedule schedule(launch, memory.schedule);
+  if (schedule.groups == 0) return;
+  Pass<Tile> pass(launch, schedule);
+  typename Tile::T* q = shared.q(arch::wave());
+  load_queries<Tile>(launch, pass.rows(), q);
+  KeyValueStream<Tile, Ring> stream(p, schedule, (launch.rows() + Tile::kRows - 1) / Tile::kRows, ring);
+  stream.start();
+
+  int slot = schedule.first_slot, taken = Tile::kStages;
+  for (bool more = true; more;) {
+    const Segment segment = pass.segment;
+    const RowBlock rows = pass.rows();
+    const bool last = pass.last_of_segment();
+    WavePart<Tile, Policy> part(launch, rows, p.scale * (p.k_scale ? p.k_scale[rows.kv_head] : 1.f));
+    ring.wait_for_others(taken);
+    arch::wave_sync();
+    part.take_queries(q);
+    more = pass.next();
+    if (Tile::kQueryInRegisters && more) {
+      arch::wave_sync();
+      load_queries<Tile>(launch, pass.rows(), q);
+    }
+
+    taken = 0;
+    for (int group = segment.begin + arch::wave(); group < segment.end; group += Tile::kWaves, ++taken) {
+      const int key_begin = (segment.sequence.first_group + group) * kGroup;
+      const int loaded_begin = segment.sequence.key_begin, loaded_end = segment.sequence.length;
+      stream.acquire(loaded_begin - key_begin, loaded_end - key_begin);
+      part.take(ring.keys(stream.stage()), ring.values(stream.stage()), key_begin, loaded_begin, loaded_end,
+                shared.scratch(arch::wave()));
+      stream.release();
+    }
+    if (!Tile::kQueryInRegisters && more) {
+      arch::wave_sync();
+      load_queries<Tile>(launch, pass.rows(), q);
+      taken = 0;
+    }
+
+    merge_waves(launch, rows, segment.whole() ? -1 : slot, part, shared, memory.merge);
+    __syncthreads();
+    if (last) {
+      if (!segment.whole() && threadIdx.x == 0) arch::publish(launch.ready + slot, launch.nonce);
+      slot = schedule.first_slot + 1;
+    }
+  }
+
+  if (schedule.merge.count > 0) {
+    const Segment& unit = schedule.first;
+    merge_slots<Tile, Policy>(launch, schedule.merge,
+                              {unit.batch, unit.kv_head, 0, launch.rows(), unit.sequence.length});
+  }
+}
+
+template <class Tile, class Policy, class Ring>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    decode_attention_kernel(const __grid_constant__ AttentionLaunch launch,
+                            const __grid_constant__ typename Ring::Source source) {
+  if constexpr (Ring::kAvailable) attend<Tile, Policy, Ring>(launch, source);
 }
 
 }  // namespace flashdecpp

@@ -47,6 +47,23 @@ class Launcher {
     check_cuda(op_, cudaGetLastError(), "the launch");
   }
 
+  // Programmatic dependent launch where there is such a thing: the kernel may start before what the stream runs ahead
+  // of it has ended, and must call wait_for_previous_kernel() before it reads or writes anything.
+  template <class... Params, class... Args>
+  void overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args&&... args) const {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    config.attrs = &attribute;
+    config.numAttrs = properties().arch >= 90;
+    check_cuda(op_, cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "the launch");
+  }
+
   void zero(void* data, size_t bytes) const {
     check_cuda(op_, cudaMemsetAsync(data, 0, bytes, stream_), "clearing the workspace");
   }

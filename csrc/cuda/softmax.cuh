@@ -1,10 +1,21 @@
-// The softmax of one row as a policy that a kernel is compiled with: a value in registers that takes logits, and whose
-// parts (some of the row's keys each) merge into the whole.
+// The softmax of one row as a policy that a kernel is compiled with. A row's keys are taken in parts (by waves, by
+// blocks); a part holds its weights relative to a reference `ref`,
 //
-//   OnlineMax   weights relative to the largest logit so far. When that grows, all that was summed before shrinks: the
-//               running maximum sits on the critical path of every tile.
-//   UnifiedMax  weights relative to phi, fixed beforehand (FlashDecoding++ section 3): partial sums just add up, in any
-//               order. The maximum is tracked on the side, to know at the end whether phi was fit for the row.
+//   weight(x) = 2^((x - ref) log2(e) + kLift),
+//
+// and is well kept while its largest weight so far lies between 2^kLow and 2^kHigh. Where it does not, the part is
+// rebased: a new reference, and what was summed is multiplied by share(old, new).
+//
+//   OnlineMax   the window is the single point 1: the reference is the largest logit so far, compared before any weight
+//               of a tile can be taken. The running maximum sits on the critical path.
+//   UnifiedMax  the reference is phi, fixed beforehand (FlashDecoding++ section 3), and the window is as wide as the
+//               number format allows, with phi in its middle: weights are taken at once, partial sums of different
+//               parts just add up in any order. That a weight left the window upwards is seen from the weights'
+//               exponents themselves, in whichever lane it happens; that a part's first keys are all below it is looked
+//               at once. Both rebase the part, in place: any logits give the exact softmax, whatever phi is, and a row
+//               costs no second pass over its keys.
+//
+// A row whose true maximum is outside of phi's window is counted (fallback_count), however its parts went.
 //
 // A key that the row does not see comes as -infinity and weighs nothing; a visible key without a finite logit comes as
 // NaN, which stays in the sum (and in the output, through its weight) to the end.
@@ -23,101 +34,86 @@ inline constexpr float kNaN = __builtin_nanf("");
 
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= FLT_MAX; }
 
-// What is kept of a row's part between blocks.
-struct SoftmaxPart {
-  float max, sum;
-};
-
 struct OnlineMax {
   static constexpr bool kUnified = false;
-  float max = -kInfinity, sum = 0.f;
-
-  explicit __device__ OnlineMax(float /*phi*/ = 0.f) {}
-
-  // The maximum becomes at least `candidate`: the factor that everything summed so far shrinks by.
-  __device__ __forceinline__ float raise(float candidate) {
-    const float before = max;
-    max = fmaxf(max, candidate);
-    const float factor = share(before, max);
-    sum *= factor;
-    return factor;
-  }
-
-  // x is at most max. The difference is taken before the change of base: exact near the maximum, finite for any x.
-  __device__ __forceinline__ float weight(float x) {
-    const float w = share(x, max);
-    sum += w;
-    return w;
-  }
-
-  // e^(part - whole): what a part relative to the maximum `part` counts in the whole.
-  static __device__ __forceinline__ float share(float part, float whole) {
-    return arch::exp2_approx((part - (whole == -kInfinity ? 0.f : whole)) * kLog2E);
-  }
-
-  __device__ bool trusted() const { return true; }
-  __device__ float log_sum() const { return max + logf(sum); }
+  static constexpr float kLift = 0.f, kLow = 0.f, kHigh = 0.f, kRebased = 0.f;
 };
 
-// The weights are 2^(x log2(e) - c), where 2^c stands for e^phi, lifted so that the range of T is used well. A row is
-// safe while its largest weight is 2^low to 2^high.
-//
 // half: the weights go through the tensor cores as half. Upwards 65504 = 2^15.99 is the end. Downwards half loses
 //   precision below 2^-14 and everything below 2^-25: the online softmax, whose largest weight is 1, does too, and as a
 //   sequence may have 2^17 keys of 2^-17 times the largest weight, nothing can be given away there. So the largest
-//   weight is 2^-0.5 to 2^15.5, at the middle of which phi lies: row maxima within 5.5 of phi are safe.
-// bfloat16: the range of float32, so the ends are set by what is summed: 2^17 keys x 2^32 x |v| stays finite up to
-//   |v| = 2^78 (and an output that is not finite all the same makes the row unsafe: kMayOverflow); with a largest
-//   weight of 2^-32, weights of 2^-94 times that are still normal numbers. Beyond that, the exponent's own rounding
-//   (2^-19 at 32) would show in lse. Row maxima within 22 of phi are safe.
-// Sums are float32 in either case: at most 2^17 x 2^32.
+//   weight is 2^-0.5 to 2^15.5: row maxima within 5.5 of phi are safe. A rebased part starts low, with room to grow.
+// bfloat16: the range of float32, and weights up to 1, so that sums of weighted values overflow no earlier than the
+//   online softmax's. With a largest weight of 2^-64, weights of 2^-62 times that are still normal numbers. Row maxima
+//   within 22 of phi are safe.
 template <class T>
-struct UnifiedRange;
+struct UnifiedMax;
 template <>
-struct UnifiedRange<arch::half> {
-  static constexpr float kLow = -0.5f, kHigh = 15.5f;
-  static constexpr bool kMayOverflow = false;
-};
-template <>
-struct UnifiedRange<arch::bfloat16> {
-  static constexpr float kLow = -32.f, kHigh = 32.f;
-  static constexpr bool kMayOverflow = true;
-};
-
-template <class T>
-struct UnifiedMax {
+struct UnifiedMax<arch::half> {
   static constexpr bool kUnified = true;
-  using Range = UnifiedRange<T>;
-  float max = -kInfinity, sum = 0.f;
-  float c;
-  bool usable;
+  static constexpr float kLift = 7.5f, kLow = -0.5f, kHigh = 15.5f, kRebased = 0.f;
+};
+template <>
+struct UnifiedMax<arch::bfloat16> {
+  static constexpr bool kUnified = true;
+  static constexpr float kLift = -32.f, kLow = -64.f, kHigh = 0.f, kRebased = -32.f;
+};
 
-  // A phi that is no number, or so large that c would not be one, serves no row.
-  explicit __device__ UnifiedMax(float phi = 0.f) : usable(fabsf(phi) < 1e37f) {
-    c = usable ? phi * kLog2E - 0.5f * (Range::kLow + Range::kHigh) : 0.f;
+// A part of a row as it is kept between waves and between blocks. max is -infinity while no key was seen.
+struct alignas(16) RowPart {
+  float ref, max, sum;
+};
+
+// The binary exponent of a weight. The difference is taken before the change of base: finite wherever it matters.
+template <class Policy>
+__device__ __forceinline__ float exponent(float x, float ref) {
+  return fmaf(x - ref, kLog2E, Policy::kLift);
+}
+
+// What a part relative to `ref` counts in one relative to `whole`.
+__device__ __forceinline__ float share(float ref, float whole) { return arch::exp2_approx((ref - whole) * kLog2E); }
+
+// The reference of a part whose largest logit so far is `top`, where it is outside of the window.
+template <class Policy>
+__device__ __forceinline__ float rebased(float top) {
+  return top + (Policy::kLift - Policy::kRebased) * kLn2;
+}
+
+// A phi that is no number, or near the end of float32, serves no row.
+__device__ __forceinline__ bool usable(float phi) { return fabsf(phi) < 1e37f; }
+
+// Whether phi was fit for a row, which only the row's true maximum decides.
+template <class Policy>
+__device__ __forceinline__ bool trusted(float phi, float max) {
+  const float e = exponent<Policy>(max, phi);
+  return !Policy::kUnified || (usable(phi) && e >= Policy::kLow && e <= Policy::kHigh);
+}
+
+template <class Policy>
+__device__ __forceinline__ float log_sum(const RowPart& row) {
+  return row.ref + (logf(row.sum) - Policy::kLift * kLn2);
+}
+
+// A row from its parts, one after the other. Its reference is the largest of a part that saw a key: each part's maximum
+// is at least kLow above its reference, so the whole's is too. The first part and one without a key change nothing of
+// the other, and a NaN in a sum stays.
+struct WholeRow {
+  float ref = -kInfinity, max = -kInfinity, sum = 0.f;
+
+  // The factors for what is summed so far and for the part.
+  __device__ __forceinline__ float2 add(const RowPart& part) {
+    float2 factors = {1.f, 1.f};
+    if (part.max > -kInfinity) {
+      const float before = ref;
+      ref = fmaxf(ref, part.ref);
+      if (before > -kInfinity) factors.x = share(before, ref);
+      factors.y = share(part.ref, ref);
+      max = fmaxf(max, part.max);
+    }
+    sum = factors.x * sum + factors.y * part.sum;
+    return factors;
   }
-
-  __device__ __forceinline__ float weight(float x) {
-    max = fmaxf(max, x);  // passes over NaN
-    const float w = arch::exp2_approx(fmaf(x, kLog2E, -c));
-    sum += w;
-    return w;
-  }
-
-  static __device__ __forceinline__ float share(float, float) { return 1.f; }
-
-  // Only the row's true maximum decides.
-  __device__ bool trusted() const {
-    const float exponent = fmaf(max, kLog2E, -c);
-    return usable && exponent >= Range::kLow && exponent <= Range::kHigh;
-  }
-
-  // log(sum) + c ln 2, where the two may be large and of opposite sign: the exponents cancel exactly.
-  __device__ float log_sum() const {
-    int exponent;
-    const float fraction = frexpf(sum, &exponent);
-    return fmaf(static_cast<float>(exponent) + c, kLn2, logf(fraction));
-  }
+  __device__ __forceinline__ RowPart part() const { return {ref, max, sum}; }
 };
 
 }  // namespace flashdecpp

@@ -31,6 +31,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     blocks: list[int] = field(default_factory=list)
+    carried_phi: torch.Tensor | None = None  # float32 [layers, q_heads], since the first decode step
     started_at: float = 0.0
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -75,9 +76,11 @@ class Engine:
         max_len: int,
         max_batch: int,
         cache_tokens: int | None,
+        carry_phi: bool,
     ) -> None:
         self.decoder, self.eos_ids = decoder, eos_ids
-        self.max_len, self.max_batch = max_len, max_batch
+        self.max_len, self.max_batch, self.carry_phi = max_len, max_batch, carry_phi
+        self.decoded_tokens = 0  # by decode steps, of all runs
         self._fixed_blocks = None if cache_tokens is None else blocks_for(cache_tokens)
         # The cache between runs. A run takes it along, so two runs at once never share one.
         self._idle_cache = None if self._fixed_blocks is None else self._new_cache(self._fixed_blocks)
@@ -98,9 +101,11 @@ class Engine:
                 running = self._drop_finished(running, cache)
                 if not running:
                     continue
-                batch = Batch(running, self.decoder, self.eos_ids)
+                batch = Batch(running, self.decoder, self.eos_ids, self.carry_phi)
                 while all(request.finish_reason is None for request in running):
-                    for request, token in zip(running, batch.step(self.decoder, cache), strict=True):
+                    tokens = batch.step(self.decoder, cache)
+                    self.decoded_tokens += len(tokens)
+                    for request, token in zip(running, tokens, strict=True):
                         yield from self._take_token(request, token)
                 running = self._drop_finished(running, cache)
         finally:
@@ -177,7 +182,9 @@ class Engine:
 class Batch:
     """The sequences that are decoded together, as tensors on the device."""
 
-    def __init__(self, requests: Sequence[Request], decoder: Decoder, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self, requests: Sequence[Request], decoder: Decoder, eos_ids: frozenset[int], carry_phi: bool
+    ) -> None:
         device = decoder.device
         widest = max(len(request.blocks) for request in requests)
         tables = [request.blocks + [0] * (widest - len(request.blocks)) for request in requests]
@@ -185,14 +192,30 @@ class Batch:
         self.tokens = torch.tensor([request.token_ids[-1] for request in requests], device=device)
         self.seq_lens = torch.tensor(cached, dtype=torch.int32, device=device)
         self.block_table = torch.tensor(tables, dtype=torch.int32, device=device)
+        self.carried_phi = _gather_phi(requests, decoder) if carry_phi else None
         self.choice = Choice(requests, decoder, eos_ids)
 
     def step(self, decoder: Decoder, cache: KVCache) -> list[int]:
         """The next token of every sequence."""
         self.seq_lens += 1
-        logits = decoder.decode(self.tokens, cache, self.seq_lens, self.block_table)
+        logits = decoder.decode(self.tokens, cache, self.seq_lens, self.block_table, self.carried_phi)
         self.tokens = self.choice.tokens(logits)
         return self.tokens.tolist()
+
+
+def _gather_phi(requests: Sequence[Request], decoder: Decoder) -> torch.Tensor:
+    """[layers, batch, q_heads]: what each request carries, NaN for a new one.
+
+    Every request then holds a view of its part, and so takes what decode steps leave there to its next batch.
+    """
+    config = decoder.config
+    shape = (config.layers, len(requests), config.q_heads)
+    carried = torch.full(shape, torch.nan, device=decoder.device)
+    for row, request in enumerate(requests):
+        if request.carried_phi is not None:
+            carried[:, row] = request.carried_phi
+        request.carried_phi = carried[:, row]
+    return carried
 
 
 class Choice:

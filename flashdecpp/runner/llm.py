@@ -55,7 +55,9 @@ class Stats:
     time_to_first_token: float  # seconds to the first token of any prompt
     tokens_per_second: float  # of the whole batch, after the first token
     peak_memory: int  # bytes: resident on the CPU, allocated by torch on a GPU
-    softmax_fallbacks: int  # attention rows recomputed because their maximum was far from phi
+    softmax: str  # of decode steps: "fixed phi", "carried phi" or "online softmax"
+    softmax_rows: int  # of decode steps: one for each token, layer and query head
+    softmax_fallbacks: int  # of these, recomputed because their maximum was far from phi
 
 
 class LLM:
@@ -69,8 +71,9 @@ class LLM:
     max_batch: sequences that are decoded together; more prompts than that take turns.
     cache_tokens: size of the KV cache, reserved at once; None makes it as large as each call needs.
     phi: the unified maximum of the softmax. "auto": from the file that `flashdecpp calibrate` wrote beside
-        the model, if it's there. "none" or None: online softmax. Else the path of such a file, or float32
-        [q_heads] for each layer. It changes the time, never the result.
+        the model if it's there, else "carry". "carry": every sequence and head takes the row maximum of its
+        last step. "none" or None: online softmax. Else the path of such a file, or float32 [q_heads] for
+        each layer. It changes the time, never the result.
     """
 
     def __init__(
@@ -100,8 +103,11 @@ class LLM:
             self._check_room(checkpoint.plan.nbytes(self.dtype), cache_tokens)
         unified_maximum = load_phi(phi, checkpoint.path, self.config, self.device)
         weights = load_weights(checkpoint.plan, checkpoint.source, self.device, self.dtype)
-        self.decoder = Decoder(self.config, weights, self.max_len, unified_maximum)
-        self._engine = Engine(self.decoder, checkpoint.eos_ids, self.max_len, max_batch, cache_tokens)
+        carry = isinstance(unified_maximum, str)
+        unified = "carried phi" if carry else "fixed phi"
+        self._softmax = "online softmax" if unified_maximum is None else unified
+        self.decoder = Decoder(self.config, weights, self.max_len, None if carry else unified_maximum)
+        self._engine = Engine(self.decoder, checkpoint.eos_ids, self.max_len, max_batch, cache_tokens, carry)
         self.stats: Stats | None = None
 
     def generate(
@@ -146,11 +152,11 @@ class LLM:
             yield Piece(text, token, request.finish_reason if token is None else None)
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[Request, int | None, str]]:
-        fallbacks = self._fallbacks()
+        before = self._decoded_and_fallbacks()
         try:
             yield from self._engine.run(requests)
         finally:
-            self.stats = self._measure(requests, fallbacks)
+            self.stats = self._measure(requests, *before)
 
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -189,10 +195,11 @@ class LLM:
                 f"({cache_tokens} tokens) don't fit {self.device}, where {gigabytes(free)} are free"
             )
 
-    def _fallbacks(self) -> int:
-        return 0 if self.decoder.fallbacks is None else int(self.decoder.fallbacks.item())
+    def _decoded_and_fallbacks(self) -> tuple[int, int]:
+        return self._engine.decoded_tokens, int(self.decoder.fallbacks.item())
 
-    def _measure(self, requests: list[Request], fallbacks_before: int) -> Stats:
+    def _measure(self, requests: list[Request], decoded_before: int, fallbacks_before: int) -> Stats:
+        decoded, fallbacks = self._decoded_and_fallbacks()
         begun = [request for request in requests if request.first_token_at is not None]
         generated = sum(len(request.token_ids) for request in requests)
         first = min((request.first_token_at for request in begun), default=0.0)
@@ -203,7 +210,9 @@ class LLM:
             time_to_first_token=min((request.time_to_first_token for request in begun), default=0.0),
             tokens_per_second=(generated - 1) / (last - first) if last > first else 0.0,
             peak_memory=peak_bytes(self.device),
-            softmax_fallbacks=self._fallbacks() - fallbacks_before,
+            softmax=self._softmax,
+            softmax_rows=(decoded - decoded_before) * self.config.layers * self.config.q_heads,
+            softmax_fallbacks=fallbacks - fallbacks_before,
         )
 
 

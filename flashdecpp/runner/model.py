@@ -23,10 +23,11 @@ Observe = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class Decoder:
-    """Holds the weights and no state: the KV cache is the caller's.
+    """Holds the weights and no state of a sequence: the KV cache and a carried phi are the caller's.
 
     `phi`: float32 [q_heads] per layer, the unified maximum of its softmax; None computes each row's own.
-    Rows that had to be recomputed because their maximum was too far from phi are counted in `fallbacks`.
+    Rows that had to be recomputed because their maximum was too far from phi, given or carried, are counted
+    in `fallbacks`.
     """
 
     def __init__(
@@ -35,16 +36,26 @@ class Decoder:
         self.config, self.weights = config, weights
         self.device, self.dtype = weights.embed.device, weights.embed.dtype
         self.phi = phi
-        self.fallbacks = None if phi is None else torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.fallbacks = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._cos_sin = config.rope.table(max_len).to(self.device)
         self._heads = [config.q_heads, config.kv_heads, config.kv_heads]
 
     @torch.inference_mode()
     def decode(
-        self, tokens: torch.Tensor, cache: KVCache, seq_lens: torch.Tensor, block_table: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        cache: KVCache,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        carried_phi: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One token of each sequence: tokens int64 [batch], in seq_lens already. Logits [batch, vocab]."""
-        windows, layers, phi, fallbacks = self.config.windows, cache.layers, self.phi, self.fallbacks
+        """One token of each sequence: tokens int64 [batch], in seq_lens already. Logits [batch, vocab].
+
+        `carried_phi`: float32 [layers, batch, q_heads], instead of the decoder's phi: NaN for the first token
+        of a sequence, then what the token before left in it.
+        """
+        windows, layers, fallbacks = self.config.windows, cache.layers, self.fallbacks
+        phi = self.phi if carried_phi is None else None
 
         def attend(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             k_cache, v_cache = layers[index]
@@ -57,6 +68,7 @@ class Decoder:
                 phi=None if phi is None else phi[index],
                 window=windows[index],
                 fallback_count=fallbacks,
+                carried_phi=None if carried_phi is None else carried_phi[index],
             )
             return out
 

@@ -1,6 +1,8 @@
-"""phi.json: the unified maximum of every head of a model and what it was chosen from, in a file beside it.
+"""Where the unified maximum of the softmax comes from: a file of one phi for every head, or carried along.
 
-Nothing depends on it for accuracy: a row that phi doesn't fit is recomputed. It only saves time.
+phi.json, beside a model, holds what `flashdecpp calibrate` chose and what it was chosen from. Without it
+every sequence carries the row maxima of its last step as its next phi. Nothing depends on either for
+accuracy: a row that phi doesn't fit is recomputed. It only saves time.
 """
 
 import json
@@ -8,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -96,15 +98,15 @@ def phi_path(model: Path) -> Path:
 
 def load_phi(
     phi: Phi, model: Path, config: ModelConfig, device: torch.device
-) -> Sequence[torch.Tensor] | None:
-    """The decoder's phi, of what LLM was given: "auto", "none" or None, a file, or the tensors."""
+) -> Sequence[torch.Tensor] | Literal["carry"] | None:
+    """Of what LLM was given: phi [q_heads] of each layer, "carry", or None for the online softmax."""
     if phi is None or phi == "none":
         return None
     if not isinstance(phi, str | Path):
         return phi
     path = phi_path(model) if phi == "auto" else Path(phi).expanduser()
-    if phi == "auto" and not path.exists():
-        return None
+    if phi == "carry" or (phi == "auto" and not path.exists()):
+        return "carry"
     values = Calibration.load(path).phi
     if values.shape != (config.layers, config.q_heads):
         layers, heads = values.shape
@@ -125,4 +127,4 @@ def _stack(rows: list[list[float]]) -> torch.Tensor:
 
 
 def _advice(complaint: str) -> str:
-    return f"{complaint}; run flashdecpp calibrate again, or go without it (phi none)"
+    return f"{complaint}; run flashdecpp calibrate again, or go without it (phi carry)"

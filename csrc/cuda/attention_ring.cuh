@@ -1,0 +1,198 @@
+// Decode attention, the way of the data. Every wave has a ring of stages in shared memory, the K rows and V rows of one
+// group each, and fills it for itself: no wave waits for another. A ring is a way to copy a group (staged copies here,
+// tensor copies in attention_ring_sm90.cuh); the stream decides which groups, unit after unit.
+#pragma once
+
+#include "attention_schedule.cuh"
+
+namespace flashdecpp {
+
+// Where a key lies in the cache: of a paged one the block as the table has it, to be looked at as late as possible.
+struct Place {
+  int block = 0, within = 0;
+
+  __device__ __forceinline__ void look_up(const AttentionParams& p, int batch, int key) {
+    if (p.block_table) {
+      const int index = key / static_cast<unsigned>(p.block_size);
+      within = key - index * p.block_size;
+      block = arch::load_fresh(p.block_table + batch * p.table_stride + index);
+    } else {
+      within = key;
+      block = batch;
+    }
+  }
+  // A contiguous cache has a block a sequence. A table may say anything.
+  __device__ __forceinline__ int checked_block(const AttentionParams& p) const {
+    return min(max(block, 0), p.num_blocks - 1);
+  }
+};
+
+// Copies of 16 bytes (8 where the rows of a float8 cache allow no more), by all lanes.
+template <class Tile>
+class StagedRing {
+  using KV = typename Tile::KV;
+
+ public:
+  // 16 bytes of padding a row: the rows that a tile load touches at once start in different banks.
+  static constexpr int kStride = Tile::kDims + 16 / sizeof(KV);
+  static constexpr int kGroupBytes = kGroup * kStride * sizeof(KV), kStageBytes = 2 * kGroupBytes;
+  static constexpr int kBarrierBytes = 0;
+  static constexpr bool kAvailable = true;
+  using Rows = arch::PlainRows<KV, kStride>;
+  struct Source {};  // all is in AttentionParams
+
+  // What a lane knows of a group before it copies it: where a row of it lies, and which rows are seen. In a cache whose
+  // blocks hold whole groups that is row 0, else the row of this lane.
+  struct Next {
+    Place place;
+    int kv_head, begin, end;
+    bool used = false;
+  };
+
+  __device__ StagedRing(unsigned char* stages, unsigned char*, const AttentionParams& p, const Source&)
+      : p_(p), stages_(stages), whole_groups_(!p.block_table || p.block_size % kGroup == 0) {
+    if (Tile::kWiden) {
+      const uint64_t steps = p.k.block_stride | p.k.token_stride | p.k.head_stride | p.v.block_stride |
+                             p.v.token_stride | p.v.head_stride | reinterpret_cast<uint64_t>(p.k_cache) |
+                             reinterpret_cast<uint64_t>(p.v_cache) | p.head_dim;
+      narrow_ = steps % 16 != 0;
+    }
+    if (p.head_dim < Tile::kDims) {  // zeros in the columns that no copy writes
+      for (int at = arch::lane() * 16; at < Tile::kStages * kStageBytes; at += arch::kWaveSize * 16) {
+        *reinterpret_cast<uint4*>(stages + at) = make_uint4(0, 0, 0, 0);
+      }
+    }
+    arch::wave_sync();
+  }
+
+  __device__ __forceinline__ void look_up(const Segment& segment, int group, Next& next) const {
+    const int first = (segment.sequence.first_group + group) * kGroup;
+    next.kv_head = segment.kv_head;
+    next.begin = segment.sequence.key_begin - first;
+    next.end = segment.sequence.length - first;
+    const int row = whole_groups_ ? 0 : arch::lane() % kGroup;
+    if (whole_groups_ ? next.end > 0 : row >= next.begin && row < next.end) {
+      next.place.look_up(p_, segment.batch, first + row);
+    }
+  }
+
+  // One group of copies, also where there is nothing to copy: so many may be pending at every wait.
+  __device__ __forceinline__ void fill(int stage, const Next& next) {
+    if (next.used) {
+      unsigned char* to = stages_ + stage * kStageBytes;
+      copy(to, p_.k_cache, p_.k, next);
+      copy(to + kGroupBytes, p_.v_cache, p_.v, next);
+    }
+    arch::copy_commit();
+  }
+
+  // Until the stage has arrived; rows outside of [begin, end) are zeros.
+  __device__ __forceinline__ void wait(int /*stage*/, int /*begin*/, int /*end*/) {
+    arch::copy_wait<Tile::kStages - 1>();
+    arch::wave_sync();
+  }
+
+  __device__ __forceinline__ Rows keys(int stage) const { return {stages_ + stage * kStageBytes}; }
+  __device__ __forceinline__ Rows values(int stage) const { return {stages_ + stage * kStageBytes + kGroupBytes}; }
+
+  // Copies that this thread began itself, before its last `fills`, have arrived.
+  __device__ __forceinline__ void wait_for_others(int fills) {
+    if (fills >= Tile::kStages - 1) {
+      arch::copy_wait<Tile::kStages - 1>();
+    } else {
+      arch::copy_wait<0>();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void copy(unsigned char* to, const void* cache, const CacheLayout& layout,
+                                       const Next& next) {
+    const KV* from = static_cast<const KV*>(cache) + next.place.checked_block(p_) * layout.block_stride +
+                     next.place.within * layout.token_stride + next.kv_head * layout.head_stride;
+    if (Tile::kWiden && narrow_) {
+      copy_rows<8>(to, from, layout.token_stride, next);
+    } else {
+      copy_rows<16>(to, from, layout.token_stride, next);
+    }
+  }
+
+  template <int bytes>
+  __device__ __forceinline__ void copy_rows(unsigned char* to, const KV* from, int64_t stride, const Next& next) {
+    constexpr int kChunks = Tile::kDims * sizeof(KV) / bytes;
+#pragma unroll
+    for (int i = 0; i < kGroup * kChunks / arch::kWaveSize; ++i) {
+      const int index = i * arch::kWaveSize + arch::lane(), row = index / kChunks, at = index % kChunks * bytes;
+      const bool seen = row >= next.begin && row < next.end;
+      const KV* p = whole_groups_ ? from + row * stride : arch::from_lane(from, row);
+      if (at >= p_.head_dim * static_cast<int>(sizeof(KV))) continue;
+      arch::copy_async<bytes>(to + row * (kStride * static_cast<int>(sizeof(KV))) + at,
+                              seen ? static_cast<const void*>(p + at / sizeof(KV)) : p_.k_cache, seen);
+    }
+  }
+
+  const AttentionParams& p_;
+  unsigned char* stages_;
+  bool whole_groups_, narrow_ = false;
+};
+
+// The groups of one wave in the order in which it consumes them: of every segment of the block, for every pass over
+// its rows, each kWaves-th.
+template <class Tile, class Ring>
+class KeyValueStream {
+ public:
+  __device__ __forceinline__ KeyValueStream(const AttentionParams& p, const Schedule& schedule, int passes, Ring& ring)
+      : p_(p), ring_(ring), segment_(schedule.first), left_(schedule.groups), passes_(passes) {
+    group_ = segment_.begin + arch::wave() - Tile::kWaves;
+#pragma unroll
+    for (int i = 0; i < Tile::kStages; ++i) take(first_[i]);
+    take(next_);
+  }
+
+  // The look-ups are all under way by now, and have not had to wait behind the loads.
+  __device__ __forceinline__ void start() {
+#pragma unroll
+    for (int i = 0; i < Tile::kStages; ++i) ring_.fill(i, first_[i]);
+  }
+
+  // The next group is in the ring's stage() until release(); values outside of rows [begin, end) are zeros.
+  __device__ __forceinline__ void acquire(int begin, int end) { ring_.wait(stage_, begin, end); }
+  __device__ __forceinline__ int stage() const { return stage_; }
+
+  __device__ __forceinline__ void release() {
+    arch::wave_sync();
+    fill_next(stage_);
+    stage_ = stage_ + 1 == Tile::kStages ? 0 : stage_ + 1;
+  }
+
+ private:
+  // The look-up after next is under way before the next is needed.
+  __device__ __forceinline__ void fill_next(int stage) {
+    const typename Ring::Next now = next_;
+    take(next_);
+    ring_.fill(stage, now);
+  }
+
+  // Assigns what is looked up and no more: to choose between values would be to wait for them.
+  __device__ __forceinline__ void take(typename Ring::Next& next) {
+    group_ += Tile::kWaves;
+    while (alive_ && group_ >= segment_.end) {
+      if (++pass_ == passes_) {
+        pass_ = 0;
+        alive_ = segment_.next(p_, left_);
+      }
+      group_ = segment_.begin + arch::wave();
+    }
+    next.used = alive_;
+    if (alive_) ring_.look_up(segment_, group_, next);
+  }
+
+  const AttentionParams& p_;
+  Ring& ring_;
+  Segment segment_;
+  int left_, passes_, pass_ = 0, group_;
+  bool alive_ = true;
+  typename Ring::Next first_[Tile::kStages], next_;
+  int stage_ = 0;
+};
+
+}  // namespace flashdecpp

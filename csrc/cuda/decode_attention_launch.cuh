@@ -1,0 +1,123 @@
+// From an AttentionLaunch to the one kernel that serves it.
+#pragma once
+
+#include <chrono>
+
+#include "attention_ring_sm90.cuh"
+#include "cache_map.h"
+#include "decode_attention.h"
+#include "decode_attention_kernel.cuh"
+
+namespace flashdecpp {
+
+constexpr int64_t kWorkspaceBytes = 16 << 20;  // an explicit number of splits may exceed it
+
+// A number that no launch had before it: flags that another launch left behind are not this one's.
+inline uint64_t new_nonce(const void* workspace) {
+  uint64_t x = static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count()) ^
+               reinterpret_cast<uint64_t>(workspace) << 20;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;  // splitmix64's finaliser
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return (x ^ (x >> 31)) | 1;  // not zero, which a flag is reset to
+}
+
+// The ring and the block that go with a way of copying. Tensor copies exist on Hopper alone, whose shared memory is
+// known; staged copies must do with the 99 KiB of a block on the smallest machine from Ampere on.
+template <CopyKind kind, int dims, int row_tiles>
+struct Machine;
+template <int dims, int row_tiles>
+struct Machine<CopyKind::kStaged, dims, row_tiles> {
+  template <class Tile>
+  using Ring = StagedRing<Tile>;
+  using Shape = BlockShape<(dims * row_tiles <= 128 ? 4 : 2), 2, 1>;
+};
+template <int dims, int row_tiles>
+struct Machine<CopyKind::kTensor, dims, row_tiles> {
+  template <class Tile>
+  using Ring = TensorRing<Tile>;
+  static constexpr int kWaves = dims * row_tiles <= 128 ? 8 : 4;
+  static constexpr int kStages = dims <= 64 ? 4 : dims <= 128 ? (row_tiles == 1 ? 2 : 4) : dims <= 192 ? 3 : 2;
+  using Shape = BlockShape<kWaves, kStages, 1>;
+};
+
+template <class Tile>
+typename StagedRing<Tile>::Source ring_source(const AttentionParams&, StagedRing<Tile>*) {
+  return {};
+}
+template <class Tile>
+CacheMaps ring_source(const AttentionParams& p, TensorRing<Tile>*) {
+  constexpr int columns = TensorRing<Tile>::kBoxColumns;
+  return {cache_map("k_cache", p, p.k_cache, p.k, columns), cache_map("v_cache", p, p.v_cache, p.v, columns)};
+}
+
+template <class T, class KV, int dims, int row_tiles, CopyKind kind, class Policy>
+void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device device) {
+  using M = Machine<kind, dims, row_tiles>;
+  using Tile = AttentionTile<T, KV, dims, row_tiles, typename M::Shape>;
+  using Ring = typename M::template Ring<Tile>;
+  const AttentionParams& p = launch.p;
+  launch.group = p.group();
+  launch.group_reciprocal = ((1 << 16) + launch.group - 1) / launch.group;
+  const int64_t units = int64_t{p.batch} * p.kv_heads;
+  const int64_t slot_bytes = launch.rows() * (p.head_dim * sizeof(float) + sizeof(RowPart)) + sizeof(uint64_t);
+  // More splits than groups would not change a bit of the result.
+  const int64_t groups = std::max<int64_t>(p.num_blocks > 0 ? (p.capacity() + kGroup - 1) / kGroup : 0, 1);
+  launch.p.num_splits = static_cast<int32_t>(std::min<int64_t>(p.num_splits, groups));
+  const AttentionGrid grid = choose_attention_grid(launcher.properties(), Tile::kBlocks, units, p.num_splits,
+                                                   units * groups, kMinGroups, kWorkspaceBytes / slot_bytes);
+  FLASHDECPP_REQUIRE(std::max(grid.blocks, units * groups) <= INT32_MAX, "decode_attention",
+                     "q, k_cache and block_table must have batch * kv_heads * max_len / 16 and batch * kv_heads * ",
+                     "num_splits below 2^31, got ", p.batch, " * ", p.kv_heads, " * ", p.capacity(), " / 16 and ",
+                     p.num_splits, " splits");
+
+  launch.filling_blocks = static_cast<int32_t>(grid.filling);
+  Tensor workspace;
+  if (grid.slots > 0) {
+    workspace = new_tensor({(grid.slots * slot_bytes + 16 + 3) / 4}, DType::kFloat32, device);
+    launch.ready = static_cast<uint64_t*>(View(workspace).data);
+    launch.part_out = reinterpret_cast<float*>(launch.ready + (grid.slots + 1) / 2 * 2);  // 16-byte aligned
+    launch.part_state = reinterpret_cast<RowPart*>(launch.part_out + grid.slots * launch.rows() * p.head_dim);
+    launch.nonce = new_nonce(launch.ready);
+  }
+  using Shared = SharedMemory<Tile, Ring>;
+  const auto kernel = decode_attention_kernel<Tile, Policy, Ring>;
+  launcher.allow_shared_memory(kernel, Shared::kBytes);
+  launcher.overlapping(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(Tile::kThreads), Shared::kBytes, launch,
+                       ring_source(p, static_cast<Ring*>(nullptr)));
+}
+
+template <class T, class KV, int dims, CopyKind kind, int row_tiles>
+void launch_policy(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
+  if (launch.p.phi) {
+    launch_kernel<T, KV, dims, row_tiles, kind, UnifiedMax<T>>(launcher, launch, device);
+  } else {
+    launch_kernel<T, KV, dims, row_tiles, kind, OnlineMax>(launcher, launch, device);
+  }
+}
+
+// Up to head_dim 128 two row tiles fit into a wave's registers.
+template <class T, class KV, int dims, CopyKind kind>
+void launch_rows(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
+  if constexpr (dims <= 128) {
+    if (launch.rows() > 16) return launch_policy<T, KV, dims, kind, 2>(launcher, launch, device);
+  }
+  launch_policy<T, KV, dims, kind, 1>(launcher, launch, device);
+}
+
+template <class T, class KV, CopyKind kind>
+void launch_dims(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
+  const int dims = launch.p.head_dim;
+  if (dims <= 64) return launch_rows<T, KV, 64, kind>(launcher, launch, device);
+  if (dims <= 96) return launch_rows<T, KV, 96, kind>(launcher, launch, device);
+  if (dims <= 128) return launch_rows<T, KV, 128, kind>(launcher, launch, device);
+  if (dims <= 192) return launch_rows<T, KV, 192, kind>(launcher, launch, device);
+  return launch_rows<T, KV, 256, kind>(launcher, launch, device);
+}
+
+template <class T, CopyKind kind>
+void launch_decode_attention(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
+  if (launch.p.kv_dtype == DType::kFloat8E4M3) return launch_dims<T, arch::float8, kind>(launcher, launch, device);
+  return launch_dims<T, T, kind>(launcher, launch, device);
+}
+
+}  // namespace flashdecpp
