@@ -160,13 +160,11 @@ FLASHDECPP_INLINE void dot_tile(const RowChunk<KV>& rows, int row, const KV* con
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kKeyTile; ++i) acc[r][i] = set1(0.0f);
   }
-  const KV* keys[kKeyTile];
-  for (int i = 0; i < kKeyTile; ++i) keys[i] = k[i] + k_head;
   auto step = [&](int d, auto&& load_key) __attribute__((always_inline)) {
     typename P::Operand key[kKeyTile];
     for (int i = 0; i < kKeyTile; ++i) {
       prefetch(ahead[i] + d, P::kStep * sizeof(KV));
-      key[i] = load_key(keys[i] + d);
+      key[i] = load_key(k[i] + k_head + d);
     }
     for (int r = 0; r < kRows; ++r) {
       const typename P::Operand query = P::load_packed(rows.q(row + r) + d);
