@@ -51,7 +51,7 @@ LIBRARIES = _load_all()
 
 
 def cpu_instruction_set() -> str:
-    """The instruction set that the CPU kernels chose: "avx512_bf16", "avx512", "avx2" or "baseline"."""
+    """The instruction set of the CPU kernels: "avx512_bf16", "avx512", "avx2", "neon" or "baseline"."""
     function = ctypes.CDLL(str(LIBRARIES["cpu"].path)).flashdecpp_cpu_isa
     function.restype = ctypes.c_char_p
     return function().decode()

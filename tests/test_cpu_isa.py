@@ -1,6 +1,8 @@
 """Every instruction set that the CPU kernels are built for, not only the best that this processor has."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,10 @@ import pytest
 
 from flashdecpp._library import cpu_instruction_set
 
+ROOT = Path(__file__).parent.parent
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "neon"])
 def test_small_cases_of_every_op(isa: str) -> None:
     environment = {**os.environ, "FLASHDECPP_CPU_ISA": isa}
     ask = "from flashdecpp._library import cpu_instruction_set; print(cpu_instruction_set())"
@@ -25,3 +29,21 @@ def test_small_cases_of_every_op(isa: str) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "all within tolerance" in result.stdout
+
+
+@pytest.mark.parametrize("define", [[], ["-DFLASHDECPP_PORTABLE"]], ids=["best", "portable"])
+@pytest.mark.parametrize("machine", sorted({platform.machine(), "aarch64"}))
+def test_kernels_without_torch(tmp_path: Path, machine: str, define: list[str]) -> None:
+    """Compiled for the machine, run there or emulated (Debian: g++-aarch64-linux-gnu, qemu-user)."""
+    native = machine == platform.machine()
+    compiler, emulator = ("c++", None) if native else (f"{machine}-linux-gnu-g++", f"qemu-{machine}")
+    for program in filter(None, (compiler, emulator)):
+        if shutil.which(program) is None:
+            pytest.skip(f"there is no {program}")
+    binary = str(tmp_path / "cpu_kernels")
+    flags = ["-std=c++20", "-O2", "-fno-math-errno", "-ffp-contract=fast", "-static", *define]
+    source = str(ROOT / "tests/cpu_kernels.cpp")
+    subprocess.run([compiler, *flags, "-I", str(ROOT / "csrc"), source, "-o", binary], check=True)
+    result = subprocess.run([*filter(None, (emulator,)), binary], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.endswith(" lanes, 0 failures\n")

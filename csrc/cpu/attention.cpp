@@ -1,4 +1,5 @@
-// decode_attention on a CPU: tasks of (sequence, KV head, range of keys), and a merge where a sequence was split.
+// decode_attention on a CPU: tasks of (sequence, range of keys, KV heads), and a merge where a sequence was split.
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <tuple>
@@ -14,6 +15,8 @@ namespace {
 constexpr int64_t kSplitKeys = 512;
 constexpr int64_t kMinSplitKeys = 16;  // of splits that the caller counts
 constexpr int64_t kMinBytesPerThread = 64 * 1024;
+constexpr int64_t kNearBytes = 2 * 1024 * 1024;
+constexpr int64_t kTasksPerThread = 4;  // so that the last ones to finish don't wait for each other for long
 
 struct Keys {
   int64_t length, begin, end, split;  // the sequence, what any of its rows sees of it, and that in splits
@@ -31,57 +34,77 @@ Keys keys_of(const AttentionParams& p, int32_t b) {
   return keys;
 }
 
+struct Sequence {
+  Keys keys;
+  int64_t first_split, first_partial;  // splits of the sequences before it, and those of them whose states are kept
+};
+
 void run(const AttentionParams& p) {
   const Kernels& kernel = kernels();
-  int64_t most_splits = 1, total_keys = 0;
+  Scratch<Sequence, 64> sequences(static_cast<size_t>(p.batch));
+  int64_t splits = 0, partial_splits = 0, total_keys = 0;
   for (int32_t b = 0; b < p.batch; ++b) {
     const Keys keys = keys_of(p, b);
-    most_splits = std::max(most_splits, keys.splits());
+    new (sequences.data() + b) Sequence{keys, splits, partial_splits};
+    splits += keys.splits();
+    if (keys.splits() > 1) partial_splits += keys.splits();
     total_keys += keys.end - keys.begin;
   }
-  const int64_t pairs = int64_t{p.batch} * p.kv_heads;
-  const int64_t split_floats = int64_t{p.q_len} * p.group() * (kStateHeader + p.head_dim);
-  Scratch<float, 4096> partials(most_splits > 1 ? static_cast<size_t>(pairs * most_splits * split_floats) : 0);
-  // How many splits of a pair are still to come: whoever finishes the last one merges.
-  Scratch<std::atomic<int32_t>, 64> pending(most_splits > 1 ? static_cast<size_t>(pairs) : 0);
-  if (most_splits > 1) {
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      const int64_t splits = keys_of(p, static_cast<int32_t>(pair / p.kv_heads)).splits();
-      new (pending.data() + pair) std::atomic<int32_t>(static_cast<int32_t>(splits));
-    }
+  const int64_t bytes = total_keys * p.kv_heads * p.head_dim * 2 * contract::element_size(p.kv_dtype);
+  const int64_t threads = std::min<int64_t>(
+      {static_cast<int64_t>(torch::stable::get_num_threads()), splits * p.kv_heads, 1 + bytes / kMinBytesPerThread});
+  // A task has as many heads as leave enough tasks: the more, the longer the runs in which memory is read. What a
+  // nearer cache may hold costs less head by head, unless a head has but one row.
+  int32_t task_heads = bytes <= kNearBytes && p.q_len * p.group() > 1 ? 1 : p.kv_heads;
+  while (task_heads > 1 && splits * (p.kv_heads / task_heads) < kTasksPerThread * threads) task_heads /= 2;
+  const int32_t head_groups = (p.kv_heads + task_heads - 1) / task_heads;
+
+  const int64_t head_floats = int64_t{p.q_len} * p.group() * (kStateHeader + p.head_dim);
+  const int64_t split_floats = p.kv_heads * head_floats;
+  Scratch<float, 4096> partials(static_cast<size_t>(partial_splits * split_floats));
+  // How many splits of a sequence's heads are still to come: whoever finishes the last one merges.
+  Scratch<std::atomic<int32_t>, 64> pending(static_cast<size_t>(p.batch) * head_groups);
+  for (int64_t i = 0; i < int64_t{p.batch} * head_groups; ++i) {
+    const Keys& keys = sequences.data()[i / head_groups].keys;
+    new (pending.data() + i) std::atomic<int32_t>(static_cast<int32_t>(keys.splits()));
   }
   std::atomic<int64_t> next{0};
   std::atomic<int32_t> fallbacks{0};
 
   auto work = [&] {
     int32_t count = 0;
+    const Sequence *const first = sequences.data(), *const last = first + p.batch;
     for (;;) {
       const int64_t index = next.fetch_add(1, std::memory_order_relaxed);
-      if (index >= pairs * most_splits) break;
-      const int64_t pair = index / most_splits, split = index % most_splits;
-      const int32_t b = static_cast<int32_t>(pair / p.kv_heads), h = static_cast<int32_t>(pair % p.kv_heads);
-      const Keys keys = keys_of(p, b);
-      const int64_t splits = keys.splits();
-      if (split >= splits) continue;
+      if (index >= splits * head_groups) break;
+      const int64_t in_all = index / head_groups;
+      const int32_t head_begin = static_cast<int32_t>(index % head_groups) * task_heads;
+      const int32_t head_end = std::min(head_begin + task_heads, p.kv_heads);
+      const Sequence* sequence =
+          std::upper_bound(first, last, in_all,
+                           [](int64_t split, const Sequence& other) { return split < other.first_split; }) -
+          1;
+      const int32_t b = static_cast<int32_t>(sequence - first);
+      const Keys& keys = sequence->keys;
+      const int64_t split = in_all - sequence->first_split, count_of_splits = keys.splits();
       AttentionTask task{b,
-                         h,
+                         head_begin,
+                         head_end,
                          keys.length,
                          keys.begin + split * keys.split,
                          std::min(keys.begin + (split + 1) * keys.split, keys.end),
                          nullptr};
-      float* pair_partials = partials.data() + pair * most_splits * split_floats;
-      if (splits > 1) task.partial = pair_partials + split * split_floats;
+      float* first_partial = partials.data() + sequence->first_partial * split_floats + head_begin * head_floats;
+      if (count_of_splits > 1) task.partial = first_partial + split * split_floats;
       count += kernel.attend(p, task);
-      if (splits > 1 && pending.data()[pair].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        count += kernel.merge(p, b, h, pair_partials, splits);
+      auto& to_come = pending.data()[int64_t{b} * head_groups + index % head_groups];
+      if (count_of_splits > 1 && to_come.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        count += kernel.merge(p, task, first_partial, count_of_splits);
       }
     }
     if (count) fallbacks.fetch_add(count, std::memory_order_relaxed);
   };
 
-  const int64_t bytes = total_keys * p.kv_heads * p.head_dim * 2 * contract::element_size(p.kv_dtype);
-  const int64_t threads = std::min<int64_t>(
-      {static_cast<int64_t>(torch::stable::get_num_threads()), pairs * most_splits, 1 + bytes / kMinBytesPerThread});
   if (threads > 1) {
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) work();

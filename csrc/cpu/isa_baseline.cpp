@@ -1,4 +1,5 @@
-// Every kernel for what every CPU of the architecture has (SSE2, NEON). CMakeLists.txt gives this file its own flags.
+// Every kernel in what any compiler makes of plain vectors. CMakeLists.txt gives this file its own flags.
+#define FLASHDECPP_PORTABLE
 #define FLASHDECPP_ISA baseline
 #include "kernel_table.h"
 

@@ -19,6 +19,11 @@ const Kernels& choose() {
     const Kernels& kernels;
     bool supported;
   } choices[] = {{kAvx512Bf16Kernels, bf16}, {kAvx512Kernels, avx512}, {kAvx2Kernels, avx2}, {kBaselineKernels, true}};
+#elif defined(__aarch64__)
+  const struct {
+    const Kernels& kernels;
+    bool supported;
+  } choices[] = {{kNeonKernels, true}, {kBaselineKernels, true}};
 #else
   const struct {
     const Kernels& kernels;

@@ -20,13 +20,14 @@ inline constexpr int64_t quantized_sums_at(int64_t k) {
 inline constexpr int kMaxTileM = 8;
 
 // A row of decode_attention is one query head of one token; the rows of one KV head are numbered token by token.
-// One KV head of sequence b, which is `length` keys long, over its keys [key_begin, key_end).
+// KV heads [head_begin, head_end) of sequence b, which is `length` keys long, over its keys [key_begin, key_end).
 struct AttentionTask {
-  int32_t b, h;
-  int64_t length;
-  int64_t key_begin, key_end;
-  float* partial;  // [rows, kStateHeader + head_dim] where the keys are split; null where these are all of them
+  int32_t b, head_begin, head_end;
+  int64_t length, key_begin, key_end;
+  float* partial;  // [heads, rows, kStateHeader + head_dim] where the keys are split; null where these are all of them
 };
+// Rows that a kernel works on at once: as many heads as have them together share the passes over a run of keys.
+inline constexpr int kTaskRows = 32;
 
 // A row's state over some keys: the value subtracted from its logits, the sum of exponentials, the largest logit, one
 // unused; then its weighted sum of values. States of disjoint keys merge exactly.
@@ -41,10 +42,10 @@ struct Kernels {
   const char* name;
   bool bfloat16_dot;  // has instructions for products of bfloat16
 
-  // decode_attention. A task without `partial` writes the output, as merge does from the partials of its splits; both
-  // return how many of the rows they wrote could not use phi.
+  // decode_attention. A task without `partial` writes the output, as merge does for a task's heads from the partials of
+  // all splits, which are all heads' partials apart; both return how many of the rows they wrote could not use phi.
   int32_t (*attend)(const AttentionParams&, const AttentionTask&);
-  int32_t (*merge)(const AttentionParams&, int32_t b, int32_t h, const float* partials, int64_t splits);
+  int32_t (*merge)(const AttentionParams&, const AttentionTask&, const float* partials, int64_t splits);
 
   // linear: the rows [begin, end) of x as the kernel wants them, at most a float a number, each padded with zeros to
   // packed_stride; then a part of the outputs.
@@ -79,6 +80,8 @@ inline constexpr int64_t kSumBlock = 256, kMaxBlock = 64;
 extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
 #endif
 
 // The table for this machine, or the one that FLASHDECPP_CPU_ISA names.

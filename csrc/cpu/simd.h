@@ -346,14 +346,94 @@ FLASHDECPP_INLINE Vec sum_each(const Vec (&x)[kLanes]) {
       _mm256_add_ps(_mm256_permute2f128_ps(half[0], half[1], 0x20), _mm256_permute2f128_ps(half[0], half[1], 0x31))};
 }
 
-#else  // the compiler's own vectors of 16 bytes: SSE2, NEON, or whatever the target has
+#elif defined(__aarch64__) && !defined(FLASHDECPP_PORTABLE)
 
 inline constexpr int kLanes = 4;
-#if defined(__aarch64__)
 inline constexpr bool kManyRegisters = true;  // 32
-#else
+
+struct Vec {
+  float32x4_t v;
+};
+
+FLASHDECPP_INLINE Vec set1(float x) { return {vdupq_n_f32(x)}; }
+FLASHDECPP_INLINE Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
+FLASHDECPP_INLINE Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
+FLASHDECPP_INLINE Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+FLASHDECPP_INLINE Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
+FLASHDECPP_INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+FLASHDECPP_INLINE Vec where_less(Vec a, Vec b, Vec x, Vec y) { return {vbslq_f32(vcltq_f32(a.v, b.v), x.v, y.v)}; }
+FLASHDECPP_INLINE Vec where_equal(Vec a, Vec b, Vec x, Vec y) { return {vbslq_f32(vceqq_f32(a.v, b.v), x.v, y.v)}; }
+// Not vmaxq and vminq, which give NaN where one operand is: here it is b, as on x86.
+FLASHDECPP_INLINE Vec max(Vec a, Vec b) { return where_less(b, a, a, b); }
+FLASHDECPP_INLINE Vec min(Vec a, Vec b) { return where_less(a, b, a, b); }
+FLASHDECPP_INLINE Vec abs(Vec a) { return {vabsq_f32(a.v)}; }
+FLASHDECPP_INLINE Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
+FLASHDECPP_INLINE Vec scale_by_power(Vec x, Vec n) {  // in two steps, since 2^n itself may be out of range
+  const int32x4_t whole = vcvtq_s32_f32(n.v), half = vshrq_n_s32(whole, 1), bias = vdupq_n_s32(127);
+  const float32x4_t a = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(half, bias), 23));
+  const float32x4_t b = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vsubq_s32(whole, half), bias), 23));
+  return {vmulq_f32(vmulq_f32(x.v, a), b)};
+}
+
+FLASHDECPP_INLINE Vec load(const float* p) { return {vld1q_f32(p)}; }
+FLASHDECPP_INLINE Vec load(const bf16* p) {
+  return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
+}
+FLASHDECPP_INLINE Vec load(const fp16* p) {
+  return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
+}
+
+FLASHDECPP_INLINE void store(float* p, Vec x) { vst1q_f32(p, x.v); }
+FLASHDECPP_INLINE void store(bf16* p, Vec x) {  // without the bfloat16 instructions, which not every core has
+  const uint32x4_t bits = vreinterpretq_u32_f32(x.v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, odd), vdupq_n_u32(0x7fff));
+  const uint32x4_t number = vceqq_f32(x.v, x.v);
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(vbslq_u32(number, rounded, vdupq_n_u32(0x7fc00000)), 16));
+}
+FLASHDECPP_INLINE void store(fp16* p, Vec x) {
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(x.v)));
+}
+
+struct Pair {
+  Vec first, second;
+};
+template <class T>
+FLASHDECPP_INLINE Pair load_pair(const T* p) {
+  return {load(p), load(p + kLanes)};
+}
+FLASHDECPP_INLINE Pair load_pair(const bf16* p) {
+  const uint32x4_t x = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
+  return {{vreinterpretq_f32_u32(vshlq_n_u32(x, 16))}, {vreinterpretq_f32_u32(vandq_u32(x, vdupq_n_u32(0xffff0000u)))}};
+}
+
+inline constexpr float kFp8Unit = 256.0f;
+FLASHDECPP_INLINE Pair load_pair(const fp8* p) {
+  const uint8x8_t x = vld1_u8(reinterpret_cast<const uint8_t*>(p));
+  const int16x8_t shifted = vreinterpretq_s16_u16(vshll_n_u8(x, 8));
+  const int16x8_t nan = vmovl_s8(vreinterpret_s8_u8(vceq_u8(vand_u8(x, vdup_n_u8(0x7f)), vdup_n_u8(0x7f))));
+  const int16x8_t half = vandq_s16(vshrq_n_s16(shifted, 1), vdupq_n_s16(static_cast<int16_t>(0xbf80)));
+  const float16x8_t y = vreinterpretq_f16_s16(vorrq_s16(half, nan));
+  return {{vcvt_f32_f16(vget_low_f16(y))}, {vcvt_f32_f16(vget_high_f16(y))}};
+}
+
+template <class T>
+FLASHDECPP_INLINE void store_in_order(float* p, Pair x, T) {
+  store(p, x.first);
+  store(p + kLanes, x.second);
+}
+FLASHDECPP_INLINE void store_in_order(float* p, Pair x, bf16) {
+  store(p, {vzip1q_f32(x.first.v, x.second.v)});
+  store(p + kLanes, {vzip2q_f32(x.first.v, x.second.v)});
+}
+
+FLASHDECPP_INLINE Vec sum_each(const Vec (&x)[kLanes]) {
+  return {vpaddq_f32(vpaddq_f32(x[0].v, x[1].v), vpaddq_f32(x[2].v, x[3].v))};
+}
+
+#else  // the compiler's own vectors of 16 bytes: SSE2, or whatever the target has
+
+inline constexpr int kLanes = 4;
 inline constexpr bool kManyRegisters = false;
-#endif
 
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
@@ -374,13 +454,7 @@ FLASHDECPP_INLINE Vec where_equal(Vec a, Vec b, Vec x, Vec y) { return {a.v == b
 FLASHDECPP_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 FLASHDECPP_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 FLASHDECPP_INLINE Vec abs(Vec a) { return {(Floats)((Words)a.v & 0x7fffffffu)}; }
-#if defined(__aarch64__)
-FLASHDECPP_INLINE Vec fma(Vec a, Vec b, Vec c) {
-  return {(Floats)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)};
-}
-#else
 FLASHDECPP_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-#endif
 FLASHDECPP_INLINE Vec round(Vec a) {  // to nearest even, for |a| < 2^22
   const Floats magic = {0x1.8p23f, 0x1.8p23f, 0x1.8p23f, 0x1.8p23f};
   return {(a.v + magic) - magic};
@@ -391,9 +465,6 @@ FLASHDECPP_INLINE Vec scale_by_power(Vec x, Vec n) {  // in two steps, since 2^n
 }
 
 FLASHDECPP_INLINE Floats widen(Halves x, bf16) { return (Floats)(__builtin_convertvector(x, Words) << 16); }
-#if defined(__aarch64__)
-FLASHDECPP_INLINE Floats widen(Halves x, fp16) { return (Floats)vcvt_f32_f16((float16x4_t)x); }
-#else
 FLASHDECPP_INLINE Floats widen(Halves x, fp16) {
   const Words wide = __builtin_convertvector(x, Words);
   const Words sign = (wide & 0x8000u) << 16, magnitude = wide & 0x7fffu;
@@ -403,7 +474,6 @@ FLASHDECPP_INLINE Floats widen(Halves x, fp16) {
   const Words subnormal = (Words)((Floats)((magnitude << 13) + (113u << 23)) - one);
   return (Floats)((magnitude < 0x0400u ? subnormal : normal) | sign);
 }
-#endif
 
 FLASHDECPP_INLINE Vec load(const float* p) {
   Vec x;

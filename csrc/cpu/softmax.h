@@ -1,5 +1,5 @@
 // The softmax of one row as a value that merges: what was subtracted from its logits, the sum of exponentials, and the
-// largest logit. The policy says what to subtract.
+// largest logit. The policy says what to subtract, for kLanes rows at once.
 #pragma once
 
 #include "simd.h"
@@ -8,7 +8,7 @@ namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
 // The running maximum: exact for every row, and earlier sums are rescaled when it grows.
 struct OnlineMax {
-  float reference(float maximum) const { return maximum; }
+  Vec reference(Vec maximum) const { return maximum; }
 };
 
 // One value fixed beforehand. Only a row whose own maximum is near enough may use it. What is subtracted is the upper
@@ -17,9 +17,12 @@ struct OnlineMax {
 // row takes its maximum, which costs nothing here, since a block's logits are all there before the first exponential.
 struct UnifiedMax {
   static constexpr float kSafe = 22.0f;
-  float phi;
-  bool serves(float maximum) const { return __builtin_fabsf(maximum - phi) <= kSafe; }
-  float reference(float maximum) const { return serves(maximum) ? phi + kSafe : maximum; }
+  Vec phi;
+  static bool serves(float phi, float maximum) { return __builtin_fabsf(maximum - phi) <= kSafe; }
+  Vec reference(Vec maximum) const {
+    const Vec distance = abs(maximum - phi), safe = set1(kSafe), fixed = phi + safe;
+    return where_less(distance, safe, fixed, where_equal(distance, safe, fixed, maximum));
+  }
 };
 
 struct SoftmaxState {
@@ -28,17 +31,6 @@ struct SoftmaxState {
   float maximum = -kInf;
 
   bool empty() const { return sum == 0.0f && maximum == -kInf; }
-
-  // Prepares for keys whose largest logit is given. Returns the factor for what was accumulated so far.
-  template <class Policy>
-  float admit(float largest, Policy policy) {
-    maximum = max(maximum, largest);
-    const float next = policy.reference(maximum);
-    const float factor = reference == next ? 1.0f : reference == -kInf ? 0.0f : exp_difference(reference, next);
-    reference = next;
-    sum *= factor;
-    return factor;
-  }
 };
 
 }  // namespace flashdecpp::cpu::FLASHDECPP_ISA
