@@ -297,7 +297,7 @@ void linear_operands(const Checker& check, LinearCall<Params>& call, const Optio
     const View b(*bias);
     check.same_device("bias", b);
     check.dtype("bias", b, a.dtype);
-    check.shape("bias", b, {p.n});
+    check.shape("bias", b, std::initializer_list<int64_t>{p.n});
     check.contiguous("bias", b);
     p.bias = b.data;
   }
