@@ -54,8 +54,8 @@ def test_units_are_cut_evenly_where_that_costs_few_blocks() -> None:
 
 
 def test_much_work_is_evened_out_by_small_blocks() -> None:
-    assert attention_grid(units=8, groups=1 << 16) == (3 * 132, 132, 6 * 132)
-    assert attention_grid(units=8, groups=1 << 16, max_slots=6 * 132 - 1) == (128, 128, 256)
+    assert attention_grid(units=8, groups=1 << 18) == (3 * 132, 132, 6 * 132)
+    assert attention_grid(units=8, groups=1 << 18, max_slots=6 * 132 - 1) == (128, 128, 256)
 
 
 @given(units=st.integers(1, 1 << 16), groups=st.integers(1, 1 << 20), max_slots=st.integers(0, 1 << 12))

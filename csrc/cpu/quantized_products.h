@@ -68,8 +68,11 @@ FLASHDECPP_INLINE Vec select(const float* p, LaneIndices index) {
       _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)p))), index)};
 }
 
-#else
+#else  // four lanes: NEON, and the compiler's own vectors
 
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
 typedef Ints Nibbles;
 struct LaneIndices {};
 
