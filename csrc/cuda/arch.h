@@ -2,13 +2,11 @@
 // is one file that defines them.
 //
 //   kWaveSize                              lanes that run together
-//   kSharedBudget                          bytes of shared memory that a block may well take
 //   kTileN                                 columns of one matrix tile: the tile is 16 x kTileN x 16
 //   kBlockSharedBytes                      the most shared memory that a kernel may be written for
 //   TileA<T>, TileB<T>, TileC              fragments of one tile, T = half or bfloat16, accumulators float
 //   load_a(TileA&, p, stride)              A[r][k] = p[r * stride + k]
 //   load_b(TileB&, p, stride)              B[k][n] = p[n * stride + k]       (rows of p are columns of B)
-//   load_b_transposed(TileB&, p, stride)   B[k][n] = p[k * stride + n]
 //   load_b(TileB[kTilesOf16]&, rows, j)    B[k][n] = R[n][16 j + k], n to 16, where R is what rows describe (below)
 //   load_b_transposed(TileB[kTilesOf16]&, rows, j)   B[k][n] = R[k][16 j + n]
 //                                          From float8 too, widened exactly; then k stands for column widened_k(k) of
@@ -22,12 +20,11 @@
 //   store(p, stride, c)                    p[row * stride + col] = C[row][col], rounded to half or bfloat16
 //   copy_async(shared, global, valid)      16 bytes, zeros where not valid; copy_commit(), copy_wait<pending>();
 //                                          copy_async<8> for 8 bytes
-//   widen_e4m3<T>(uint2)                   8 float8 values as 8 half or bfloat16 values, exactly
 //   load_stream(p)                         16 bytes that are read once: past L1
 //   store_wide(p, v)                       16 bytes in one access, also where the compiler would take them apart
 //   exchange_xor(v, mask)                  the value of lane ^ mask; v is float or uint64_t
 //   from_lane(v, lane)                     the value of that lane; v is a pointer
-//   wave_any(b), wave_count(b)             whether, or for how many lanes, b is true
+//   wave_any(b)                            whether b is true for some lane
 //   wave_sync()                            the wave's lanes meet; what they wrote to memory, all of them see
 //   load_fresh(p)                          an int32 from L2: what another kernel wrote since this one started, too
 //   publish(flag, value), await(flag, value)   what was written before publish, and before a barrier before it, is
@@ -80,10 +77,6 @@ __device__ __forceinline__ T wave_reduce(T value, Combine combine) {
 
 __device__ __forceinline__ float wave_sum(float value) {
   return wave_reduce(value, [](float a, float b) { return a + b; });
-}
-
-__device__ __forceinline__ float wave_max(float value) {
-  return wave_reduce(value, [](float a, float b) { return fmaxf(a, b); });
 }
 
 // Over the lanes that hold one row of a TileC.

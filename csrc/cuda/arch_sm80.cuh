@@ -15,7 +15,6 @@ using float8 = __nv_fp8_e4m3;
 
 inline constexpr int kWaveSize = 32;
 inline constexpr int kTileN = 8;
-inline constexpr int kSharedBudget = 80 * 1024;  // bytes a block: two blocks on an A100, one on an RTX 3090 or 4090
 inline constexpr int kBlockSharedBytes = 160 * 1024;  // of an A100's 163 KiB; the host asks what its device allows
 
 __device__ __forceinline__ int lane() { return threadIdx.x % kWaveSize; }
@@ -35,7 +34,6 @@ __device__ __forceinline__ T* from_lane(T* value, int source) {
 }
 
 __device__ __forceinline__ bool wave_any(bool value) { return __any_sync(0xffffffffu, value); }
-__device__ __forceinline__ int wave_count(bool value) { return __popc(__ballot_sync(0xffffffffu, value)); }
 __device__ __forceinline__ void wave_sync() { __syncwarp(); }
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -138,15 +136,6 @@ __device__ __forceinline__ void load_b(TileB<T>& tile, const T* p, int stride) {
                : "memory");
 }
 
-template <class T>
-__device__ __forceinline__ void load_b_transposed(TileB<T>& tile, const T* p, int stride) {
-  const T* row = p + (lane() % 16) * stride;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(tile.v[0]), "=r"(tile.v[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 inline constexpr int kTilesOf16 = 16 / kTileN;
 
 template <class T>
@@ -184,18 +173,11 @@ __device__ __forceinline__ void mma(TileC& c, const TileA<bfloat16>& a, const Ti
       : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));
 }
 
-__device__ __forceinline__ void store(half* p, int stride, const TileC& c) {
+template <class T>
+__device__ __forceinline__ void store(T* p, int stride, const TileC& c) {
 #pragma unroll
   for (int i = 0; i < TileC::kValues; i += 2) {
-    *reinterpret_cast<__half2*>(p + TileC::row(i) * stride + TileC::col(i)) = __floats2half2_rn(c.v[i], c.v[i + 1]);
-  }
-}
-
-__device__ __forceinline__ void store(bfloat16* p, int stride, const TileC& c) {
-#pragma unroll
-  for (int i = 0; i < TileC::kValues; i += 2) {
-    *reinterpret_cast<__nv_bfloat162*>(p + TileC::row(i) * stride + TileC::col(i)) =
-        __floats2bfloat162_rn(c.v[i], c.v[i + 1]);
+    *reinterpret_cast<uint32_t*>(p + TileC::row(i) * stride + TileC::col(i)) = pack<T>(c.v[i], c.v[i + 1]);
   }
 }
 
@@ -210,12 +192,6 @@ __device__ __forceinline__ uint32_t widen_pair(uint32_t pair, bfloat16) {
   const float2 value = __half22float2(wide);
   const __nv_bfloat162_raw narrow = __floats2bfloat162_rn(value.x, value.y);
   return narrow.x | static_cast<uint32_t>(narrow.y) << 16;
-}
-
-template <class T>
-__device__ __forceinline__ uint4 widen_e4m3(uint2 v) {
-  return {widen_pair(v.x & 0xffff, T()), widen_pair(v.x >> 16, T()), widen_pair(v.y & 0xffff, T()),
-          widen_pair(v.y >> 16, T())};
 }
 
 // Bytes in pairs: a 16-bit matrix load hands a lane four neighbours of one row (load_b), or two neighbours of two rows
