@@ -7,6 +7,21 @@
 
 namespace flashdecpp {
 
+// The driver's cuTensorMapEncodeTiled; looked up once, not at every call.
+inline auto tensor_map_encoder(const char* op) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [op] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check_cuda(op, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+               "looking for cuTensorMapEncodeTiled");
+    FLASHDECPP_REQUIRE(found == cudaDriverEntryPointSuccess, op, "the driver is older than CUDA 12 and has no ",
+                       "cuTensorMapEncodeTiled; set FLASHDECPP_GPU_KERNELS=generic");
+    return reinterpret_cast<Encode>(entry);
+  }();
+  return encode;
+}
+
 // [head_dim, block_size, kv_heads, num_blocks], nearest first; boxes of 16 tokens and `columns` columns, 128 bytes.
 inline CUtensorMap cache_map(const char* arg, const AttentionParams& p, const void* data, const CacheLayout& layout,
                              int columns) {
@@ -22,15 +37,8 @@ inline CUtensorMap cache_map(const char* arg, const AttentionParams& p, const vo
   }
   const uint32_t box[] = {static_cast<uint32_t>(columns), 16, 1, 1}, every[] = {1, 1, 1, 1};
 
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  check_cuda(op, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
-             "looking for cuTensorMapEncodeTiled");
-  FLASHDECPP_REQUIRE(found == cudaDriverEntryPointSuccess, op, "the driver is older than CUDA 12 and has no ",
-                     "cuTensorMapEncodeTiled; set FLASHDECPP_GPU_KERNELS=generic");
   CUtensorMap map;
-  const CUresult result = reinterpret_cast<Encode>(entry)(
+  const CUresult result = tensor_map_encoder(op)(
       &map, is_float8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(data),
       sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
