@@ -130,29 +130,49 @@ inline int32_t choose_k_splits(const DeviceProperties& device, const FlatTile& t
 
 // ---- decode attention: how many blocks, and how many parts of units they may leave ---------------------------------
 struct AttentionGrid {
-  int64_t blocks, filling;  // all, and those that fill the machine
-  int64_t slots;
+  int64_t unit_blocks;          // of each unit, where the work is cut by unit
+  int64_t least_by_unit;        // groups of all sequences; with fewer it is cut by line
+  int64_t shares, most_shares;  // of the line: those that fill the machine, and the limit; 0: always by unit
+  int64_t blocks, slots;
 };
 
-// `units` is batch * kv_heads, `groups` what they hold together if every sequence fills the cache. With num_splits
-// every unit has that many blocks, each of which leaves a part. Without, blocks share all groups: a share begins and
-// ends inside of units, so a block leaves up to two parts. No more blocks than min_groups make sense for, and no more
-// parts than the workspace holds. A few blocks less than the machine holds, if then a unit has a whole number of blocks
-// or a block of units: of sequences of one length nothing is cut in vain. Where there is much to do, the blocks that
-// fill the machine are followed by small ones, which even out what they leave.
-inline AttentionGrid choose_attention_grid(const DeviceProperties& device, int64_t blocks_per_multiprocessor,
-                                           int64_t units, int64_t num_splits, int64_t groups, int64_t min_groups,
-                                           int64_t max_slots) {
-  constexpr int64_t small_blocks = 2, worth_small_blocks = 150;  // for a filling one; times min_groups, of each
-  constexpr double enough = 0.95;                                // of the machine
-  if (num_splits > 0) return {units * num_splits, units * num_splits, num_splits > 1 ? units * num_splits : 0};
-  const int64_t resident = device.multiprocessors * blocks_per_multiprocessor, all = resident * (1 + small_blocks);
-  if (all <= max_slots / 2 && groups >= worth_small_blocks * min_groups * resident) return {all, resident, 2 * all};
-  int64_t filling = resident;
-  while (filling >= resident * enough && units % filling != 0 && filling % units != 0) --filling;
-  if (filling < resident * enough) filling = resident;
-  filling = std::max<int64_t>(std::min({filling, (groups + min_groups - 1) / min_groups, max_slots / 2}), 1);
-  return {filling, filling, filling > 1 ? 2 * filling : 0};
+// A unit is a KV head of a sequence, `groups` what it holds if the sequence fills the cache, `resident` the blocks that
+// run at once. No more blocks than min_groups make sense for, and no more parts than the workspace holds.
+//
+// By unit, every unit has num_splits blocks, each of which leaves a part: what the caller wants, else as many as fill
+// the machine; but half of them are about as fast at reading, and merge half as many parts, unless there is much to
+// read. A single sequence is cut so, and sequences of one length: if there are more units than blocks that run at once,
+// however, then only where a unit is much longer than a block takes to start.
+//
+// By line, sequences of different lengths lie on one line, whose shares have a block for each KV head. A share begins
+// and ends inside of sequences, so a block leaves up to two parts. A few shares less than fill the machine are used, if
+// then a sequence has a whole number of them or a share of sequences; and more, if all are long: multiprocessors are
+// not equally fast.
+inline AttentionGrid choose_attention_grid(int64_t resident, int64_t batch, int64_t kv_heads, int64_t num_splits,
+                                           int64_t groups, int64_t min_groups, int64_t max_slots) {
+  constexpr int64_t much = 256;        // groups of a block
+  constexpr int64_t long_enough = 64;  // groups of a unit
+  constexpr double enough = 0.95;      // of the machine
+  const int64_t units = batch * kv_heads, worth = (groups + min_groups - 1) / min_groups;
+  const auto at_least_one = [](int64_t x) { return std::max<int64_t>(x, 1); };
+  const bool fixed = num_splits > 0;
+  if (!fixed) {
+    num_splits = resident / units;
+    if (num_splits > 1 && groups / num_splits < much) num_splits /= 2;
+    num_splits = at_least_one(std::min({num_splits, worth, max_slots / units}));
+  }
+  const int64_t unit_blocks = units * num_splits, unit_slots = num_splits > 1 ? unit_blocks : 0;
+  if (fixed || batch == 1) return {num_splits, 0, 0, 0, unit_blocks, unit_slots};
+
+  const int64_t limit = at_least_one(resident / kv_heads), most = at_least_one(max_slots / 2 / kv_heads);
+  int64_t shares = limit;
+  while (shares >= limit * enough && batch % shares != 0 && shares % batch != 0) --shares;
+  if (shares < limit * enough) shares = limit;
+  shares = at_least_one(std::min({shares, batch * worth, most}));
+  const int64_t blocks = std::max(unit_blocks, shares * kv_heads), most_shares = std::min(blocks / kv_heads, most);
+  const int64_t least_by_unit = unit_blocks > resident ? batch * long_enough : 0;
+  return {num_splits,  least_by_unit, shares,
+          most_shares, blocks,        std::max(unit_slots, most_shares > 1 ? 2 * most_shares * kv_heads : 0)};
 }
 
 }  // namespace flashdecpp

@@ -33,44 +33,57 @@ def test_the_default_rule_has_one_range_of_m_for_each_implementation(device, ran
     assert changes == ranges
 
 
-def attention_grid(units: int, groups: int, num_splits: int = 0, max_slots: int = 1 << 12):
-    """Blocks, those that fill the machine, and slots; one block a multiprocessor, worth 8 groups at least."""
-    return _C.choose_attention_grid(H100, 1, units, num_splits, groups, 8, max_slots)
+def attention_grid(batch: int, kv_heads: int, groups: int, num_splits: int = 0, max_slots: int = 1 << 12):
+    """If 132 blocks run at once: blocks a unit, groups from which the work is cut by unit, shares of the
+    line, most shares, blocks, slots."""
+    return _C.choose_attention_grid(132, batch, kv_heads, num_splits, groups, 8, max_slots)
 
 
 def test_one_short_sequence_is_not_cut_into_crumbs() -> None:
-    assert attention_grid(units=1, groups=4) == (1, 1, 0)
-    assert attention_grid(units=8, groups=8 * 64) == (64, 64, 128)
+    assert attention_grid(1, 8, groups=4) == (1, 0, 0, 0, 8, 0)
+    assert attention_grid(1, 1, groups=64) == (8, 0, 0, 0, 8, 8)
 
 
-def test_one_long_sequence_fills_the_machine() -> None:
-    assert attention_grid(units=1, groups=1 << 13) == (132, 132, 264)
+def test_one_sequence_is_cut_by_unit_and_fills_half_of_the_machine_unless_it_is_long() -> None:
+    assert attention_grid(1, 8, groups=512) == (8, 0, 0, 0, 64, 64)
+    assert attention_grid(1, 8, groups=8192) == (16, 0, 0, 0, 128, 128)
 
 
-def test_units_are_cut_evenly_where_that_costs_few_blocks() -> None:
-    assert attention_grid(units=64, groups=1 << 13) == (128, 128, 256)
-    assert attention_grid(units=256, groups=1 << 15) == (128, 128, 256)
-    assert attention_grid(units=100, groups=1 << 13) == (132, 132, 264)
+def test_a_batch_may_go_by_unit_or_by_line() -> None:
+    assert attention_grid(8, 8, groups=512) == (2, 0, 16, 16, 128, 256)
+    assert attention_grid(64, 8, groups=2048) == (1, 64 * 64, 16, 64, 512, 1024)
 
 
-def test_much_work_is_evened_out_by_small_blocks() -> None:
-    assert attention_grid(units=8, groups=1 << 18) == (3 * 132, 132, 6 * 132)
-    assert attention_grid(units=8, groups=1 << 18, max_slots=6 * 132 - 1) == (128, 128, 256)
+def test_shares_and_sequences_are_aligned_where_that_costs_few_blocks() -> None:
+    assert attention_grid(128, 4, groups=64)[2] == 32
+    assert attention_grid(30, 4, groups=64)[2] == 33
+    assert attention_grid(3, 132, groups=64)[2] == 1
 
 
-@given(units=st.integers(1, 1 << 16), groups=st.integers(1, 1 << 20), max_slots=st.integers(0, 1 << 12))
-def test_parts_fit_into_the_workspace(units: int, groups: int, max_slots: int) -> None:
-    blocks, filling, slots = attention_grid(units, units * groups, max_slots=max_slots)
-    assert 1 <= filling <= H100.multiprocessors
-    assert blocks in (filling, 3 * H100.multiprocessors)
-    assert slots == (2 * blocks if blocks > 1 else 0)
-    assert slots <= max_slots or blocks == 1
+@given(
+    batch=st.integers(2, 1 << 10),
+    kv_heads=st.integers(1, 256),
+    groups=st.integers(1, 1 << 16),
+    max_slots=st.integers(0, 1 << 12),
+)
+def test_parts_fit_into_the_workspace(batch: int, kv_heads: int, groups: int, max_slots: int) -> None:
+    unit_blocks, _, shares, most_shares, blocks, slots = attention_grid(
+        batch, kv_heads, groups, max_slots=max_slots
+    )
+    assert 1 <= shares <= most_shares
+    assert shares * kv_heads <= max(132, kv_heads)
+    assert most_shares * kv_heads <= blocks
+    assert batch * kv_heads * unit_blocks <= blocks
+    assert slots <= max_slots
+    assert slots >= (2 * most_shares * kv_heads if most_shares > 1 else 0)
+    assert slots >= (batch * kv_heads * unit_blocks if unit_blocks > 1 else 0)
 
 
-@given(units=st.integers(1, 1 << 16), num_splits=st.integers(1, 64))
-def test_a_fixed_number_of_splits_is_kept(units: int, num_splits: int) -> None:
-    blocks = units * num_splits
-    assert attention_grid(units, units, num_splits) == (blocks, blocks, blocks if num_splits > 1 else 0)
+@given(batch=st.integers(1, 1 << 10), kv_heads=st.integers(1, 64), num_splits=st.integers(1, 64))
+def test_a_fixed_number_of_splits_is_kept(batch: int, kv_heads: int, num_splits: int) -> None:
+    blocks = batch * kv_heads * num_splits
+    expected = (num_splits, 0, 0, 0, blocks, blocks if num_splits > 1 else 0)
+    assert attention_grid(batch, kv_heads, 1, num_splits) == expected
 
 
 def test_build_info_says_what_was_built_and_why() -> None:

@@ -22,8 +22,9 @@
 //                                          copy_async<8> for 8 bytes
 //   load_stream(p)                         16 bytes that are read once: past L1
 //   store_wide(p, v)                       16 bytes in one access, also where the compiler would take them apart
-//   exchange_xor(v, mask)                  the value of lane ^ mask; v is float or uint64_t
-//   from_lane(v, lane)                     the value of that lane; v is a pointer
+//   exchange_xor(v, mask)                  the value of lane ^ mask; v is float, uint32_t or uint64_t
+//   from_lane(v, lane)                     the value of that lane; v is a pointer or an int
+//   first_lane(b)                          the first lane for which b is true
 //   wave_any(b)                            whether b is true for some lane
 //   wave_sync()                            the wave's lanes meet; what they wrote to memory, all of them see
 //   load_fresh(p)                          an int32 from L2: what another kernel wrote since this one started, too
@@ -79,13 +80,33 @@ __device__ __forceinline__ float wave_sum(float value) {
   return wave_reduce(value, [](float a, float b) { return a + b; });
 }
 
+// Over `lanes` neighbours, a power of two.
+template <int lanes, class Combine>
+__device__ __forceinline__ float neighbours_reduce(float value, Combine combine) {
+#pragma unroll
+  for (int mask = lanes / 2; mask > 0; mask /= 2) value = combine(value, exchange_xor(value, mask));
+  return value;
+}
+
 // Over the lanes that hold one row of a TileC.
 template <class Combine>
 __device__ __forceinline__ float row_reduce(float value, Combine combine) {
-#pragma unroll
-  for (int mask = TileC::kRowLanes / 2; mask > 0; mask /= 2) value = combine(value, exchange_xor(value, mask));
-  return value;
+  return neighbours_reduce<TileC::kRowLanes>(value, combine);
 }
+
+// The sum of the lanes before this one, and of all.
+struct WaveScan {
+  uint32_t before = 0, total;
+
+  __device__ __forceinline__ explicit WaveScan(uint32_t value) : total(value) {
+#pragma unroll
+    for (int mask = 1; mask < kWaveSize; mask *= 2) {
+      const uint32_t other = exchange_xor(total, mask);
+      if (lane() & mask) before += other;
+      total += other;
+    }
+  }
+};
 
 // The shared memory whose size the launch names. Swizzled rows want such an alignment.
 __device__ __forceinline__ unsigned char* dynamic_shared() {

@@ -33,6 +33,13 @@ __device__ __forceinline__ T* from_lane(T* value, int source) {
   return reinterpret_cast<T*>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(value), source));
 }
 
+__device__ __forceinline__ int from_lane(int value, int source) { return __shfl_sync(0xffffffffu, value, source); }
+
+__device__ __forceinline__ uint32_t exchange_xor(uint32_t value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+__device__ __forceinline__ int first_lane(bool value) { return __ffs(__ballot_sync(0xffffffffu, value)) - 1; }
 __device__ __forceinline__ bool wave_any(bool value) { return __any_sync(0xffffffffu, value); }
 __device__ __forceinline__ void wave_sync() { __syncwarp(); }
 

@@ -10,7 +10,7 @@ template <class Tile>
 struct MergeMemory {
   RowPart parts[Tile::kWaves][Tile::kRows];
   float shares[Tile::kWaves][Tile::kRows];  // what a wave's O counts
-  float factor[Tile::kRows];                // output = factor * O
+  RowPart whole[Tile::kRows];
 };
 
 __device__ __forceinline__ float4 scaled_sum(float a, float4 x, float b, float4 y) {
@@ -58,53 +58,49 @@ __device__ __forceinline__ void write_out(const AttentionLaunch& launch, const R
   arch::store_vector(out, values);
 }
 
-// The end of a pass, for all waves: their parts become the output, or the block's part in `slot` where that is not
-// negative. Scratch and memory are free again after the next barrier.
+// The end of a pass, for all waves: their parts become the output, or, where `slot` is not negative, the block's part
+// there. Scratch and memory are free again after the next barrier.
 template <class Tile, class Policy, class Ring>
 __device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const RowBlock& rows, int slot,
                                             const WavePart<Tile, Policy>& part, const SharedMemory<Tile, Ring>& shared,
                                             MergeMemory<Tile>& memory) {
-  const AttentionParams& p = launch.p;
-  const int64_t first = int64_t{slot} * launch.rows() + rows.begin;
+  constexpr int kRowThreads = Tile::kDims / 4;  // for the widest row; of a narrower one some are idle
   part.for_each_row([&](int row, const RowPart& state) { memory.parts[arch::wave()][row] = state; });
   __syncthreads();
-  if (const int row = threadIdx.x; row < rows.count) {
-    WholeRow whole;
-#pragma unroll 1
-    for (int w = 0; w < Tile::kWaves; ++w) whole.add(memory.parts[w][row]);
-#pragma unroll 1
-    for (int w = 0; w < Tile::kWaves; ++w) {
-      const RowPart& of_wave = memory.parts[w][row];
-      memory.shares[w][row] = of_wave.max > -kInfinity ? share(of_wave.ref, whole.ref) : 1.f;
-    }
-    if (slot < 0) {
-      memory.factor[row] = conclude<Policy>(launch, rows, row, whole.part(), true);
-    } else {
-      launch.part_state[first + row] = whole.part();
-    }
+  static_assert(Tile::kRows * Tile::kWaves <= Tile::kThreads);
+  if (threadIdx.x < Tile::kRows * Tile::kWaves) {
+    const int row = threadIdx.x / Tile::kWaves, wave = threadIdx.x % Tile::kWaves;
+    float factor;
+    const RowPart whole = whole_of_neighbours<Tile::kWaves>(memory.parts[wave][row], factor);
+    memory.shares[wave][row] = factor;
+    if (wave == 0) memory.whole[row] = whole;
   }
 
-  for (int chunk = 0; chunk < rows.count; chunk += Tile::kMergeRows) {
+#pragma unroll
+  for (int chunk = 0; chunk < Tile::kRows; chunk += Tile::kMergeRows) {  // so that its rows' registers are known
+    if (chunk >= rows.count) break;
     if (chunk > 0) __syncthreads();
     part.store_rows(chunk, shared.scratch(arch::wave()));
     __syncthreads();
     const int chunk_rows = min(Tile::kMergeRows, rows.count - chunk);
-    // kDims / 4 threads a row, for the widest row; a narrower one leaves some idle.
-    constexpr int kRowThreads = Tile::kDims / 4;
 #pragma unroll 1
     for (int item = threadIdx.x; item < chunk_rows * kRowThreads; item += Tile::kThreads) {
-      const int row = item / kRowThreads, column = item % kRowThreads * 4;
-      if (column >= p.head_dim) continue;
+      const int in_chunk = item / kRowThreads, row = chunk + in_chunk, column = item % kRowThreads * 4;
+      if (column >= launch.p.head_dim) continue;
       float4 total = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int w = 0; w < Tile::kWaves; ++w) {
-        const float* from = shared.scratch(w) + row * Tile::kScratchStride + column;
-        total = scaled_sum(1.f, total, memory.shares[w][chunk + row], *reinterpret_cast<const float4*>(from));
+        const float* from = shared.scratch(w) + in_chunk * Tile::kScratchStride + column;
+        total = scaled_sum(1.f, total, memory.shares[w][row], *reinterpret_cast<const float4*>(from));
       }
+      const RowPart& whole = memory.whole[row];
       if (slot < 0) {
-        write_out<typename Tile::T>(launch, rows, chunk + row, column, memory.factor[chunk + row], total);
+        const float factor = conclude<Policy>(launch, rows, row, whole, column == 0);
+        write_out<typename Tile::T>(launch, rows, row, column, factor, total);
       } else {
-        *reinterpret_cast<float4*>(launch.part_out + (first + chunk + row) * p.head_dim + column) = total;
+        const int64_t at = int64_t{slot} * launch.rows() + rows.begin + row;
+        if (column == 0) launch.part_state[at] = whole;
+        *reinterpret_cast<float4*>(launch.part_out + at * launch.p.head_dim + column) = total;
       }
     }
   }
@@ -128,23 +124,25 @@ __device__ __forceinline__ void merge_slots(const AttentionLaunch& launch, const
     float4 total = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
     for (int begin = 0; begin < slots.count; begin += kAtOnce) {
-      RowPart state[kAtOnce];
+      RowPart states[kAtOnce];
       float4 o[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (begin + j >= slots.count) continue;
-        const int64_t at = int64_t{slots[begin + j]} * rows.count + row;
-        state[j] = launch.part_state[at];
-        o[j] = *reinterpret_cast<const float4*>(launch.part_out + at * p.head_dim + column);
+      for (int i = 0; i < kAtOnce; ++i) {
+        states[i] = kNoPart;
+        if (begin + i >= slots.count) continue;
+        const int64_t at = int64_t{slots[begin + i]} * rows.count + row;
+        states[i] = launch.part_state[at];
+        o[i] = *reinterpret_cast<const float4*>(launch.part_out + at * p.head_dim + column);
       }
+      float factors[kAtOnce];
+      const float kept = whole.add(states, factors);
+      total = {kept * total.x, kept * total.y, kept * total.z, kept * total.w};
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (begin + j >= slots.count) continue;
-        const float2 factors = whole.add(state[j]);
-        total = scaled_sum(factors.x, total, factors.y, o[j]);
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (begin + i < slots.count) total = scaled_sum(1.f, total, factors[i], o[i]);
       }
     }
-    const float factor = conclude<Policy>(launch, rows, row, whole.part(), column == 0);
+    const float factor = conclude<Policy>(launch, rows, row, whole.row, column == 0);
     write_out<typename Tile::T>(launch, rows, row, column, factor, total);
   }
 }

@@ -3,6 +3,8 @@
 // tensor copies in attention_ring_sm90.cuh); the stream decides which groups, unit after unit.
 #pragma once
 
+#include <climits>
+
 #include "attention_schedule.cuh"
 
 namespace flashdecpp {
@@ -37,7 +39,7 @@ class StagedRing {
   static constexpr int kStride = Tile::kDims + 16 / sizeof(KV);
   static constexpr int kGroupBytes = kGroup * kStride * sizeof(KV), kStageBytes = 2 * kGroupBytes;
   static constexpr int kBarrierBytes = 0;
-  static constexpr bool kAvailable = true;
+  static constexpr bool kAvailable = true, kPreviews = false;  // what is copied depends on the length
   using Rows = arch::PlainRows<KV, kStride>;
   struct Source {};  // all is in AttentionParams
 
@@ -136,22 +138,47 @@ class StagedRing {
 };
 
 // The groups of one wave in the order in which it consumes them: of every segment of the block, for every pass over
-// its rows, each kWaves-th.
+// its rows, each step-th.
 template <class Tile, class Ring>
 class KeyValueStream {
  public:
-  __device__ __forceinline__ KeyValueStream(const AttentionParams& p, const Schedule& schedule, int passes, Ring& ring)
-      : p_(p), ring_(ring), segment_(schedule.first), left_(schedule.groups), passes_(passes) {
-    group_ = segment_.begin + arch::wave() - Tile::kWaves;
+  __device__ __forceinline__ KeyValueStream(const AttentionParams& p, int passes, Ring& ring)
+      : p_(p), ring_(ring), passes_(passes) {}
+
+  // Looks up the first groups as if the work were cut by unit and the sequence as long as can be. Nothing is copied
+  // yet.
+  __device__ __forceinline__ void preview(const Schedule& schedule) {
+    segment_ = schedule.first;
+    segment_.sequence = Sequence(p_, INT_MAX);
+    if (segment_.batch >= p_.batch) return;
+    previewed_ = true;
 #pragma unroll
-    for (int i = 0; i < Tile::kStages; ++i) take(first_[i]);
-    take(next_);
+    for (int i = 0; i <= Tile::kStages; ++i) {
+      const int group = segment_.begin + arch::wave() + i * schedule.step;
+      if (group < segment_.sequence.groups) ring_.look_up(segment_, group, i < Tile::kStages ? begin_[i] : next_);
+    }
   }
 
-  // The look-ups are all under way by now, and have not had to wait behind the loads.
-  __device__ __forceinline__ void start() {
+  // The look-ups are all under way before the first copy, and do not have to wait behind it.
+  __device__ __forceinline__ void start(const Schedule& schedule) {
+    previewed_ = previewed_ && schedule.by_unit();
+    segment_ = schedule.first;
+    step_ = schedule.step;
+    left_ = schedule.groups;
+    group_ = segment_.begin + arch::wave() - step_;
 #pragma unroll
-    for (int i = 0; i < Tile::kStages; ++i) ring_.fill(i, first_[i]);
+    for (int i = 0; i <= Tile::kStages; ++i) {
+      typename Ring::Next& next = i < Tile::kStages ? begin_[i] : next_;
+      previewed_ = previewed_ && group_ + step_ < segment_.end;
+      if (previewed_) {
+        group_ += step_;
+        next.used = true;
+      } else {
+        take(next);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kStages; ++i) ring_.fill(i, begin_[i]);
   }
 
   // The next group is in the ring's stage() until release(); values outside of rows [begin, end) are zeros.
@@ -174,7 +201,7 @@ class KeyValueStream {
 
   // Assigns what is looked up and no more: to choose between values would be to wait for them.
   __device__ __forceinline__ void take(typename Ring::Next& next) {
-    group_ += Tile::kWaves;
+    group_ += step_;
     while (alive_ && group_ >= segment_.end) {
       if (++pass_ == passes_) {
         pass_ = 0;
@@ -189,9 +216,9 @@ class KeyValueStream {
   const AttentionParams& p_;
   Ring& ring_;
   Segment segment_;
-  int left_, passes_, pass_ = 0, group_;
-  bool alive_ = true;
-  typename Ring::Next first_[Tile::kStages], next_;
+  int left_, step_, group_, passes_, pass_ = 0;
+  bool alive_ = true, previewed_ = false;
+  typename Ring::Next begin_[Tile::kStages], next_;
   int stage_ = 0;
 };
 

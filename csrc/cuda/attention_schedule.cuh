@@ -1,43 +1,42 @@
-// Decode attention, who does what. A unit is one KV head of one sequence; its keys come in groups of kGroup. All units'
-// groups lie behind each other on one line, in the order of (sequence, KV head).
+// Decode attention, who does what. A unit is one KV head of one sequence; its keys come in groups of kGroup. The KV
+// heads of a sequence, whose keys lie side by side in memory, are read by blocks that run side by side.
 //
-//   num_splits 0   the line is cut into shares, a block each: a long sequence among short ones is spread over as many
-//                  blocks as its share of all keys. The blocks that fill the machine take three quarters of the line in
-//                  equal shares; multiprocessors do not get equal shares of the memory's bandwidth, so the rest is left
-//                  to small blocks that start where others have ended. A block finishes the units that lie inside its
-//                  share; of a unit that begins before it or ends after it, it leaves a part. Everything is derived
-//                  from seq_lens on the device, by every block for itself.
-//   num_splits n   every unit is cut into n pieces (fewer where it has fewer groups), a block each: the pieces depend
-//                  on nothing else in the batch.
+// By unit      every unit has unit_blocks blocks, which take its groups in turn, a group for each of their waves at a
+//              time: where the caller wants so many splits, where a sequence is alone, and where all sequences are
+//              about as long. Nothing is cut in vain, and where the first groups lie can be looked up before the length
+//              is known.
+// By line      else: all sequences' groups lie behind each other on one line, which is cut into equal shares, with a
+//              block for each KV head of each share: a long sequence among short ones is spread over as many blocks as
+//              its share of all keys. A block finishes the units that lie inside its share; of a unit that begins
+//              before it or ends after it, it leaves a part.
 //
-// The block with the last piece of a unit merges its parts, in their order, when it is done with all else. It waits
-// for blocks with smaller numbers only, which are started before it.
+// Everything is derived from seq_lens on the device, by every wave for itself. The block with the last piece of a unit
+// merges its parts, in their order, when it is done with all else. It waits for blocks with smaller numbers only, which
+// are started before it.
 #pragma once
 
 #include "attention_tile.cuh"
 
 namespace flashdecpp {
 
-inline constexpr unsigned kMinGroups = 8;  // that a block is worth, as choose_attention_grid has it
+inline constexpr unsigned kMinGroups = 8;     // that a block is worth, as choose_attention_grid has it
+inline constexpr unsigned kLongGroups = 768;  // of a block, that are worth another one
 
 // A run of groups of one unit.
 struct Segment {
   int batch, kv_head;
   int begin, end;  // groups, counted in the unit
+  bool whole;      // nobody else has groups of the unit
   Sequence sequence;
-
-  __device__ bool whole() const { return begin == 0 && end == sequence.groups; }
 
   // Moves on; `left` are the groups that remain, this segment's included.
   __device__ __forceinline__ bool next(const AttentionParams& p, int& left) {
     left -= end - begin;
     if (left <= 0) return false;
-    if (++kv_head == p.kv_heads) {
-      kv_head = 0;
-      sequence = Sequence(p, ++batch);
-    }
+    sequence = Sequence::load(p, ++batch);
     begin = 0;
     end = min(sequence.groups, left);
+    whole = end == sequence.groups;
     return true;
   }
 };
@@ -60,122 +59,142 @@ struct Shares {
   }
 };
 
-// The line of `total` groups in shares for `blocks` blocks, of which a part fills the machine.
-struct LineShares {
-  unsigned blocks, large;  // all, and those with the large shares
-  unsigned rest_begin;     // where the small shares begin
-  Shares first, rest;
+// Looks for sequences by their groups' place on the line, every wave for itself: a lane holds a run of sequences, or,
+// of that run, one.
+class SequenceFinder {
+ public:
+  __device__ __forceinline__ explicit SequenceFinder(const AttentionParams& p)
+      : p_(p), run_((p.batch + arch::kWaveSize - 1) / arch::kWaveSize), scan_(own_groups(p, run_)) {}
 
-  // `filling` blocks of the grid fill the machine.
-  __device__ LineShares(unsigned total, unsigned filling, unsigned grid)
-      : blocks(max(min(total / kMinGroups, grid), 1u)),
-        large(blocks < grid ? blocks : filling),
-        rest_begin(large == blocks ? total : total - total / 4),
-        first(rest_begin, large),
-        rest(total - rest_begin, max(blocks - large, 1u)) {}
-
-  __device__ unsigned begin(unsigned i) const {
-    return i < large ? first.begin(i) : rest_begin + rest.begin(i - large);
+  __device__ unsigned total() const { return scan_.total; }
+  // Whether no sequence is much longer than the average.
+  __device__ bool even() const {
+    return !arch::wave_any(longest_ * static_cast<float>(p_.batch) > 1.25f * static_cast<float>(total()));
   }
-  __device__ unsigned holder(unsigned at) const {
-    return at < rest_begin ? first.holder(at) : large + rest.holder(at - rest_begin);
-  }
-};
 
-template <int kThreads>
-struct ScheduleMemory {
-  int groups[kThreads];
-  Segment start;
-};
-
-struct Schedule {
-  Segment first;
-  int groups = 0;  // of this block
-  int first_slot;  // of a part of the first segment; that of a later segment is the next
-  Slots merge;     // of the unit that this block merges, which is the first segment's; count 0: none
-
-  template <int kThreads>
-  __device__ __forceinline__ Schedule(const AttentionLaunch& launch, ScheduleMemory<kThreads>& memory) {
-    const AttentionParams& p = launch.p;
-    merge.count = 0;
-    if (p.num_splits > 0) {
-      cut_unit(p);
-    } else {
-      cut_line(launch, memory);
+  // The sequence that group `at` of the line is in, which there must be; begin is `at` in its own count.
+  __device__ __forceinline__ Segment find(unsigned at) {
+    int batch = arch::lane() * run_;
+    if (run_ > 1) {
+      const int run = arch::first_lane(holds(at));
+      at -= arch::from_lane(static_cast<int>(scan_.before), run);
+      for (batch = run * run_ + arch::lane();; batch += arch::kWaveSize) {
+        own_ = 0;
+        if (batch < p_.batch) {
+          sequence_ = Sequence::load(p_, batch);
+          own_ = sequence_.groups;
+        }
+        scan_ = arch::WaveScan(own_);
+        if (arch::wave_any(holds(at))) break;
+        at -= scan_.total;
+      }
     }
-    first.end = min(first.sequence.groups, first.begin + groups);
+    const int source = arch::first_lane(holds(at));
+    Segment found;
+    found.batch = arch::from_lane(batch, source);
+    found.sequence = sequence_.from_lane(source);
+    found.begin = at - arch::from_lane(static_cast<int>(scan_.before), source);
+    return found;
   }
 
  private:
-  __device__ __forceinline__ void cut_unit(const AttentionParams& p) {
-    const unsigned unit = blockIdx.x / static_cast<unsigned>(p.num_splits), base = unit * p.num_splits;
-    const unsigned split = blockIdx.x - base;
-    first.batch = unit / static_cast<unsigned>(p.kv_heads);
-    first.kv_head = unit - first.batch * p.kv_heads;
-    first.sequence = Sequence(p, first.batch);
-    const unsigned splits = min(p.num_splits, first.sequence.groups);
-    first_slot = blockIdx.x;
-    if (split >= splits) return;
-    const Shares shares(first.sequence.groups, splits);
-    first.begin = shares.begin(split);
-    groups = shares.begin(split + 1) - first.begin;
-    if (split == splits - 1 && splits > 1)
-      merge = {static_cast<int>(base), static_cast<int>(base) + 1, 1, static_cast<int>(splits)};
-  }
-
-  template <int kThreads>
-  __device__ __forceinline__ void cut_line(const AttentionLaunch& launch, ScheduleMemory<kThreads>& memory) {
-    const AttentionParams& p = launch.p;
-    const int per_thread = (p.batch + kThreads - 1) / kThreads;
-    const int batch_begin = threadIdx.x * per_thread, batch_end = min(batch_begin + per_thread, p.batch);
-    Sequence sequence;  // the last of this thread's
-    int own = 0;
-#pragma unroll 1
-    for (int b = batch_begin; b < batch_end; ++b) {
-      sequence = Sequence(p, b);
-      own += sequence.groups;
-    }
-    memory.groups[threadIdx.x] = own;
-    __syncthreads();
-    unsigned before = 0, total = 0;
+  __device__ __forceinline__ unsigned own_groups(const AttentionParams& p, int run) {
+    own_ = 0;
+    const int begin = arch::lane() * run, end = min(begin + run, p.batch);
 #pragma unroll 4
-    for (int t = 0; t < min(kThreads, p.batch); ++t) {
-      if (t == static_cast<int>(threadIdx.x)) before = total;
-      total += memory.groups[t];
+    for (int batch = begin; batch < end; ++batch) {
+      sequence_ = Sequence::load(p, batch);
+      own_ += sequence_.groups;
+      longest_ = fmaxf(longest_, static_cast<float>(sequence_.groups));
     }
-    before *= p.kv_heads;
-    total *= p.kv_heads;
+    return own_;
+  }
+  // The difference wraps around where this lane's begin after it.
+  __device__ bool holds(unsigned at) const { return at - scan_.before < own_; }
 
-    const unsigned block = blockIdx.x;
-    const LineShares shares(total, launch.filling_blocks, gridDim.x);
-    first_slot = 2 * block;
-    if (block >= shares.blocks) return;
-    const unsigned begin = shares.begin(block);
-    groups = shares.begin(block + 1) - begin;
+  const AttentionParams& p_;
+  int run_;  // sequences
+  Sequence sequence_;
+  unsigned own_;
+  float longest_ = 0.f;  // of the lane's
+  arch::WaveScan scan_;
+};
 
-    unsigned in_own = begin - before;  // wraps around where the share begins before this thread's sequences
-    if (in_own < static_cast<unsigned>(own) * p.kv_heads) {
-      int b = batch_begin;
-      if (per_thread > 1) {
-#pragma unroll 1
-        for (sequence = Sequence(p, b); in_own >= static_cast<unsigned>(sequence.groups) * p.kv_heads;) {
-          in_own -= sequence.groups * p.kv_heads;
-          sequence = Sequence(p, ++b);
-        }
-      }
-      const int head = in_own / sequence.groups;
-      memory.start = {b, head, static_cast<int>(in_own) - head * sequence.groups, 0, sequence};
-    }
-    __syncthreads();
-    first = memory.start;
+// What a block does. The constructor is quick: it says where the block begins if the work is cut by unit. With finish()
+// all is known.
+class Schedule {
+ public:
+  Segment first;
+  int groups = 0;  // of this block, or of the unit that it shares; none: nothing to do
+  int step;        // from a wave's group to its next
+  int first_slot;  // of a part of the first segment; that of a later segment is the next
+  Slots merge{};   // of the unit that this block merges, which is the first segment's; count 0: none
 
-    // The unit that began in an earlier block's share is merged here if it ends here.
-    if (first.begin > 0 && first.begin + groups >= first.sequence.groups) {
-      const unsigned unit_begin = begin - first.begin, from = shares.holder(unit_begin);
-      merge = {static_cast<int>(2 * from + (unit_begin > shares.begin(from))), static_cast<int>(2 * (from + 1)), 2,
-               static_cast<int>(block - from + 1)};
+  __device__ __forceinline__ Schedule(const AttentionLaunch& launch, int waves)
+      : step(waves * launch.unit_blocks), waves_(waves) {
+    const unsigned kv_heads = launch.p.kv_heads, blocks = launch.unit_blocks * kv_heads;
+    first.batch = blockIdx.x / blocks;
+    const unsigned in_sequence = blockIdx.x - first.batch * blocks;
+    split_ = in_sequence / kv_heads;
+    first.kv_head = in_sequence - split_ * kv_heads;
+    first.begin = split_ * waves;
+    if (first.batch < launch.p.batch) length_ = Sequence::load_length(launch.p, first.batch);
+  }
+
+  __device__ bool by_unit() const { return by_unit_; }
+
+  __device__ __forceinline__ void finish(const AttentionLaunch& launch) {
+    if (launch.shares == 0) return take_turns(launch);
+    SequenceFinder sequences(launch.p);
+    if (sequences.even() && sequences.total() >= launch.least_by_unit) {
+      if (first.batch < launch.p.batch) take_turns(launch);
+    } else {
+      cut_line(launch, sequences);
     }
   }
+
+ private:
+  __device__ __forceinline__ void take_turns(const AttentionLaunch& launch) {
+    first.sequence = Sequence(launch.p, length_);
+    first.end = first.sequence.groups;
+    first_slot = blockIdx.x;
+    groups = max(first.end - first.begin, 0);
+    const int parts = min(launch.unit_blocks, (first.end + waves_ - 1) / waves_);
+    first.whole = parts == 1;
+    if (split_ == parts - 1 && parts > 1) {
+      const int kv_heads = launch.p.kv_heads, begin = first_slot - split_ * kv_heads;
+      merge = {begin, begin + kv_heads, kv_heads, parts};
+    }
+  }
+
+  __device__ __forceinline__ void cut_line(const AttentionLaunch& launch, SequenceFinder& sequences) {
+    const unsigned kv_heads = launch.p.kv_heads, share = blockIdx.x / kv_heads, head = blockIdx.x - share * kv_heads;
+    const unsigned total = sequences.total();
+    const unsigned few = min(max(total / kMinGroups, 1u), launch.shares);
+    const unsigned count = min(max(total / kLongGroups, few), launch.most_shares);
+    if (share >= count) return;
+    const Shares shares(total, count);
+    const unsigned begin = shares.begin(share);
+    groups = shares.begin(share + 1) - begin;
+    by_unit_ = false;
+    step = waves_;
+    first = sequences.find(begin);
+    first.kv_head = head;
+    first.end = min(first.sequence.groups, first.begin + groups);
+    first.whole = first.end - first.begin == first.sequence.groups;
+    first_slot = 2 * blockIdx.x;
+
+    // The unit that began in an earlier share is merged here if it ends here.
+    if (first.begin > 0 && first.begin + groups >= first.sequence.groups) {
+      const unsigned unit_begin = begin - first.begin, from = shares.holder(unit_begin), slots = 2 * kv_heads;
+      const int slot = from * slots + 2 * head + (unit_begin > shares.begin(from)),
+                second = (from + 1) * slots + 2 * head;
+      merge = {slot, second, static_cast<int>(slots), static_cast<int>(share - from + 1)};
+    }
+  }
+
+  int waves_, split_, length_;
+  bool by_unit_ = true;
 };
 
 }  // namespace flashdecpp

@@ -22,7 +22,10 @@ struct AttentionLaunch {
   RowPart* part_state;  // [slots, rows]
   uint64_t* ready;      // [slots]
   uint64_t nonce;
-  int32_t filling_blocks;  // of the grid; the rest are small
+  // The work is cut by unit, so many blocks each; or, if `shares` is not 0 and the sequences are of different lengths
+  // or hold fewer groups than least_by_unit, by line.
+  int32_t unit_blocks;
+  uint32_t least_by_unit, shares, most_shares;
   // A kernel's first microseconds go into fetching its instructions: a division is 30 of them. row / group is
   // row * group_reciprocal >> 16, exactly for the 256 rows that there may be.
   int32_t group, group_reciprocal;
@@ -91,12 +94,28 @@ struct Sequence {
   int first_group, groups;  // at least one group, also where there is no key: a block must write the outputs
 
   Sequence() = default;
-  __device__ Sequence(const AttentionParams& p, int batch) {
+  __device__ Sequence(const AttentionParams& p, int loaded_length) {
     const int64_t capacity = p.num_blocks > 0 ? p.capacity() : 0;
-    length = static_cast<int>(min(static_cast<int64_t>(max(arch::load_fresh(p.seq_lens + batch), 0)), capacity));
+    length = static_cast<int>(min(static_cast<int64_t>(max(loaded_length, 0)), capacity));
     key_begin = window_begin(p, max(length - p.q_len, 0));
     first_group = key_begin / kGroup;
     groups = max((length + kGroup - 1) / kGroup - first_group, 1);
+  }
+
+  static __device__ __forceinline__ int load_length(const AttentionParams& p, int batch) {
+    return arch::load_fresh(p.seq_lens + batch);
+  }
+  static __device__ __forceinline__ Sequence load(const AttentionParams& p, int batch) {
+    return {p, load_length(p, batch)};
+  }
+
+  __device__ __forceinline__ Sequence from_lane(int source) const {
+    Sequence s;
+    s.length = arch::from_lane(length, source);
+    s.key_begin = arch::from_lane(key_begin, source);
+    s.first_group = arch::from_lane(first_group, source);
+    s.groups = arch::from_lane(groups, source);
+    return s;
   }
 
   // First key that a row at `position` sees.

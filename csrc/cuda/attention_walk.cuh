@@ -14,6 +14,24 @@ __device__ __forceinline__ float logit(const AttentionParams& p, float x, float 
   return x;
 }
 
+// What a lane's rows of a pass begin with, asked for a pass ahead: a small load waits behind many large ones.
+template <class Tile, class Policy>
+struct References {
+  float phi[Tile::kRowTiles][TileC::kRowSlots];
+
+  __device__ __forceinline__ void load(const AttentionLaunch& launch, const RowBlock& rows) {
+#pragma unroll
+    for (int r = 0; r < Tile::kRowTiles; ++r) {
+#pragma unroll
+      for (int s = 0; s < TileC::kRowSlots; ++s) {
+        const int row = r * 16 + TileC::slot_row(s);
+        phi[r][s] = 0.f;
+        if (Policy::kUnified && row < rows.count) phi[r][s] = rows.phi(launch, row);
+      }
+    }
+  }
+};
+
 // A wave's part of the rows of one pass: O, and for every row that this lane holds values of, its softmax.
 template <class Tile, class Policy>
 class WavePart {
@@ -22,7 +40,8 @@ class WavePart {
   static constexpr int kAhead = kTiles > 1 ? 2 : 4;
 
  public:
-  __device__ __forceinline__ WavePart(const AttentionLaunch& launch, const RowBlock& rows, float scale)
+  __device__ __forceinline__ WavePart(const AttentionLaunch& launch, const RowBlock& rows,
+                                      const References<Tile, Policy>& references, float scale)
       : p_(launch.p), scale_(scale) {
     const AttentionParams& p = launch.p;
 #pragma unroll
@@ -35,7 +54,7 @@ class WavePart {
         first_[r][s] = Sequence::window_begin(p, position);
         last_[r][s] = position;
         slope_[r][s] = used && p.alibi_slopes ? p.alibi_slopes[rows.head(launch, row)] : 0.f;
-        const float phi = Policy::kUnified && used ? rows.phi(launch, row) : 0.f;
+        const float phi = references.phi[r][s];
         ref_[r][s] = usable(phi) ? phi : 0.f;
         max_[r][s] = -kInfinity;
         sum_[r][s] = 0.f;

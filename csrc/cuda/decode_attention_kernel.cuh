@@ -18,7 +18,7 @@
 // taken key by key.
 //
 // Under programmatic dependent launch the block starts while the previous kernel is still running. Until that one is
-// done nothing is read that counts: only hints go out, for the K and V that this block will want if nothing changes.
+// done nothing is read but the descriptions of the cache.
 //
 // attention_tile.cuh (what a block is), attention_schedule.cuh (who does what), attention_ring.cuh (loads),
 // attention_walk.cuh (arithmetic) and attention_merge.cuh (parts and output) hold the steps; here they become the
@@ -36,10 +36,13 @@ __device__ __forceinline__ void load_queries(const AttentionLaunch& launch, cons
   using T = typename Tile::T;
   const AttentionParams& p = launch.p;
   constexpr int kChunks = Tile::kDims / 8;
+  for (int index = rows.count * kChunks + arch::lane(); index < Tile::kRows * kChunks; index += arch::kWaveSize) {
+    *reinterpret_cast<uint4*>(q + index / kChunks * Tile::kQStride + index % kChunks * 8) = make_uint4(0, 0, 0, 0);
+  }
 #pragma unroll 1
-  for (int index = arch::lane(); index < Tile::kRows * kChunks; index += arch::kWaveSize) {
+  for (int index = arch::lane(); index < rows.count * kChunks; index += arch::kWaveSize) {
     const int row = index / kChunks, dim = index % kChunks * 8;
-    const bool valid = row < rows.count && dim < p.head_dim;
+    const bool valid = dim < p.head_dim;
     const int64_t offset = valid ? rows.batch * p.q_batch_stride + rows.token(launch, row) * p.q_token_stride +
                                        rows.head(launch, row) * p.q_head_stride + dim
                                  : 0;
@@ -83,7 +86,6 @@ struct Pass {
 
 template <class Tile, class Policy, class Ring>
 __device__ __forceinline__ void attend(const AttentionLaunch& launch, const typename Ring::Source& source) {
-  __shared__ ScheduleMemory<Tile::kThreads> schedule_memory;
   __shared__ MergeMemory<Tile> merge_memory;
   __shared__ uint64_t barriers[Ring::kBarrierBytes / 8 + 1];
   const SharedMemory<Tile, Ring> shared{arch::dynamic_shared()};
@@ -93,31 +95,36 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
   Ring ring(shared.ring(arch::wave()), reinterpret_cast<unsigned char*>(barriers), p, source);
   arch::wait_for_previous_kernel();
 
-  const Schedule schedule(launch, schedule_memory);
+  Schedule schedule(launch, Tile::kWaves);
+  KeyValueStream<Tile, Ring> stream(p, (launch.rows() + Tile::kRows - 1) / Tile::kRows, ring);
+  if (Ring::kPreviews && p.window == 0) stream.preview(schedule);
+  schedule.finish(launch);
   if (schedule.groups == 0) return;
-  Pass<Tile> pass(launch, schedule);
   typename Tile::T* q = shared.q(arch::wave());
+  Pass<Tile> pass(launch, schedule);
+  References<Tile, Policy> references;
   load_queries<Tile>(launch, pass.rows(), q);
-  KeyValueStream<Tile, Ring> stream(p, schedule, (launch.rows() + Tile::kRows - 1) / Tile::kRows, ring);
-  stream.start();
+  references.load(launch, pass.rows());
+  stream.start(schedule);
 
   int slot = schedule.first_slot, taken = Tile::kStages;
   for (bool more = true; more;) {
     const Segment segment = pass.segment;
     const RowBlock rows = pass.rows();
     const bool last = pass.last_of_segment();
-    WavePart<Tile, Policy> part(launch, rows, p.scale * (p.k_scale ? p.k_scale[rows.kv_head] : 1.f));
+    WavePart<Tile, Policy> part(launch, rows, references, p.scale * (p.k_scale ? p.k_scale[rows.kv_head] : 1.f));
     ring.wait_for_others(taken);
     arch::wave_sync();
     part.take_queries(q);
     more = pass.next();
+    if (more) references.load(launch, pass.rows());
     if (Tile::kQueryInRegisters && more) {
       arch::wave_sync();
       load_queries<Tile>(launch, pass.rows(), q);
     }
 
     taken = 0;
-    for (int group = segment.begin + arch::wave(); group < segment.end; group += Tile::kWaves, ++taken) {
+    for (int group = segment.begin + arch::wave(); group < segment.end; group += schedule.step, ++taken) {
       const int key_begin = (segment.sequence.first_group + group) * kGroup;
       const int loaded_begin = segment.sequence.key_begin, loaded_end = segment.sequence.length;
       stream.acquire(loaded_begin - key_begin, loaded_end - key_begin);
@@ -131,10 +138,10 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
       taken = 0;
     }
 
-    merge_waves(launch, rows, segment.whole() ? -1 : slot, part, shared, merge_memory);
+    merge_waves(launch, rows, segment.whole ? -1 : slot, part, shared, merge_memory);
     __syncthreads();
     if (last) {
-      if (!segment.whole() && threadIdx.x == 0) arch::publish(launch.ready + slot, launch.nonce);
+      if (!segment.whole && threadIdx.x == 0) arch::publish(launch.ready + slot, launch.nonce);
       slot = schedule.first_slot + 1;
     }
   }

@@ -62,17 +62,22 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
   launch.group_reciprocal = ((1 << 16) + launch.group - 1) / launch.group;
   const int64_t units = int64_t{p.batch} * p.kv_heads;
   const int64_t slot_bytes = launch.rows() * (p.head_dim * sizeof(float) + sizeof(RowPart)) + sizeof(uint64_t);
-  // More splits than groups would not change a bit of the result.
+  // More splits than there are groups for would not change a bit of the result.
   const int64_t groups = std::max<int64_t>(p.num_blocks > 0 ? (p.capacity() + kGroup - 1) / kGroup : 0, 1);
-  launch.p.num_splits = static_cast<int32_t>(std::min<int64_t>(p.num_splits, groups));
-  const AttentionGrid grid = choose_attention_grid(launcher.properties(), Tile::kBlocks, units, p.num_splits,
-                                                   units * groups, kMinGroups, kWorkspaceBytes / slot_bytes);
+  launch.p.num_splits =
+      static_cast<int32_t>(std::min<int64_t>(p.num_splits, (groups + Tile::kWaves - 1) / Tile::kWaves));
+  const int64_t resident = int64_t{launcher.properties().multiprocessors} * Tile::kBlocks;
+  const AttentionGrid grid = choose_attention_grid(resident, p.batch, p.kv_heads, launch.p.num_splits, groups,
+                                                   kMinGroups, kWorkspaceBytes / slot_bytes);
   FLASHDECPP_REQUIRE(std::max(grid.blocks, units * groups) <= INT32_MAX, "decode_attention",
                      "q, k_cache and block_table must have batch * kv_heads * max_len / 16 and batch * kv_heads * ",
                      "num_splits below 2^31, got ", p.batch, " * ", p.kv_heads, " * ", p.capacity(), " / 16 and ",
                      p.num_splits, " splits");
 
-  launch.filling_blocks = static_cast<int32_t>(grid.filling);
+  launch.unit_blocks = static_cast<int32_t>(grid.unit_blocks);
+  launch.shares = static_cast<uint32_t>(grid.shares);
+  launch.most_shares = static_cast<uint32_t>(grid.most_shares);
+  launch.least_by_unit = static_cast<uint32_t>(grid.least_by_unit);
   Tensor workspace;
   if (grid.slots > 0) {
     workspace = new_tensor({(grid.slots * slot_bytes + 16 + 3) / 4}, DType::kFloat32, device);
@@ -82,8 +87,7 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
     launch.nonce = new_nonce(launch.ready);
   }
   using Shared = SharedMemory<Tile, Ring>;
-  static_assert(Shared::kBytes + sizeof(MergeMemory<Tile>) + sizeof(ScheduleMemory<Tile::kThreads>) +
-                    Ring::kBarrierBytes + 1024 <=
+  static_assert(Shared::kBytes + sizeof(MergeMemory<Tile>) + Ring::kBarrierBytes + 1024 <=
                 M::kSharedBytes);  // and 1 KiB to start on a multiple of that
   const auto kernel = decode_attention_kernel<Tile, Policy, Ring>;
   launcher.allow_shared_memory(kernel, Shared::kBytes);

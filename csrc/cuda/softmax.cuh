@@ -94,26 +94,48 @@ __device__ __forceinline__ float log_sum(const RowPart& row) {
   return row.ref + (logf(row.sum) - Policy::kLift * kLn2);
 }
 
-// A row from its parts, one after the other. Its reference is the largest of a part that saw a key: each part's maximum
-// is at least kLow above its reference, so the whole's is too. The first part and one without a key change nothing of
-// the other, and a NaN in a sum stays.
-struct WholeRow {
-  float ref = -kInfinity, max = -kInfinity, sum = 0.f;
+// A row from its parts. Its reference is the largest of a part that saw a key: each part's maximum is at least kLow
+// above its reference, so the whole's is too. A part without a key changes nothing, and a NaN in a sum stays.
+inline constexpr RowPart kNoPart = {0.f, -kInfinity, 0.f};
 
-  // The factors for what is summed so far and for the part.
-  __device__ __forceinline__ float2 add(const RowPart& part) {
-    float2 factors = {1.f, 1.f};
-    if (part.max > -kInfinity) {
-      const float before = ref;
-      ref = fmaxf(ref, part.ref);
-      if (before > -kInfinity) factors.x = share(before, ref);
-      factors.y = share(part.ref, ref);
-      max = fmaxf(max, part.max);
+// What a part counts in a whole of that reference.
+__device__ __forceinline__ float counted(const RowPart& part, float ref) {
+  return part.max > -kInfinity ? share(part.ref, ref) : 1.f;
+}
+
+struct WholeRow {
+  RowPart row = {-kInfinity, -kInfinity, 0.f};
+
+  // Takes n more parts, to count by `factors`; what was summed before counts by what is returned. The parts' factors do
+  // not depend on each other.
+  template <int n>
+  __device__ __forceinline__ float add(const RowPart (&parts)[n], float (&factors)[n]) {
+    const float before = row.ref;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (parts[i].max > -kInfinity) row.ref = fmaxf(row.ref, parts[i].ref);
+      row.max = fmaxf(row.max, parts[i].max);
     }
-    sum = factors.x * sum + factors.y * part.sum;
-    return factors;
+    const float kept = before > -kInfinity ? share(before, row.ref) : 1.f;
+    row.sum *= kept;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      factors[i] = counted(parts[i], row.ref);
+      row.sum = fmaf(factors[i], parts[i].sum, row.sum);
+    }
+    return kept;
   }
-  __device__ __forceinline__ RowPart part() const { return {ref, max, sum}; }
 };
+
+// The same from the parts that neighbouring lanes hold, one each.
+template <int lanes>
+__device__ __forceinline__ RowPart whole_of_neighbours(const RowPart& part, float& factor) {
+  const auto larger = [](float a, float b) { return fmaxf(a, b); };
+  const auto sum = [](float a, float b) { return a + b; };
+  const float ref = arch::neighbours_reduce<lanes>(part.max > -kInfinity ? part.ref : -kInfinity, larger);
+  factor = counted(part, ref);
+  return {ref, arch::neighbours_reduce<lanes>(part.max, larger),
+          arch::neighbours_reduce<lanes>(factor * part.sum, sum)};
+}
 
 }  // namespace flashdecpp
