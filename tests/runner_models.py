@@ -5,17 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flashdecpp.runner import LLM
 from flashdecpp.runner.cache import KVCache, blocks_for
@@ -38,22 +30,47 @@ SIZES = dict(
     bos_token_id=256,
     eos_token_id=257,
 )
-CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+# kind -> the class names of transformers before "Config" and "ForCausalLM", and what SIZES lacks, or has too
+# much of (None)
+FAMILIES: dict[str, tuple[str, str, dict]] = {
+    "llama": ("Llama", "Llama", {}),
+    "mistral": ("Mistral", "Mistral", {}),
+    "qwen2": ("Qwen2", "Qwen2", {}),
+    "qwen3": ("Qwen3", "Qwen3", {"head_dim": 24}),
+    "gemma2": ("Gemma2", "Gemma2", {"head_dim": 256, "query_pre_attn_scalar": 100, "sliding_window": 24}),
+    "gemma3": ("Gemma3Text", "Gemma3", {"head_dim": 256, "query_pre_attn_scalar": 100, "sliding_window": 24}),
+    "phi3": ("Phi3", "Phi3", {"pad_token_id": 258}),
+    "opt": (
+        "OPT",
+        "OPT",
+        {"intermediate_size": None, "num_key_value_heads": None, "ffn_dim": 96, "init_std": 0.15},
+    ),
+    "glm": ("Glm", "Glm", {"head_dim": 16, "pad_token_id": 258}),
+    "glm4": ("Glm4", "Glm4", {"head_dim": 16, "pad_token_id": 258}),
 }
+
+
+def make_model(kind: str = "llama", **overrides) -> PreTrainedModel:
+    """A random model in float32."""
+    torch.manual_seed(0)
+    config_name, model_name, own = FAMILIES[kind]
+    settings = {key: value for key, value in (SIZES | own).items() if value is not None} | overrides
+    config = getattr(transformers, config_name + "Config")(**settings)
+    return randomise(getattr(transformers, model_name + "ForCausalLM")(config))
+
+
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes biases and norms random: zeros and ones would hide a mistake."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
 
 
 def save_model(folder: Path, kind: str = "llama", *, shard: str = "1GB", **overrides) -> PreTrainedModel:
     """A random model and a tokenizer of bytes in `folder`; the model itself in float32."""
-    torch.manual_seed(0)
-    config_class, model_class = CLASSES[kind]
-    model = model_class(config_class(**(SIZES | overrides))).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:  # zeros and ones would hide a mistake
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model = make_model(kind, **overrides)
     model.save_pretrained(folder, max_shard_size=shard)
     save_tokenizer(folder)
     return model

@@ -32,6 +32,10 @@ LONGROPE = {
     "long_factor": [1.0 + 0.9 * i for i in range(8)],
     "original_max_position_embeddings": 64,
 }
+PHI3_LONGROPE = {  # as in the files of Phi-3
+    "original_max_position_embeddings": 64,
+    "rope_scaling": {key: LONGROPE[key] for key in ("short_factor", "long_factor")} | {"type": "longrope"},
+}
 CASES = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -50,6 +54,35 @@ CASES = {
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-biases": ("qwen3", {"attention_bias": True}),
+    "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "gemma2": ("gemma2", {}),
+    "gemma2-low-caps": ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-biases": ("gemma2", {"attention_bias": True, "head_dim": 16}),
+    "gemma3": ("gemma3", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3-linear-rope": (
+        "gemma3",
+        {
+            "sliding_window_pattern": 2,
+            "rope_theta": 1e5,
+            "rope_local_base_freq": 1e3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3-window": ("phi3", {"sliding_window": 24}),
+    "phi3-partial-rotary": ("phi3", {"partial_rotary_factor": 0.75, "head_dim": 32}),
+    "phi3-longrope": ("phi3", PHI3_LONGROPE),
+    "opt": ("opt", {}),
+    "opt-norm-after": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),
+    "opt-projections": ("opt", {"word_embed_proj_dim": 48}),
+    "opt-no-biases": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
+    "glm": ("glm", {}),
+    "glm-no-biases": ("glm", {"attention_bias": False, "num_key_value_heads": 1}),
+    "glm4": ("glm4", {}),
 }
 
 
@@ -130,7 +163,7 @@ def test_config_files_of_transformers_4(tmp_path):
     raw["eos_token_id"] = [257, 258]
     path.write_text(json.dumps(raw))
     after = LLM(tmp_path, device="cpu").config
-    torch.testing.assert_close(after.rope.table(256), before.rope.table(256))
+    torch.testing.assert_close(after.ropes[0].table(256), before.ropes[0].table(256))
     assert after.eos_ids == (257, 258)
     assert after.dtype == before.dtype
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .architectures import GGUF_NAMES
 from .config import ModelConfig, config_from_directory, config_from_gguf
 from .demo import fetch_demo
 from .errors import ModelError
@@ -49,5 +48,6 @@ def _open_folder(path: Path) -> Checkpoint:
 def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile(path)
     config = config_from_gguf(file)
-    plan = plan_weights(config, GGUF_NAMES, file, config.architecture.gguf_interleaved_qk)
+    architecture = config.architecture
+    plan = plan_weights(config, architecture.gguf_names, file, architecture.gguf_interleaved_qk)
     return Checkpoint(path.stem, path, config, GGUFTokenizer(file.metadata), file, plan)
