@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from runner_models import random_tokens, runner_logits, save_model, transformers_logits
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from runner_models import (
+    FAMILIES,
+    make_model,
+    random_tokens,
+    randomise,
+    runner_logits,
+    save_model,
+    save_tokenizer,
+    transformers_logits,
+)
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+)
 
-from flashdecpp.runner import LLM
+from flashdecpp.runner import LLM, ModelError, SamplingParams
 from flashdecpp.runner import model as decoder_module
 from flashdecpp.runner.checkpoint import open_checkpoint
+from flashdecpp.runner.model import Decoder
 from flashdecpp.runner.rope import Rope
 from flashdecpp.runner.weights import load_weights
 
@@ -110,7 +127,10 @@ def test_dynamic_rope_grows_with_the_sequence(tmp_path, prompt_length):
     torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen2-window"])
+CHUNKED = ["llama", "mistral-window", "qwen2-window", "gemma2", "gemma3-linear-rope", "phi3-longrope", "opt"]
+
+
+@pytest.mark.parametrize("case", CHUNKED)
 def test_long_prompts_go_through_in_chunks(tmp_path, monkeypatch, case):
     monkeypatch.setattr(decoder_module, "PREFILL_CHUNK", 32)
     kind, overrides = CASES[case]
@@ -122,17 +142,189 @@ def test_long_prompts_go_through_in_chunks(tmp_path, monkeypatch, case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_within_its_error(tmp_path, dtype):
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_half_precision_stays_within_its_error(tmp_path, kind, dtype):
     """No further from float32 than twice transformers in the same dtype."""
-    model = save_model(tmp_path)
+    model = save_model(tmp_path, kind)
     prompt, following = random_tokens(40, seed=1), random_tokens(16, seed=2)
     exact = transformers_logits(model, prompt, following)
-    half = LlamaForCausalLM.from_pretrained(
-        tmp_path, dtype=dtype
-    )  # not .to(dtype): it would round the rope too
-    theirs = (transformers_logits(half, prompt, following) - exact).abs().max()
-    ours = (runner_logits(LLM(tmp_path, device="cpu", dtype=dtype), prompt, following) - exact).abs().max()
-    assert ours <= 2 * theirs
+    half = type(model).from_pretrained(tmp_path, dtype=dtype)  # not .to(dtype): it would round the rope too
+    theirs = (transformers_logits(half, prompt, following) - exact).abs()
+    ours = (runner_logits(LLM(tmp_path, device="cpu", dtype=dtype), prompt, following) - exact).abs()
+    assert ours.max() <= 2 * theirs.max() and ours.mean() <= 1.25 * theirs.mean()
+
+
+@pytest.mark.parametrize("case", [*FAMILIES, "opt-norm-after", "gemma3-linear-rope"])
+def test_batches_give_the_tokens_of_transformers(tmp_path, case):
+    """Sequences of different lengths, decoded together: each has its own positions, windows and cache."""
+    kind, overrides = CASES.get(case, (case, {}))
+    model = save_model(tmp_path, kind, **overrides)
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    prompts = [random_tokens(length, seed=length) for length in (1, 9, 40, 17)]
+    answers = llm.generate(prompts, SamplingParams(max_tokens=12, ignore_eos=True))
+    never = torch.zeros(llm.config.vocab)
+    never[sorted(llm.config.eos_ids)] = -torch.inf
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = transformers_logits(model, prompt, answer.token_ids[:-1])
+        assert (logits + never).argmax(dim=1).tolist() == answer.token_ids
+
+
+def save_chatglm(folder: Path, **settings) -> PreTrainedModel:
+    """A GLM model in the format of ChatGLM2's authors: renamed settings and tensors, all packed.
+
+    transformers has that format no longer, but the same maths under other names.
+    """
+    glm = make_model("glm", rope_parameters={"rope_type": "default", "rope_theta": 20000.0})
+    config = glm.config
+    settings = {
+        "architectures": ["ChatGLMModel"],
+        "model_type": "chatglm",
+        "add_bias_linear": False,
+        "add_qkv_bias": config.attention_bias,
+        "apply_query_key_layer_scaling": True,
+        "apply_residual_connection_post_layernorm": False,
+        "attention_softmax_in_fp32": True,
+        "eos_token_id": 257,
+        "ffn_hidden_size": config.intermediate_size,
+        "hidden_size": config.hidden_size,
+        "kv_channels": config.head_dim,
+        "layernorm_epsilon": config.rms_norm_eps,
+        "multi_query_attention": True,
+        "multi_query_group_num": config.num_key_value_heads,
+        "num_attention_heads": config.num_attention_heads,
+        "num_layers": config.num_hidden_layers,
+        "original_rope": True,
+        "padded_vocab_size": config.vocab_size,
+        "post_layer_norm": True,
+        "rmsnorm": True,
+        "rope_ratio": 2,
+        "seq_length": config.max_position_embeddings,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    } | settings
+    names = {
+        "model.embed_tokens": "transformer.embedding.word_embeddings",
+        "model.norm": "transformer.encoder.final_layernorm",
+        "model.layers": "transformer.encoder.layers",
+        "lm_head": "transformer.output_layer",
+        "self_attn.o_proj": "self_attention.dense",
+        "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    }
+    state = {"transformer.rotary_pos_emb.inv_freq": torch.zeros(4)}
+    theirs = glm.state_dict()
+    for index, kind in itertools.product(range(config.num_hidden_layers), ("weight", "bias")):
+        parts = [theirs.pop(f"model.layers.{index}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+        state[f"transformer.encoder.layers.{index}.self_attention.query_key_value.{kind}"] = torch.cat(parts)
+    for name, tensor in theirs.items():
+        for ours, original in names.items():
+            name = name.replace(ours, original)
+        state[name] = tensor
+    halves = dict(list(state.items())[:9]), dict(list(state.items())[9:])
+    index = {}
+    for number, half in enumerate(halves, start=1):
+        torch.save(half, folder / f"pytorch_model-0000{number}-of-00002.bin")
+        index |= dict.fromkeys(half, f"pytorch_model-0000{number}-of-00002.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_tokenizer(folder)
+    return glm
+
+
+@pytest.mark.parametrize("prompt_length", [1, 70])
+def test_the_format_of_chatglm2s_authors(tmp_path, prompt_length):
+    glm = save_chatglm(tmp_path)
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    assert llm.config.architecture.name == "ChatGLMModel" and llm.config.dtype == torch.float16
+    assert llm.config.eos_ids == (257,) and llm.max_len == 256
+    prompt, following = random_tokens(prompt_length, seed=1), random_tokens(32, seed=2)
+    expected = transformers_logits(glm, prompt, following)
+    torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"multi_query_attention": False},
+        {"rmsnorm": False},
+        {"apply_residual_connection_post_layernorm": True},
+        {"num_layers": None},
+    ],
+)
+def test_what_chatglm_files_may_say_and_the_decoder_does_not_do(tmp_path, settings):
+    save_chatglm(tmp_path, **settings)
+    (key,) = settings
+    with pytest.raises(ModelError, match=rf"supported only with {key} (true|false)|config.json has no {key}"):
+        LLM(tmp_path, device="cpu")
+
+
+def test_the_text_model_of_a_gemma_3_that_sees(tmp_path):
+    """Its text settings are nested, its tensors have another prefix."""
+    text = make_model("gemma3").config.to_dict()
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    vision |= dict(image_size=28, patch_size=14)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = randomise(Gemma3ForConditionalGeneration(config))
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    prompt, following = random_tokens(50, seed=1), random_tokens(32, seed=2)
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    expected = transformers_logits(model, prompt, following)
+    torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_opt_files_as_on_the_hub(tmp_path):
+    """One pytorch_model.bin, whose tensors lack the first prefix; a tokenizer in two files."""
+    model = save_model(tmp_path, "opt")
+    state = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "errors": "replace"} | special
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    assert llm.tokenizer.decode(llm.tokenizer.encode("Hello, world")) == "Hello, world"
+    prompt, following = random_tokens(20, seed=1), random_tokens(8, seed=2)
+    expected = transformers_logits(model, prompt, following)
+    torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_broken_torch_files(tmp_path):
+    save_chatglm(tmp_path)
+    path = tmp_path / "pytorch_model-00002-of-00002.bin"
+    whole = path.read_bytes()
+    for content in (b"", b"no weights", whole[:-100]):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match=r"pytorch_model-00002-of-00002\.bin can't be read: ") as caught:
+            LLM(tmp_path, device="cpu")
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(ModelError, match="lacks 1 of 2 weight files: pytorch_model-00002"):
+        LLM(tmp_path, device="cpu")
+
+
+def test_what_is_not_supported_says_what_is(tmp_path):
+    save_model(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(ModelError, match="GPT2LMHeadModel is not supported; supported are ") as caught:
+        LLM(tmp_path, device="cpu")
+    supported = str(caught.value).partition("supported are ")[2].split(", ")
+    for _config, model, _own in FAMILIES.values():
+        assert f"{model}ForCausalLM" in supported
+    assert "ChatGLMModel" in supported
+
+
+@pytest.mark.parametrize("setting", [{"use_bidirectional_attention": True}, {"attn_logit_softcapping": 50.0}])
+def test_gemma_3_settings_that_are_not_supported(tmp_path, setting):
+    save_model(tmp_path, "gemma3", **setting)
+    with pytest.raises(ModelError, match=f"Gemma3ForCausalLM is supported only with {next(iter(setting))}"):
+        LLM(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -209,6 +401,28 @@ def test_rounded_weights(tmp_path, quantize, tied):
 
 def llm_bits(quantize: str) -> int:
     return int(quantize.removeprefix("int"))
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("case", [*FAMILIES, "opt-norm-after"])
+def test_rounded_weights_of_every_family(tmp_path, case, quantize):
+    """As the same numbers in float32; embeddings and positions are not rounded."""
+    kind, overrides = CASES.get(case, (case, {}))
+    save_model(tmp_path, kind, **overrides)
+    rounded, exact = (LLM(tmp_path, device="cpu", dtype="float32", quantize=q) for q in (quantize, "none"))
+    assert rounded.decoder.weights.nbytes < exact.decoder.weights.nbytes
+
+    def dense(part):
+        values = {name: value.dense() for name, value in vars(part).items() if hasattr(value, "dense")}
+        return dataclasses.replace(part, **values), len(values)
+
+    layers, counts = zip(*(dense(layer) for layer in rounded.decoder.weights.layers), strict=True)
+    assert set(counts) == {4}
+    weights, _ = dense(rounded.decoder.weights)
+    exact.decoder = Decoder(exact.config, dataclasses.replace(weights, layers=layers), exact.max_len)
+    prompt, following = random_tokens(40, seed=1), random_tokens(8, seed=2)
+    logits, expected = (runner_logits(llm, prompt, following) for llm in (rounded, exact))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_columns_that_fill_no_group_stay(tmp_path):

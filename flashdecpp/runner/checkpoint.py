@@ -9,6 +9,7 @@ from .errors import ModelError
 from .gguf import GGUFFile
 from .safetensors import SafetensorsFolder
 from .tokenizer import BaseTokenizer, FolderTokenizer, GGUFTokenizer
+from .torch_files import TorchFolder
 from .weights import Plan, WeightSource, plan_weights
 
 
@@ -40,9 +41,16 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 def _open_folder(path: Path) -> Checkpoint:
     config = config_from_directory(path)
-    source = SafetensorsFolder(path)
+    source = _open_weights(path)
     plan = plan_weights(config, config.architecture.names, source)
     return Checkpoint(path.resolve().name, path, config, FolderTokenizer(path), source, plan)
+
+
+def _open_weights(folder: Path) -> WeightSource:
+    """safetensors; where there are none, what torch.save wrote."""
+    if any(folder.glob("pytorch_model.bin*")) and not any(folder.glob("model.safetensors*")):
+        return TorchFolder(folder)
+    return SafetensorsFolder(folder)
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -35,13 +35,13 @@ class ModelConfig:
     head_dim: int
     ffn: int
     vocab: int
+    embed_dim: int  # `hidden`, unless the embeddings are projected to it
     norm_eps: float
     context: int  # most tokens of a sequence
     ropes: tuple[Rope | None, ...]  # of each layer, None where nothing is rotated
     tied_embeddings: bool
     windows: tuple[int, ...]  # sliding window of each layer, -1 for none
     activation: str = "silu"
-    embed_dim: int | None = None  # width of the embeddings, where it isn't `hidden`
     norm_after: bool = False  # norms follow on what a sublayer adds to the residual stream, and replace it
     attn_scale: float | None = None  # of q.k; None: 1 / sqrt(head_dim)
     attn_softcap: float = 0.0  # 0 for none
@@ -111,7 +111,7 @@ def config_from_directory(path: Path) -> ModelConfig:
         settings[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
     head_dim = settings.get("head_dim") or hidden // q_heads
-    embed_dim, query_scalar = settings.get("word_embed_proj_dim"), settings.get("query_pre_attn_scalar")
+    query_scalar = settings.get("query_pre_attn_scalar")
     kinds = settings.get("layer_types") or ["sliding_attention"] * layers
     window = settings.get("sliding_window", -1) if architecture.windowed else -1
     ropes = _hf_ropes(settings, kinds, head_dim, architecture)
@@ -125,13 +125,13 @@ def config_from_directory(path: Path) -> ModelConfig:
         head_dim=head_dim,
         ffn=settings["intermediate_size"],
         vocab=settings["vocab_size"],
+        embed_dim=settings.get("word_embed_proj_dim", hidden),
         norm_eps=settings["rms_norm_eps"],
         context=max(contexts, default=settings["max_position_embeddings"]),
         ropes=ropes,
         tied_embeddings=bool(settings["tie_word_embeddings"]),
         windows=tuple(window if kind == "sliding_attention" else -1 for kind in kinds),
         activation=activation,
-        embed_dim=None if embed_dim == hidden else embed_dim,
         norm_after=not settings.get("do_layer_norm_before", True),
         attn_scale=None if query_scalar is None else query_scalar**-0.5,
         attn_softcap=settings.get("attn_logit_softcapping", 0.0),
@@ -171,6 +171,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         head_dim=head_dim,
         ffn=get("feed_forward_length"),
         vocab=get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
+        embed_dim=hidden,
         norm_eps=get("attention.layer_norm_rms_epsilon"),
         context=rope.context,
         ropes=(rope,) * layers,
@@ -211,21 +212,19 @@ def _hf_ropes(
         return (None,) * len(kinds)
     # transformers 5 gathers theta and scaling in rope_parameters; 4 had rope_theta and rope_scaling.
     parameters = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    interleaved = architecture.rotary == "pairs"
     ropes = {
-        kind: _hf_rope(settings, dict(parameters.get(kind, parameters)), head_dim, interleaved)
-        for kind in set(kinds)
+        kind: _hf_rope(settings, dict(parameters.get(kind, parameters)), head_dim) for kind in set(kinds)
     }
     return tuple(ropes[kind] for kind in kinds)
 
 
-def _hf_rope(settings: Settings, parameters: dict[str, Any], head_dim: int, interleaved: bool) -> Rope:
+def _hf_rope(settings: Settings, parameters: dict[str, Any], head_dim: int) -> Rope:
     theta = parameters.pop("rope_theta", None) or settings.get("rope_theta", 10000.0)
     theta *= settings.get("rope_ratio", 1.0)
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     fraction = parameters.pop("partial_rotary_factor", None) or settings.get("partial_rotary_factor", 1.0)
     dim, max_positions = int(head_dim * fraction), settings["max_position_embeddings"]
-    return Rope(dim, theta, max_positions, kind, parameters, interleaved)
+    return Rope(dim, theta, max_positions, kind, parameters)
 
 
 def _gguf_rope(get: Callable[..., Any], file: GGUFFile, head_dim: int) -> Rope:

@@ -47,7 +47,7 @@ class FolderTokenizer(BaseTokenizer):
     """The tokenizer files of a Hugging Face folder, through transformers."""
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
+        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise ModelError(f"{folder} has no tokenizer.json; copy the model's tokenizer files into it")
         from transformers import AutoTokenizer  # late: slow to import
 

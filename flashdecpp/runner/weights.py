@@ -205,7 +205,7 @@ def plan_weights(
     config: ModelConfig, names: Naming, source: WeightSource, interleaved_qk: bool = False
 ) -> Plan:
     """Where each tensor goes; a ModelError where one is missing or has another shape than configured."""
-    hidden, ffn, embed_dim = config.hidden, config.ffn, config.embed_dim or config.hidden
+    hidden, ffn, embed_dim = config.hidden, config.ffn, config.embed_dim
     architecture = config.architecture
     heads = (config.q_heads, config.kv_heads, 0) if interleaved_qk else None
     known = (root for root in names.roots if f"{root}{names.embed}.weight" in source.shapes)
@@ -231,8 +231,7 @@ def plan_weights(
         """`rows` of each part, or of what a single part has packed; `heads`: the interleaved ones of each."""
         if len(parts) == 1:
             rows = (sum(rows),)
-        names = [prefix + part for part in parts]
-        pieces = list(zip(names, rows, heads or (0,) * len(rows), strict=True))
+        pieces = list(zip([prefix + part for part in parts], rows, heads or (0,) * len(rows), strict=True))
         slots = {field: Slot(tuple(Piece(f"{name}.weight", (n, columns), h) for name, n, h in pieces))}
         if bias:
             slots[field + "_bias"] = Slot(tuple(Piece(f"{name}.bias", (n,), h) for name, n, h in pieces))
