@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 
 import torch
@@ -74,6 +76,68 @@ def save_model(folder: Path, kind: str = "llama", *, shard: str = "1GB", **overr
     model.save_pretrained(folder, max_shard_size=shard)
     save_tokenizer(folder)
     return model
+
+
+def save_chatglm(folder: Path, **settings) -> PreTrainedModel:
+    """A GLM model in the format of ChatGLM2's authors: renamed settings and tensors, all packed.
+
+    transformers has that format no longer, but the same maths under other names.
+    """
+    glm = make_model("glm", rope_parameters={"rope_type": "default", "rope_theta": 20000.0})
+    config = glm.config
+    settings = {
+        "architectures": ["ChatGLMModel"],
+        "model_type": "chatglm",
+        "add_bias_linear": False,
+        "add_qkv_bias": config.attention_bias,
+        "apply_query_key_layer_scaling": True,
+        "apply_residual_connection_post_layernorm": False,
+        "attention_softmax_in_fp32": True,
+        "eos_token_id": 257,
+        "ffn_hidden_size": config.intermediate_size,
+        "hidden_size": config.hidden_size,
+        "kv_channels": config.head_dim,
+        "layernorm_epsilon": config.rms_norm_eps,
+        "multi_query_attention": True,
+        "multi_query_group_num": config.num_key_value_heads,
+        "num_attention_heads": config.num_attention_heads,
+        "num_layers": config.num_hidden_layers,
+        "original_rope": True,
+        "padded_vocab_size": config.vocab_size,
+        "post_layer_norm": True,
+        "rmsnorm": True,
+        "rope_ratio": 2,
+        "seq_length": config.max_position_embeddings,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    } | settings
+    names = {
+        "model.embed_tokens": "transformer.embedding.word_embeddings",
+        "model.norm": "transformer.encoder.final_layernorm",
+        "model.layers": "transformer.encoder.layers",
+        "lm_head": "transformer.output_layer",
+        "self_attn.o_proj": "self_attention.dense",
+        "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    }
+    state = {"transformer.rotary_pos_emb.inv_freq": torch.zeros(4)}
+    theirs = glm.state_dict()
+    for index, kind in itertools.product(range(config.num_hidden_layers), ("weight", "bias")):
+        parts = [theirs.pop(f"model.layers.{index}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+        state[f"transformer.encoder.layers.{index}.self_attention.query_key_value.{kind}"] = torch.cat(parts)
+    for name, tensor in theirs.items():
+        for ours, original in names.items():
+            name = name.replace(ours, original)
+        state[name] = tensor
+    halves = dict(list(state.items())[:9]), dict(list(state.items())[9:])
+    index = {}
+    for number, half in enumerate(halves, start=1):
+        torch.save(half, folder / f"pytorch_model-0000{number}-of-00002.bin")
+        index |= dict.fromkeys(half, f"pytorch_model-0000{number}-of-00002.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_tokenizer(folder)
+    return glm
 
 
 def byte_tokens() -> list[str]:

@@ -106,7 +106,12 @@ def write_gguf(
 @pytest.mark.parametrize("quantisation", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1])
 @pytest.mark.parametrize(
     ("architecture", "overrides"),
-    [("llama", {}), ("llama", {"tie_word_embeddings": True, "head_dim": 16}), ("qwen2", {}), ("qwen3", {"head_dim": 32})],
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "head_dim": 16}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 32}),
+    ],
 )
 def test_logits_equal_those_of_the_model(tmp_path, architecture, overrides, quantisation):
     model = save_model(tmp_path / "hf", architecture, **overrides)

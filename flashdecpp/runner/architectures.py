@@ -129,6 +129,7 @@ class Architecture:
     o_bias: Bias = False
     mlp_bias: Bias = False
     windowed: bool = False  # sliding_window of the configuration counts
+    float16: bool = True  # False: hidden states go beyond what float16 holds
     gguf: str | None = None  # GGUF's general.architecture
     gguf_names: Naming = GGUF_NAMES
     gguf_interleaved_qk: bool = False  # GGUF stores the rows of q and k for adjacent-pair rotation
@@ -162,6 +163,7 @@ GEMMA2 = Architecture(
     qkv_bias=("attention_bias",),
     o_bias=("attention_bias",),
     windowed=True,
+    float16=False,
 )
 GEMMA3 = replace(
     GEMMA2,

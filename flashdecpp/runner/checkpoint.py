@@ -8,7 +8,7 @@ from .demo import fetch_demo
 from .errors import ModelError
 from .gguf import GGUFFile
 from .safetensors import SafetensorsFolder
-from .tokenizer import BaseTokenizer, FolderTokenizer, GGUFTokenizer
+from .tokenizer import BaseTokenizer, ChatGLMTokenizer, FolderTokenizer, GGUFTokenizer
 from .torch_files import TorchFolder
 from .weights import Plan, WeightSource, plan_weights
 
@@ -43,7 +43,14 @@ def _open_folder(path: Path) -> Checkpoint:
     config = config_from_directory(path)
     source = _open_weights(path)
     plan = plan_weights(config, config.architecture.names, source)
-    return Checkpoint(path.resolve().name, path, config, FolderTokenizer(path), source, plan)
+    return Checkpoint(path.resolve().name, path, config, _open_tokenizer(path, config), source, plan)
+
+
+def _open_tokenizer(folder: Path, config: ModelConfig) -> BaseTokenizer:
+    """transformers'; that of ChatGLM2 isn't there any more."""
+    if config.architecture.in_transformers or (folder / "tokenizer.json").exists():
+        return FolderTokenizer(folder)
+    return ChatGLMTokenizer(folder)
 
 
 def _open_weights(folder: Path) -> WeightSource:
