@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flashdecpp.runner import LLM
 from flashdecpp.runner.cache import KVCache, blocks_for
@@ -38,25 +32,112 @@ SIZES = dict(
     bos_token_id=256,
     eos_token_id=257,
 )
-CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+# kind -> the class names of transformers before "Config" and "ForCausalLM", and what SIZES lacks, or has too
+# much of (None)
+FAMILIES: dict[str, tuple[str, str, dict]] = {
+    "llama": ("Llama", "Llama", {}),
+    "mistral": ("Mistral", "Mistral", {}),
+    "qwen2": ("Qwen2", "Qwen2", {}),
+    "qwen3": ("Qwen3", "Qwen3", {"head_dim": 24}),
+    "gemma2": ("Gemma2", "Gemma2", {"head_dim": 256, "query_pre_attn_scalar": 100, "sliding_window": 24}),
+    "gemma3": ("Gemma3Text", "Gemma3", {"head_dim": 256, "query_pre_attn_scalar": 100, "sliding_window": 24}),
+    "phi3": ("Phi3", "Phi3", {"pad_token_id": 258}),
+    "opt": (
+        "OPT",
+        "OPT",
+        {"intermediate_size": None, "num_key_value_heads": None, "ffn_dim": 96, "init_std": 0.15},
+    ),
+    "glm": ("Glm", "Glm", {"head_dim": 16, "pad_token_id": 258}),
+    "glm4": ("Glm4", "Glm4", {"head_dim": 16, "pad_token_id": 258}),
 }
+
+
+def make_model(kind: str = "llama", **overrides) -> PreTrainedModel:
+    """A random model in float32."""
+    torch.manual_seed(0)
+    config_name, model_name, own = FAMILIES[kind]
+    settings = {key: value for key, value in (SIZES | own).items() if value is not None} | overrides
+    config = getattr(transformers, config_name + "Config")(**settings)
+    return randomise(getattr(transformers, model_name + "ForCausalLM")(config))
+
+
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes biases and norms random: zeros and ones would hide a mistake."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
 
 
 def save_model(folder: Path, kind: str = "llama", *, shard: str = "1GB", **overrides) -> PreTrainedModel:
     """A random model and a tokenizer of bytes in `folder`; the model itself in float32."""
-    torch.manual_seed(0)
-    config_class, model_class = CLASSES[kind]
-    model = model_class(config_class(**(SIZES | overrides))).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:  # zeros and ones would hide a mistake
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model = make_model(kind, **overrides)
     model.save_pretrained(folder, max_shard_size=shard)
     save_tokenizer(folder)
     return model
+
+
+def save_chatglm(folder: Path, **settings) -> PreTrainedModel:
+    """A GLM model in the format of ChatGLM2's authors: renamed settings and tensors, all packed.
+
+    transformers has that format no longer, but the same maths under other names.
+    """
+    glm = make_model("glm", rope_parameters={"rope_type": "default", "rope_theta": 20000.0})
+    config = glm.config
+    settings = {
+        "architectures": ["ChatGLMModel"],
+        "model_type": "chatglm",
+        "add_bias_linear": False,
+        "add_qkv_bias": config.attention_bias,
+        "apply_query_key_layer_scaling": True,
+        "apply_residual_connection_post_layernorm": False,
+        "attention_softmax_in_fp32": True,
+        "eos_token_id": 257,
+        "ffn_hidden_size": config.intermediate_size,
+        "hidden_size": config.hidden_size,
+        "kv_channels": config.head_dim,
+        "layernorm_epsilon": config.rms_norm_eps,
+        "multi_query_attention": True,
+        "multi_query_group_num": config.num_key_value_heads,
+        "num_attention_heads": config.num_attention_heads,
+        "num_layers": config.num_hidden_layers,
+        "original_rope": True,
+        "padded_vocab_size": config.vocab_size,
+        "post_layer_norm": True,
+        "rmsnorm": True,
+        "rope_ratio": 2,
+        "seq_length": config.max_position_embeddings,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    } | settings
+    names = {
+        "model.embed_tokens": "transformer.embedding.word_embeddings",
+        "model.norm": "transformer.encoder.final_layernorm",
+        "model.layers": "transformer.encoder.layers",
+        "lm_head": "transformer.output_layer",
+        "self_attn.o_proj": "self_attention.dense",
+        "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    }
+    state = {"transformer.rotary_pos_emb.inv_freq": torch.zeros(4)}
+    theirs = glm.state_dict()
+    for index, kind in itertools.product(range(config.num_hidden_layers), ("weight", "bias")):
+        parts = [theirs.pop(f"model.layers.{index}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+        state[f"transformer.encoder.layers.{index}.self_attention.query_key_value.{kind}"] = torch.cat(parts)
+    for name, tensor in theirs.items():
+        for ours, original in names.items():
+            name = name.replace(ours, original)
+        state[name] = tensor
+    halves = dict(list(state.items())[:9]), dict(list(state.items())[9:])
+    index = {}
+    for number, half in enumerate(halves, start=1):
+        torch.save(half, folder / f"pytorch_model-0000{number}-of-00002.bin")
+        index |= dict.fromkeys(half, f"pytorch_model-0000{number}-of-00002.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_tokenizer(folder)
+    return glm
 
 
 def byte_tokens() -> list[str]:

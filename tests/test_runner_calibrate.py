@@ -9,6 +9,8 @@ import pytest
 import torch
 from runner_models import random_tokens, save_model
 from test_cli import complaint, flashdecpp
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
@@ -46,11 +48,13 @@ def transformers_inputs(model, module, tokens: list[int], monkeypatch) -> list[t
     inputs = []
     attention = module.eager_attention_forward
 
-    def spy(layer, query, key, value, attention_mask, scaling, **rest):
+    def spy(layer, query, key, value, attention_mask, scaling, softcap=None, **rest):
         keys = key.repeat_interleave(query.size(1) // key.size(1), dim=1)
         x = query.double() @ keys.double().transpose(2, 3) * scaling
+        x = x if softcap is None else softcap * torch.tanh(x / softcap)
         inputs.append(x.masked_fill(attention_mask < 0, torch.nan)[0])
-        return attention(layer, query, key, value, attention_mask, scaling=scaling, **rest)
+        capped = {} if softcap is None else {"softcap": softcap}
+        return attention(layer, query, key, value, attention_mask, scaling=scaling, **capped, **rest)
 
     monkeypatch.setattr(module, "eager_attention_forward", spy)
     model.set_attn_implementation("eager")
@@ -66,8 +70,10 @@ def transformers_inputs(model, module, tokens: list[int], monkeypatch) -> list[t
         ("llama", modeling_llama, {}),
         ("llama", modeling_llama, {"num_key_value_heads": 1}),
         ("mistral", modeling_mistral, {"sliding_window": 24}),
+        ("gemma2", modeling_gemma2, {"attn_logit_softcapping": 5.0}),
+        ("gemma3", modeling_gemma3, {}),
     ],
-    ids=["llama", "multi-query", "window"],
+    ids=["llama", "multi-query", "window", "scale-and-cap", "scale"],
 )
 def test_statistics_are_those_of_the_inputs_of_transformers(
     tmp_path, monkeypatch, kind, module, overrides, chunk

@@ -55,7 +55,7 @@ def test_missing_weights(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, r"lacks 2 of 2 weight files: model-1\.safetensors, model-2\.safetensors")
     (folder / "model.safetensors.index.json").write_text("{}")
-    refused(folder, "not a valid safetensors index")
+    refused(folder, "not a valid index of weight files")
 
 
 def test_missing_and_misshapen_tensors(folder):

@@ -28,6 +28,8 @@ NAMES = {
     "lm_head": "output",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -63,6 +65,9 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
@@ -101,7 +106,12 @@ def write_gguf(
 @pytest.mark.parametrize("quantisation", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1])
 @pytest.mark.parametrize(
     ("architecture", "overrides"),
-    [("llama", {}), ("llama", {"tie_word_embeddings": True, "head_dim": 16}), ("qwen2", {})],
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "head_dim": 16}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 32}),
+    ],
 )
 def test_logits_equal_those_of_the_model(tmp_path, architecture, overrides, quantisation):
     model = save_model(tmp_path / "hf", architecture, **overrides)
@@ -202,7 +212,7 @@ def test_unsupported_files(tmp_path):
     model = save_model(tmp_path / "hf")
     path = tmp_path / "m.gguf"
     write_gguf(path, model, "mamba")
-    with pytest.raises(ModelError, match="'mamba' is not supported; supported are llama, qwen2"):
+    with pytest.raises(ModelError, match="'mamba' is not supported; supported are llama, qwen2, qwen3"):
         LLM(path, device="cpu")
     write_gguf(path, model, pre="viking")
     with pytest.raises(ModelError, match="pre-tokenizer 'viking' is not supported"):

@@ -7,12 +7,27 @@ import json
 
 import pytest
 import torch
-from runner_models import random_tokens, runner_logits, save_model, transformers_logits
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from runner_models import (
+    FAMILIES,
+    make_model,
+    random_tokens,
+    randomise,
+    runner_logits,
+    save_chatglm,
+    save_model,
+    save_tokenizer,
+    transformers_logits,
+)
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Qwen2ForCausalLM,
+)
 
-from flashdecpp.runner import LLM
+from flashdecpp.runner import LLM, ModelError, SamplingParams
 from flashdecpp.runner import model as decoder_module
 from flashdecpp.runner.checkpoint import open_checkpoint
+from flashdecpp.runner.model import Decoder
 from flashdecpp.runner.rope import Rope
 from flashdecpp.runner.weights import load_weights
 
@@ -32,6 +47,10 @@ LONGROPE = {
     "long_factor": [1.0 + 0.9 * i for i in range(8)],
     "original_max_position_embeddings": 64,
 }
+PHI3_LONGROPE = {  # as in the files of Phi-3
+    "original_max_position_embeddings": 64,
+    "rope_scaling": {key: LONGROPE[key] for key in ("short_factor", "long_factor")} | {"type": "longrope"},
+}
 CASES = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -50,6 +69,35 @@ CASES = {
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-biases": ("qwen3", {"attention_bias": True}),
+    "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "gemma2": ("gemma2", {}),
+    "gemma2-low-caps": ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-biases": ("gemma2", {"attention_bias": True, "head_dim": 16}),
+    "gemma3": ("gemma3", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3-linear-rope": (
+        "gemma3",
+        {
+            "sliding_window_pattern": 2,
+            "rope_theta": 1e5,
+            "rope_local_base_freq": 1e3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3-window": ("phi3", {"sliding_window": 24}),
+    "phi3-partial-rotary": ("phi3", {"partial_rotary_factor": 0.75, "head_dim": 32}),
+    "phi3-longrope": ("phi3", PHI3_LONGROPE),
+    "opt": ("opt", {}),
+    "opt-norm-after": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),
+    "opt-projections": ("opt", {"word_embed_proj_dim": 48}),
+    "opt-no-biases": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
+    "glm": ("glm", {}),
+    "glm-no-biases": ("glm", {"attention_bias": False, "num_key_value_heads": 1}),
+    "glm4": ("glm4", {}),
 }
 
 
@@ -77,7 +125,10 @@ def test_dynamic_rope_grows_with_the_sequence(tmp_path, prompt_length):
     torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen2-window"])
+CHUNKED = ["llama", "mistral-window", "qwen2-window", "gemma2", "gemma3-linear-rope", "phi3-longrope", "opt"]
+
+
+@pytest.mark.parametrize("case", CHUNKED)
 def test_long_prompts_go_through_in_chunks(tmp_path, monkeypatch, case):
     monkeypatch.setattr(decoder_module, "PREFILL_CHUNK", 32)
     kind, overrides = CASES[case]
@@ -88,18 +139,139 @@ def test_long_prompts_go_through_in_chunks(tmp_path, monkeypatch, case):
     torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_within_its_error(tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.bfloat16),
+        ("cpu", torch.float16),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_half_precision_stays_within_its_error(tmp_path, kind, device, dtype):
     """No further from float32 than twice transformers in the same dtype."""
-    model = save_model(tmp_path)
+    model = save_model(tmp_path, kind)
+    if dtype == torch.float16 and kind.startswith("gemma"):
+        with pytest.raises(ModelError, match="overflows float16; run it in bfloat16"):
+            LLM(tmp_path, device=device, dtype=dtype)
+        return
     prompt, following = random_tokens(40, seed=1), random_tokens(16, seed=2)
     exact = transformers_logits(model, prompt, following)
-    half = LlamaForCausalLM.from_pretrained(
-        tmp_path, dtype=dtype
-    )  # not .to(dtype): it would round the rope too
-    theirs = (transformers_logits(half, prompt, following) - exact).abs().max()
-    ours = (runner_logits(LLM(tmp_path, device="cpu", dtype=dtype), prompt, following) - exact).abs().max()
-    assert ours <= 2 * theirs
+    half = type(model).from_pretrained(tmp_path, dtype=dtype)  # not .to(dtype): it would round the rope too
+    theirs = (transformers_logits(half.to(device), prompt, following) - exact).abs()
+    ours = (runner_logits(LLM(tmp_path, device=device, dtype=dtype), prompt, following) - exact).abs()
+    assert ours.max() <= 2 * theirs.max() and ours.mean() <= 1.25 * theirs.mean()
+
+
+@pytest.mark.parametrize("case", [*FAMILIES, "opt-norm-after", "gemma3-linear-rope"])
+def test_batches_give_the_tokens_of_transformers(tmp_path, case):
+    """Sequences of different lengths, decoded together: each has its own positions, windows and cache."""
+    kind, overrides = CASES.get(case, (case, {}))
+    model = save_model(tmp_path, kind, **overrides)
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    prompts = [random_tokens(length, seed=length) for length in (1, 9, 40, 17)]
+    answers = llm.generate(prompts, SamplingParams(max_tokens=12, ignore_eos=True))
+    never = torch.zeros(llm.config.vocab)
+    never[sorted(llm.config.eos_ids)] = -torch.inf
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = transformers_logits(model, prompt, answer.token_ids[:-1])
+        assert (logits + never).argmax(dim=1).tolist() == answer.token_ids
+
+
+@pytest.mark.parametrize("prompt_length", [1, 70])
+def test_the_format_of_chatglm2s_authors(tmp_path, prompt_length):
+    glm = save_chatglm(tmp_path)
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    assert llm.config.architecture.name == "ChatGLMModel" and llm.config.dtype == torch.float16
+    assert llm.config.eos_ids == (257,) and llm.max_len == 256
+    prompt, following = random_tokens(prompt_length, seed=1), random_tokens(32, seed=2)
+    expected = transformers_logits(glm, prompt, following)
+    torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"multi_query_attention": False},
+        {"rmsnorm": False},
+        {"apply_residual_connection_post_layernorm": True},
+        {"num_layers": None},
+    ],
+)
+def test_what_chatglm_files_may_say_and_the_decoder_does_not_do(tmp_path, settings):
+    save_chatglm(tmp_path, **settings)
+    (key,) = settings
+    with pytest.raises(ModelError, match=rf"supported only with {key} (true|false)|config.json has no {key}"):
+        LLM(tmp_path, device="cpu")
+
+
+def test_the_text_model_of_a_gemma_3_that_sees(tmp_path):
+    """Its text settings are nested, its tensors have another prefix."""
+    text = make_model("gemma3").config.to_dict()
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    vision |= dict(image_size=28, patch_size=14)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = randomise(Gemma3ForConditionalGeneration(config))
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    prompt, following = random_tokens(50, seed=1), random_tokens(32, seed=2)
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    expected = transformers_logits(model, prompt, following)
+    torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_opt_files_as_on_the_hub(tmp_path):
+    """One pytorch_model.bin, whose tensors lack the first prefix; a tokenizer in two files."""
+    model = save_model(tmp_path, "opt")
+    state = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "errors": "replace"} | special
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    assert llm.tokenizer.decode(llm.tokenizer.encode("Hello, world")) == "Hello, world"
+    prompt, following = random_tokens(20, seed=1), random_tokens(8, seed=2)
+    expected = transformers_logits(model, prompt, following)
+    torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_broken_torch_files(tmp_path):
+    save_chatglm(tmp_path)
+    path = tmp_path / "pytorch_model-00002-of-00002.bin"
+    whole = path.read_bytes()
+    for content in (b"", b"no weights", whole[:-100]):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match=r"pytorch_model-00002-of-00002\.bin can't be read: ") as caught:
+            LLM(tmp_path, device="cpu")
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(ModelError, match="lacks 1 of 2 weight files: pytorch_model-00002"):
+        LLM(tmp_path, device="cpu")
+
+
+def test_what_is_not_supported_says_what_is(tmp_path):
+    save_model(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(ModelError, match="GPT2LMHeadModel is not supported; supported are ") as caught:
+        LLM(tmp_path, device="cpu")
+    supported = str(caught.value).partition("supported are ")[2].split(", ")
+    for _config, model, _own in FAMILIES.values():
+        assert f"{model}ForCausalLM" in supported
+    assert "ChatGLMModel" in supported
+
+
+@pytest.mark.parametrize("setting", [{"use_bidirectional_attention": True}, {"attn_logit_softcapping": 50.0}])
+def test_gemma_3_settings_that_are_not_supported(tmp_path, setting):
+    save_model(tmp_path, "gemma3", **setting)
+    with pytest.raises(ModelError, match=f"Gemma3ForCausalLM is supported only with {next(iter(setting))}"):
+        LLM(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,7 +302,7 @@ def test_config_files_of_transformers_4(tmp_path):
     raw["eos_token_id"] = [257, 258]
     path.write_text(json.dumps(raw))
     after = LLM(tmp_path, device="cpu").config
-    torch.testing.assert_close(after.rope.table(256), before.rope.table(256))
+    torch.testing.assert_close(after.ropes[0].table(256), before.ropes[0].table(256))
     assert after.eos_ids == (257, 258)
     assert after.dtype == before.dtype
 
@@ -176,6 +348,28 @@ def test_rounded_weights(tmp_path, quantize, tied):
 
 def llm_bits(quantize: str) -> int:
     return int(quantize.removeprefix("int"))
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("case", [*FAMILIES, "opt-norm-after"])
+def test_rounded_weights_of_every_family(tmp_path, case, quantize):
+    """As the same numbers in float32; embeddings and positions are not rounded."""
+    kind, overrides = CASES.get(case, (case, {}))
+    save_model(tmp_path, kind, **overrides)
+    rounded, exact = (LLM(tmp_path, device="cpu", dtype="float32", quantize=q) for q in (quantize, "none"))
+    assert rounded.decoder.weights.nbytes < exact.decoder.weights.nbytes
+
+    def dense(part):
+        values = {name: value.dense() for name, value in vars(part).items() if hasattr(value, "dense")}
+        return dataclasses.replace(part, **values), len(values)
+
+    layers, counts = zip(*(dense(layer) for layer in rounded.decoder.weights.layers), strict=True)
+    assert set(counts) == {4}
+    weights, _ = dense(rounded.decoder.weights)
+    exact.decoder = Decoder(exact.config, dataclasses.replace(weights, layers=layers), exact.max_len)
+    prompt, following = random_tokens(40, seed=1), random_tokens(8, seed=2)
+    logits, expected = (runner_logits(llm, prompt, following) for llm in (rounded, exact))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_columns_that_fill_no_group_stay(tmp_path):

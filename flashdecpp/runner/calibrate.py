@@ -59,7 +59,7 @@ class SoftmaxObserver:
         for start in range(0, rows, at_once):
             stop = min(start + at_once, rows)
             end = keys - rows + stop  # the first key that none of these rows sees
-            x = scaled_products(q[0, start:stop], k[0, :end])
+            x = softmax_inputs(q[0, start:stop], k[0, :end], config)
             position = torch.arange(end - (stop - start), end, device=q.device)[:, None]
             key = torch.arange(end, device=q.device)
             unseen = key > position
@@ -102,16 +102,18 @@ class SoftmaxObserver:
         )
 
 
-def scaled_products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """q.k / sqrt(head_dim) in float32, [q_heads, rows, keys].
+def softmax_inputs(q: torch.Tensor, k: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Scaled and soft-capped q.k in float32, [q_heads, rows, keys].
 
     q: [rows, q_heads, head_dim]; k: [keys, kv_heads, head_dim].
     """
     rows, q_heads, head_dim = q.shape
     keys, kv_heads, _ = k.shape
+    scale, cap = config.attn_scale or head_dim**-0.5, config.attn_softcap
     # The query heads of one KV head are neighbours: together they are the rows of one product.
-    queries = (q.float() * head_dim**-0.5).view(rows, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    return (queries.flatten(1, 2) @ k.float().permute(1, 2, 0)).view(q_heads, rows, keys)
+    queries = (q.float() * scale).view(rows, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    x = (queries.flatten(1, 2) @ k.float().permute(1, 2, 0)).view(q_heads, rows, keys)
+    return x.div_(cap).tanh_().mul_(cap) if cap else x
 
 
 def choose_phi(row_maxima: torch.Tensor) -> torch.Tensor:

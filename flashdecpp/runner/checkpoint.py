@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .architectures import GGUF_NAMES
 from .config import ModelConfig, config_from_directory, config_from_gguf
 from .demo import fetch_demo
 from .errors import ModelError
 from .gguf import GGUFFile
 from .safetensors import SafetensorsFolder
-from .tokenizer import BaseTokenizer, FolderTokenizer, GGUFTokenizer
+from .tokenizer import BaseTokenizer, ChatGLMTokenizer, FolderTokenizer, GGUFTokenizer
+from .torch_files import TorchFolder
 from .weights import Plan, WeightSource, plan_weights
 
 
@@ -41,13 +41,28 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 def _open_folder(path: Path) -> Checkpoint:
     config = config_from_directory(path)
-    source = SafetensorsFolder(path)
+    source = _open_weights(path)
     plan = plan_weights(config, config.architecture.names, source)
-    return Checkpoint(path.resolve().name, path, config, FolderTokenizer(path), source, plan)
+    return Checkpoint(path.resolve().name, path, config, _open_tokenizer(path, config), source, plan)
+
+
+def _open_tokenizer(folder: Path, config: ModelConfig) -> BaseTokenizer:
+    """transformers'; that of ChatGLM2 isn't there any more."""
+    if config.architecture.in_transformers or (folder / "tokenizer.json").exists():
+        return FolderTokenizer(folder)
+    return ChatGLMTokenizer(folder)
+
+
+def _open_weights(folder: Path) -> WeightSource:
+    """safetensors; where there are none, what torch.save wrote."""
+    if any(folder.glob("pytorch_model.bin*")) and not any(folder.glob("model.safetensors*")):
+        return TorchFolder(folder)
+    return SafetensorsFolder(folder)
 
 
 def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile(path)
     config = config_from_gguf(file)
-    plan = plan_weights(config, GGUF_NAMES, file, config.architecture.gguf_interleaved_qk)
+    architecture = config.architecture
+    plan = plan_weights(config, architecture.gguf_names, file, architecture.gguf_interleaved_qk)
     return Checkpoint(path.stem, path, config, GGUFTokenizer(file.metadata), file, plan)

@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import torch
 
-from .architectures import Architecture, find_architecture, find_gguf_architecture
+from .architectures import Architecture, Bias, find_architecture, find_gguf_architecture
 from .errors import ModelError
 from .gguf import GGUFFile
 from .rope import Rope
@@ -34,11 +35,17 @@ class ModelConfig:
     head_dim: int
     ffn: int
     vocab: int
+    embed_dim: int  # `hidden`, unless the embeddings are projected to it
     norm_eps: float
-    rope: Rope
+    context: int  # most tokens of a sequence
+    ropes: tuple[Rope | None, ...]  # of each layer, None where nothing is rotated
     tied_embeddings: bool
     windows: tuple[int, ...]  # sliding window of each layer, -1 for none
     activation: str = "silu"
+    norm_after: bool = False  # norms follow on what a sublayer adds to the residual stream, and replace it
+    attn_scale: float | None = None  # of q.k; None: 1 / sqrt(head_dim)
+    attn_softcap: float = 0.0  # 0 for none
+    logit_softcap: float = 0.0
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -54,15 +61,32 @@ class ModelConfig:
             raise ModelError(f"head_dim must be a multiple of 8 up to 256, got {self.head_dim}")
 
     @property
-    def context(self) -> int:
-        return self.rope.context
-
-    @property
     def qkv_rows(self) -> tuple[int, int, int]:
         return (self.q_heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
+
+
+class Settings:
+    """A model's configuration under Llama's keys, whatever its architecture calls them."""
+
+    def __init__(self, architecture: Architecture, values: Any) -> None:
+        self._architecture, self._values = architecture, values
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise ModelError(f"config.json has no {self._architecture.keys.get(key, key)}")
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """null and a key that isn't there are the same."""
+        value = getattr(self._values, self._architecture.keys.get(key, key), None)
+        return self._architecture.defaults.get(key, default) if value is None else value
+
+    def bias(self, where: Bias) -> bool:
+        return where if isinstance(where, bool) else any(self.get(key) for key in where)
 
 
 def config_from_directory(path: Path) -> ModelConfig:
@@ -74,36 +98,49 @@ def config_from_directory(path: Path) -> ModelConfig:
         raise ModelError(
             f"{path} is quantised ({method}); use a float16 / bfloat16 / float32 checkpoint or a GGUF"
         )
-    from transformers import AutoConfig  # late: it is slow to import and a GGUF file does without it
-
-    try:
-        hf = AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for a bad file
-        raise ModelError(
-            f"{path / 'config.json'} can't be read: {str(error).strip().splitlines()[0]}"
-        ) from error
-
-    activation = ACTIVATIONS.get(hf.hidden_act)
+    settings = Settings(architecture, _hf_config(path) if architecture.in_transformers else Namespace(**raw))
+    for key, needed in architecture.requires.items():
+        if bool(settings.get(key)) != needed:
+            raise ModelError(f"{architecture.name} is supported only with {key} {str(needed).lower()}")
+    activation = ACTIVATIONS.get(settings["hidden_act"])
     if activation is None:
-        raise ModelError(f"hidden_act {hf.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+        raise ModelError(
+            f"hidden_act {settings['hidden_act']!r} is not supported, only {', '.join(ACTIVATIONS)}"
+        )
+    layers, hidden, q_heads = (
+        settings[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
+    head_dim = settings.get("head_dim") or hidden // q_heads
+    query_scalar = settings.get("query_pre_attn_scalar")
+    kinds = settings.get("layer_types") or ["sliding_attention"] * layers
+    window = settings.get("sliding_window", -1) if architecture.windowed else -1
+    ropes = _hf_ropes(settings, kinds, head_dim, architecture)
+    contexts = [rope.context for rope in ropes if rope is not None]
     return ModelConfig(
         architecture=architecture,
-        hidden=hf.hidden_size,
-        layers=hf.num_hidden_layers,
-        q_heads=hf.num_attention_heads,
-        kv_heads=getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads,
+        hidden=hidden,
+        layers=layers,
+        q_heads=q_heads,
+        kv_heads=settings.get("num_key_value_heads", q_heads),
         head_dim=head_dim,
-        ffn=hf.intermediate_size,
-        vocab=hf.vocab_size,
-        norm_eps=hf.rms_norm_eps,
-        rope=_hf_rope(hf, head_dim),
-        tied_embeddings=bool(hf.tie_word_embeddings),
-        windows=_hf_windows(hf) if architecture.windowed else (-1,) * hf.num_hidden_layers,
+        ffn=settings["intermediate_size"],
+        vocab=settings["vocab_size"],
+        embed_dim=settings.get("word_embed_proj_dim", hidden),
+        norm_eps=settings["rms_norm_eps"],
+        context=max(contexts, default=settings["max_position_embeddings"]),
+        ropes=ropes,
+        tied_embeddings=bool(settings["tie_word_embeddings"]),
+        windows=tuple(window if kind == "sliding_attention" else -1 for kind in kinds),
         activation=activation,
+        norm_after=not settings.get("do_layer_norm_before", True),
+        attn_scale=None if query_scalar is None else query_scalar**-0.5,
+        attn_softcap=settings.get("attn_logit_softcapping", 0.0),
+        logit_softcap=settings.get("final_logit_softcapping", 0.0),
+        qkv_bias=settings.bias(architecture.qkv_bias),
+        o_bias=settings.bias(architecture.o_bias),
+        mlp_bias=settings.bias(architecture.mlp_bias),
         eos_ids=_eos_ids(raw, path / "generation_config.json"),
         dtype=_hf_dtype(raw),
-        **architecture.biases(hf),
     )
 
 
@@ -122,6 +159,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         raise ModelError("mixture-of-experts GGUF files are not supported")
     layers, hidden, q_heads = get("block_count"), get("embedding_length"), get("attention.head_count")
     head_dim = get("attention.key_length", hidden // q_heads)
+    rope = _gguf_rope(get, file, head_dim)
     eos = metadata.get("tokenizer.ggml.eos_token_id")
     extra = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom")]
     return ModelConfig(
@@ -133,8 +171,10 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         head_dim=head_dim,
         ffn=get("feed_forward_length"),
         vocab=get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
+        embed_dim=hidden,
         norm_eps=get("attention.layer_norm_rms_epsilon"),
-        rope=_gguf_rope(get, file, head_dim),
+        context=rope.context,
+        ropes=(rope,) * layers,
         tied_embeddings="output.weight" not in tensors,
         windows=(get("attention.sliding_window", -1),) * layers,
         qkv_bias="blk.0.attn_q.bias" in tensors,
@@ -153,15 +193,38 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not valid JSON: {error}") from error
 
 
-def _hf_rope(hf: Any, head_dim: int) -> Rope:
+def _hf_config(path: Path) -> Any:
+    from transformers import AutoConfig  # late: it is slow to import and a GGUF file does without it
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+    except Exception as error:  # transformers raises many kinds for a bad file
+        raise ModelError(
+            f"{path / 'config.json'} can't be read: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _hf_ropes(
+    settings: Settings, kinds: list[str], head_dim: int, architecture: Architecture
+) -> tuple[Rope | None, ...]:
+    """Of each layer; layers of one kind share theirs."""
+    if architecture.rotary is None:
+        return (None,) * len(kinds)
     # transformers 5 gathers theta and scaling in rope_parameters; 4 had rope_theta and rope_scaling.
-    parameters = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
-    theta = parameters.pop("rope_theta", None) or getattr(hf, "rope_theta", None) or 10000.0
+    parameters = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    ropes = {
+        kind: _hf_rope(settings, dict(parameters.get(kind, parameters)), head_dim) for kind in set(kinds)
+    }
+    return tuple(ropes[kind] for kind in kinds)
+
+
+def _hf_rope(settings: Settings, parameters: dict[str, Any], head_dim: int) -> Rope:
+    theta = parameters.pop("rope_theta", None) or settings.get("rope_theta", 10000.0)
+    theta *= settings.get("rope_ratio", 1.0)
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    fraction = (
-        parameters.pop("partial_rotary_factor", None) or getattr(hf, "partial_rotary_factor", None) or 1.0
-    )
-    return Rope(int(head_dim * fraction), theta, hf.max_position_embeddings, kind, parameters)
+    fraction = parameters.pop("partial_rotary_factor", None) or settings.get("partial_rotary_factor", 1.0)
+    dim, max_positions = int(head_dim * fraction), settings["max_position_embeddings"]
+    return Rope(dim, theta, max_positions, kind, parameters)
 
 
 def _gguf_rope(get: Callable[..., Any], file: GGUFFile, head_dim: int) -> Rope:
@@ -177,12 +240,6 @@ def _gguf_rope(get: Callable[..., Any], file: GGUFFile, head_dim: int) -> Rope:
         kind, scaling["factors"] = "factors", file.rows("rope_freqs.weight", 0, shape[0]).tolist()
     dim = get("rope.dimension_count", head_dim)
     return Rope(dim, get("rope.freq_base", 10000.0), get("context_length"), kind, scaling)
-
-
-def _hf_windows(hf: Any) -> tuple[int, ...]:
-    window = getattr(hf, "sliding_window", None) or -1
-    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else -1 for kind in kinds)
 
 
 def _eos_ids(raw: dict[str, Any], generation_config: Path) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ from .weights import Matrix
 def transformers_twin(llm: LLM, dtype: torch.dtype) -> LlamaForCausalLM:
     """transformers' Llama with the weights of `llm` in `dtype`. Weights of that dtype are shared."""
     config, weights = llm.config, llm.decoder.weights
-    if config.architecture.name != "LlamaForCausalLM" or config.rope.kind != "default" or config.qkv_bias:
+    rope = config.ropes[0]
+    if config.architecture.name != "LlamaForCausalLM" or rope.kind != "default" or config.qkv_bias:
         raise ModelError(f"a twin is made of plain Llama models, not of {llm.name}")
     with torch.device("meta"):  # no memory for weights that are about to be replaced
         model = LlamaForCausalLM(
@@ -25,9 +26,9 @@ def transformers_twin(llm: LLM, dtype: torch.dtype) -> LlamaForCausalLM:
                 num_attention_heads=config.q_heads,
                 num_key_value_heads=config.kv_heads,
                 head_dim=config.head_dim,
-                max_position_embeddings=config.rope.max_positions,
+                max_position_embeddings=rope.max_positions,
                 rms_norm_eps=config.norm_eps,
-                rope_theta=config.rope.theta,
+                rope_theta=rope.theta,
                 tie_word_embeddings=config.tied_embeddings,
                 eos_token_id=list(config.eos_ids),
             )

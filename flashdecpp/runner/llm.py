@@ -104,6 +104,8 @@ class LLM:
         self.name, self.path = checkpoint.name, checkpoint.path
         self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
         self.dtype = resolve_dtype(dtype, self.device, self.config.dtype)
+        if self.dtype == torch.float16 and not self.config.architecture.float16:
+            raise ModelError(f"{self.config.architecture.name} overflows float16; run it in bfloat16")
         self.max_len = self.config.context if max_len is None else max_len
         if not 0 < self.max_len <= self.config.context:
             raise ModelError(

@@ -1,6 +1,7 @@
 """The decoder that all supported architectures share: what one forward pass computes, and nothing else."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +10,27 @@ from flashdecpp import ops
 
 from .cache import KVCache
 from .config import ModelConfig
+from .rope import Rope
 from .weights import Matrix, Weights
 
 # Tokens of a prompt that go through the layers at once: bounds the memory of their activations.
 PREFILL_CHUNK = 1024
 
+# Tokens of a sequence that the decode op takes at once
+MAX_Q_LEN = 16
+
+# What is applied to the up projection where no gate is multiplied with it
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
 # (layer, q, k, v) -> [batch, q_len, q_heads, head_dim]; q and k are rotated, k and v are in the cache
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+Norm = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
 
 # (layer, q, k) of a prompt's chunk, as its attention takes them: q [1, q_len, q_heads, head_dim] are the last
 # of the tokens of k [1, tokens, kv_heads, head_dim]
@@ -34,11 +49,23 @@ class Decoder:
         self, config: ModelConfig, weights: Weights, max_len: int, phi: Sequence[torch.Tensor] | None = None
     ) -> None:
         self.config, self.weights = config, weights
-        self.device, self.dtype = weights.norm.device, weights.dtype
+        self.device, self.dtype = weights.layers[0].attn_norm.device, weights.dtype
         self.phi = phi
         self.fallbacks = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self._cos_sin = config.rope.table(max_len).to(self.device)
+        self._cos_sin = self._rotations(lambda rope: rope.table(max_len))
         self._heads = [config.q_heads, config.kv_heads, config.kv_heads]
+        # Each norm with its bias: the first, and those that follow on attention and on the feed-forward part.
+        attn_norms = [(layer.attn_norm, layer.attn_norm_bias) for layer in weights.layers]
+        ffn_norms = [(layer.ffn_norm, layer.ffn_norm_bias) for layer in weights.layers]
+        if config.norm_after:
+            self._first_norm, following = None, (attn_norms, ffn_norms)
+        else:
+            final_norm = (weights.norm, weights.norm_bias)
+            self._first_norm, following = attn_norms[0], (ffn_norms, [*attn_norms[1:], final_norm])
+        self._following_norms = list(zip(*following, strict=True))
+        # Rounded as Gemma's authors do it
+        scale = torch.tensor(config.hidden**0.5, dtype=self.dtype).item()
+        self._embed_scale = scale if config.architecture.scaled_embedding else None
 
     @torch.inference_mode()
     def decode(
@@ -54,7 +81,7 @@ class Decoder:
         `carried_phi`: float32 [layers, batch, q_heads], instead of the decoder's phi: NaN for the first token
         of a sequence, then what the token before left in it.
         """
-        windows, layers, fallbacks = self.config.windows, cache.layers, self.fallbacks
+        config, layers, fallbacks = self.config, cache.layers, self.fallbacks
         phi = self.phi if carried_phi is None else None
 
         def attend(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -65,15 +92,17 @@ class Decoder:
                 v_cache,
                 seq_lens,
                 block_table,
+                scale=config.attn_scale,
                 phi=None if phi is None else phi[index],
-                window=windows[index],
+                softcap=config.attn_softcap,
+                window=config.windows[index],
                 fallback_count=fallbacks,
                 carried_phi=None if carried_phi is None else carried_phi[index],
             )
             return out
 
         x = self._layers(tokens.unsqueeze(1), cache, seq_lens, block_table, self._cos_sin, attend)
-        return _linear(x, self.weights.lm_head)
+        return self._logits(x)
 
     @torch.inference_mode()
     def prefill(
@@ -89,14 +118,21 @@ class Decoder:
         shown what the softmax of every layer is computed from.
         """
         length = tokens.numel()
-        cos_sin = self.config.rope.prompt_table(length)
-        cos_sin = self._cos_sin if cos_sin is None else cos_sin.to(self.device)
+        own = self._rotations(lambda rope: rope.prompt_table(length))
+        cos_sin = [b if a is None else a for a, b in zip(own, self._cos_sin, strict=True)]
         for start in range(0, length, PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, length)
             seq_lens = torch.tensor([stop], dtype=torch.int32, device=self.device)
             attend = self._prompt_attention(cache, block_table, start, stop, observe)
             x = self._layers(tokens[None, start:stop], cache, seq_lens, block_table, cos_sin, attend)
-        return _linear(x[-1:], self.weights.lm_head)
+        return self._logits(x[-1:])
+
+    def _rotations(self, table: Callable[[Rope], torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """A table of each layer's rope, on the device; layers that share a rope share it."""
+        ropes = {id(rope): rope for rope in self.config.ropes if rope is not None}
+        tables = {key: table(rope) for key, rope in ropes.items()}
+        placed = {key: rows.to(self.device) for key, rows in tables.items() if rows is not None}
+        return [placed.get(id(rope)) for rope in self.config.ropes]
 
     def _layers(
         self,
@@ -104,36 +140,82 @@ class Decoder:
         cache: KVCache,
         seq_lens: torch.Tensor,
         block_table: torch.Tensor,
-        cos_sin: torch.Tensor,
+        cos_sin: Sequence[torch.Tensor | None],
         attend: Attend,
     ) -> torch.Tensor:
         """The normalised hidden state [batch * q_len, hidden] after the last layer."""
-        config, weights, eps = self.config, self.weights, self.config.norm_eps
-        interleaved, activation = config.rope.interleaved, config.activation
+        config, eps = self.config, self.config.norm_eps
+        interleaved = config.architecture.rotary == "pairs"
         packed_shape = (*tokens.shape, sum(self._heads), config.head_dim)
         attended_shape = (tokens.numel(), config.q_heads * config.head_dim)
-        # A norm first adds its input, the output of the sublayer before it, to the residual stream.
-        following_norms = [layer.attn_norm for layer in weights.layers[1:]] + [weights.norm]
-        residual = _embedding(tokens.flatten(), weights.embed, self.dtype)
-        x = ops.rms_norm(residual, weights.layers[0].attn_norm, eps=eps)
-        for index, layer in enumerate(weights.layers):
+        residual = self._embed(tokens, seq_lens)
+        x = residual if self._first_norm is None else self._norm(residual, self._first_norm)
+        for index, layer in enumerate(self.weights.layers):
+            after_attention, after_ffn = self._following_norms[index]
             k_cache, v_cache = cache.layers[index]
             q, k, v = _linear(x, layer.qkv, layer.qkv_bias).view(packed_shape).split(self._heads, dim=2)
-            ops.rotary_append(
-                q, k, v, k_cache, v_cache, seq_lens, block_table, cos_sin=cos_sin, interleaved=interleaved
-            )
+            if layer.q_norm is not None:
+                q = ops.rms_norm(q.contiguous(), layer.q_norm, eps=eps)
+                k = ops.rms_norm(k.contiguous(), layer.k_norm, eps=eps)
+            place = (k_cache, v_cache, seq_lens, block_table)
+            ops.rotary_append(q, k, v, *place, cos_sin=cos_sin[index], interleaved=interleaved)
             x = _linear(attend(index, q, k, v).reshape(attended_shape), layer.o, layer.o_bias)
-            x = ops.rms_norm(x, layer.ffn_norm, residual, eps=eps)
-            x = _linear(x, layer.gate_up, layer.gate_up_bias)
-            x = _linear(ops.gated_activation(x, activation=activation), layer.down, layer.down_bias)
-            x = ops.rms_norm(x, following_norms[index], residual, eps=eps)
+            x, residual = self._add(x, layer.attn_out_norm, residual, after_attention)
+            x = self._activate(_linear(x, layer.gate_up, layer.gate_up_bias))
+            x = _linear(x, layer.down, layer.down_bias)
+            x, residual = self._add(x, layer.ffn_out_norm, residual, after_ffn)
         return x
+
+    def _embed(self, tokens: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+        """The residual stream [batch * q_len, hidden] that the first layer gets."""
+        weights = self.weights
+        x = _embedding(tokens.flatten(), weights.embed, self.dtype)
+        if weights.project_in is not None:
+            x = _linear(x, weights.project_in)
+        if self._embed_scale is not None:
+            x *= self._embed_scale
+        if weights.positions is not None:
+            first = seq_lens.long() - tokens.size(1) + self.config.architecture.position_offset
+            rows = first[:, None] + torch.arange(tokens.size(1), device=self.device)
+            x += _embedding(rows.flatten(), weights.positions, self.dtype)
+        return x
+
+    def _norm(self, x: torch.Tensor, norm: Norm, residual: torch.Tensor | None = None) -> torch.Tensor:
+        weight, bias = norm
+        if self.config.architecture.norm == "layer":
+            return ops.layer_norm(x, weight, bias, residual, eps=self.config.norm_eps)
+        return ops.rms_norm(x, weight, residual, eps=self.config.norm_eps)
+
+    def _add(
+        self, x: torch.Tensor, out_norm: torch.Tensor | None, residual: torch.Tensor, following: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds a sublayer's output to the residual stream; the next sublayer's input, and the stream."""
+        if out_norm is not None:
+            x = ops.rms_norm(x, out_norm, eps=self.config.norm_eps)
+        x = self._norm(x, following, residual)  # adds x to the residual first
+        return x, x if self.config.norm_after else residual
+
+    def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        if self.config.architecture.gated:
+            return ops.gated_activation(gate_up, activation=self.config.activation)
+        return ACTIVATIONS[self.config.activation](gate_up)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, vocab] of hidden states [rows, hidden]."""
+        if self.weights.project_out is not None:
+            x = _linear(x, self.weights.project_out)
+        logits, cap = _linear(x, self.weights.lm_head), self.config.logit_softcap
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
     def _prompt_attention(
         self, cache: KVCache, block_table: torch.Tensor, start: int, stop: int, observe: Observe | None
     ) -> Attend:
-        """Attention of the prompt's tokens [start, stop) over all before them, by torch's SDPA."""
-        gqa = self.config.q_heads != self.config.kv_heads
+        """Attention of the prompt's tokens [start, stop) over all before them.
+
+        By torch's SDPA; by the decode op where logits are capped, which SDPA can't.
+        """
+        config = self.config
+        gqa = config.q_heads != config.kv_heads
         masks: dict[int, torch.Tensor] = {}
         blocks = None if start == 0 else block_table[0, : -(-stop // cache.block_size)].long()
 
@@ -150,7 +232,9 @@ class Decoder:
                 k, v = (layer[blocks].flatten(0, 1)[None, :stop] for layer in cache.layers[index])
             if observe is not None:
                 observe(index, q, k)
-            window = self.config.windows[index]
+            window = config.windows[index]
+            if config.attn_softcap:
+                return self._attend_in_pieces(index, q, cache, block_table, stop)
             causal = start == 0 and not 0 < window < stop
             out = F.scaled_dot_product_attention(
                 q.transpose(1, 2),
@@ -158,11 +242,37 @@ class Decoder:
                 v.transpose(1, 2),
                 attn_mask=None if causal else mask_for(window),
                 is_causal=causal,
+                scale=config.attn_scale,
                 enable_gqa=gqa,
             )
             return out.transpose(1, 2)
 
         return attend
+
+    def _attend_in_pieces(
+        self, index: int, q: torch.Tensor, cache: KVCache, block_table: torch.Tensor, stop: int
+    ) -> torch.Tensor:
+        """Attention of q [1, q_len, q_heads, head_dim], a prompt's tokens up to `stop`, by the decode op.
+
+        Pieces of MAX_Q_LEN tokens are its sequences, which share their keys. Tokens that fill up the first
+        piece come before the chunk, and are dropped again.
+        """
+        padding = -q.size(1) % MAX_Q_LEN
+        pieces = F.pad(q[0], (0, 0, 0, 0, padding, 0)).unflatten(0, (-1, MAX_Q_LEN))
+        count = pieces.size(0)
+        ends = stop - MAX_Q_LEN * torch.arange(count - 1, -1, -1, dtype=torch.int32, device=self.device)
+        k_cache, v_cache = cache.layers[index]
+        out, _ = ops.decode_attention(
+            pieces,
+            k_cache,
+            v_cache,
+            ends,
+            block_table.repeat(count, 1),
+            scale=self.config.attn_scale,
+            softcap=self.config.attn_softcap,
+            window=self.config.windows[index],
+        )
+        return out.flatten(0, 1)[None, padding:]
 
 
 def _linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:

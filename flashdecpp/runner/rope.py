@@ -25,7 +25,6 @@ class Rope:
     max_positions: int
     kind: str = "default"
     scaling: Mapping[str, Any] = field(default_factory=dict)
-    interleaved: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in SCALINGS:

@@ -33,7 +33,7 @@ class SafetensorsFolder:
         self.path = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._entries: dict[str, _Entry] = {}
-        for path in _files_of(folder):
+        for path in weight_files(folder, "model.safetensors"):
             self._read_header(path)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -93,20 +93,20 @@ class SafetensorsFolder:
             self._entries[name] = _Entry(data, start + begin, stop - begin, DTYPES[entry["dtype"]])
 
 
-def _files_of(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The file `name` of a folder, or all that its index `name`.index.json tells of."""
+    index = folder / f"{name}.index.json"
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
-            raise ModelError(f"{index} is not a valid safetensors index") from None
+            raise ModelError(f"{index} is not a valid index of weight files") from None
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise ModelError(
                 f"{folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing)}"
             )
         return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise ModelError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
-    return [single]
+    if not (folder / name).exists():
+        raise ModelError(f"{folder} has no {name} and no {index.name}")
+    return [folder / name]

@@ -8,11 +8,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from .errors import ModelError
+from .sentencepiece import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_vocabulary
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
-
-# GGUF token types
-CONTROL, USER_DEFINED = 3, 4
 
 # The rules that split text before byte-pair encoding, by GGUF's tokenizer.ggml.pre
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -47,7 +45,7 @@ class FolderTokenizer(BaseTokenizer):
     """The tokenizer files of a Hugging Face folder, through transformers."""
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
+        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise ModelError(f"{folder} has no tokenizer.json; copy the model's tokenizer files into it")
         from transformers import AutoTokenizer  # late: slow to import
 
@@ -75,24 +73,83 @@ class FolderTokenizer(BaseTokenizer):
             raise ModelError(f"the chat template refuses these messages: {_first_line(error)}") from error
 
 
+class ChatGLMTokenizer(BaseTokenizer):
+    """ChatGLM2's: a SentencePiece model, and tokens behind it that only its authors' code knows.
+
+    Every prompt begins with two of these, and none is ever read from a text.
+    """
+
+    BEHIND = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+    PREFIX = ("[gMASK]", "sop")
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.model"
+        if not path.exists():
+            raise ModelError(f"{folder} has no tokenizer.model; copy the model's tokenizer files into it")
+        vocabulary = read_vocabulary(path)
+        self._tokenizer = vocabulary.tokenizer()
+        size = len(vocabulary.pieces)
+        self._prefix = [size + self.BEHIND.index(token) for token in self.PREFIX]
+        texts = (kind not in (CONTROL, UNKNOWN) for kind in vocabulary.kinds)
+        self._texts = {index for index, is_text in enumerate(texts) if is_text}
+        self.eos_ids = (vocabulary.pieces.index("</s>"),)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [*self._prefix, *ids] if add_special_tokens else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([token for token in ids if token in self._texts])
+
+    def chat_prompt(self, messages: Sequence[Message]) -> str:
+        """Rounds of questions and answers."""
+        parts, rounds = [], 0
+        for message in messages:
+            if message["role"] == "user":
+                rounds += 1
+                parts.append(f"[Round {rounds}]\n\n\u95ee\uff1a{message['content']}\n\n\u7b54\uff1a")
+            elif message["role"] == "assistant":
+                parts.append(f"{message['content']}\n\n")
+            else:
+                raise ModelError(f"ChatGLM2's chat format has no role {message['role']!r}")
+        return "".join(parts)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        return self.encode(self.chat_prompt(messages))
+
+
 class GGUFTokenizer(BaseTokenizer):
-    """Byte-level byte-pair encoding out of GGUF metadata."""
+    """Byte-pair encoding out of GGUF metadata: byte-level ("gpt2") or SentencePiece's ("llama")."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         kind, rule = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
         if "tokenizer.ggml.tokens" not in metadata:
             raise ModelError("the GGUF file has no tokenizer")
-        if kind != "gpt2" or rule not in BYTE_LEVEL_RULES:
+        if kind != "llama" and (kind != "gpt2" or rule not in BYTE_LEVEL_RULES):
             raise ModelError(
                 f"GGUF tokenizer {kind!r} with pre-tokenizer {rule!r} is not supported, "
-                "only 'gpt2' with " + ", ".join(BYTE_LEVEL_RULES)
+                "only 'llama', and 'gpt2' with " + ", ".join(BYTE_LEVEL_RULES)
             )
         self._metadata = metadata
         self._tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-        self._tokenizer = _byte_level_bpe(metadata, rule)
+        kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(self._tokens))
+        if kind == "llama":
+            add_space = metadata.get("tokenizer.ggml.add_space_prefix", True)
+            scores = metadata["tokenizer.ggml.scores"]
+            self._tokenizer = Vocabulary(self._tokens, scores, kinds, add_space).tokenizer()
+        else:
+            self._tokenizer = _byte_level_bpe(metadata, rule)
+        self._tokenizer.add_tokens(
+            [
+                AddedToken(token, special=its == CONTROL, normalized=False)
+                for token, its in zip(self._tokens, kinds, strict=True)
+                if its in (CONTROL, USER_DEFINED)
+            ]
+        )
         self._bos: int | None = metadata.get("tokenizer.ggml.bos_token_id")
-        # llama.cpp prepends the first token for llama-bpe where the file doesn't say.
-        self._add_bos: bool = metadata.get("tokenizer.ggml.add_bos_token", rule == "llama-bpe")
+        # llama.cpp prepends the first token for these two where the file doesn't say.
+        first = kind == "llama" or rule == "llama-bpe"
+        self._add_bos: bool = metadata.get("tokenizer.ggml.add_bos_token", first)
         eos = metadata.get("tokenizer.ggml.eos_token_id")
         self.eos_ids = () if eos is None else (eos,)
 
@@ -179,13 +236,6 @@ def _byte_level_bpe(metadata: Mapping[str, Any], rule: str) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     if rule == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    added = [
-        AddedToken(token, special=kind == CONTROL, normalized=False)
-        for token, kind in zip(tokens, kinds, strict=True)
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-    tokenizer.add_tokens(added)
     return tokenizer
 
 

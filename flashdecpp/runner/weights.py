@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from .errors import ModelError, OutOfMemory
 from .formats import ROUNDED, Format
 from .memory import available_bytes, gigabytes
 
+LOOKED_UP = ("embed", "positions")  # matrices whose rows are taken, not multiplied with
 CHUNK_BYTES = 16 << 20  # float32 bytes that are converted at once: what loading holds beyond the weights
 
 
@@ -57,6 +59,7 @@ class Slot:
 
     pieces: tuple[Piece, ...]
     float32: bool = False
+    offset: float = 0.0  # what is added to the stored values of a norm
     format: Format | None = None  # None: in the model's dtype
 
     @property
@@ -79,7 +82,8 @@ class Slot:
     def read(self, source: WeightSource, name: str, start: int, stop: int) -> "Matrix":
         """Rows of a piece, as they are stored here."""
         if self.format is None:
-            return source.rows(name, start, stop)
+            values = source.rows(name, start, stop)
+            return values.float() + self.offset if self.offset else values
         if not self.format.stored:
             values = source.rows(name, start, stop).float()
             return quantize(values, self.format.bits, self.format.group, scales_dtype=torch.float16)
@@ -98,28 +102,37 @@ class Layer:
     qkv: Matrix  # [(q_heads + 2 kv_heads) * head_dim, hidden]
     o: Matrix  # [hidden, q_heads * head_dim]
     ffn_norm: torch.Tensor  # [hidden]
-    gate_up: Matrix  # [2 ffn, hidden]
+    gate_up: Matrix  # [2 ffn, hidden]; [ffn, hidden] without a gate
     down: Matrix  # [hidden, ffn]
+    attn_norm_bias: torch.Tensor | None = None
+    ffn_norm_bias: torch.Tensor | None = None
     qkv_bias: torch.Tensor | None = None
     o_bias: torch.Tensor | None = None
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    q_norm: torch.Tensor | None = None  # [head_dim]
+    k_norm: torch.Tensor | None = None  # [head_dim]
+    attn_out_norm: torch.Tensor | None = None  # [hidden]
+    ffn_out_norm: torch.Tensor | None = None  # [hidden]
 
 
 @dataclass(frozen=True)
 class Weights:
-    embed: Matrix  # [vocab, hidden]
-    norm: torch.Tensor  # [hidden]
-    lm_head: Matrix  # [vocab, hidden]; the same as embed where they are tied
+    embed: Matrix  # [vocab, embed_dim]
+    lm_head: Matrix  # [vocab, embed_dim]; the same as embed where they are tied
     layers: tuple[Layer, ...]
     dtype: torch.dtype  # of what isn't quantised, and of activations
+    norm: torch.Tensor | None = None  # [hidden]
+    norm_bias: torch.Tensor | None = None
+    positions: torch.Tensor | None = None  # [context + position_offset, hidden]
+    project_in: Matrix | None = None  # [hidden, embed_dim]
+    project_out: Matrix | None = None  # [embed_dim, hidden]
 
     @property
     def _all(self) -> list[Matrix]:
-        found = [self.embed, self.norm] + ([] if self.lm_head is self.embed else [self.lm_head])
-        for layer in self.layers:
-            found.extend(value for value in vars(layer).values() if value is not None)
-        return found
+        parts = [self, *self.layers]
+        found = [value for part in parts for value in vars(part).values() if isinstance(value, Matrix)]
+        return list({id(weight): weight for weight in found}.values())  # a tied lm_head once
 
     @property
     def nbytes(self) -> int:
@@ -153,8 +166,9 @@ class Plan:
     @property
     def linear_shapes(self) -> list[tuple[int, int]]:
         """[N, K] of every weight that a linear layer has, each once."""
-        head = self.top.get("lm_head", self.top["embed"])
-        slots = [*(slot for layer in self.layers for slot in layer.values()), head]
+        slots = [slot for layer in self.layers for slot in layer.values()]
+        slots += [slot for field, slot in self.top.items() if field not in LOOKED_UP]
+        slots.append(self.top.get("lm_head", self.top["embed"]))
         return list(dict.fromkeys(slot.shape for slot in slots if len(slot.shape) == 2))
 
     def nbytes(self, dtype: torch.dtype) -> int:
@@ -164,8 +178,8 @@ class Plan:
         """The plan with a format for every matrix that is quantised: `quantize` as in LLM, "auto" resolved.
 
         Where all pieces of a weight are stored in a format of the op, of the same bits, it stays what it is.
-        Other weights are rounded where that is asked for and their columns fill whole groups, except for the
-        embedding (and so an lm_head that is tied to it).
+        Other weights are rounded where that is asked for and their columns fill whole groups, except for
+        embeddings (and so an lm_head that is tied to one).
         """
         if quantize == "none":
             return self
@@ -177,7 +191,7 @@ class Plan:
             if all(formats) and len({(found.bits, found.group) for found in formats}) == 1:
                 return replace(slot, format=replace(formats[0], offsets=any(f.offsets for f in formats)))
             rounded = ROUNDED.get(quantize)
-            if field == "embed" or rounded is None or slot.shape[1] % (rounded.group or 1):
+            if field in LOOKED_UP or rounded is None or slot.shape[1] % (rounded.group or 1):
                 return slot
             return replace(slot, format=rounded)
 
@@ -191,41 +205,65 @@ def plan_weights(
     config: ModelConfig, names: Naming, source: WeightSource, interleaved_qk: bool = False
 ) -> Plan:
     """Where each tensor goes; a ModelError where one is missing or has another shape than configured."""
-    hidden, ffn = config.hidden, config.ffn
-    q_rows, k_rows, v_rows = config.qkv_rows
-    q_heads, k_heads = (config.q_heads, config.kv_heads) if interleaved_qk else (0, 0)
+    hidden, ffn, embed_dim = config.hidden, config.ffn, config.embed_dim
+    architecture = config.architecture
+    heads = (config.q_heads, config.kv_heads, 0) if interleaved_qk else None
+    known = (root for root in names.roots if f"{root}{names.embed}.weight" in source.shapes)
+    root = next(known, names.roots[0])
 
-    def norm(name: str) -> Slot:
-        return Slot((Piece(name + ".weight", (hidden,)),), float32=True)
-
-    def linear(field: str, bias: bool, *parts: tuple[str, int, int, int]) -> dict[str, Slot]:
-        """`parts`: (name, rows, columns, interleaved heads)."""
+    def norm(field: str, name: str, width: int) -> dict[str, Slot]:
         slots = {
-            field: Slot(tuple(Piece(n + ".weight", (rows, cols), heads) for n, rows, cols, heads in parts))
+            field: Slot((Piece(f"{name}.weight", (width,)),), float32=True, offset=architecture.norm_offset)
         }
+        if architecture.norm == "layer":
+            slots[field + "_bias"] = Slot((Piece(f"{name}.bias", (width,)),), float32=True)
+        return slots
+
+    def linear(
+        field: str,
+        prefix: str,
+        parts: Sequence[str],
+        rows: Sequence[int],
+        columns: int,
+        bias: bool = False,
+        heads: Sequence[int] | None = None,
+    ) -> dict[str, Slot]:
+        """`rows` of each part, or of what a single part has packed; `heads`: the interleaved ones of each."""
+        if len(parts) == 1:
+            rows = (sum(rows),)
+        pieces = list(zip([prefix + part for part in parts], rows, heads or (0,) * len(rows), strict=True))
+        slots = {field: Slot(tuple(Piece(f"{name}.weight", (n, columns), h) for name, n, h in pieces))}
         if bias:
-            slots[field + "_bias"] = Slot(
-                tuple(Piece(n + ".bias", (rows,), heads) for n, rows, _, heads in parts)
-            )
+            slots[field + "_bias"] = Slot(tuple(Piece(f"{name}.bias", (n,), h) for name, n, h in pieces))
         return slots
 
     def layer(prefix: str) -> dict[str, Slot]:
-        q, k, v = (prefix + name for name in names.qkv)
-        gate, up = (prefix + name for name in names.gate_up)
-        qkv = (q, q_rows, hidden, q_heads), (k, k_rows, hidden, k_heads), (v, v_rows, hidden, 0)
-        return {
-            "attn_norm": norm(prefix + names.attn_norm),
-            "ffn_norm": norm(prefix + names.ffn_norm),
-            **linear("qkv", config.qkv_bias, *qkv),
-            **linear("o", config.o_bias, (prefix + names.o, hidden, q_rows, 0)),
-            **linear("gate_up", config.mlp_bias, (gate, ffn, hidden, 0), (up, ffn, hidden, 0)),
-            **linear("down", config.mlp_bias, (prefix + names.down, hidden, ffn, 0)),
+        gate_up_rows = (ffn, ffn) if architecture.gated else (ffn,)
+        slots = {
+            **linear("qkv", prefix, names.qkv, config.qkv_rows, hidden, config.qkv_bias, heads),
+            **linear("o", prefix, (names.o,), (hidden,), config.qkv_rows[0], config.o_bias),
+            **linear("gate_up", prefix, names.gate_up, gate_up_rows, hidden, config.mlp_bias),
+            **linear("down", prefix, (names.down,), (hidden,), ffn, config.mlp_bias),
         }
+        widths = dict.fromkeys(("attn_norm", "ffn_norm", "attn_out_norm", "ffn_out_norm"), hidden)
+        widths |= dict.fromkeys(("q_norm", "k_norm"), config.head_dim)
+        for field, width in widths.items():
+            if name := getattr(names, field):
+                slots |= norm(field, prefix + name, width)
+        return slots
 
-    top = {"norm": norm(names.norm), **linear("embed", False, (names.embed, config.vocab, hidden, 0))}
+    top = linear("embed", root, (names.embed,), (config.vocab,), embed_dim)
     if not config.tied_embeddings:
-        top |= linear("lm_head", False, (names.lm_head, config.vocab, hidden, 0))
-    plan = Plan(top, tuple(layer(names.layer.format(index)) for index in range(config.layers)))
+        top |= linear("lm_head", "", (names.lm_head,), (config.vocab,), embed_dim)
+    if not config.norm_after:
+        top |= norm("norm", root + names.norm, hidden)
+    if names.positions:
+        rows = config.context + architecture.position_offset
+        top |= linear("positions", root, (names.positions,), (rows,), hidden)
+    if embed_dim != hidden:
+        top |= linear("project_in", root, (names.project_in,), (hidden,), embed_dim)
+        top |= linear("project_out", root, (names.project_out,), (embed_dim,), hidden)
+    plan = Plan(top, tuple(layer(root + names.layer.format(index)) for index in range(config.layers)))
     _check(plan, source)
     return plan
 
