@@ -18,6 +18,7 @@
 //   TileC::kRowSlots, slot(i), slot_row(s) the rows that a lane holds values of: value i lies in row slot_row(slot(i))
 //   TileC::kRowLanes                       lanes, neighbours, that hold one row among them
 //   store(p, stride, c)                    p[row * stride + col] = C[row][col], rounded to half or bfloat16
+//   dynamic_shared()                       the shared memory whose size the launch names, on a multiple of 1024
 //   copy_async(shared, global, valid)      16 bytes, zeros where not valid; copy_commit(), copy_wait<pending>();
 //                                          copy_async<8> for 8 bytes
 //   load_stream(p)                         16 bytes that are read once: past L1
@@ -45,6 +46,8 @@
 
 #if defined(USE_ROCM)
 #include "../hip/arch_amd.h"
+#elif defined(FLASHDECPP_SIMULATED)
+#include "arch_simulated.h"
 #else
 #include "arch_sm80.cuh"
 #include "arch_sm90.cuh"
@@ -107,12 +110,6 @@ struct WaveScan {
     }
   }
 };
-
-// The shared memory whose size the launch names. Swizzled rows want such an alignment.
-__device__ __forceinline__ unsigned char* dynamic_shared() {
-  extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
-  return dynamic_shared_memory;
-}
 
 // Over a whole block; `scratch` holds blockDim.x / kWaveSize values in shared memory. Every thread gets the result.
 template <class T, class Combine>

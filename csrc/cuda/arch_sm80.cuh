@@ -54,6 +54,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+  return dynamic_shared_memory;
+}
+
 template <int bytes = 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
   static_assert(bytes == 16 || bytes == 8);

@@ -1,0 +1,270 @@
+// The seam of csrc/cuda/arch.h on the simulated GPU: waves of 32 lanes with the matrix tiles of mma.sync m16n8k16, or of
+// 64 with those of MFMA 16x16x16. Copies arrive when they are waited for, and not before.
+#pragma once
+
+#include "simulated_gpu.h"
+
+namespace flashdecpp::arch {
+
+inline constexpr int kWaveSize = simulated::kWave;
+static_assert(kWaveSize == 32 || kWaveSize == 64);
+inline constexpr int kTileN = kWaveSize == 32 ? 8 : 16;
+inline constexpr int kTilesOf16 = 16 / kTileN;
+inline constexpr int kBlockSharedBytes = 160 * 1024;
+inline constexpr bool kHasTensorCopies = false;
+
+// ---- element types ---------------------------------------------------------------------------------------------------
+using half = _Float16;
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float8 {  // e4m3
+  uint8_t bits = 0;
+
+  float8() = default;
+  explicit float8(float x) {  // the nearest, the even one of two; saturates
+    float best = INFINITY;
+    for (int code = 0; code < 127; ++code) {
+      float8 candidate;
+      candidate.bits = static_cast<uint8_t>(code);
+      const float distance = std::fabs(static_cast<float>(candidate) - std::fabs(x));
+      if (distance < best || (distance == best && code % 2 == 0)) {
+        best = distance;
+        bits = candidate.bits;
+      }
+    }
+    if (std::signbit(x)) bits |= 0x80;
+    if (std::isnan(x)) bits = 0x7f;
+  }
+  explicit operator float() const {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    float value = exponent == 0 ? std::ldexp(mantissa / 8.f, -6) : std::ldexp(1.f + mantissa / 8.f, exponent - 7);
+    if ((bits & 0x7f) == 0x7f) value = NAN;
+    return bits & 0x80 ? -value : value;
+  }
+};
+
+inline float __half2float(half x) { return static_cast<float>(x); }
+inline half __float2half_rn(float x) { return static_cast<half>(x); }
+inline float __bfloat162float(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline bfloat16 __float2bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (std::isnan(x)) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+inline float widened(half x) { return __half2float(x); }
+inline float widened(bfloat16 x) { return __bfloat162float(x); }
+inline float widened(float8 x) { return static_cast<float>(x); }
+inline void narrow(half& to, float x) { to = __float2half_rn(x); }
+inline void narrow(bfloat16& to, float x) { to = __float2bfloat16(x); }
+
+// ---- lanes -------------------------------------------------------------------------------------------------------------
+inline int lane() { return static_cast<int>(simulated::machine().thread() % kWaveSize); }
+inline int wave() { return static_cast<int>(simulated::machine().thread() / kWaveSize); }
+
+template <class T>
+T of_lane(const unsigned char (*lanes)[simulated::kMostBytes], int source) {
+  T value;
+  std::memcpy(&value, lanes[source], sizeof(T));
+  return value;
+}
+template <class T>
+T take_from(T value, int source, const char* operation) {
+  return of_lane<T>(simulated::machine().exchange(value, operation), source);
+}
+
+inline float exchange_xor(float value, int mask) { return take_from(value, lane() ^ mask, "exchange_xor"); }
+inline uint32_t exchange_xor(uint32_t value, int mask) { return take_from(value, lane() ^ mask, "exchange_xor"); }
+inline uint64_t exchange_xor(uint64_t value, int mask) { return take_from(value, lane() ^ mask, "exchange_xor"); }
+template <class T>
+T* from_lane(T* value, int source) {
+  return take_from(value, source, "from_lane");
+}
+inline int from_lane(int value, int source) { return take_from(value, source, "from_lane"); }
+inline int first_lane(bool value) {
+  const auto* lanes = simulated::machine().exchange(value, "first_lane");
+  for (int i = 0; i < kWaveSize; ++i) {
+    if (of_lane<bool>(lanes, i)) return i;
+  }
+  simulated::fail("first_lane: true for no lane");
+}
+inline bool wave_any(bool value) {
+  const auto* lanes = simulated::machine().exchange(value, "wave_any");
+  bool any = false;
+  for (int i = 0; i < kWaveSize; ++i) any |= of_lane<bool>(lanes, i);
+  return any;
+}
+inline void wave_sync() { simulated::machine().exchange(0, "wave_sync"); }
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+// ---- memory ------------------------------------------------------------------------------------------------------------
+inline unsigned char* dynamic_shared() {
+  const auto address = reinterpret_cast<uintptr_t>(simulated::machine().shared.data());
+  return reinterpret_cast<unsigned char*>((address + 1023) / 1024 * 1024);
+}
+
+template <int bytes = 16>
+void copy_async(void* shared, const void* global, bool valid) {
+  static_assert(bytes == 16 || bytes == 8);
+  if (reinterpret_cast<uintptr_t>(shared) % bytes || (valid && reinterpret_cast<uintptr_t>(global) % bytes)) {
+    simulated::fail("copy_async: not aligned");
+  }
+  simulated::machine().fiber().copies.back().push_back({shared, valid ? global : nullptr, bytes});
+}
+inline void copy_commit() { simulated::machine().fiber().copies.emplace_back(); }
+template <int pending>
+void copy_wait() {
+  auto& groups = simulated::machine().fiber().copies;
+  while (groups.size() > pending + 1u) {
+    for (const simulated::CopyOf& copy : groups.front()) {
+      if (copy.from) {
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      } else {
+        std::memset(copy.to, 0, copy.bytes);
+      }
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+inline uint4 load_stream(const void* p) { return *static_cast<const uint4*>(p); }
+inline void store_wide(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
+inline int32_t load_fresh(const int32_t* p) { return *p; }
+inline void publish(uint64_t* flag, uint64_t value) { *flag = value; }
+inline void await(const uint64_t* flag, uint64_t value) {
+  while (*flag != value) simulated::machine().wait("await");
+}
+inline void wait_for_previous_kernel() {}
+inline void allow_next_kernel() {}
+
+// ---- matrix tiles --------------------------------------------------------------------------------------------------
+// Where a lane's value e of a tile lies.
+struct Layout {
+  static constexpr int kA = 16 * 16 / kWaveSize, kB = 16 * kTileN / kWaveSize, kC = kB;
+
+  static int outer(int lane) { return kWaveSize == 32 ? lane / 4 : lane % 16; }
+  static int inner(int lane, int e) {
+    return kWaveSize == 32 ? lane % 4 * 2 + e % 2 + e / 2 * 8 : lane / 16 * 4 + e;
+  }
+  static int a_row(int lane, int e) { return kWaveSize == 32 ? lane / 4 + e / 2 % 2 * 8 : lane % 16; }
+  static int a_k(int lane, int e) { return kWaveSize == 32 ? lane % 4 * 2 + e % 2 + e / 4 * 8 : lane / 16 * 4 + e; }
+  static int b_n(int lane, int) { return outer(lane); }
+  static int b_k(int lane, int e) { return inner(lane, e); }
+  static int c_row(int lane, int e) { return kWaveSize == 32 ? lane / 4 + e / 2 * 8 : lane / 16 * 4 + e; }
+  static int c_col(int lane, int e) { return kWaveSize == 32 ? lane % 4 * 2 + e % 2 : lane % 16; }
+};
+
+template <class T>
+struct TileA {
+  T v[Layout::kA];
+};
+template <class T>
+struct TileB {
+  T v[Layout::kB];
+};
+struct TileC {
+  static constexpr int kValues = Layout::kC;
+  static constexpr int kRowSlots = kWaveSize == 32 ? 2 : 4, kRowLanes = kWaveSize == 32 ? 4 : 16;
+  float v[kValues] = {};
+
+  static constexpr int slot(int i) { return kWaveSize == 32 ? i / 2 : i; }
+  static int slot_row(int slot) { return Layout::c_row(lane(), kWaveSize == 32 ? slot * 2 : slot); }
+  static int row(int i) { return Layout::c_row(lane(), i); }
+  static int col(int i) { return Layout::c_col(lane(), i); }
+};
+
+template <class T>
+void load_a(TileA<T>& tile, const T* p, int stride) {
+  wave_sync();
+  for (int e = 0; e < Layout::kA; ++e) tile.v[e] = p[Layout::a_row(lane(), e) * stride + Layout::a_k(lane(), e)];
+}
+template <class T>
+void load_b(TileB<T>& tile, const T* p, int stride) {
+  wave_sync();
+  for (int e = 0; e < Layout::kB; ++e) tile.v[e] = p[Layout::b_n(lane(), e) * stride + Layout::b_k(lane(), e)];
+}
+
+inline constexpr int widened_k(int k) { return k; }
+inline constexpr int widened_column(int tile, int n) { return tile * kTileN + n; }
+
+// Element `column` of a row, by way of the chunks that a matrix load would read.
+template <class Rows>
+float element_of(const Rows& rows, int row, int column) {
+  using Element = typename Rows::Element;
+  constexpr int in_chunk = 16 / sizeof(Element);
+  const auto* p = reinterpret_cast<const Element*>(rows.moved(rows.chunk(row, 0), column / in_chunk));
+  return widened(p[column % in_chunk]);
+}
+template <class T, class Rows>
+void load_b(TileB<T> (&tiles)[kTilesOf16], const Rows& rows, int j) {
+  wave_sync();
+  for (int t = 0; t < kTilesOf16; ++t) {
+    for (int e = 0; e < Layout::kB; ++e) {
+      const int n = t * kTileN + Layout::b_n(lane(), e);
+      narrow(tiles[t].v[e], element_of(rows, n, 16 * j + Layout::b_k(lane(), e)));
+    }
+  }
+}
+template <class T, class Rows>
+void load_b_transposed(TileB<T> (&tiles)[kTilesOf16], const Rows& rows, int j) {
+  wave_sync();
+  for (int t = 0; t < kTilesOf16; ++t) {
+    for (int e = 0; e < Layout::kB; ++e) {
+      const int n = t * kTileN + Layout::b_n(lane(), e);
+      narrow(tiles[t].v[e], element_of(rows, Layout::b_k(lane(), e), 16 * j + n));
+    }
+  }
+}
+
+template <class T>
+void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) {
+  struct Tiles {
+    TileC c[kTilesOf16];
+  } mine;
+  for (int t = 0; t < kTilesOf16; ++t) mine.c[t] = c[t];
+  const auto* lanes = simulated::machine().exchange(mine, "as_a");
+  float whole[16][16];
+  for (int l = 0; l < kWaveSize; ++l) {
+    const Tiles tiles = of_lane<Tiles>(lanes, l);
+    for (int t = 0; t < kTilesOf16; ++t) {
+      for (int e = 0; e < Layout::kC; ++e) {
+        whole[Layout::c_row(l, e)][t * kTileN + Layout::c_col(l, e)] = tiles.c[t].v[e];
+      }
+    }
+  }
+  for (int e = 0; e < Layout::kA; ++e) narrow(a.v[e], whole[Layout::a_row(lane(), e)][Layout::a_k(lane(), e)]);
+}
+
+template <class T>
+void mma(TileC& c, const TileA<T>& a, const TileB<T>& b) {
+  struct Factors {
+    TileA<T> a;
+    TileB<T> b;
+  };
+  const auto* lanes = simulated::machine().exchange(Factors{a, b}, "mma");
+  float left[16][16], right[16][kTileN];
+  for (int l = 0; l < kWaveSize; ++l) {
+    const Factors factors = of_lane<Factors>(lanes, l);
+    for (int e = 0; e < Layout::kA; ++e) left[Layout::a_row(l, e)][Layout::a_k(l, e)] = widened(factors.a.v[e]);
+    for (int e = 0; e < Layout::kB; ++e) right[Layout::b_k(l, e)][Layout::b_n(l, e)] = widened(factors.b.v[e]);
+  }
+  for (int e = 0; e < Layout::kC; ++e) {
+    const int row = Layout::c_row(lane(), e), col = Layout::c_col(lane(), e);
+    for (int k = 0; k < 16; ++k) c.v[e] += left[row][k] * right[k][col];
+  }
+}
+
+template <class T>
+void store(T* p, int stride, const TileC& c) {
+  for (int i = 0; i < TileC::kValues; ++i) narrow(p[TileC::row(i) * stride + TileC::col(i)], c.v[i]);
+}
+
+}  // namespace flashdecpp::arch

@@ -1,0 +1,222 @@
+// The decode attention kernel on the simulated GPU, against the definition in double. The last line says how many cases
+// failed.
+#define FLASHDECPP_SIMULATED 1
+#include <algorithm>
+#include <random>
+#include <string>
+
+#include "../../csrc/heuristics.h"
+#include "decode_attention_kernel.cuh"
+
+using namespace flashdecpp;
+
+namespace {
+
+struct Case {
+  std::vector<int> lengths;
+  int q_heads = 4, kv_heads = 2, head_dim = 64, q_len = 1, block_size = 16;
+  int window = 0, num_splits = 0, resident = 12;
+  float softcap = 0.f, phi = 1.f;
+  bool paged = true, alibi = false, sinks = false, graph = false;
+};
+
+double value(float x) { return x; }
+double value(arch::half x) { return arch::widened(x); }
+double value(arch::bfloat16 x) { return arch::widened(x); }
+double value(arch::float8 x) { return arch::widened(x); }
+void assign(arch::half& to, float x) { arch::narrow(to, x); }
+void assign(arch::bfloat16& to, float x) { arch::narrow(to, x); }
+void assign(arch::float8& to, float x) { to = arch::float8(x); }
+
+std::mt19937 random_numbers(7);
+
+template <class T>
+void fill(const simulated::Tensor<T>& tensor, float scale) {
+  std::normal_distribution<float> normal(0.f, scale);
+  for (size_t i = 0; i < tensor.size(); ++i) assign(tensor[i], normal(random_numbers));
+}
+
+int failures = 0, cases = 0;
+
+void check(bool good, const std::string& what) {
+  if (good) return;
+  ++failures;
+  std::printf("FAILED %s\n", what.c_str());
+}
+
+// The row's definition: softmax over the keys that it sees.
+template <class T, class KV>
+void compare(const Case& c, const AttentionParams& p, const simulated::Tensor<T>& out, const simulated::Tensor<float>& lse,
+             const simulated::Tensor<int32_t>& table, const std::string& name) {
+  const auto* q = static_cast<const T*>(p.q);
+  const auto at = [&](const void* cache, const CacheLayout& layout, int batch, int key, int head, int dim) {
+    const int block = p.block_table ? table[batch * p.table_stride + key / p.block_size] : batch;
+    const int within = p.block_table ? key % p.block_size : key;
+    return value(static_cast<const KV*>(
+        cache)[block * layout.block_stride + within * layout.token_stride + head * layout.head_stride + dim]);
+  };
+  double worst = 0, worst_lse = 0;
+  for (int b = 0; b < p.batch; ++b) {
+    for (int t = 0; t < p.q_len; ++t) {
+      for (int h = 0; h < p.q_heads; ++h) {
+        const int position = c.lengths[b] - p.q_len + t, kv = h / p.group();
+        std::vector<double> logits;
+        const int begin = p.window > 0 ? std::max(position - p.window + 1, 0) : 0;
+        double top = p.sinks ? p.sinks[h] : -INFINITY;
+        for (int key = begin; key <= position; ++key) {
+          double x = 0;
+          for (int d = 0; d < p.head_dim; ++d) {
+            x += value(q[b * p.q_batch_stride + t * p.q_token_stride + h * p.q_head_stride + d]) *
+                 at(p.k_cache, p.k, b, key, kv, d);
+          }
+          x *= p.scale;
+          if (p.softcap > 0) x = p.softcap * std::tanh(x / p.softcap);
+          if (p.alibi_slopes) x -= p.alibi_slopes[h] * (position - key);
+          logits.push_back(x);
+          top = std::max(top, x);
+        }
+        double sum = p.sinks ? std::exp(p.sinks[h] - top) : 0;
+        for (const double x : logits) sum += std::exp(x - top);
+        const bool empty = logits.empty() && !p.sinks;
+        const double expected_lse = empty ? -INFINITY : top + std::log(sum);
+        const double got_lse = lse[(int64_t{b} * p.q_heads + h) * p.q_len + t];
+        if (!(expected_lse == got_lse)) worst_lse = std::max(worst_lse, std::fabs(expected_lse - got_lse));
+        if (std::isnan(got_lse)) worst_lse = INFINITY;
+        for (int d = 0; d < p.head_dim; ++d) {
+          double expected = 0;
+          for (size_t i = 0; i < logits.size(); ++i) {
+            expected += std::exp(logits[i] - top) / sum * at(p.v_cache, p.v, b, begin + static_cast<int>(i), kv, d);
+          }
+          const double got = value(out[((int64_t{b} * p.q_len + t) * p.q_heads + h) * p.head_dim + d]);
+          const double error = std::fabs(expected - got);
+          worst = std::isnan(got) ? INFINITY : std::max(worst, error);
+        }
+      }
+    }
+  }
+  const double allowed = std::is_same_v<T, arch::half> ? 4e-3 : 3e-2;
+  check(worst <= allowed && worst_lse <= 1e-3,
+        name + ": off by " + std::to_string(worst) + ", lse by " + std::to_string(worst_lse));
+}
+
+template <class T, class KV, int dims, int row_tiles, class Policy>
+void run(const Case& c, const std::string& name) {
+  ++cases;
+  using Tile = AttentionTile<T, KV, dims, row_tiles, BlockShape<4, 2, 1, 4>>;
+  using Ring = StagedRing<Tile>;
+  const int batch = static_cast<int>(c.lengths.size());
+  const int longest = std::max(*std::max_element(c.lengths.begin(), c.lengths.end()), 1);
+  const int max_blocks = c.paged ? (longest + c.block_size - 1) / c.block_size : 1;
+  const int block_size = c.paged ? c.block_size : longest, num_blocks = batch * max_blocks;
+  const size_t kv_elements = size_t(num_blocks) * block_size * c.kv_heads * c.head_dim;
+  simulated::Tensor<T> q(size_t(batch) * c.q_len * c.q_heads * c.head_dim), out(q.size());
+  simulated::Tensor<KV> k(kv_elements), v(kv_elements);
+  simulated::Tensor<float> lse(size_t(batch) * c.q_heads * c.q_len), phi(c.q_heads), slopes(c.q_heads), sinks(c.q_heads);
+  simulated::Tensor<int32_t> seq_lens(batch), table(size_t(batch) * max_blocks), fallbacks(1);
+  fill(q, 1.f);
+  fill(v, 1.f);
+  fill(k, 1.f);
+  std::vector<int32_t> order(num_blocks);
+  for (int i = 0; i < num_blocks; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), random_numbers);
+  for (int i = 0; i < num_blocks; ++i) table[i] = order[i];
+  for (int b = 0; b < batch; ++b) seq_lens[b] = c.lengths[b];
+  for (int h = 0; h < c.q_heads; ++h) {
+    phi[h] = c.phi;
+    slopes[h] = 0.01f * static_cast<float>(h + 1);
+    sinks[h] = 0.5f * static_cast<float>(h);
+  }
+  fallbacks[0] = 0;
+
+  AttentionLaunch launch{};
+  AttentionParams& p = launch.p;
+  p.q = q.data();
+  p.k_cache = k.data();
+  p.v_cache = v.data();
+  p.out = out.data();
+  p.lse = lse.data();
+  p.seq_lens = seq_lens.data();
+  p.block_table = c.paged ? table.data() : nullptr;
+  p.phi = Policy::kUnified ? phi.data() : nullptr;
+  p.alibi_slopes = c.alibi ? slopes.data() : nullptr;
+  p.sinks = c.sinks ? sinks.data() : nullptr;
+  p.fallback_count = fallbacks.data();
+  p.q_head_stride = c.head_dim;
+  p.q_token_stride = int64_t{c.q_heads} * c.head_dim;
+  p.q_batch_stride = p.q_token_stride * c.q_len;
+  p.k.head_stride = c.head_dim;
+  p.k.token_stride = int64_t{c.kv_heads} * c.head_dim;
+  p.k.block_stride = p.k.token_stride * block_size;
+  p.v = p.k;
+  p.table_stride = max_blocks;
+  p.batch = batch;
+  p.q_len = c.q_len;
+  p.q_heads = c.q_heads;
+  p.kv_heads = c.kv_heads;
+  p.head_dim = c.head_dim;
+  p.num_blocks = num_blocks;
+  p.block_size = block_size;
+  p.max_blocks = max_blocks;
+  p.scale = 1.f / std::sqrt(static_cast<float>(c.head_dim));
+  p.softcap = c.softcap;
+  p.window = c.window;
+
+  launch.group = p.group();
+  launch.group_reciprocal = ((1 << 16) + launch.group - 1) / launch.group;
+  const int64_t groups = std::max<int64_t>((p.capacity() + kGroup - 1) / kGroup, 1);
+  const AttentionGrid grid =
+      choose_attention_grid(c.resident, batch, c.kv_heads, c.num_splits, groups, 2, int64_t{1} << 12);
+  launch.unit_blocks = static_cast<int32_t>(grid.unit_blocks);
+  launch.shares = static_cast<uint32_t>(grid.shares);
+  launch.most_shares = static_cast<uint32_t>(grid.most_shares);
+  launch.least_by_unit = static_cast<uint32_t>(grid.least_by_unit);
+  const size_t slots = std::max<int64_t>(grid.slots, 1), rows = launch.rows();
+  simulated::Tensor<float> part_out(slots * rows * c.head_dim);
+  simulated::Tensor<RowPart> part_state(slots * rows);
+  simulated::Tensor<uint64_t> ready(slots);
+  launch.part_out = part_out.data();
+  launch.part_state = part_state.data();
+  launch.ready = ready.data();
+  launch.nonce = 0x123456789abcdefull;
+
+  for (int replay = 0; replay < (c.graph ? 2 : 1); ++replay) {
+    simulated::machine().launch(static_cast<unsigned>(grid.blocks), Tile::kThreads, SharedMemory<Tile, Ring>::kBytes,
+                                [&] { decode_attention_kernel<Tile, Policy, Ring>(launch, {}); });
+    compare<T, KV>(c, p, out, lse, table, name);
+  }
+}
+
+template <class T, class KV, int dims, int row_tiles>
+void run_policies(const Case& c, const std::string& name) {
+  run<T, KV, dims, row_tiles, OnlineMax>(c, name + ", online");
+  run<T, KV, dims, row_tiles, UnifiedMax<T>>(c, name + ", unified");
+}
+
+template <class T, class KV, int dims>
+void run_type(const std::string& type) {
+  const auto go = [&](const char* what, const Case& c) { run_policies<T, KV, dims, 1>(c, type + ", " + what); };
+  go("one sequence, by unit, twice", {.lengths = {300}, .head_dim = dims, .graph = true});
+  go("ragged, by line, twice", {.lengths = {400, 3, 17, 0, 90}, .head_dim = dims, .graph = true});
+  go("even lengths", {.lengths = {100, 100, 97}, .head_dim = dims});
+  go("contiguous", {.lengths = {130, 7}, .head_dim = dims, .paged = false});
+  go("fixed splits", {.lengths = {200, 33}, .head_dim = dims, .num_splits = 3});
+  go("blocks of 1", {.lengths = {50, 21}, .q_heads = 3, .kv_heads = 1, .head_dim = dims, .block_size = 1});
+  go("a hopeless phi", {.lengths = {120}, .head_dim = dims, .phi = 500.f});
+  go("window and ALiBi", {.lengths = {150, 40}, .head_dim = dims, .q_len = 2, .window = 37, .alibi = true});
+  go("soft cap and sinks, 3 new tokens", {.lengths = {70, 2}, .head_dim = dims, .q_len = 3, .softcap = 5.f, .sinks = true});
+  go("a narrower head", {.lengths = {64, 20}, .head_dim = dims - 16});
+  go("40 sequences", {.lengths = std::vector<int>(40, 9), .q_heads = 2, .kv_heads = 2, .head_dim = dims});
+}
+
+}  // namespace
+
+int main() {
+  run_type<arch::half, arch::half, 64>("half");
+  run_type<arch::bfloat16, arch::bfloat16, 64>("bfloat16");
+  run_type<arch::half, arch::float8, 64>("half with float8");
+  run_policies<arch::half, arch::half, 64, 2>({.lengths = {90, 33}, .q_heads = 32, .kv_heads = 1, .q_len = 2},
+                                               "64 rows of a unit");
+  run_policies<arch::half, arch::half, 128, 1>({.lengths = {60, 200}, .q_heads = 14, .head_dim = 128}, "head_dim 128");
+  std::printf("%d cases in waves of %d, %d failures\n", cases, arch::kWaveSize, failures);
+  return failures > 0;
+}

@@ -1,0 +1,253 @@
+// A GPU on one processor: kernels as ordinary C++, a fiber for each thread of a block, blocks in turn. Finds wrong
+// indices, missing or divergent barriers and reads of what nobody wrote; no races, as fibers only change where they wait.
+//
+// A fiber runs until it waits for its wave (a collective operation) or for its block (__syncthreads). Where all that can
+// still run wait and nothing comes, or lanes of a wave wait in different operations, the program ends with an error.
+#pragma once
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __align__(n) alignas(n)
+#define __launch_bounds__(...)
+#define __shared__ static __attribute__((section("simulated_shared")))
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+template <class A, class B>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  using T = std::common_type_t<A, B>;
+  return static_cast<T>(a) < static_cast<T>(b) ? a : b;
+}
+template <class A, class B>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  using T = std::common_type_t<A, B>;
+  return static_cast<T>(a) > static_cast<T>(b) ? a : b;
+}
+using std::isnan;
+inline float __fdividef(float a, float b) { return a / b; }
+template <class T>
+T atomicAdd(T* p, std::type_identity_t<T> value) {
+  const T before = *p;
+  *p += value;
+  return before;
+}
+inline void __threadfence() {}
+
+// What is shared between the threads of a block, laid out by the linker.
+extern "C" unsigned char __start_simulated_shared[] __attribute__((weak));
+extern "C" unsigned char __stop_simulated_shared[] __attribute__((weak));
+
+namespace simulated {
+
+inline constexpr int kWave = FLASHDECPP_SIMULATED_WAVE;
+inline constexpr int kMostBytes = 512;           // that a lane hands to its wave at once
+inline constexpr size_t kStackBytes = 256 << 10;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::printf("simulated GPU: %s\n", what);
+  std::fflush(stdout);
+  std::_Exit(2);
+}
+
+struct Wave {
+  alignas(64) unsigned char lanes[2][kWave][kMostBytes];
+  const char* operation[2];
+  int size = 0, arrived = 0;
+  unsigned generation = 0;
+};
+
+struct CopyOf {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<unsigned char> stack = std::vector<unsigned char>(kStackBytes);
+  bool done = false;
+  unsigned thread = 0;
+  const char* waits = nullptr;
+  std::vector<std::vector<CopyOf>> copies;  // groups that are under way; the last one is still open
+};
+
+class Machine {
+ public:
+  static Machine& instance() {
+    static Machine machine;
+    return machine;
+  }
+
+  dim3 block_index, block_size, grid_size;
+  std::vector<unsigned char> shared;
+
+  unsigned thread() const { return running_->thread; }
+  Fiber& fiber() { return *running_; }
+  Wave& wave() { return waves_[running_->thread / kWave]; }
+
+  void launch(unsigned grid, unsigned block, size_t shared_bytes, const std::function<void()>& kernel) {
+    grid_size = {grid};
+    block_size = {block};
+    for (unsigned b = 0; b < grid; ++b) {
+      block_index = {b, 0, 0};
+      run_block(block, shared_bytes, kernel);
+    }
+  }
+
+  void wait(const char* what) {
+    running_->waits = what;
+    swapcontext(&running_->context, &scheduler_);
+  }
+
+  void barrier() {
+    progress_ = true;
+    const unsigned generation = barrier_generation_;
+    if (++at_barrier_ == block_size.x) {
+      at_barrier_ = 0;
+      ++barrier_generation_;
+      return;
+    }
+    while (barrier_generation_ == generation) wait("__syncthreads");
+  }
+
+  // All lanes' values, once all have come here.
+  template <class T>
+  const unsigned char (*exchange(const T& value, const char* operation))[kMostBytes] {
+    static_assert(sizeof(T) <= kMostBytes);
+    Wave& w = wave();
+    const unsigned generation = w.generation;
+    const int buffer = generation % 2;
+    if (w.arrived == 0) w.operation[buffer] = operation;
+    if (w.operation[buffer] != operation) fail("lanes of a wave are in different operations");
+    std::memcpy(w.lanes[buffer][thread() % kWave], &value, sizeof(T));
+    progress_ = true;
+    if (++w.arrived == w.size) {
+      w.arrived = 0;
+      ++w.generation;
+    } else {
+      while (w.generation == generation) wait(operation);
+    }
+    return w.lanes[buffer];
+  }
+
+ private:
+  static void entry() { instance().run_thread(); }
+
+  void run_thread() {
+    (*kernel_)();
+    running_->done = true;
+    progress_ = true;
+    swapcontext(&running_->context, &scheduler_);
+  }
+
+  void run_block(unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+    kernel_ = &kernel;
+    shared.assign(shared_bytes + 1024, 0xff);  // NaN in every format: nobody wrote it
+    if (__start_simulated_shared) {
+      std::memset(__start_simulated_shared, 0xff, __stop_simulated_shared - __start_simulated_shared);
+    }
+    waves_.assign((threads + kWave - 1) / kWave, Wave());
+    fibers_.resize(threads);
+    for (unsigned t = 0; t < threads; ++t) {
+      if (!fibers_[t]) fibers_[t] = std::make_unique<Fiber>();
+      Fiber& fiber = *fibers_[t];
+      fiber.done = false;
+      fiber.thread = t;
+      fiber.copies.assign(1, {});
+      ++waves_[t / kWave].size;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.data();
+      fiber.context.uc_stack.ss_size = fiber.stack.size();
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, entry, 0);
+    }
+    at_barrier_ = 0;
+    for (bool alive = true; alive;) {
+      alive = progress_ = false;
+      for (const auto& fiber : fibers_) {
+        if (fiber->done) continue;
+        alive = true;
+        running_ = fiber.get();
+        swapcontext(&scheduler_, &running_->context);
+      }
+      if (alive && !progress_) fail(running_->waits);
+    }
+    if (at_barrier_ > 0) fail("a thread ended while others wait in __syncthreads");
+  }
+
+  ucontext_t scheduler_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<Wave> waves_;
+  Fiber* running_ = nullptr;
+  const std::function<void()>* kernel_ = nullptr;
+  unsigned at_barrier_ = 0, barrier_generation_ = 0;
+  bool progress_ = false;
+};
+
+inline Machine& machine() { return Machine::instance(); }
+inline dim3 thread_index() { return {machine().thread(), 0, 0}; }
+
+// Global memory: `count` elements that end where a page that nobody may touch begins, and start after another.
+template <class T>
+class Tensor {
+ public:
+  explicit Tensor(size_t count) : count_(count) {
+    const size_t bytes = (count * sizeof(T) + 15) / 16 * 16, page = 4096, inner = (bytes + page - 1) / page * page;
+    unsigned char* pages =
+        static_cast<unsigned char*>(mmap(nullptr, inner + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (pages == MAP_FAILED || mprotect(pages + page, inner, PROT_READ | PROT_WRITE)) fail("no memory");
+    data_ = reinterpret_cast<T*>(pages + page + inner - bytes);
+    std::memset(static_cast<void*>(data_), 0xff, bytes);
+  }
+
+  T* data() const { return data_; }
+  size_t size() const { return count_; }
+  T& operator[](size_t i) const {
+    if (i >= count_) fail("an index of the test is out of bounds");
+    return data_[i];
+  }
+
+ private:
+  T* data_;
+  size_t count_;
+};
+
+}  // namespace simulated
+
+#define threadIdx (simulated::thread_index())
+#define blockIdx (simulated::machine().block_index)
+#define blockDim (simulated::machine().block_size)
+#define gridDim (simulated::machine().grid_size)
+#define __syncthreads() simulated::machine().barrier()
