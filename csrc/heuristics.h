@@ -128,6 +128,29 @@ inline int32_t choose_k_splits(const DeviceProperties& device, const FlatTile& t
   return best;
 }
 
+// ---- flat GEMM on Hopper: how many blocks of a cluster share a tile along K ----------------------------------------
+// Time is counted in microseconds of an H100: what all multiprocessors load together, what one block loads by itself,
+// and what adding up the parts costs, which grows with their number.
+inline int32_t choose_flat_cluster(const DeviceProperties& device, int64_t n, int64_t k) {
+  constexpr int64_t block_n = 64, stage_k = 128;
+  constexpr double machine_kib = 23.0, block_kib = 40.0;  // in a microsecond: of one multiprocessor's share, of a block
+  const int64_t tiles = (n + block_n - 1) / block_n;
+  const double tile_kib = static_cast<double>(k) * block_n * 2 / 1024;
+  int32_t best = 1;
+  double best_time = 0;
+  for (const int32_t cluster : {1, 2, 4, 8}) {
+    if (cluster > 1 && (tiles * cluster > device.multiprocessors || k < cluster * stage_k)) break;
+    double time = std::max(static_cast<double>(tiles) * tile_kib / (machine_kib * device.multiprocessors),
+                           tile_kib / cluster / block_kib);
+    if (cluster > 1) time += 1.5 + 0.25 * cluster;
+    if (cluster == 1 || time < best_time) {
+      best = cluster;
+      best_time = time;
+    }
+  }
+  return best;
+}
+
 // ---- decode attention: how many blocks, and how many parts of units they may leave ---------------------------------
 struct AttentionGrid {
   int64_t unit_blocks;          // of each unit, where the work is cut by unit
