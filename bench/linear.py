@@ -2,6 +2,7 @@
 
 python bench/linear.py             time over M for decode's weight shapes
 python bench/linear.py --chain     also all 128 linears of a decode step of Llama-2-7B in one graph
+python bench/linear.py --quantized also int8 and int4 weights beside float16 ones
 
 [--dtypes float16,bfloat16] [--output bench/results/linear_h100.json]
 """
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdecpp import ops
+from flashdecpp.quantization import QuantizedWeight, quantize
 
 # [N, K]: Llama-2-7B's four, Llama-3-8B's, Llama-2-13B's QKV, two small ones
 SHAPES = [
@@ -40,6 +42,14 @@ GEMV_ROWS = 16  # the most that gemv is timed for
 ROUNDS = 2  # each time is the best of so many medians, taken in turns
 LAYERS, LAYER = 32, [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]  # Llama-2-7B
 CHAIN_ROWS = [1, 8, 16, 32, 64]
+FORMATS = {  # of quantised weights
+    "int8": {"bits": 8},
+    "int8 g128": {"bits": 8, "group_size": 128},
+    "int4 g32": {"bits": 4, "group_size": 32},
+    "int4 g128": {"bits": 4, "group_size": 128},
+    "int4 g32 offsets": {"bits": 4, "group_size": 32, "symmetric": False},
+}
+QUANTIZED_ROWS = [1, 4, 8, 16, 32]
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 
@@ -106,6 +116,38 @@ def measure_chain(dtype: torch.dtype) -> list[dict]:
     return results
 
 
+def measure_quantized(n: int, k: int, dtype: torch.dtype) -> list[dict]:
+    """Times of every format beside linear's on the same weight in `dtype`."""
+    dense = torch.randn(n, k, dtype=dtype, device="cuda") * k**-0.5
+    weights = {
+        name: quantize(dense, **arguments, scales_dtype=torch.float16) for name, arguments in FORMATS.items()
+    }
+    copies = {name: [_copy(w) for _ in range(measure.rotation(w.nbytes))] for name, w in weights.items()}
+    denses = [dense.clone() for _ in range(measure.rotation(dense.nbytes))]
+    results = []
+    for m in QUANTIZED_ROWS:
+        x = torch.randn(m, k, dtype=dtype, device="cuda")
+        calls = {name: [partial(w.linear, x) for w in sets] for name, sets in copies.items()}
+        times = best_us({"dense": [partial(ops.linear, x, w) for w in denses], **calls}, 10)
+        results.append(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "n": n,
+                "k": k,
+                "m": m,
+                "us": {name: round(us, 2) for name, us in times.items()},
+                "over_dense": {name: round(times["dense"] / times[name], 2) for name in weights},
+                "gbs": {name: round(w.nbytes / times[name] / 1e3) for name, w in weights.items()},
+            }
+        )
+    return results
+
+
+def _copy(weight: QuantizedWeight) -> QuantizedWeight:
+    offsets = None if weight.offsets is None else weight.offsets.clone()
+    return QuantizedWeight(weight.weight.clone(), weight.scales.clone(), offsets)
+
+
 def host_us(call: Callable[[], object], calls: int = 2000) -> float:
     """What a call costs the host outside of graphs, where the GPU has less to do than that."""
     best = math.inf
@@ -167,6 +209,7 @@ def main() -> None:
     )
     parser.add_argument("--dtypes", default="float16,bfloat16")
     parser.add_argument("--chain", action="store_true")
+    parser.add_argument("--quantized", action="store_true")
     parser.add_argument("--output", default="bench/results/linear_h100.json")
     arguments = parser.parse_args()
     dtypes = [getattr(torch, name) for name in arguments.dtypes.split(",")]
@@ -190,6 +233,13 @@ def main() -> None:
     if arguments.chain:
         results["chain"] = [row for dtype in dtypes for row in measure_chain(dtype)]
         for row in results["chain"]:
+            print(row)
+    if arguments.quantized:
+        large = [(n, k) for n, k in SHAPES if 2 * n * k > 80e6 and 2 * n * k < 500e6]
+        results["quantized"] = [
+            row for dtype in dtypes for n, k in large for row in measure_quantized(n, k, dtype)
+        ]
+        for row in results["quantized"]:
             print(row)
     print(results["summary"], results["host_us"])
     measure.save(arguments.output, results)

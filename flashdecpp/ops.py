@@ -15,12 +15,10 @@ reports them.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import (
     _library,  # noqa: F401  (loading it registers torch.ops.flashdecpp)
-    reference,
 )
 
 __all__ = [
@@ -46,7 +44,6 @@ _flat_gemm = torch.ops.flashdecpp.flat_gemm.default
 _linear = torch.ops.flashdecpp.linear.default
 _linear_choice = torch.ops.flashdecpp.linear_choice.default
 _quantized_linear = torch.ops.flashdecpp.quantized_linear.default
-_check_quantized_linear = torch.ops.flashdecpp._check_quantized_linear.default
 _rms_norm = torch.ops.flashdecpp.rms_norm.default
 _rms_norm_residual = torch.ops.flashdecpp.rms_norm.residual
 _layer_norm = torch.ops.flashdecpp.layer_norm.default
@@ -299,8 +296,12 @@ def quantized_linear(
 
     On the CPU the weight is streamed as it is stored and decoded in registers. From 32 rows of x on it is
     dequantised into x's dtype, strip by strip, or as a whole where `linear` would take the BLAS. Below that a
-    row's result is the same bits whatever else is in the batch. On a GPU it is dequantised into x's dtype,
-    then multiplied by the vendor BLAS.
+    row's result is the same bits whatever else is in the batch.
+
+    On a GPU it is streamed, too, for up to 64 rows of float16 or bfloat16 x, 16 at a time: products with the
+    integers are exact, and a group's sum is scaled in float32. Otherwise (more rows, float32, rows of the
+    weight that do not start on multiples of 16 bytes) it is dequantised into x's dtype, then multiplied by
+    the vendor BLAS.
 
     Args:
         x: [..., K], any strides; float32, float16 or bfloat16.
@@ -328,20 +329,6 @@ def quantized_linear(
 @torch.library.register_fake("flashdecpp::quantized_linear")
 def _(x, weight, scales, offsets=None, bias=None):
     return x.new_empty((*x.shape[:-1], weight.size(0)))
-
-
-@torch.library.register_fake("flashdecpp::_check_quantized_linear")
-def _(*_args, **_):
-    return None
-
-
-def _dequantize_and_blas(x, weight, scales, offsets=None, bias=None):
-    _check_quantized_linear(x, weight, scales, offsets, bias)
-    return F.linear(x, reference.dequantize(weight, scales, offsets).to(x.dtype), bias)
-
-
-# No GPU kernel yet; the contract is the same.
-torch.library.impl("flashdecpp::quantized_linear", "CUDA", _dequantize_and_blas)
 
 
 # ----------------------------------------------------------------------------------------------------- fused

@@ -48,7 +48,7 @@ void launch_ring(const Launcher& launcher, const LinearParams& p) {
   const CUtensorMap weight_map =
       matrix_map("flat_gemm", p.weight, p.n, p.k, p.weight_stride, R::kBlockN, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
   const CUtensorMap x_map =
-      matrix_map("flat_gemm", p.x, p.m, p.k, p.x_stride, R::kRows, CU_TENSOR_MAP_L2_PROMOTION_NONE);
+      matrix_map("flat_gemm", p.x, p.m, p.k, p.x_stride, static_cast<int>(p.m), CU_TENSOR_MAP_L2_PROMOTION_NONE);
   const int cluster = choose_flat_cluster(launcher.properties(), p.n, p.k);
   const auto kernel = flat_ring_kernel<T, R>;
   launcher.allow_shared_memory(kernel, R::kSharedBytes);

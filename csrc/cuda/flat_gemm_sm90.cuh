@@ -4,7 +4,8 @@
 // walks along K: one thread asks for boxes of 64 rows and 128 bytes, four waves multiply, two rings of shared memory
 // between them, a deep one for the weight and a shallow one for x, which comes from L2. Where the rows of the weight
 // are too few to occupy the machine, the blocks of a cluster share a tile along K and add their parts through
-// distributed shared memory, in the order of K: no workspace, and the same bits every time.
+// distributed shared memory, in the order of K: no workspace, and the same bits every time. Rows that x does not have
+// are not copied either: whatever lies there meets no sum but its own, which nobody reads.
 //
 // Floor: the bytes of the weight over the memory bandwidth. Two blocks fit into a multiprocessor, 64 to 96 KiB of
 // weight in flight each, so that a block of the next linear has its ring full before this one has ended: the weight
@@ -33,7 +34,7 @@ struct FlatRing {
   static constexpr int kThreads = arch::kWaveGroup + arch::kWaveSize;  // consumers, then the producer's wave
   static constexpr int kLateStages = 2;                                // left to ask for when the next kernel may start
   static constexpr int kSumStride = kBlockN + 4;  // of a row of sums in shared memory: no two lanes share a bank
-  static_assert(kStagesW >= 2 && rows * kSumStride * 4 <= kRingBytesW);
+  static_assert(kStagesW >= 2 && kStagesW <= arch::kWaveSize && rows * kSumStride * 4 <= kRingBytesW);
 };
 
 struct FlatRingBarriers {
@@ -57,11 +58,14 @@ __global__ void __launch_bounds__(R::kThreads, 2)
   const int steps = static_cast<int>(int64_t{all_steps} * (rank + 1) / cluster) - first;
 
   const bool producer = threadIdx.x == kWaveGroup;
-  if (producer) {
-    prefetch_map(weight_map);
-    prefetch_map(x_map);
-    for (FlatRingBarriers& bar : bars_w) bar.full.init(), bar.empty.init();
-    for (FlatRingBarriers& bar : bars_x) bar.full.init(), bar.empty.init();
+  if (threadIdx.x >= kWaveGroup) {
+    if (producer) {
+      prefetch_map(weight_map);
+      prefetch_map(x_map);
+    }
+    const int i = lane();  // every lane makes one barrier of a kind
+    if (i < R::kStagesW) bars_w[i].full.init(), bars_w[i].empty.init();
+    if (i < R::kStagesX) bars_x[i].full.init(), bars_x[i].empty.init();
   }
   __syncthreads();
 
@@ -79,7 +83,7 @@ __global__ void __launch_bounds__(R::kThreads, 2)
       };
       const auto load_x_stage = [&](int step) {
         const int stage = step % R::kStagesX;
-        bars_x[stage].full.expect(R::kStageBytesX);
+        bars_x[stage].full.expect(R::kBoxes * static_cast<int>(p.m) * 128);  // of rows that there are
 #pragma unroll
         for (int box = 0; box < R::kBoxes; ++box) {
           copy_tensor(ring_x + stage * R::kStageBytesX + box * R::kBoxBytesX, x_map,

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "linear_arch_sm90.cuh"
-#include "numeric.cuh"
+#include "linear_epilogue.cuh"
 
 namespace flashdecpp {
 
@@ -91,17 +91,7 @@ __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParam
     }
   }
   __syncthreads();
-  const T* const bias = static_cast<const T*>(p.bias);
-  for (int i = threadIdx.x; i < p.m * G::kBlockN; i += G::kThreads) {
-    const int m = i / G::kBlockN, column_n = i % G::kBlockN;
-    const int64_t n = first_n + column_n;
-    if (n >= p.n) continue;
-    float sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < G::kWaves; ++w) sum += parts[w][m][column_n];
-    if (bias) sum += to_float(bias[n]);
-    static_cast<T*>(p.out)[m * p.n + n] = from_float<T>(sum);
-  }
+  write_wave_sums<T, G>(p, parts, first_n);
 }
 
 }  // namespace flashdecpp

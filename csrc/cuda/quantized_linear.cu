@@ -1,0 +1,81 @@
+// quantized_linear on a GPU: few rows of x stream the quantised weights, more have them dequantised for the BLAS.
+#include "linear.h"
+#include "quantized_linear_kernel.cuh"
+
+namespace flashdecpp {
+namespace {
+
+constexpr const char* kOp = "quantized_linear";
+constexpr int64_t kLaunchRows = 16;  // of x
+// Beyond, reading the weights once for every 16 rows costs more than writing and reading them in x's dtype once.
+constexpr int64_t kStreamedRows = 64;
+
+bool can_stream(const QuantizedLinearParams& p) {
+  return (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && p.m <= kStreamedRows && p.k % 16 == 0 &&
+         rows_are_aligned(p.weight, p.n, p.weight_stride, DType::kUInt8);
+}
+
+template <class T, int bits, int row_tiles>
+void launch_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
+  const auto launch = [&](auto* kernel, int block_n, int threads) {
+    launcher.overlapping(kernel, static_cast<unsigned>((p.n + block_n - 1) / block_n), threads, 0, p);
+  };
+  using Narrow = QuantizedGemv<bits, row_tiles, 1>;
+  using Wide = QuantizedGemv<bits, row_tiles, 2>;
+  if (choose_quantized_tiles(launcher.properties(), p.n) == 1) {
+    launch(quantized_gemv_kernel<T, Narrow>, Narrow::kBlockN, Narrow::kThreads);
+  } else {
+    launch(quantized_gemv_kernel<T, Wide>, Wide::kBlockN, Wide::kThreads);
+  }
+}
+
+template <class T>
+void launch_streamed(const Launcher& launcher, const QuantizedLinearParams& p) {
+  for (int64_t first = 0; first < p.m; first += kLaunchRows) {
+    QuantizedLinearParams part = p;
+    part.m = std::min(kLaunchRows, p.m - first);
+    part.x = static_cast<const T*>(p.x) + first * p.x_stride;
+    part.out = static_cast<T*>(p.out) + first * p.n;
+    if (p.bits == 4) {
+      part.m <= 8 ? launch_gemv<T, 4, 1>(launcher, part) : launch_gemv<T, 4, 2>(launcher, part);
+    } else {
+      part.m <= 8 ? launch_gemv<T, 8, 1>(launcher, part) : launch_gemv<T, 8, 2>(launcher, part);
+    }
+  }
+}
+
+Tensor dequantize(const Launcher& launcher, const QuantizedLinearParams& p, Device device) {
+  Tensor weight = new_tensor({p.n, p.k}, p.dtype, device);
+  if (p.n == 0) return weight;
+  constexpr int threads = 256, most_rows = 65535;
+  const dim3 grid(static_cast<unsigned>((p.k + threads - 1) / threads),
+                  static_cast<unsigned>(std::min<int64_t>(p.n, most_rows)));
+  arch::with_float_type(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    launcher(dequantize_kernel<T>, grid, threads, 0, p, static_cast<T*>(View(weight).data));
+  });
+  return weight;
+}
+
+Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+  contract::QuantizedLinear call = contract::quantized_linear(x, weight, scales, offsets, bias);
+  QuantizedLinearParams& p = call.params;
+  const Launcher launcher(kOp, call.x_view.device);
+  if (!can_stream(p)) return blas_linear(x, dequantize(launcher, p, call.x_view.device), bias);
+  align_rows(call);
+  Tensor result = contract::new_like_rows(call.x_view, p.n);
+  if (p.m == 0 || p.n == 0) return result;
+  p.out = View(result).data;
+  arch::with_half_type(p.dtype,
+                       [&](auto* type) { launch_streamed<std::remove_pointer_t<decltype(type)>>(launcher, p); });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
+{
+  m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
+}
+
+}  // namespace flashdecpp
