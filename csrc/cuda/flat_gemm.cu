@@ -42,6 +42,13 @@ void launch(const Launcher& launcher, const LinearParams& p, Device device, int 
   }
 }
 
+FlatLaunch flat_launch(const DeviceProperties& device, int64_t n, int64_t k) {
+  constexpr int late_stages = 2;
+  const int32_t cluster = choose_flat_cluster(device, n, k);
+  const bool fills = (n + 63) / 64 * cluster > device.multiprocessors;
+  return {cluster, fills ? INT32_MAX : late_stages};
+}
+
 template <class T, int rows>
 void launch_ring(const Launcher& launcher, const LinearParams& p) {
   using R = FlatRing<rows>;
@@ -49,11 +56,12 @@ void launch_ring(const Launcher& launcher, const LinearParams& p) {
       matrix_map("flat_gemm", p.weight, p.n, p.k, p.weight_stride, R::kBlockN, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
   const CUtensorMap x_map =
       matrix_map("flat_gemm", p.x, p.m, p.k, p.x_stride, static_cast<int>(p.m), CU_TENSOR_MAP_L2_PROMOTION_NONE);
-  const int cluster = choose_flat_cluster(launcher.properties(), p.n, p.k);
+  const FlatLaunch launch = flat_launch(launcher.properties(), p.n, p.k);
   const auto kernel = flat_ring_kernel<T, R>;
   launcher.allow_shared_memory(kernel, R::kSharedBytes);
-  const auto blocks = static_cast<unsigned>((p.n + R::kBlockN - 1) / R::kBlockN * cluster);
-  launcher.overlapping_clusters(kernel, cluster, blocks, R::kThreads, R::kSharedBytes, p, weight_map, x_map, cluster);
+  const auto blocks = static_cast<unsigned>((p.n + R::kBlockN - 1) / R::kBlockN * launch.cluster);
+  launcher.overlapping_clusters(kernel, launch.cluster, blocks, R::kThreads, R::kSharedBytes, p, weight_map, x_map,
+                                launch);
 }
 
 // All rows of x, 128 at a time.

@@ -32,9 +32,13 @@ struct FlatRing {
   static constexpr int kRingBytesW = kStagesW * kStageBytesW;
   static constexpr int kSharedBytes = kRingBytesW + kStagesX * kStageBytesX;
   static constexpr int kThreads = arch::kWaveGroup + arch::kWaveSize;  // consumers, then the producer's wave
-  static constexpr int kLateStages = 2;                                // left to ask for when the next kernel may start
   static constexpr int kSumStride = kBlockN + 4;  // of a row of sums in shared memory: no two lanes share a bank
   static_assert(kStagesW >= 2 && kStagesW <= arch::kWaveSize && rows * kSumStride * 4 <= kRingBytesW);
+};
+
+struct FlatLaunch {
+  int32_t cluster;      // blocks that share a tile
+  int32_t late_stages;  // left to ask for when the next kernel may start
 };
 
 struct FlatRingBarriers {
@@ -45,8 +49,9 @@ struct FlatRingBarriers {
 template <class T, class R>
 __global__ void __launch_bounds__(R::kThreads, 2)
     flat_ring_kernel(const __grid_constant__ LinearParams p, const __grid_constant__ CUtensorMap weight_map,
-                     const __grid_constant__ CUtensorMap x_map, int cluster) {
+                     const __grid_constant__ CUtensorMap x_map, FlatLaunch launch) {
   using namespace arch;
+  const int cluster = launch.cluster;
   unsigned char* const ring_w = dynamic_shared();
   unsigned char* const ring_x = ring_w + R::kRingBytesW;
   __shared__ FlatRingBarriers bars_w[R::kStagesW], bars_x[R::kStagesX];
@@ -58,6 +63,16 @@ __global__ void __launch_bounds__(R::kThreads, 2)
   const int steps = static_cast<int>(int64_t{all_steps} * (rank + 1) / cluster) - first;
 
   const bool producer = threadIdx.x == kWaveGroup;
+  const auto load_weight_stage = [&](int step) {
+    const int stage = step % R::kStagesW;
+    bars_w[stage].full.expect(R::kStageBytesW);
+#pragma unroll
+    for (int box = 0; box < R::kBoxes; ++box) {
+      copy_tensor(ring_w + stage * R::kStageBytesW + box * R::kBoxBytesW, weight_map,
+                  (first + step) * R::kStageK + box * 64, n, bars_w[stage].full, Keep::kBriefly);
+    }
+    if (step == max(steps - launch.late_stages, 0)) allow_next_kernel();
+  };
   if (threadIdx.x >= kWaveGroup) {
     if (producer) {
       prefetch_map(weight_map);
@@ -66,21 +81,15 @@ __global__ void __launch_bounds__(R::kThreads, 2)
     const int i = lane();  // every lane makes one barrier of a kind
     if (i < R::kStagesW) bars_w[i].full.init(), bars_w[i].empty.init();
     if (i < R::kStagesX) bars_x[i].full.init(), bars_x[i].empty.init();
+    wave_sync();
+    if (producer) {
+      for (int step = 0; step < min(steps, R::kStagesW); ++step) load_weight_stage(step);
+    }
   }
   __syncthreads();
 
   if (threadIdx.x >= kWaveGroup) {
     if (producer) {
-      const auto load_weight_stage = [&](int step) {
-        const int stage = step % R::kStagesW;
-        bars_w[stage].full.expect(R::kStageBytesW);
-#pragma unroll
-        for (int box = 0; box < R::kBoxes; ++box) {
-          copy_tensor(ring_w + stage * R::kStageBytesW + box * R::kBoxBytesW, weight_map,
-                      (first + step) * R::kStageK + box * 64, n, bars_w[stage].full, Keep::kBriefly);
-        }
-        if (step == max(steps - R::kLateStages, 0)) allow_next_kernel();
-      };
       const auto load_x_stage = [&](int step) {
         const int stage = step % R::kStagesX;
         bars_x[stage].full.expect(R::kBoxes * static_cast<int>(p.m) * 128);  // of rows that there are
@@ -90,7 +99,6 @@ __global__ void __launch_bounds__(R::kThreads, 2)
                       (first + step) * R::kStageK + box * 64, 0, bars_x[stage].full, Keep::kLong);
         }
       };
-      for (int step = 0; step < min(steps, R::kStagesW); ++step) load_weight_stage(step);
       wait_for_previous_kernel();
       for (int step = 0; step < min(steps, R::kStagesX); ++step) load_x_stage(step);
       // A stage that has been multiplied is filled again: x's and the weight's at the same time.

@@ -15,17 +15,32 @@ bool can_stream(const QuantizedLinearParams& p) {
          rows_are_aligned(p.weight, p.n, p.weight_stride, DType::kUInt8);
 }
 
-template <class T, int bits, int row_tiles>
+template <class T, int bits, int row_tiles, int tiles>
 void launch_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
-  const auto launch = [&](auto* kernel, int block_n, int threads) {
-    launcher.overlapping(kernel, static_cast<unsigned>((p.n + block_n - 1) / block_n), threads, 0, p);
+  const bool one_scale = p.group == p.k;
+  const QuantizedLaunch launch{one_scale       ? 31
+                               : p.group == 32 ? 5
+                               : p.group == 64 ? 6
+                                               : 7,
+                               one_scale ? 4 : static_cast<int32_t>(p.group / 32)};
+  const auto blocks = static_cast<unsigned>((p.n + 16 * tiles - 1) / (16 * tiles));
+  const auto run = [&](auto* shape) {
+    using G = std::remove_pointer_t<decltype(shape)>;
+    launcher.overlapping(quantized_gemv_kernel<T, G>, blocks, G::kThreads, 0, p, launch);
   };
-  using Narrow = QuantizedGemv<bits, row_tiles, 1>;
-  using Wide = QuantizedGemv<bits, row_tiles, 2>;
-  if (choose_quantized_tiles(launcher.properties(), p.n) == 1) {
-    launch(quantized_gemv_kernel<T, Narrow>, Narrow::kBlockN, Narrow::kThreads);
+  if (launch.blocks_a_group < 4) {
+    run(static_cast<QuantizedGemv<bits, row_tiles, tiles, true>*>(nullptr));
   } else {
-    launch(quantized_gemv_kernel<T, Wide>, Wide::kBlockN, Wide::kThreads);
+    run(static_cast<QuantizedGemv<bits, row_tiles, tiles, false>*>(nullptr));
+  }
+}
+
+template <class T, int bits>
+void launch_rows(const Launcher& launcher, const QuantizedLinearParams& p) {
+  if (choose_quantized_tiles(launcher.properties(), p.n) == 1) {
+    p.m <= 8 ? launch_gemv<T, bits, 1, 1>(launcher, p) : launch_gemv<T, bits, 2, 1>(launcher, p);
+  } else {
+    p.m <= 8 ? launch_gemv<T, bits, 1, 2>(launcher, p) : launch_gemv<T, bits, 2, 2>(launcher, p);
   }
 }
 
@@ -36,11 +51,7 @@ void launch_streamed(const Launcher& launcher, const QuantizedLinearParams& p) {
     part.m = std::min(kLaunchRows, p.m - first);
     part.x = static_cast<const T*>(p.x) + first * p.x_stride;
     part.out = static_cast<T*>(p.out) + first * p.n;
-    if (p.bits == 4) {
-      part.m <= 8 ? launch_gemv<T, 4, 1>(launcher, part) : launch_gemv<T, 4, 2>(launcher, part);
-    } else {
-      part.m <= 8 ? launch_gemv<T, 8, 1>(launcher, part) : launch_gemv<T, 8, 2>(launcher, part);
-    }
+    p.bits == 4 ? launch_rows<T, 4>(launcher, part) : launch_rows<T, 8>(launcher, part);
   }
 }
 

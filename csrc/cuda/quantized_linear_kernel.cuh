@@ -1,24 +1,33 @@
 // out[m, n] = sum_k x[m, k] (scale q[n, k] + offset) + bias[n] for weights of 8 or 4 bits and up to 16 rows of x, on
-// the matrix units. q is an integer that a half type holds exactly, so its products with x are exact and a group's sum
-// is scaled in float32: the result differs from the float32 reference by the order of summation alone.
+// the matrix units.
 //
-// As gemv_sm90.cuh: weights go from memory to registers, 16 bytes a load, and there become fragments. A product of
-// 16 x 8 x 16 must not mix groups of different scales, and a 16-byte load of 4 bit is one group's. So the four lanes of
-// a row exchange words: then every lane has four (and four) neighbours of every block of 32, and the block is two
-// products. Offsets multiply the sum of x over the group, which a product with ones gives.
+// As gemv_sm90.cuh: weights go from memory to registers, 16 bytes a load, and there become fragments. A half type holds
+// q, in units and from a zero of its own (Integers), so its products with x are exact; a group's sum is scaled in
+// float32, and x's sum over the group, a product with ones, takes off the zero and puts on the offset. The result
+// differs from the float32 reference by the order of summation alone.
 //
-// Floor: the bytes of q, scales and offsets over the memory bandwidth.
+// A product of 16 x 8 x 16 must not mix groups, and the four lanes of a row load 32 neighbours of 4 bit each. Groups of
+// 128 and more hold all of them. For smaller ones the four lanes exchange words: then every lane has a part of each
+// block of 32, and a block is two products.
+//
+// Floor: the bytes of q, scales and offsets over the memory bandwidth; close to it, what decoding costs.
 #pragma once
 
 #include "linear_epilogue.cuh"
 
 namespace flashdecpp {
 
-template <int bits, int row_tiles, int tiles>
+struct QuantizedLaunch {
+  int32_t group_shift;     // log2 of the weights that share a scale; 31: a row
+  int32_t blocks_a_group;  // of 32 weights, at most 4: sums are scaled so often
+};
+
+template <int bits, int row_tiles, int tiles, bool exchange>
 struct QuantizedGemv {
   static constexpr int kBits = bits;
   static constexpr int kRowTiles = row_tiles;  // of 8 rows of x
   static constexpr int kTiles = tiles;         // of 16 rows of the weight
+  static constexpr bool kExchange = exchange;  // of words, for groups of less than kStepK
   static constexpr int kStepK = 128;           // of K: what four lanes decode at a time
   static constexpr int kBlocks = kStepK / 32;
   static constexpr int kStepLoads = bits / 4;            // of 16 bytes, a row
@@ -27,47 +36,42 @@ struct QuantizedGemv {
   static constexpr int kMaxRows = row_tiles * arch::kTileN, kBlockN = 16 * tiles;
 };
 
-// Integers as pairs of a half type: those of bytes or nibbles 0 and 2 of a word, and of 1 and 3.
-template <class T>
-struct Widen;
+// How a half type holds integers: q = kUnit * (kFirst * a + b) - kZero, where a and b come from two products. Words
+// have four bytes; pairs(word) has those of bytes 0 and 2, then of 1 and 3.
+template <class T, int bits>
+struct Integers;
 
+// A number below 1024 is a subnormal half: the mantissa alone, in units of 2^-24. The high nibble stays where it is.
 template <>
-struct Widen<arch::half> {
+struct Integers<arch::half, 4> {
+  static constexpr float kUnit = 0x1p20f, kFirst = 16.f, kZero = 0.f;
   static constexpr uint32_t kOnes = 0x3c003c00;
-  static __device__ __forceinline__ uint32_t subtract(uint32_t pair, float value) {
-    const __half2 difference = __hsub2(reinterpret_cast<const __half2&>(pair), __float2half2_rn(value));
-    return reinterpret_cast<const uint32_t&>(difference);
-  }
-  // Beside 0x64 a number below 1024 is the mantissa of 1024 and more.
-  static __device__ __forceinline__ uint32_t nibbles(uint32_t bits, float zero) {
-    return subtract((bits & 0x000f000f) | 0x64006400, 1024.f + zero);
-  }
-  static __device__ __forceinline__ void signed_bytes(uint32_t word, uint32_t& even, uint32_t& odd) {
+  static __device__ __forceinline__ uint2 low(uint32_t word) { return {word & 0x000f000f, word >> 8 & 0x000f000f}; }
+  static __device__ __forceinline__ uint2 high(uint32_t word) { return {word & 0x00f000f0, word >> 8 & 0x00f000f0}; }
+};
+template <>
+struct Integers<arch::half, 8> {
+  static constexpr float kUnit = 0x1p24f, kFirst = 1.f, kZero = 128.f;
+  static constexpr uint32_t kOnes = 0x3c003c00;
+  static __device__ __forceinline__ uint2 bytes(uint32_t word) {
     const uint32_t from_0 = word ^ 0x80808080;
-    even = subtract(__byte_perm(from_0, 0x64646464, 0x4240), 1024.f + 128.f);
-    odd = subtract(__byte_perm(from_0, 0x64646464, 0x4341), 1024.f + 128.f);
+    return {from_0 & 0x00ff00ff, from_0 >> 8 & 0x00ff00ff};
   }
 };
 
+// bfloat16 has no such room below: a number below 128 is the mantissa of 128 and more. A byte is two nibbles.
 template <>
-struct Widen<arch::bfloat16> {
+struct Integers<arch::bfloat16, 4> {
+  static constexpr float kUnit = 1.f, kFirst = 1.f, kZero = 128.f;
   static constexpr uint32_t kOnes = 0x3f803f80;
-  // Beside 0x43 a number below 128 is the mantissa of 128 and more.
-  static __device__ __forceinline__ uint32_t nibbles(uint32_t bits, float zero) {
-    const uint32_t pair = (bits & 0x000f000f) | 0x43004300;
-    const __nv_bfloat162 difference =
-        __hsub2(reinterpret_cast<const __nv_bfloat162&>(pair), __float2bfloat162_rn(128.f + zero));
-    return reinterpret_cast<const uint32_t&>(difference);
-  }
-  // A byte is too long for that; it is the end of the mantissa of 2^23 in float32.
-  static __device__ __forceinline__ float signed_byte(uint32_t from_0, int byte) {
-    return __uint_as_float(__byte_perm(from_0, 0x4b000000, 0x7650 + byte)) - (8388608.f + 128.f);
-  }
-  static __device__ __forceinline__ void signed_bytes(uint32_t word, uint32_t& even, uint32_t& odd) {
-    const uint32_t from_0 = word ^ 0x80808080;
-    even = arch::pack<arch::bfloat16>(signed_byte(from_0, 0), signed_byte(from_0, 2));
-    odd = arch::pack<arch::bfloat16>(signed_byte(from_0, 1), signed_byte(from_0, 3));
-  }
+  static __device__ __forceinline__ uint32_t pair(uint32_t bits) { return (bits & 0x000f000f) | 0x43004300; }
+  static __device__ __forceinline__ uint2 low(uint32_t word) { return {pair(word), pair(word >> 8)}; }
+  static __device__ __forceinline__ uint2 high(uint32_t word) { return {pair(word >> 4), pair(word >> 12)}; }
+};
+template <>
+struct Integers<arch::bfloat16, 8> : Integers<arch::bfloat16, 4> {
+  static constexpr float kFirst = 16.f, kZero = 128.f + 17.f * 128.f;
+  static __device__ __forceinline__ uint32_t from_0(uint32_t word) { return word ^ 0x80808080; }
 };
 
 // i is a constant where this is inlined.
@@ -95,67 +99,93 @@ __device__ __forceinline__ float load_float(const void* data, DType dtype, int64
   return static_cast<const float*>(data)[index];
 }
 
-// What a lane has in flight of one row for one step: 128 weights of four lanes together, and the scale and the offset
-// of block lane % 4.
+// What a lane has in flight of one row for one step: its part of 128 weights, and the scale and the offset of one
+// group.
 template <class G>
 struct QuantizedStep {
   uint4 bits[G::kStepLoads];
   float scale, offset;
 
-  __device__ __forceinline__ void load(const QuantizedLinearParams& p, int64_t n, int step) {
-    const int part = arch::lane() % 4;
+  __device__ __forceinline__ void load(const QuantizedLinearParams& p, const QuantizedLaunch& launch, int64_t n,
+                                       int step) {
+    const int part = arch::lane() % 4, k = static_cast<int>(p.k);
     const auto* row = static_cast<const unsigned char*>(p.weight) + n * p.weight_stride;
-    const int row_bytes = static_cast<int>(p.k * G::kBits / 8);
 #pragma unroll
     for (int i = 0; i < G::kStepLoads; ++i) {
       const int at = ((step * G::kStepLoads + i) * 4 + part) * 16;
-      bits[i] = at < row_bytes ? arch::load_stream(row + at) : make_uint4(0, 0, 0, 0);
+      bits[i] = at * (8 / G::kBits) < k ? arch::load_stream(row + at) : make_uint4(0, 0, 0, 0);
     }
-    const int k = step * G::kStepK + part * 32;
-    const int64_t group = p.group == p.k ? 0 : k / static_cast<int>(p.group);
-    scale = offset = 0.f;
-    if (k < p.k || p.group == p.k) {
-      scale = load_float(p.scales, p.scales_dtype, n * p.scales_stride + group);
-      if (p.offsets) offset = load_float(p.offsets, p.scales_dtype, n * p.offsets_stride + group);
-    }
+    // Without an exchange the whole step is one group's; with one, this lane's is that of block `part`.
+    const int group = min(step * G::kStepK + (G::kExchange ? part * 32 : 0), k - 1) >> launch.group_shift;
+    scale = load_float(p.scales, p.scales_dtype, n * p.scales_stride + group);
+    offset = p.offsets       ? load_float(p.offsets, p.scales_dtype, n * p.offsets_stride + group)
+             : G::kBits == 4 ? -8.f * scale
+                             : 0.f;
   }
 
-  // Words of this lane: word(block, half) has the weights 4 t to 4 t + 3 of the block, or the same of its other half.
-  __device__ __forceinline__ void exchange() {
+  __device__ __forceinline__ void prepare() {
+    if constexpr (G::kExchange) {
 #pragma unroll
-    for (uint4& b : bits) exchange_words(b);
+      for (uint4& b : bits) exchange_words(b);
+    }
   }
 
-  // Pairs of a block's weights (4 t, 4 t + 2), (16 + 4 t, ...), (4 t + 1, 4 t + 3), (16 + 4 t + 1, ...).
-  template <class T>
-  __device__ __forceinline__ void decode(uint32_t (&pairs)[4], int block, float zero) const {
-    if constexpr (G::kBits == 4) {
-      const uint32_t word = component(bits[0], block);
-      pairs[0] = Widen<T>::nibbles(word, zero);
-      pairs[1] = Widen<T>::nibbles(word >> 4, zero);
-      pairs[2] = Widen<T>::nibbles(word >> 8, zero);
-      pairs[3] = Widen<T>::nibbles(word >> 12, zero);
-    } else {
-      Widen<T>::signed_bytes(component(bits[block / 2], block % 2 * 2), pairs[0], pairs[2]);
-      Widen<T>::signed_bytes(component(bits[block / 2], block % 2 * 2 + 1), pairs[1], pairs[3]);
-    }
+  // One word of 4 bit has weights of both halves of a block, one of 8 bit those of one half.
+  __device__ __forceinline__ uint32_t word(int block, int half) const {
+    return G::kBits == 4 ? component(bits[0], block) : component(bits[block / 2], block % 2 * 2 + half);
+  }
+
+  // Where in a step the four neighbours along K are that a lane has of each half of a block.
+  static __device__ __forceinline__ int place(int block, int half) {
+    const int part = arch::lane() % 4;
+    if (G::kExchange) return block * 32 + half * 16 + part * 4;
+    return G::kBits == 4 ? part * 32 + half * 16 + block * 4 : (block / 2 * 4 + part) * 16 + (block % 2 * 2 + half) * 4;
   }
 };
 
+template <class T>
+__device__ __forceinline__ void mma_rows(arch::TileC& sums, const uint2& low, const uint2& high,
+                                         const arch::TileB<T>& b) {
+  arch::mma(sums, arch::TileA<T>{{low.x, high.x, low.y, high.y}}, b);
+}
+
+// The products of half a block: `low` and `high` are rows 0 to 7 and 8 to 15 of a tile.
 template <class T, class G>
-__global__ void __launch_bounds__(G::kThreads, 2) quantized_gemv_kernel(QuantizedLinearParams p) {
+__device__ __forceinline__ void multiply_half(arch::TileC& first, arch::TileC& second, uint32_t low, uint32_t high,
+                                              int half, const arch::TileB<T>& b) {
+  using I = Integers<T, G::kBits>;
+  if constexpr (G::kBits == 4) {
+    if (half == 0) {
+      mma_rows<T>(first, I::low(low), I::low(high), b);
+    } else {
+      mma_rows<T>(second, I::high(low), I::high(high), b);
+    }
+  } else if constexpr (std::is_same_v<T, arch::half>) {
+    mma_rows<T>(half == 0 ? first : second, I::bytes(low), I::bytes(high), b);
+  } else {
+    const uint32_t a = I::from_0(low), c = I::from_0(high);
+    mma_rows<T>(first, I::high(a), I::high(c), b);
+    mma_rows<T>(second, I::low(a), I::low(c), b);
+  }
+}
+
+template <class T, class G>
+__global__ void __launch_bounds__(G::kThreads, 2)
+    quantized_gemv_kernel(QuantizedLinearParams p, QuantizedLaunch launch) {
   using namespace arch;
+  using I = Integers<T, G::kBits>;
   constexpr int row_tiles = G::kRowTiles, tiles = G::kTiles;
   __shared__ float parts[G::kWaves][G::kMaxRows][G::kBlockN];
   allow_next_kernel();
 
-  const int row = lane() / 4, part = lane() % 4;
+  const int row = lane() / 4;
   const int64_t first_n = blockIdx.x * int64_t{G::kBlockN};
   const int k = static_cast<int>(p.k), steps = (k + G::kStepK - 1) / G::kStepK;
-  const T* const x = static_cast<const T*>(p.x) + row * p.x_stride + part * 4;
-  // A power of two; where a row has one scale, the sums of a step are scaled together.
-  const int blocks_a_group = p.group == p.k ? G::kBlocks : static_cast<int>(p.group / 32);
-  const float zero = G::kBits == 4 && !p.offsets ? 8.f : 0.f;
+  const T* x[row_tiles];  // rows that there are not are another's: nobody reads what becomes of them
+#pragma unroll
+  for (int j = 0; j < row_tiles; ++j) {
+    x[j] = static_cast<const T*>(p.x) + min(int64_t{j * 8 + row}, p.m - 1) * p.x_stride;
+  }
 
   TileC sums[tiles][row_tiles];
   bool waited = false;
@@ -167,7 +197,7 @@ __global__ void __launch_bounds__(G::kThreads, 2) quantized_gemv_kernel(Quantize
       for (int i = 0; i < tiles; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          loaded[u][i][half].load(p, min(first_n + i * 16 + half * 8 + row, p.n - 1), base + u);
+          loaded[u][i][half].load(p, launch, min(first_n + i * 16 + half * 8 + row, p.n - 1), base + u);
         }
       }
     }
@@ -178,61 +208,50 @@ __global__ void __launch_bounds__(G::kThreads, 2) quantized_gemv_kernel(Quantize
       if (base + u >= steps) break;
 #pragma unroll
       for (int i = 0; i < tiles; ++i) {
-        loaded[u][i][0].exchange();
-        loaded[u][i][1].exchange();
+        loaded[u][i][0].prepare();
+        loaded[u][i][1].prepare();
       }
-      TileC products[tiles][row_tiles], x_sums[row_tiles];
+      TileC first[tiles][row_tiles], second[tiles][row_tiles], x_sums[row_tiles];
 #pragma unroll
       for (int block = 0; block < G::kBlocks; ++block) {
-        TileB<T> columns[row_tiles][2];  // x in the order of the pairs
 #pragma unroll
-        for (int j = 0; j < row_tiles; ++j) {
-          const int at = (base + u) * G::kStepK + block * 32;
-          uint2 low = make_uint2(0, 0), high = low;
-          const T* const source = x + j * 8 * p.x_stride + at;
-          if (j * 8 + row < p.m) {
-            if (at < k) low = *reinterpret_cast<const uint2*>(source);
-            if (at + 16 < k) high = *reinterpret_cast<const uint2*>(source + 16);
-          }
-          columns[j][0] = {{__byte_perm(low.x, low.y, 0x5410), __byte_perm(high.x, high.y, 0x5410)}};
-          columns[j][1] = {{__byte_perm(low.x, low.y, 0x7632), __byte_perm(high.x, high.y, 0x7632)}};
-          if (p.offsets) {
-            constexpr uint32_t ones = Widen<T>::kOnes;
-            mma(x_sums[j], TileA<T>{{ones, ones, ones, ones}}, columns[j][0]);
-            mma(x_sums[j], TileA<T>{{ones, ones, ones, ones}}, columns[j][1]);
-          }
-        }
-        const bool group_ends = ((block + 1) & (blocks_a_group - 1)) == 0;
-#pragma unroll
-        for (int i = 0; i < tiles; ++i) {
-          const QuantizedStep<G>(&rows)[2] = loaded[u][i];
-          uint32_t low[4], high[4];
-          rows[0].template decode<T>(low, block, zero);
-          rows[1].template decode<T>(high, block, zero);
+        for (int half = 0; half < 2; ++half) {
+          const int at = (base + u) * G::kStepK + QuantizedStep<G>::place(block, half);
 #pragma unroll
           for (int j = 0; j < row_tiles; ++j) {
-            mma(products[i][j], TileA<T>{{low[0], high[0], low[1], high[1]}}, columns[j][0]);
-            mma(products[i][j], TileA<T>{{low[2], high[2], low[3], high[3]}}, columns[j][1]);
+            const uint2 v = at < k ? *reinterpret_cast<const uint2*>(x[j] + at) : make_uint2(0, 0);
+            const TileB<T> b{{__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.x, v.y, 0x7632)}};  // as bytes come in pairs
+            mma(x_sums[j], TileA<T>{{I::kOnes, I::kOnes, I::kOnes, I::kOnes}}, b);
+#pragma unroll
+            for (int i = 0; i < tiles; ++i) {
+              multiply_half<T, G>(first[i][j], second[i][j], loaded[u][i][0].word(block, half),
+                                  loaded[u][i][1].word(block, half), half, b);
+            }
           }
-          if (!group_ends) continue;
+        }
+        if ((block + 1) & (launch.blocks_a_group - 1)) continue;
+#pragma unroll
+        for (int i = 0; i < tiles; ++i) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const float scale = __shfl_sync(0xffffffffu, rows[half].scale, lane() / 4 * 4 + block);
-            const float offset = __shfl_sync(0xffffffffu, rows[half].offset, lane() / 4 * 4 + block);
+            float scale = loaded[u][i][half].scale, offset = loaded[u][i][half].offset;
+            if constexpr (G::kExchange) {
+              scale = __shfl_sync(0xffffffffu, scale, lane() / 4 * 4 + block);
+              offset = __shfl_sync(0xffffffffu, offset, lane() / 4 * 4 + block);
+            }
+            const float unit = scale * I::kUnit, from_x = offset - scale * I::kZero;
 #pragma unroll
             for (int j = 0; j < row_tiles; ++j) {
 #pragma unroll
               for (int e = half * 2; e < half * 2 + 2; ++e) {
-                sums[i][j].v[e] += scale * products[i][j].v[e] + offset * x_sums[j].v[e];
-                products[i][j].v[e] = 0.f;
+                sums[i][j].v[e] += unit * (I::kFirst * first[i][j].v[e] + second[i][j].v[e]) + from_x * x_sums[j].v[e];
+                first[i][j].v[e] = second[i][j].v[e] = 0.f;
               }
             }
           }
         }
-        if (group_ends) {
 #pragma unroll
-          for (int j = 0; j < row_tiles; ++j) x_sums[j] = TileC();
-        }
+        for (int j = 0; j < row_tiles; ++j) x_sums[j] = TileC();
       }
     }
   }
