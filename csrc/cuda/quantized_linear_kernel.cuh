@@ -13,6 +13,7 @@
 // Floor: the bytes of q, scales and offsets over the memory bandwidth; close to it, what decoding costs.
 #pragma once
 
+#include "linear_arch_sm80.cuh"
 #include "linear_epilogue.cuh"
 
 namespace flashdecpp {
@@ -93,10 +94,15 @@ __device__ __forceinline__ void exchange_words(uint4& v) {
   swap(v.y, v.w, 2);
 }
 
-__device__ __forceinline__ float load_float(const void* data, DType dtype, int64_t index) {
-  if (dtype == DType::kFloat16) return arch::to_float(static_cast<const arch::half*>(data)[index]);
-  if (dtype == DType::kBFloat16) return arch::to_float(static_cast<const arch::bfloat16*>(data)[index]);
-  return static_cast<const float*>(data)[index];
+// Scales and offsets as they are loaded; what they say is worked out when it is needed.
+__device__ __forceinline__ uint32_t load_parameter(const void* data, DType dtype, int64_t index) {
+  const bool wide = dtype == DType::kFloat32;
+  return arch::load_2_or_4_bytes(static_cast<const unsigned char*>(data) + index * (wide ? 4 : 2), wide);
+}
+
+__device__ __forceinline__ float parameter(uint32_t bits, DType dtype) {
+  if (dtype == DType::kFloat16) return arch::to_float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return __uint_as_float(dtype == DType::kBFloat16 ? bits << 16 : bits);
 }
 
 // What a lane has in flight of one row for one step: its part of 128 weights, and the scale and the offset of one
@@ -104,7 +110,7 @@ __device__ __forceinline__ float load_float(const void* data, DType dtype, int64
 template <class G>
 struct QuantizedStep {
   uint4 bits[G::kStepLoads];
-  float scale, offset;
+  uint32_t scale_bits, offset_bits;
 
   __device__ __forceinline__ void load(const QuantizedLinearParams& p, const QuantizedLaunch& launch, int64_t n,
                                        int step) {
@@ -117,10 +123,8 @@ struct QuantizedStep {
     }
     // Without an exchange the whole step is one group's; with one, this lane's is that of block `part`.
     const int group = min(step * G::kStepK + (G::kExchange ? part * 32 : 0), k - 1) >> launch.group_shift;
-    scale = load_float(p.scales, p.scales_dtype, n * p.scales_stride + group);
-    offset = p.offsets       ? load_float(p.offsets, p.scales_dtype, n * p.offsets_stride + group)
-             : G::kBits == 4 ? -8.f * scale
-                             : 0.f;
+    scale_bits = load_parameter(p.scales, p.scales_dtype, n * p.scales_stride + group);
+    if (p.offsets) offset_bits = load_parameter(p.offsets, p.scales_dtype, n * p.offsets_stride + group);
   }
 
   __device__ __forceinline__ void prepare() {
@@ -234,7 +238,9 @@ __global__ void __launch_bounds__(G::kThreads, 2)
         for (int i = 0; i < tiles; ++i) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            float scale = loaded[u][i][half].scale, offset = loaded[u][i][half].offset;
+            float scale = parameter(loaded[u][i][half].scale_bits, p.scales_dtype);
+            float offset = p.offsets ? parameter(loaded[u][i][half].offset_bits, p.scales_dtype)
+                                     : (G::kBits == 4 ? -8.f : 0.f) * scale;
             if constexpr (G::kExchange) {
               scale = __shfl_sync(0xffffffffu, scale, lane() / 4 * 4 + block);
               offset = __shfl_sync(0xffffffffu, offset, lane() / 4 * 4 + block);
@@ -279,8 +285,11 @@ __global__ void dequantize_kernel(QuantizedLinearParams p, T* out) {
   for (int64_t n = blockIdx.y; n < p.n; n += gridDim.y) {
     const auto* row = static_cast<const unsigned char*>(p.weight) + n * p.weight_stride;
     const int64_t group = k / p.group;
-    const float scale = load_float(p.scales, p.scales_dtype, n * p.scales_stride + group);
-    float offset = p.offsets ? load_float(p.offsets, p.scales_dtype, n * p.offsets_stride + group) : 0.f;
+    const auto at = [&](const void* data, int64_t stride) {
+      return parameter(load_parameter(data, p.scales_dtype, n * stride + group), p.scales_dtype);
+    };
+    const float scale = at(p.scales, p.scales_stride);
+    float offset = p.offsets ? at(p.offsets, p.offsets_stride) : 0.f;
     int q;
     if (p.bits == 8) {
       q = static_cast<signed char>(row[k]);
