@@ -298,7 +298,7 @@ def quantized_linear(
     dequantised into x's dtype, strip by strip, or as a whole where `linear` would take the BLAS. Below that a
     row's result is the same bits whatever else is in the batch.
 
-    On a GPU it is streamed, too, for up to 64 rows of float16 or bfloat16 x, 16 at a time: products with the
+    On a GPU it is streamed, too, for up to 48 rows of float16 or bfloat16 x, 16 at a time: products with the
     integers are exact, and a group's sum is scaled in float32. Otherwise (more rows, float32, rows of the
     weight that do not start on multiples of 16 bytes) it is dequantised into x's dtype, then multiplied by
     the vendor BLAS.

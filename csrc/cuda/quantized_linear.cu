@@ -8,7 +8,7 @@ namespace {
 constexpr const char* kOp = "quantized_linear";
 constexpr int64_t kLaunchRows = 16;  // of x
 // Beyond, reading the weights once for every 16 rows costs more than writing and reading them in x's dtype once.
-constexpr int64_t kStreamedRows = 64;
+constexpr int64_t kStreamedRows = 48;
 
 bool can_stream(const QuantizedLinearParams& p) {
   return (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && p.m <= kStreamedRows && p.k % 16 == 0 &&
@@ -37,11 +37,9 @@ void launch_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
 
 template <class T, int bits>
 void launch_rows(const Launcher& launcher, const QuantizedLinearParams& p) {
-  if (choose_quantized_tiles(launcher.properties(), p.n) == 1) {
-    p.m <= 8 ? launch_gemv<T, bits, 1, 1>(launcher, p) : launch_gemv<T, bits, 2, 1>(launcher, p);
-  } else {
-    p.m <= 8 ? launch_gemv<T, bits, 1, 2>(launcher, p) : launch_gemv<T, bits, 2, 2>(launcher, p);
-  }
+  if (p.m > 8) return launch_gemv<T, bits, 2, 1>(launcher, p);
+  choose_quantized_tiles(launcher.properties(), p.n) == 1 ? launch_gemv<T, bits, 1, 1>(launcher, p)
+                                                          : launch_gemv<T, bits, 1, 2>(launcher, p);
 }
 
 template <class T>

@@ -31,8 +31,8 @@ struct QuantizedGemv {
   static constexpr bool kExchange = exchange;  // of words, for groups of less than kStepK
   static constexpr int kStepK = 128;           // of K: what four lanes decode at a time
   static constexpr int kBlocks = kStepK / 32;
-  static constexpr int kStepLoads = bits / 4;            // of 16 bytes, a row
-  static constexpr int kSteps = 4 / kStepLoads / tiles;  // in flight
+  static constexpr int kStepLoads = bits / 4;                        // of 16 bytes, a row
+  static constexpr int kSteps = 4 / kStepLoads / tiles / row_tiles;  // in flight
   static constexpr int kWaves = 8, kThreads = kWaves * arch::kWaveSize;
   static constexpr int kMaxRows = row_tiles * arch::kTileN, kBlockN = 16 * tiles;
 };
@@ -210,12 +210,7 @@ __global__ void __launch_bounds__(G::kThreads, 2)
 #pragma unroll
     for (int u = 0; u < G::kSteps; ++u) {
       if (base + u >= steps) break;
-#pragma unroll
-      for (int i = 0; i < tiles; ++i) {
-        loaded[u][i][0].prepare();
-        loaded[u][i][1].prepare();
-      }
-      TileC first[tiles][row_tiles], second[tiles][row_tiles], x_sums[row_tiles];
+      uint2 neighbours[G::kBlocks][2][row_tiles];  // of x; asked for before anything waits for weights
 #pragma unroll
       for (int block = 0; block < G::kBlocks; ++block) {
 #pragma unroll
@@ -223,7 +218,32 @@ __global__ void __launch_bounds__(G::kThreads, 2)
           const int at = (base + u) * G::kStepK + QuantizedStep<G>::place(block, half);
 #pragma unroll
           for (int j = 0; j < row_tiles; ++j) {
-            const uint2 v = at < k ? *reinterpret_cast<const uint2*>(x[j] + at) : make_uint2(0, 0);
+            neighbours[block][half][j] = make_uint2(0, 0);
+            if (at < k) neighbours[block][half][j] = *reinterpret_cast<const uint2*>(x[j] + at);
+          }
+        }
+      }
+      float unit[tiles][2], from_x[tiles][2];
+#pragma unroll
+      for (int i = 0; i < tiles; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          loaded[u][i][half].prepare();
+          const float scale = parameter(loaded[u][i][half].scale_bits, p.scales_dtype);
+          const float offset = p.offsets ? parameter(loaded[u][i][half].offset_bits, p.scales_dtype)
+                                         : (G::kBits == 4 ? -8.f : 0.f) * scale;
+          unit[i][half] = scale * I::kUnit;
+          from_x[i][half] = offset - scale * I::kZero;
+        }
+      }
+      TileC first[tiles][row_tiles], second[tiles][row_tiles], x_sums[row_tiles];
+#pragma unroll
+      for (int block = 0; block < G::kBlocks; ++block) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int j = 0; j < row_tiles; ++j) {
+            const uint2& v = neighbours[block][half][j];
             const TileB<T> b{{__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.x, v.y, 0x7632)}};  // as bytes come in pairs
             mma(x_sums[j], TileA<T>{{I::kOnes, I::kOnes, I::kOnes, I::kOnes}}, b);
 #pragma unroll
@@ -238,19 +258,16 @@ __global__ void __launch_bounds__(G::kThreads, 2)
         for (int i = 0; i < tiles; ++i) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            float scale = parameter(loaded[u][i][half].scale_bits, p.scales_dtype);
-            float offset = p.offsets ? parameter(loaded[u][i][half].offset_bits, p.scales_dtype)
-                                     : (G::kBits == 4 ? -8.f : 0.f) * scale;
+            float of_sums = unit[i][half], of_x = from_x[i][half];
             if constexpr (G::kExchange) {
-              scale = __shfl_sync(0xffffffffu, scale, lane() / 4 * 4 + block);
-              offset = __shfl_sync(0xffffffffu, offset, lane() / 4 * 4 + block);
+              of_sums = __shfl_sync(0xffffffffu, of_sums, lane() / 4 * 4 + block);
+              of_x = __shfl_sync(0xffffffffu, of_x, lane() / 4 * 4 + block);
             }
-            const float unit = scale * I::kUnit, from_x = offset - scale * I::kZero;
 #pragma unroll
             for (int j = 0; j < row_tiles; ++j) {
 #pragma unroll
               for (int e = half * 2; e < half * 2 + 2; ++e) {
-                sums[i][j].v[e] += unit * (I::kFirst * first[i][j].v[e] + second[i][j].v[e]) + from_x * x_sums[j].v[e];
+                sums[i][j].v[e] += of_sums * (I::kFirst * first[i][j].v[e] + second[i][j].v[e]) + of_x * x_sums[j].v[e];
                 first[i][j].v[e] = second[i][j].v[e] = 0.f;
               }
             }
