@@ -49,7 +49,7 @@ FORMATS = {  # of quantised weights
     "int4 g128": {"bits": 4, "group_size": 128},
     "int4 g32 offsets": {"bits": 4, "group_size": 32, "symmetric": False},
 }
-QUANTIZED_ROWS = [1, 8, 16, 32]
+QUANTIZED_ROWS = [1, 8, 16]
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 
