@@ -204,13 +204,17 @@ def check(
 
 
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias as dot products, for few rows (the paper's ImplA).
+    """x @ weight^T + bias as a stream of the weight, for few rows (the paper's ImplA).
 
-    The weight is streamed once. Right for any number of rows M, made for M <= 8.
+    The weight is streamed once. Right for any number of rows M, made for M <= 8; on Hopper, where the
+    matrix units do the sums, for M <= 16.
 
     Args:
         x: [..., K], any strides. float32, float16 or bfloat16 on the CPU, float16 or bfloat16 on a GPU.
-        weight: [N, K], x's dtype, contiguous last dim. On a GPU K must be a multiple of 8.
+        weight: [N, K], x's dtype, contiguous last dim. On a GPU K must be a multiple of 8. On Hopper its
+            first rows are read while the kernel ahead in the stream still runs. That is safe after every
+            kernel but one that lets its successor start (programmatic dependent launch) before it has
+            written this weight.
         bias: [N], x's dtype.
 
     Returns:
@@ -243,7 +247,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
 
     Args:
         x: [..., K], any strides; float32, float16 or bfloat16.
-        weight: [N, K], x's dtype, contiguous last dim.
+        weight: [N, K], x's dtype, contiguous last dim; `gemv` says when it is read on Hopper.
         bias: [N], x's dtype.
         impl: "gemv", "flat_gemm", "blas" (torch's own linear), or "auto": by the two inflection points that
             were measured for this device, dtype, N and K (`flashdecpp tune`), or by a rule where they
@@ -307,7 +311,8 @@ def quantized_linear(
         x: [..., K], any strides; float32, float16 or bfloat16.
         weight: contiguous last dim. 8 bit: int8 [N, K], q from -128 to 127. 4 bit: uint8 [N, K / 2], q from 0
             to 15; 16 bytes hold 32 neighbours along K, the low nibbles the first 16, the high nibbles the
-            last 16, both in order (GGUF's own order; `reference.pack_int4` makes it).
+            last 16, both in order (GGUF's own order; `reference.pack_int4` makes it). Read on Hopper
+            as `gemv` says, scales and offsets too.
         scales: [N, G], contiguous last dim, for groups of 32, 64 or 128; 8 bit also [N], one a row, for any
             K. float32, float16 or bfloat16, whatever x's dtype.
         offsets: scales' shape and dtype. None: 0 for 8 bit and -8 * scale for 4 bit, which is then symmetric
