@@ -20,6 +20,7 @@ namespace flashdecpp {
 
 template <int rows>
 struct FlatRing {
+  static constexpr bool kAvailable = arch::kHasWaveGroups;
   static constexpr int kRows = rows;                 // of x, padded
   static constexpr int kBlockN = 64;                 // rows of the weight
   static constexpr int kBoxes = rows <= 64 ? 2 : 1;  // of 64 columns of K, a stage
@@ -45,11 +46,9 @@ struct FlatRingBarriers {
   arch::ReleaseBarrier full, empty;
 };
 
-// Grid: blocks of a cluster share a tile of 64 rows of the weight; p.m <= kRows.
 template <class T, class R>
-__global__ void __launch_bounds__(R::kThreads, 2)
-    flat_ring_kernel(const __grid_constant__ LinearParams p, const __grid_constant__ CUtensorMap weight_map,
-                     const __grid_constant__ CUtensorMap x_map, FlatLaunch launch) {
+__device__ __forceinline__ void flat_ring(const LinearParams& p, const CUtensorMap& weight_map,
+                                          const CUtensorMap& x_map, FlatLaunch launch) {
   using namespace arch;
   const int cluster = launch.cluster;
   unsigned char* const ring_w = dynamic_shared();
@@ -181,6 +180,18 @@ __global__ void __launch_bounds__(R::kThreads, 2)
     if (n + column < p.n) write_outputs<T>(p, m, n + column, v);
   }
   if (cluster > 1) cluster_sync();  // until the others have read this block's part
+}
+
+// Grid: blocks of a cluster share a tile of 64 rows of the weight; p.m <= kRows. Launched on Hopper alone.
+template <class T, class R>
+__global__ void __launch_bounds__(R::kThreads, 2)
+    flat_ring_kernel(const __grid_constant__ LinearParams p, const __grid_constant__ CUtensorMap weight_map,
+                     const __grid_constant__ CUtensorMap x_map, FlatLaunch launch) {
+  if constexpr (R::kAvailable) {
+    flat_ring<T, R>(p, weight_map, x_map, launch);
+  } else {
+    __trap();
+  }
 }
 
 }  // namespace flashdecpp

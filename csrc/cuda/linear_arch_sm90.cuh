@@ -8,6 +8,13 @@
 
 namespace flashdecpp::arch {
 
+// Code that uses what is below load_weight is compiled only where kHasWaveGroups: for sm_90a, not for plain sm_90.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline constexpr bool kHasWaveGroups = true;
+#else
+inline constexpr bool kHasWaveGroups = false;
+#endif
+
 inline constexpr int kWaveGroup = 4 * kWaveSize;  // threads that issue one matrix product together
 
 // A load of weights: past L1, and L2 asks memory for 256 bytes at a time.
