@@ -37,12 +37,11 @@ struct InflectionPoints {
 };
 
 // The rule for a shape that nobody has profiled, or not with so many rows.
-// Hopper, measured on an H100 (bench/results/linear_h100.json and nine shapes from [1536, 1536] to [128256, 4096]): the
-// GEMV takes 1 / 1.13 of cuBLAS's time with 1 row and 1 / 1.06 with 4, and is behind with 6. The flat GEMM is behind
-// cuBLAS from 8 rows on (1 / 0.94), so the rule does not choose it there.
+// Hopper, measured on an H100 (bench/results/linear_h100.json): the GEMV is ahead of cuBLAS on every shape for up to 8
+// rows, which are one tile of its matrix products; the flat GEMM is up to 64 rows, but for weights that are small.
 // Older machines: the paper's range for an A100 (section 5: m1 of 2 to 3, m2 of 8 to 17), not measured here.
 inline InflectionPoints default_inflection_points(const DeviceProperties& device) {
-  return device.arch >= 90 ? InflectionPoints{5, 5} : InflectionPoints{3, 9};
+  return device.arch == 90 ? InflectionPoints{9, 65} : InflectionPoints{3, 9};
 }
 
 inline LinearImpl choose_linear(InflectionPoints points, int64_t m, int64_t k) {
@@ -126,6 +125,36 @@ inline int32_t choose_k_splits(const DeviceProperties& device, const FlatTile& t
     }
   }
   return best;
+}
+
+// ---- flat GEMM on Hopper: how many blocks of a cluster share a tile along K ----------------------------------------
+// Time is counted in microseconds of an H100: what all multiprocessors load together, what one block loads by itself,
+// and what adding up the parts costs, which grows with their number.
+inline int32_t choose_flat_cluster(const DeviceProperties& device, int64_t n, int64_t k) {
+  constexpr int64_t block_n = 64, stage_k = 128;
+  constexpr double machine_kib = 23.0, block_kib = 40.0;  // in a microsecond: of one multiprocessor's share, of a block
+  const int64_t tiles = (n + block_n - 1) / block_n;
+  const double tile_kib = static_cast<double>(k) * block_n * 2 / 1024;
+  int32_t best = 1;
+  double best_time = 0;
+  for (const int32_t cluster : {1, 2, 4, 8}) {
+    if (cluster > 1 && (tiles * cluster > device.multiprocessors || k < cluster * stage_k)) break;
+    double time = std::max(static_cast<double>(tiles) * tile_kib / (machine_kib * device.multiprocessors),
+                           tile_kib / cluster / block_kib);
+    if (cluster > 1) time += 2.0 + 0.25 * cluster;
+    if (cluster == 1 || time < best_time) {
+      best = cluster;
+      best_time = time;
+    }
+  }
+  return best;
+}
+
+// ---- quantised weights: how many tiles of 16 rows a block holds ----------------------------------------------------
+// Two where that still makes a few blocks for every multiprocessor: fewer, longer blocks then cost less to start.
+inline int32_t choose_quantized_tiles(const DeviceProperties& device, int64_t n) {
+  constexpr int64_t blocks_a_multiprocessor = 2;
+  return n >= 32 * blocks_a_multiprocessor * device.multiprocessors ? 2 : 1;
 }
 
 // ---- decode attention: how many blocks, and how many parts of units they may leave ---------------------------------

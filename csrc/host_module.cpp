@@ -43,6 +43,8 @@ PYBIND11_MODULE(_C, m) {
       "choose_linear",
       [](InflectionPoints points, int64_t m_rows, int64_t k) { return name(choose_linear(points, m_rows, k)); },
       py::arg("points"), py::arg("m"), py::arg("k"), "Which implementation linear(impl='auto') takes on a GPU.");
+  m.def("choose_flat_cluster", &choose_flat_cluster, py::arg("device"), py::arg("n"), py::arg("k"),
+        "How many blocks of a cluster share a tile of flat_gemm along K on Hopper.");
   py::enum_<DType>(m, "DType")
       .value("float32", DType::kFloat32)
       .value("float16", DType::kFloat16)

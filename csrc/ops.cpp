@@ -19,10 +19,6 @@ STABLE_TORCH_LIBRARY(flashdecpp, m)
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, *, str impl=\"auto\") -> Tensor");
   m.def("linear_choice(Tensor x, Tensor weight) -> str");
   m.def("quantized_linear(Tensor x, Tensor weight, Tensor scales, Tensor? offsets=None, Tensor? bias=None) -> Tensor");
-  // The checks of quantized_linear alone, for its CUDA implementation, which is Python.
-  m.def(
-      "_check_quantized_linear(Tensor x, Tensor weight, Tensor scales, Tensor? offsets=None, Tensor? bias=None) -> "
-      "()");
 
   // What an op updates in place is an overload of its own: compilers cannot lower an optional argument that is mutated.
   m.def("rms_norm(Tensor x, Tensor weight, *, float eps=1e-6) -> Tensor");

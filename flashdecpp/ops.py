@@ -15,12 +15,10 @@ reports them.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import (
     _library,  # noqa: F401  (loading it registers torch.ops.flashdecpp)
-    reference,
 )
 
 __all__ = [
@@ -46,7 +44,6 @@ _flat_gemm = torch.ops.flashdecpp.flat_gemm.default
 _linear = torch.ops.flashdecpp.linear.default
 _linear_choice = torch.ops.flashdecpp.linear_choice.default
 _quantized_linear = torch.ops.flashdecpp.quantized_linear.default
-_check_quantized_linear = torch.ops.flashdecpp._check_quantized_linear.default
 _rms_norm = torch.ops.flashdecpp.rms_norm.default
 _rms_norm_residual = torch.ops.flashdecpp.rms_norm.residual
 _layer_norm = torch.ops.flashdecpp.layer_norm.default
@@ -207,13 +204,17 @@ def check(
 
 
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias as dot products, for few rows (the paper's ImplA).
+    """x @ weight^T + bias as a stream of the weight, for few rows (the paper's ImplA).
 
-    The weight is streamed once. Right for any number of rows M, made for M <= 8.
+    The weight is streamed once. Right for any number of rows M, made for M <= 8; on Hopper, where the
+    matrix units do the sums, for M <= 16.
 
     Args:
         x: [..., K], any strides. float32, float16 or bfloat16 on the CPU, float16 or bfloat16 on a GPU.
-        weight: [N, K], x's dtype, contiguous last dim. On a GPU K must be a multiple of 8.
+        weight: [N, K], x's dtype, contiguous last dim. On a GPU K must be a multiple of 8. On Hopper its
+            first rows are read while the kernel ahead in the stream still runs. That is safe after every
+            kernel but one that lets its successor start (programmatic dependent launch) before it has
+            written this weight.
         bias: [N], x's dtype.
 
     Returns:
@@ -246,7 +247,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
 
     Args:
         x: [..., K], any strides; float32, float16 or bfloat16.
-        weight: [N, K], x's dtype, contiguous last dim.
+        weight: [N, K], x's dtype, contiguous last dim; `gemv` says when it is read on Hopper.
         bias: [N], x's dtype.
         impl: "gemv", "flat_gemm", "blas" (torch's own linear), or "auto": by the two inflection points that
             were measured for this device, dtype, N and K (`flashdecpp tune`), or by a rule where they
@@ -299,14 +300,19 @@ def quantized_linear(
 
     On the CPU the weight is streamed as it is stored and decoded in registers. From 32 rows of x on it is
     dequantised into x's dtype, strip by strip, or as a whole where `linear` would take the BLAS. Below that a
-    row's result is the same bits whatever else is in the batch. On a GPU it is dequantised into x's dtype,
-    then multiplied by the vendor BLAS.
+    row's result is the same bits whatever else is in the batch.
+
+    On a GPU it is streamed, too, for up to 48 rows of float16 or bfloat16 x, 16 at a time: products with the
+    integers are exact, and a group's sum is scaled in float32. Otherwise (more rows, float32, rows of the
+    weight that do not start on multiples of 16 bytes) it is dequantised into x's dtype, then multiplied by
+    the vendor BLAS.
 
     Args:
         x: [..., K], any strides; float32, float16 or bfloat16.
         weight: contiguous last dim. 8 bit: int8 [N, K], q from -128 to 127. 4 bit: uint8 [N, K / 2], q from 0
             to 15; 16 bytes hold 32 neighbours along K, the low nibbles the first 16, the high nibbles the
-            last 16, both in order (GGUF's own order; `reference.pack_int4` makes it).
+            last 16, both in order (GGUF's own order; `reference.pack_int4` makes it). Read on Hopper
+            as `gemv` says, scales and offsets too.
         scales: [N, G], contiguous last dim, for groups of 32, 64 or 128; 8 bit also [N], one a row, for any
             K. float32, float16 or bfloat16, whatever x's dtype.
         offsets: scales' shape and dtype. None: 0 for 8 bit and -8 * scale for 4 bit, which is then symmetric
@@ -328,20 +334,6 @@ def quantized_linear(
 @torch.library.register_fake("flashdecpp::quantized_linear")
 def _(x, weight, scales, offsets=None, bias=None):
     return x.new_empty((*x.shape[:-1], weight.size(0)))
-
-
-@torch.library.register_fake("flashdecpp::_check_quantized_linear")
-def _(*_args, **_):
-    return None
-
-
-def _dequantize_and_blas(x, weight, scales, offsets=None, bias=None):
-    _check_quantized_linear(x, weight, scales, offsets, bias)
-    return F.linear(x, reference.dequantize(weight, scales, offsets).to(x.dtype), bias)
-
-
-# No GPU kernel yet; the contract is the same.
-torch.library.impl("flashdecpp::quantized_linear", "CUDA", _dequantize_and_blas)
 
 
 # ----------------------------------------------------------------------------------------------------- fused

@@ -23,14 +23,34 @@ def test_a_k_that_vector_loads_cannot_start_on_goes_to_blas(m: int, k: int) -> N
     assert _C.choose_linear(_C.default_inflection_points(H100), m, k) == "blas"
 
 
-@pytest.mark.parametrize(
-    ("device", "ranges"), [(H100, ["gemv", "blas"]), (A100, ["gemv", "flat_gemm", "blas"])]
-)
-def test_the_default_rule_has_one_range_of_m_for_each_implementation(device, ranges: list[str]) -> None:
+@pytest.mark.parametrize("device", [H100, A100])
+def test_the_default_rule_has_one_range_of_m_for_each_implementation(device) -> None:
     points = _C.default_inflection_points(device)
     choices = [_C.choose_linear(points, m, 4096) for m in range(1, 513)]
     changes = [b for a, b in zip([None, *choices], choices, strict=False) if a != b]
-    assert changes == ranges
+    assert changes == ["gemv", "flat_gemm", "blas"]
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "blocks"),
+    [
+        (22016, 4096, 1),  # more tiles than multiprocessors
+        (4096, 4096, 1),  # a tile is not long enough to be worth the sum
+        (4096, 11008, 2),
+        (1536, 1536, 4),
+        (64, 64, 1),  # one stage
+        (64, 1 << 16, 8),
+    ],
+)
+def test_tiles_are_shared_along_k_where_that_is_worth_adding_up(n: int, k: int, blocks: int) -> None:
+    assert _C.choose_flat_cluster(H100, n, k) == blocks
+
+
+@given(n=st.integers(1, 1 << 18), k=st.integers(1, 1 << 16))
+def test_every_block_of_a_cluster_has_a_stage_of_k(n: int, k: int) -> None:
+    cluster = _C.choose_flat_cluster(H100, n, k)
+    assert cluster in (1, 2, 4, 8)
+    assert cluster == 1 or cluster * 128 <= k
 
 
 def attention_grid(batch: int, kv_heads: int, groups: int, num_splits: int = 0, max_slots: int = 1 << 12):

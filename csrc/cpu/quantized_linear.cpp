@@ -72,19 +72,10 @@ Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor o
   return out;
 }
 
-void check_quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
-  contract::quantized_linear(x, weight, scales, offsets, bias);
-}
-
 }  // namespace
 }  // namespace flashdecpp::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
   m.impl("quantized_linear", TORCH_BOX(&flashdecpp::cpu::quantized_linear));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CompositeExplicitAutograd, m)
-{
-  m.impl("_check_quantized_linear", TORCH_BOX(&flashdecpp::cpu::check_quantized_linear));
 }

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "../heuristics.h"
-#include "numeric.cuh"
+#include "linear_epilogue.cuh"
 
 namespace flashdecpp {
 
@@ -62,25 +62,6 @@ struct FlatGemm {
       for (int i = 0; i < kTilesN; ++i) {
 #pragma unroll
         for (int j = 0; j < kTilesM; ++j) arch::mma(sums[i][j], a[i], b[j]);
-      }
-    }
-  }
-
-  // Adds the bias, rounds and writes eight neighbours of one output row, those that exist.
-  static __device__ __forceinline__ void write_outputs(const LinearParams& p, int64_t m, int64_t n, float (&v)[8]) {
-    const T* const bias = static_cast<const T*>(p.bias);
-    T* const out = static_cast<T*>(p.out) + m * p.n + n;
-    const int count = static_cast<int>(min(p.n - n, int64_t{8}));
-    if (bias) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) v[e] += e < count ? arch::to_float(bias[n + e]) : 0.f;
-    }
-    if (p.n % 8 == 0) {
-      arch::store_vector(out, v);
-    } else {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        if (e < count) out[e] = arch::from_float<T>(v[e]);
       }
     }
   }
@@ -183,7 +164,7 @@ __global__ void __launch_bounds__(FlatGemm<T, tile_index>::kThreads, 2) flat_gem
   for (int j = 0; j < vectors; ++j) {
     const int i = j * G::kThreads + threadIdx.x;
     const int64_t n = first_n + i % row_vectors * 8;
-    if (i < count && n < p.n) G::write_outputs(p, first_m + i / row_vectors, n, v[j]);
+    if (i < count && n < p.n) write_outputs<T>(p, first_m + i / row_vectors, n, v[j]);
   }
 }
 

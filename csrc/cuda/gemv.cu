@@ -1,13 +1,12 @@
 #include "gemv_kernel.cuh"
+#include "gemv_sm90.cuh"
 #include "linear.h"
 
 namespace flashdecpp {
 namespace {
 
-constexpr int kMaxRows = 8;  // rows of x that one launch takes
-
 template <class T, int m>
-void launch(const Launcher& launcher, const LinearParams& p) {
+void launch_generic(const Launcher& launcher, const LinearParams& p) {
   const int64_t groups = (p.n + kGemvRows - 1) / kGemvRows;
   const int32_t wave_size = launcher.wave_size();
   const int64_t loads_per_lane = (p.k / 8 + wave_size - 1) / wave_size;
@@ -17,18 +16,59 @@ void launch(const Launcher& launcher, const LinearParams& p) {
   launcher(gemv_kernel<T, m>, static_cast<unsigned>(blocks), kGemvThreads, 0, p, static_cast<int>(waves));
 }
 
-template <class T>
-void launch(const Launcher& launcher, const LinearParams& p) {
-  switch (p.m) {
-    case 1: return launch<T, 1>(launcher, p);
-    case 2: return launch<T, 2>(launcher, p);
-    case 3: return launch<T, 3>(launcher, p);
-    case 4: return launch<T, 4>(launcher, p);
-    case 5: return launch<T, 5>(launcher, p);
-    case 6: return launch<T, 6>(launcher, p);
-    case 7: return launch<T, 7>(launcher, p);
-    default: return launch<T, kMaxRows>(launcher, p);
+// The CUDA cores, up to 8 rows of x.
+struct GenericGemv {
+  static constexpr int kMaxRows = 8;
+
+  template <class T>
+  static void launch(const Launcher& launcher, const LinearParams& p) {
+    switch (p.m) {
+      case 1: return launch_generic<T, 1>(launcher, p);
+      case 2: return launch_generic<T, 2>(launcher, p);
+      case 3: return launch_generic<T, 3>(launcher, p);
+      case 4: return launch_generic<T, 4>(launcher, p);
+      case 5: return launch_generic<T, 5>(launcher, p);
+      case 6: return launch_generic<T, 6>(launcher, p);
+      case 7: return launch_generic<T, 7>(launcher, p);
+      default: return launch_generic<T, 8>(launcher, p);
+    }
   }
+};
+
+template <class T, class G>
+void launch_tensor(const Launcher& launcher, const LinearParams& p) {
+  const auto blocks = static_cast<unsigned>((p.n + G::kBlockN - 1) / G::kBlockN);
+  launcher.overlapping(tensor_gemv_kernel<T, G>, blocks, G::kThreads, 0, p);
+}
+
+// The matrix units, up to 16 rows of x. The loads that a block has in flight hold 1024 or 2048 columns of K: no more
+// than there are, else of more rows.
+struct TensorGemvs {
+  static constexpr int kMaxRows = 16;
+
+  template <class T>
+  static void launch(const Launcher& launcher, const LinearParams& p) {
+    if (p.m <= 8) {
+      return p.k <= 1024 ? launch_tensor<T, TensorGemv<1, 2, 4>>(launcher, p)
+                         : launch_tensor<T, TensorGemv<1, 1, 8>>(launcher, p);
+    }
+    return p.k <= 1024 ? launch_tensor<T, TensorGemv<2, 2, 4>>(launcher, p)
+                       : launch_tensor<T, TensorGemv<2, 1, 8>>(launcher, p);
+  }
+};
+
+template <class Kernels>
+void launch_parts(const Launcher& launcher, const LinearParams& p) {
+  arch::with_half_type(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t first = 0; first < p.m; first += Kernels::kMaxRows) {
+      LinearParams part = p;
+      part.m = std::min<int64_t>(Kernels::kMaxRows, p.m - first);
+      part.x = static_cast<const T*>(p.x) + first * p.x_stride;
+      part.out = static_cast<T*>(p.out) + first * p.n;
+      Kernels::template launch<T>(launcher, part);
+    }
+  });
 }
 
 Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
@@ -45,16 +85,11 @@ Tensor run_gemv(const Launcher& launcher, const contract::Linear& call) {
   if (p.m == 0 || p.n == 0) return result;
   p.out = View(result).data;
 
-  arch::with_half_type(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t first = 0; first < call.params.m; first += kMaxRows) {
-      LinearParams part = p;
-      part.m = std::min<int64_t>(kMaxRows, call.params.m - first);
-      part.x = static_cast<const T*>(p.x) + first * p.x_stride;
-      part.out = static_cast<T*>(p.out) + first * p.n;
-      launch<T>(launcher, part);
-    }
-  });
+  if (launcher.hopper_kernels()) {
+    launch_parts<TensorGemvs>(launcher, p);
+  } else {
+    launch_parts<GenericGemv>(launcher, p);
+  }
   return result;
 }
 

@@ -4,6 +4,9 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdlib>
+#include <cstring>
+
 #include "../heuristics.h"
 #include "../torch_api.h"
 
@@ -29,6 +32,13 @@ class Launcher {
             10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)};
   }
 
+  // Whether to take the kernels that are written for Hopper. FLASHDECPP_GPU_KERNELS=generic takes those that Ampere
+  // runs, too: to test and compare them.
+  bool hopper_kernels() const {
+    const char* choice = std::getenv("FLASHDECPP_GPU_KERNELS");
+    return properties().arch == 90 && !(choice && std::strcmp(choice, "generic") == 0);
+  }
+
   int32_t wave_size() const { return attribute(cudaDevAttrWarpSize); }
   int32_t shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }  // a block can ask for
 
@@ -48,19 +58,34 @@ class Launcher {
   }
 
   // Programmatic dependent launch where there is such a thing: the kernel may start before what the stream runs ahead
-  // of it has ended, and must call wait_for_previous_kernel() before it reads or writes anything.
+  // of it has ended, and must call wait_for_previous_kernel() before it writes anything, or reads what a kernel may
+  // have written.
   template <class... Params, class... Args>
   void overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args&&... args) const {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    overlapping_clusters(kernel, 1, grid, block, shared_bytes, std::forward<Args>(args)...);
+  }
+
+  // The same, with `cluster` neighbouring blocks of a grid of one dimension on one part of the machine at one time.
+  template <class... Params, class... Args>
+  void overlapping_clusters(void (*kernel)(Params...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                            Args&&... args) const {
+    cudaLaunchAttribute attributes[2]{};
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream_;
-    config.attrs = &attribute;
-    config.numAttrs = properties().arch >= 90;
+    config.attrs = attributes;
+    if (properties().arch >= 90) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[config.numAttrs].val.clusterDim.x = cluster;
+      attributes[config.numAttrs].val.clusterDim.y = 1;
+      attributes[config.numAttrs++].val.clusterDim.z = 1;
+    }
     check_cuda(op_, cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "the launch");
   }
 

@@ -11,8 +11,18 @@ inline bool rows_are_aligned(const void* data, int64_t rows, int64_t stride, DTy
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows <= 1 || stride * contract::element_size(dtype) % 16 == 0);
 }
 
-// What gemv and flat_gemm ask of a call beyond the contract that the CPU shares. Rows of x that vector loads cannot
-// start on are copied: x is small. The weight is not.
+// Rows of x that vector loads cannot start on are copied: x is small. A weight is not.
+template <class Params>
+void align_rows(contract::LinearCall<Params>& call) {
+  Params& p = call.params;
+  if (rows_are_aligned(p.x, p.m, p.x_stride, p.dtype)) return;
+  call.x = torch::stable::contiguous(torch::stable::clone(call.x));
+  call.x_view = View(call.x);
+  p.x = call.x_view.data;
+  p.x_stride = p.k;
+}
+
+// What gemv and flat_gemm ask of a call beyond the contract that the CPU shares.
 inline void require_vector_rows(const char* op, contract::Linear& call) {
   LinearParams& p = call.params;
   FLASHDECPP_REQUIRE(p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16, op,
@@ -21,12 +31,7 @@ inline void require_vector_rows(const char* op, contract::Linear& call) {
   FLASHDECPP_REQUIRE(rows_are_aligned(p.weight, p.n, p.weight_stride, p.dtype), op,
                      "weight must have rows that start on multiples of 16 bytes, got address remainder ",
                      reinterpret_cast<uintptr_t>(p.weight) % 16, " and a row stride of ", p.weight_stride, " elements");
-  if (!rows_are_aligned(p.x, p.m, p.x_stride, p.dtype)) {
-    call.x = torch::stable::contiguous(torch::stable::clone(call.x));
-    call.x_view = View(call.x);
-    p.x = call.x_view.data;
-    p.x_stride = p.k;
-  }
+  align_rows(call);
 }
 
 // out [..., N] of a call that passed require_vector_rows.

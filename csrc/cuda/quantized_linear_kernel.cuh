@@ -1,0 +1,321 @@
+// out[m, n] = sum_k x[m, k] (scale q[n, k] + offset) + bias[n] for weights of 8 or 4 bits and up to 16 rows of x, on
+// the matrix units.
+//
+// As gemv_sm90.cuh: weights go from memory to registers, 16 bytes a load, and there become fragments. A half type holds
+// q, in units and from a zero of its own (Integers), so its products with x are exact; a group's sum is scaled in
+// float32, and x's sum over the group, a product with ones, takes off the zero and puts on the offset. The result
+// differs from the float32 reference by the order of summation alone.
+//
+// A product of 16 x 8 x 16 must not mix groups, and the four lanes of a row load 32 neighbours of 4 bit each. Groups of
+// 128 and more hold all of them. For smaller ones the four lanes exchange words: then every lane has a part of each
+// block of 32, and a block is two products.
+//
+// Floor: the bytes of q, scales and offsets over the memory bandwidth; close to it, what decoding costs.
+#pragma once
+
+#include "linear_arch_sm80.cuh"
+#include "linear_epilogue.cuh"
+
+namespace flashdecpp {
+
+struct QuantizedLaunch {
+  int32_t group_shift;     // log2 of the weights that share a scale; 31: a row
+  int32_t blocks_a_group;  // of 32 weights, at most 4: sums are scaled so often
+};
+
+template <int bits, int row_tiles, int tiles, bool exchange>
+struct QuantizedGemv {
+  static constexpr int kBits = bits;
+  static constexpr int kRowTiles = row_tiles;  // of 8 rows of x
+  static constexpr int kTiles = tiles;         // of 16 rows of the weight
+  static constexpr bool kExchange = exchange;  // of words, for groups of less than kStepK
+  static constexpr int kStepK = 128;           // of K: what four lanes decode at a time
+  static constexpr int kBlocks = kStepK / 32;
+  static constexpr int kStepLoads = bits / 4;                        // of 16 bytes, a row
+  static constexpr int kSteps = 4 / kStepLoads / tiles / row_tiles;  // in flight
+  static constexpr int kWaves = 8, kThreads = kWaves * arch::kWaveSize;
+  static constexpr int kMaxRows = row_tiles * arch::kTileN, kBlockN = 16 * tiles;
+};
+
+// How a half type holds integers: q = kUnit * (kFirst * a + b) - kZero, where a and b come from two products. Words
+// have four bytes; pairs(word) has those of bytes 0 and 2, then of 1 and 3.
+template <class T, int bits>
+struct Integers;
+
+// A number below 1024 is a subnormal half: the mantissa alone, in units of 2^-24. The high nibble stays where it is.
+template <>
+struct Integers<arch::half, 4> {
+  static constexpr float kUnit = 0x1p20f, kFirst = 16.f, kZero = 0.f;
+  static constexpr uint32_t kOnes = 0x3c003c00;
+  static __device__ __forceinline__ uint2 low(uint32_t word) { return {word & 0x000f000f, word >> 8 & 0x000f000f}; }
+  static __device__ __forceinline__ uint2 high(uint32_t word) { return {word & 0x00f000f0, word >> 8 & 0x00f000f0}; }
+};
+template <>
+struct Integers<arch::half, 8> {
+  static constexpr float kUnit = 0x1p24f, kFirst = 1.f, kZero = 128.f;
+  static constexpr uint32_t kOnes = 0x3c003c00;
+  static __device__ __forceinline__ uint2 bytes(uint32_t word) {
+    const uint32_t from_0 = word ^ 0x80808080;
+    return {from_0 & 0x00ff00ff, from_0 >> 8 & 0x00ff00ff};
+  }
+};
+
+// bfloat16 has no such room below: a number below 128 is the mantissa of 128 and more. A byte is two nibbles.
+template <>
+struct Integers<arch::bfloat16, 4> {
+  static constexpr float kUnit = 1.f, kFirst = 1.f, kZero = 128.f;
+  static constexpr uint32_t kOnes = 0x3f803f80;
+  static __device__ __forceinline__ uint32_t pair(uint32_t bits) { return (bits & 0x000f000f) | 0x43004300; }
+  static __device__ __forceinline__ uint2 low(uint32_t word) { return {pair(word), pair(word >> 8)}; }
+  static __device__ __forceinline__ uint2 high(uint32_t word) { return {pair(word >> 4), pair(word >> 12)}; }
+};
+template <>
+struct Integers<arch::bfloat16, 8> : Integers<arch::bfloat16, 4> {
+  static constexpr float kFirst = 16.f, kZero = 128.f + 17.f * 128.f;
+  static __device__ __forceinline__ uint32_t from_0(uint32_t word) { return word ^ 0x80808080; }
+};
+
+// i is a constant where this is inlined.
+__device__ __forceinline__ uint32_t component(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// Lane t of four neighbours has word t of what each of them loaded, lane i's as word i.
+__device__ __forceinline__ void exchange_words(uint4& v) {
+  const auto swap = [](uint32_t& low, uint32_t& high, int mask) {
+    const bool upper = arch::lane() & mask;
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? low : high, mask);
+    low = upper ? other : low;
+    high = upper ? high : other;
+  };
+  swap(v.x, v.y, 1);
+  swap(v.z, v.w, 1);
+  swap(v.x, v.z, 2);
+  swap(v.y, v.w, 2);
+}
+
+// Scales and offsets as they are loaded; what they say is worked out when it is needed.
+__device__ __forceinline__ uint32_t load_parameter(const void* data, DType dtype, int64_t index) {
+  const bool wide = dtype == DType::kFloat32;
+  return arch::load_2_or_4_bytes(static_cast<const unsigned char*>(data) + index * (wide ? 4 : 2), wide);
+}
+
+__device__ __forceinline__ float parameter(uint32_t bits, DType dtype) {
+  if (dtype == DType::kFloat16) return arch::to_float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return __uint_as_float(dtype == DType::kBFloat16 ? bits << 16 : bits);
+}
+
+// What a lane has in flight of one row for one step: its part of 128 weights, and the scale and the offset of one
+// group.
+template <class G>
+struct QuantizedStep {
+  uint4 bits[G::kStepLoads];
+  uint32_t scale_bits, offset_bits;
+
+  __device__ __forceinline__ void load(const QuantizedLinearParams& p, const QuantizedLaunch& launch, int64_t n,
+                                       int step) {
+    const int part = arch::lane() % 4, k = static_cast<int>(p.k);
+    const auto* row = static_cast<const unsigned char*>(p.weight) + n * p.weight_stride;
+#pragma unroll
+    for (int i = 0; i < G::kStepLoads; ++i) {
+      const int at = ((step * G::kStepLoads + i) * 4 + part) * 16;
+      bits[i] = at * (8 / G::kBits) < k ? arch::load_stream(row + at) : make_uint4(0, 0, 0, 0);
+    }
+    // Without an exchange the whole step is one group's; with one, this lane's is that of block `part`.
+    const int group = min(step * G::kStepK + (G::kExchange ? part * 32 : 0), k - 1) >> launch.group_shift;
+    scale_bits = load_parameter(p.scales, p.scales_dtype, n * p.scales_stride + group);
+    if (p.offsets) offset_bits = load_parameter(p.offsets, p.scales_dtype, n * p.offsets_stride + group);
+  }
+
+  __device__ __forceinline__ void prepare() {
+    if constexpr (G::kExchange) {
+#pragma unroll
+      for (uint4& b : bits) exchange_words(b);
+    }
+  }
+
+  // One word of 4 bit has weights of both halves of a block, one of 8 bit those of one half.
+  __device__ __forceinline__ uint32_t word(int block, int half) const {
+    return G::kBits == 4 ? component(bits[0], block) : component(bits[block / 2], block % 2 * 2 + half);
+  }
+
+  // Where in a step the four neighbours along K are that a lane has of each half of a block.
+  static __device__ __forceinline__ int place(int block, int half) {
+    const int part = arch::lane() % 4;
+    if (G::kExchange) return block * 32 + half * 16 + part * 4;
+    return G::kBits == 4 ? part * 32 + half * 16 + block * 4 : (block / 2 * 4 + part) * 16 + (block % 2 * 2 + half) * 4;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void mma_rows(arch::TileC& sums, const uint2& low, const uint2& high,
+                                         const arch::TileB<T>& b) {
+  arch::mma(sums, arch::TileA<T>{{low.x, high.x, low.y, high.y}}, b);
+}
+
+// The products of half a block: `low` and `high` are rows 0 to 7 and 8 to 15 of a tile.
+template <class T, class G>
+__device__ __forceinline__ void multiply_half(arch::TileC& first, arch::TileC& second, uint32_t low, uint32_t high,
+                                              int half, const arch::TileB<T>& b) {
+  using I = Integers<T, G::kBits>;
+  if constexpr (G::kBits == 4) {
+    if (half == 0) {
+      mma_rows<T>(first, I::low(low), I::low(high), b);
+    } else {
+      mma_rows<T>(second, I::high(low), I::high(high), b);
+    }
+  } else if constexpr (std::is_same_v<T, arch::half>) {
+    mma_rows<T>(half == 0 ? first : second, I::bytes(low), I::bytes(high), b);
+  } else {
+    const uint32_t a = I::from_0(low), c = I::from_0(high);
+    mma_rows<T>(first, I::high(a), I::high(c), b);
+    mma_rows<T>(second, I::low(a), I::low(c), b);
+  }
+}
+
+template <class T, class G>
+__global__ void __launch_bounds__(G::kThreads, 2)
+    quantized_gemv_kernel(QuantizedLinearParams p, QuantizedLaunch launch) {
+  using namespace arch;
+  using I = Integers<T, G::kBits>;
+  constexpr int row_tiles = G::kRowTiles, tiles = G::kTiles;
+  __shared__ float parts[G::kWaves][G::kMaxRows][G::kBlockN];
+  allow_next_kernel();
+
+  const int row = lane() / 4;
+  const int64_t first_n = blockIdx.x * int64_t{G::kBlockN};
+  const int k = static_cast<int>(p.k), steps = (k + G::kStepK - 1) / G::kStepK;
+  const T* x[row_tiles];  // rows that there are not are another's: nobody reads what becomes of them
+#pragma unroll
+  for (int j = 0; j < row_tiles; ++j) {
+    x[j] = static_cast<const T*>(p.x) + min(int64_t{j * 8 + row}, p.m - 1) * p.x_stride;
+  }
+
+  TileC sums[tiles][row_tiles];
+  bool waited = false;
+  for (int base = wave() * G::kSteps; base < steps; base += G::kWaves * G::kSteps) {
+    QuantizedStep<G> loaded[G::kSteps][tiles][2];
+#pragma unroll
+    for (int u = 0; u < G::kSteps; ++u) {
+#pragma unroll
+      for (int i = 0; i < tiles; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          loaded[u][i][half].load(p, launch, min(first_n + i * 16 + half * 8 + row, p.n - 1), base + u);
+        }
+      }
+    }
+    if (!waited) wait_for_previous_kernel();
+    waited = true;
+#pragma unroll
+    for (int u = 0; u < G::kSteps; ++u) {
+      if (base + u >= steps) break;
+      uint2 neighbours[G::kBlocks][2][row_tiles];  // of x; asked for before anything waits for weights
+#pragma unroll
+      for (int block = 0; block < G::kBlocks; ++block) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at = (base + u) * G::kStepK + QuantizedStep<G>::place(block, half);
+#pragma unroll
+          for (int j = 0; j < row_tiles; ++j) {
+            neighbours[block][half][j] = make_uint2(0, 0);
+            if (at < k) neighbours[block][half][j] = *reinterpret_cast<const uint2*>(x[j] + at);
+          }
+        }
+      }
+      float unit[tiles][2], from_x[tiles][2];
+#pragma unroll
+      for (int i = 0; i < tiles; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          loaded[u][i][half].prepare();
+          const float scale = parameter(loaded[u][i][half].scale_bits, p.scales_dtype);
+          const float offset = p.offsets ? parameter(loaded[u][i][half].offset_bits, p.scales_dtype)
+                                         : (G::kBits == 4 ? -8.f : 0.f) * scale;
+          unit[i][half] = scale * I::kUnit;
+          from_x[i][half] = offset - scale * I::kZero;
+        }
+      }
+      TileC first[tiles][row_tiles], second[tiles][row_tiles], x_sums[row_tiles];
+#pragma unroll
+      for (int block = 0; block < G::kBlocks; ++block) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int j = 0; j < row_tiles; ++j) {
+            const uint2& v = neighbours[block][half][j];
+            const TileB<T> b{{__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.x, v.y, 0x7632)}};  // as bytes come in pairs
+            mma(x_sums[j], TileA<T>{{I::kOnes, I::kOnes, I::kOnes, I::kOnes}}, b);
+#pragma unroll
+            for (int i = 0; i < tiles; ++i) {
+              multiply_half<T, G>(first[i][j], second[i][j], loaded[u][i][0].word(block, half),
+                                  loaded[u][i][1].word(block, half), half, b);
+            }
+          }
+        }
+        if ((block + 1) & (launch.blocks_a_group - 1)) continue;
+#pragma unroll
+        for (int i = 0; i < tiles; ++i) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float of_sums = unit[i][half], of_x = from_x[i][half];
+            if constexpr (G::kExchange) {
+              of_sums = __shfl_sync(0xffffffffu, of_sums, lane() / 4 * 4 + block);
+              of_x = __shfl_sync(0xffffffffu, of_x, lane() / 4 * 4 + block);
+            }
+#pragma unroll
+            for (int j = 0; j < row_tiles; ++j) {
+#pragma unroll
+              for (int e = half * 2; e < half * 2 + 2; ++e) {
+                sums[i][j].v[e] += of_sums * (I::kFirst * first[i][j].v[e] + second[i][j].v[e]) + of_x * x_sums[j].v[e];
+                first[i][j].v[e] = second[i][j].v[e] = 0.f;
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < row_tiles; ++j) x_sums[j] = TileC();
+      }
+    }
+  }
+  if (!waited) wait_for_previous_kernel();
+
+#pragma unroll
+  for (int i = 0; i < tiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < row_tiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < TileC::kValues; ++e) {
+        parts[wave()][j * 8 + TileC::col(e)][i * 16 + TileC::row(e)] = sums[i][j].v[e];
+      }
+    }
+  }
+  __syncthreads();
+  write_wave_sums<T, G>(p, parts, first_n);
+}
+
+// out[n, k] of p.dtype: a weight for the BLAS. Grid: (K / 256, N).
+template <class T>
+__global__ void dequantize_kernel(QuantizedLinearParams p, T* out) {
+  const int64_t k = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (k >= p.k) return;
+  for (int64_t n = blockIdx.y; n < p.n; n += gridDim.y) {
+    const auto* row = static_cast<const unsigned char*>(p.weight) + n * p.weight_stride;
+    const int64_t group = k / p.group;
+    const auto at = [&](const void* data, int64_t stride) {
+      return parameter(load_parameter(data, p.scales_dtype, n * stride + group), p.scales_dtype);
+    };
+    const float scale = at(p.scales, p.scales_stride);
+    float offset = p.offsets ? at(p.offsets, p.offsets_stride) : 0.f;
+    int q;
+    if (p.bits == 8) {
+      q = static_cast<signed char>(row[k]);
+    } else {
+      q = row[k / 32 * 16 + k % 16] >> (k % 32 / 16 * 4) & 15;
+      if (!p.offsets) offset = -8.f * scale;
+    }
+    out[n * p.k + k] = arch::from_float<T>(scale * static_cast<float>(q) + offset);
+  }
+}
+
+}  // namespace flashdecpp
