@@ -112,35 +112,26 @@ class WavePart {
     }
   }
 
-  // O of the kMergeRows rows from `first` on, as rows of the scratch.
+  // O of the kMergeRows rows from `first` on, a constant, as rows of the scratch.
   __device__ __forceinline__ void store_rows(int first, float* scratch) const {
-    constexpr int kSlotRows = 16 / kSlots;
-    const int r = first / 16, s = first % 16 / kSlotRows, at = TileC::slot_row(0) - first % kSlotRows;
-    if (at < 0 || at >= Tile::kMergeRows) return;
-    float* row = scratch + at * Tile::kScratchStride;
 #pragma unroll
-    for (int n = 0; n < Tile::kColumnTiles; ++n) {
+    for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
-      for (int i = 0; i < TileC::kValues; ++i) {
-        if (TileC::slot(i) == 0) row[Tile::column(n, i)] = value(r, s, n, i);
+      for (int s = 0; s < kSlots; ++s) {
+        const int row = r * 16 + TileC::slot_row(s) - first;
+        if (row < 0 || row >= Tile::kMergeRows) continue;
+#pragma unroll
+        for (int n = 0; n < Tile::kColumnTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < TileC::kValues; ++i) {
+            if (TileC::slot(i) == s) scratch[row * Tile::kScratchStride + Tile::column(n, i)] = o_[r][n].v[i];
+          }
+        }
       }
     }
   }
 
  private:
-  // The value of slot s that corresponds to value i of slot 0. Only constants index the registers.
-  __device__ __forceinline__ float value(int r, int s, int n, int i) const {
-    float chosen = 0.f;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) {
-        if (tile == r && slot == s) chosen = o_[tile][n].v[i + slot * (TileC::kValues / kSlots)];
-      }
-    }
-    return chosen;
-  }
-
   __device__ __forceinline__ void load_query(TileA<T>& a, int r, int k) const {
     arch::load_a(a, q_ + r * 16 * Tile::kQStride + k * 16, Tile::kQStride);
   }

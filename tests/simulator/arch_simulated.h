@@ -1,5 +1,5 @@
-// The seam of csrc/cuda/arch.h on the simulated GPU: waves of 32 lanes with the matrix tiles of mma.sync m16n8k16, or of
-// 64 with those of MFMA 16x16x16. Copies arrive when they are waited for, and not before.
+// The seam of csrc/cuda/arch.h on the simulated GPU: waves of 32 lanes with the matrix tiles of mma.sync m16n8k16, or
+// of 64 with those of MFMA 16x16x16. Copies arrive when they are waited for, and not before.
 #pragma once
 
 #include "simulated_gpu.h"
@@ -13,7 +13,8 @@ inline constexpr int kTilesOf16 = 16 / kTileN;
 inline constexpr int kBlockSharedBytes = 160 * 1024;
 inline constexpr bool kHasTensorCopies = false;
 
-// ---- element types ---------------------------------------------------------------------------------------------------
+// ---- element types
+// ---------------------------------------------------------------------------------------------------
 using half = _Float16;
 struct bfloat16 {
   uint16_t bits;
@@ -65,7 +66,8 @@ inline float widened(float8 x) { return static_cast<float>(x); }
 inline void narrow(half& to, float x) { to = __float2half_rn(x); }
 inline void narrow(bfloat16& to, float x) { to = __float2bfloat16(x); }
 
-// ---- lanes -------------------------------------------------------------------------------------------------------------
+// ---- lanes
+// -------------------------------------------------------------------------------------------------------------
 inline int lane() { return static_cast<int>(simulated::machine().thread() % kWaveSize); }
 inline int wave() { return static_cast<int>(simulated::machine().thread() / kWaveSize); }
 
@@ -105,7 +107,8 @@ inline void wave_sync() { simulated::machine().exchange(0, "wave_sync"); }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 
-// ---- memory ------------------------------------------------------------------------------------------------------------
+// ---- memory
+// ------------------------------------------------------------------------------------------------------------
 inline unsigned char* dynamic_shared() {
   const auto address = reinterpret_cast<uintptr_t>(simulated::machine().shared.data());
   return reinterpret_cast<unsigned char*>((address + 1023) / 1024 * 1024);
@@ -151,9 +154,7 @@ struct Layout {
   static constexpr int kA = 16 * 16 / kWaveSize, kB = 16 * kTileN / kWaveSize, kC = kB;
 
   static int outer(int lane) { return kWaveSize == 32 ? lane / 4 : lane % 16; }
-  static int inner(int lane, int e) {
-    return kWaveSize == 32 ? lane % 4 * 2 + e % 2 + e / 2 * 8 : lane / 16 * 4 + e;
-  }
+  static int inner(int lane, int e) { return kWaveSize == 32 ? lane % 4 * 2 + e % 2 + e / 2 * 8 : lane / 16 * 4 + e; }
   static int a_row(int lane, int e) { return kWaveSize == 32 ? lane / 4 + e / 2 % 2 * 8 : lane % 16; }
   static int a_k(int lane, int e) { return kWaveSize == 32 ? lane % 4 * 2 + e % 2 + e / 4 * 8 : lane / 16 * 4 + e; }
   static int b_n(int lane, int) { return outer(lane); }

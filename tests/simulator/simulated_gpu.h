@@ -1,8 +1,12 @@
 // A GPU on one processor: kernels as ordinary C++, a fiber for each thread of a block, blocks in turn. Finds wrong
-// indices, missing or divergent barriers and reads of what nobody wrote; no races, as fibers only change where they wait.
+// indices, missing or divergent barriers and reads of what nobody wrote; no races, as fibers only change where they
+// wait.
 //
-// A fiber runs until it waits for its wave (a collective operation) or for its block (__syncthreads). Where all that can
-// still run wait and nothing comes, or lanes of a wave wait in different operations, the program ends with an error.
+// Shared memory of a size that the launch names is NaN until somebody writes it; what kernels declare there is not.
+//
+// A fiber runs until it waits for its wave (a collective operation) or for its block (__syncthreads); a wave, picked at
+// random, as far as it gets without the others, and any of its lanes first. Where all wait and nothing comes, or lanes
+// of a wave are in different operations, the program ends with an error.
 #pragma once
 
 #include <sys/mman.h>
@@ -15,6 +19,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <random>
 #include <type_traits>
 #include <vector>
 
@@ -25,7 +30,7 @@
 #define __grid_constant__
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
-#define __shared__ static __attribute__((section("simulated_shared")))
+#define __shared__ static
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -65,14 +70,10 @@ T atomicAdd(T* p, std::type_identity_t<T> value) {
 }
 inline void __threadfence() {}
 
-// What is shared between the threads of a block, laid out by the linker.
-extern "C" unsigned char __start_simulated_shared[] __attribute__((weak));
-extern "C" unsigned char __stop_simulated_shared[] __attribute__((weak));
-
 namespace simulated {
 
 inline constexpr int kWave = FLASHDECPP_SIMULATED_WAVE;
-inline constexpr int kMostBytes = 512;           // that a lane hands to its wave at once
+inline constexpr int kMostBytes = 512;  // that a lane hands to its wave at once
 inline constexpr size_t kStackBytes = 256 << 10;
 
 [[noreturn]] inline void fail(const char* what) {
@@ -117,12 +118,14 @@ class Machine {
   Fiber& fiber() { return *running_; }
   Wave& wave() { return waves_[running_->thread / kWave]; }
 
-  void launch(unsigned grid, unsigned block, size_t shared_bytes, const std::function<void()>& kernel) {
-    grid_size = {grid};
+  void launch(dim3 grid, unsigned block, size_t shared_bytes, const std::function<void()>& kernel) {
+    grid_size = grid;
     block_size = {block};
-    for (unsigned b = 0; b < grid; ++b) {
-      block_index = {b, 0, 0};
-      run_block(block, shared_bytes, kernel);
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        block_index = {x, y, 0};
+        run_block(block, shared_bytes, kernel);
+      }
     }
   }
 
@@ -143,27 +146,28 @@ class Machine {
   }
 
   // All lanes' values, once all have come here.
-  template <class T>
-  const unsigned char (*exchange(const T& value, const char* operation))[kMostBytes] {
-    static_assert(sizeof(T) <= kMostBytes);
-    Wave& w = wave();
-    const unsigned generation = w.generation;
-    const int buffer = generation % 2;
-    if (w.arrived == 0) w.operation[buffer] = operation;
-    if (w.operation[buffer] != operation) fail("lanes of a wave are in different operations");
-    std::memcpy(w.lanes[buffer][thread() % kWave], &value, sizeof(T));
-    progress_ = true;
-    if (++w.arrived == w.size) {
-      w.arrived = 0;
-      ++w.generation;
-    } else {
-      while (w.generation == generation) wait(operation);
-    }
-    return w.lanes[buffer];
-  }
+ template <class T>
+ const unsigned char (*exchange(const T& value, const char* operation)) [kMostBytes] {
+   static_assert(sizeof(T) <= kMostBytes);
+   Wave& w = wave();
+   const unsigned generation = w.generation;
+   const int buffer = generation % 2;
+   if (w.arrived == 0) w.operation[buffer] = operation;
+   if (w.operation[buffer] != operation) fail("lanes of a wave are in different operations");
+   std::memcpy(w.lanes[buffer][thread() % kWave], &value, sizeof(T));
+   progress_ = true;
+   if (++w.arrived == w.size) {
+     w.arrived = 0;
+     ++w.generation;
+   } else {
+     while (w.generation == generation) wait(operation);
+   }
+   return w.lanes[buffer];
+ }
 
- private:
-  static void entry() { instance().run_thread(); }
+ private : static void entry() {
+    instance().run_thread();
+  }
 
   void run_thread() {
     (*kernel_)();
@@ -175,9 +179,6 @@ class Machine {
   void run_block(unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
     kernel_ = &kernel;
     shared.assign(shared_bytes + 1024, 0xff);  // NaN in every format: nobody wrote it
-    if (__start_simulated_shared) {
-      std::memset(__start_simulated_shared, 0xff, __stop_simulated_shared - __start_simulated_shared);
-    }
     waves_.assign((threads + kWave - 1) / kWave, Wave());
     fibers_.resize(threads);
     for (unsigned t = 0; t < threads; ++t) {
@@ -195,19 +196,38 @@ class Machine {
     }
     at_barrier_ = 0;
     for (bool alive = true; alive;) {
-      alive = progress_ = false;
-      for (const auto& fiber : fibers_) {
-        if (fiber->done) continue;
-        alive = true;
-        running_ = fiber.get();
-        swapcontext(&scheduler_, &running_->context);
+      alive = false;
+      bool any_progress = false;
+      const unsigned first = random_();
+      for (unsigned w = 0; w < waves_.size(); ++w) {
+        const unsigned wave = (first + w) % waves_.size();
+        do {
+          progress_ = false;
+          alive |= run_wave(wave, threads);
+          any_progress |= progress_;
+        } while (progress_);
       }
-      if (alive && !progress_) fail(running_->waits);
+      if (alive && !any_progress) fail(running_->waits);
     }
     if (at_barrier_ > 0) fail("a thread ended while others wait in __syncthreads");
   }
 
+  // Every lane until it waits, any of them first; whether some are not done.
+  bool run_wave(unsigned wave, unsigned threads) {
+    bool alive = false;
+    const unsigned first = random_();
+    for (unsigned l = 0; l < kWave; ++l) {
+      const unsigned thread = wave * kWave + (first + l) % kWave;
+      if (thread >= threads || fibers_[thread]->done) continue;
+      alive = true;
+      running_ = fibers_[thread].get();
+      swapcontext(&scheduler_, &running_->context);
+    }
+    return alive;
+  }
+
   ucontext_t scheduler_;
+  std::minstd_rand random_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Wave> waves_;
   Fiber* running_ = nullptr;

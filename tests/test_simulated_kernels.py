@@ -1,0 +1,117 @@
+"""The GPU kernels' own source, run on a simulated GPU (tests/simulator) in waves of 32 and of 64 lanes.
+
+The same tests must notice faults that are planted into the source: else they would prove nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Kernels look at bytes as other types, which nvcc allows and C++ does not.
+FLAGS = ["-std=c++20", "-fno-strict-aliasing", "-w"]
+
+
+def run(source: str, csrc: Path, binary: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Compiles tests/simulator/`source`.cpp with the kernels of `csrc`, and runs it."""
+    simulator = ROOT / "tests/simulator"
+    include = [f"-I{csrc}", f"-I{csrc / 'cuda'}", f"-I{simulator}"]
+    command = ["c++", *FLAGS, *flags, *include, str(simulator / f"{source}.cpp"), "-o", str(binary)]
+    subprocess.run(command, check=True, timeout=300)
+    return subprocess.run([str(binary)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("lanes", [32, 64])
+@pytest.mark.parametrize("source", ["attention", "linear"])
+def test_kernels_agree_with_their_definition(source: str, lanes: int, tmp_path: Path) -> None:
+    result = run(source, ROOT / "csrc", tmp_path / source, "-O2", f"-DFLASHDECPP_SIMULATED_WAVE={lanes}")
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.endswith(f" cases in waves of {lanes}, 0 failures\n")
+
+
+# What is planted: which test must notice it, the file, the text and what takes its place.
+FAULTS = {
+    "wrong mask at the ragged edge": (
+        "attention",
+        "attention_walk.cuh",
+        "key <= last_[r][s]",
+        "key < last_[r][s]",
+    ),
+    "no barrier before the waves' parts are read": (
+        "attention",
+        "attention_merge.cuh",
+        "= state; });\n  __syncthreads();",
+        "= state; });",
+    ),
+    "a barrier that only one wave reaches": (
+        "attention",
+        "decode_attention_kernel.cuh",
+        "merge_memory);\n    __syncthreads();",
+        "merge_memory);\n    if (arch::wave() == 0) __syncthreads();",
+    ),
+    "the wrong lanes in a scan": (
+        "attention",
+        "arch.h",
+        "if (lane() & mask) before",
+        "if (!(lane() & mask)) before",
+    ),
+    "a stage read before it has arrived": (
+        "attention",
+        "attention_ring.cuh",
+        "arch::copy_wait<Tile::kStages - 1>();\n    arch::wave_sync();",
+        "arch::copy_wait<Tile::kStages>();\n    arch::wave_sync();",
+    ),
+    "a part in the slot of another": (
+        "attention",
+        "decode_attention_kernel.cuh",
+        "slot = schedule.first_slot + 1;",
+        "slot = schedule.first_slot;",
+    ),
+    "a part that is not merged": (
+        "attention",
+        "attention_schedule.cuh",
+        "kv_heads, kv_heads, parts};",
+        "kv_heads, kv_heads, parts - 1};",
+    ),
+    "references the wrong way round": (
+        "attention",
+        "softmax.cuh",
+        "(ref - whole) * kLog2E",
+        "(whole - ref) * kLog2E",
+    ),
+    "a buffer that is filled while it is read": (
+        "linear",
+        "flat_gemm_kernel.cuh",
+        "copy_wait<G::kStages - 2>();",
+        "copy_wait<G::kStages - 1>();",
+    ),
+    "another row's sums": (
+        "linear",
+        "gemv_kernel.cuh",
+        "mine += parts[wave() + other]",
+        "mine += parts[other]",
+    ),
+    "a block that does not wait for the last part": (
+        "linear",
+        "arch.h",
+        "== expected - 1;",
+        "== expected - 2;",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_noticed(fault: str, tmp_path: Path) -> None:
+    source, file, text, replacement = FAULTS[fault]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    path = csrc / "cuda" / file
+    kernel = path.read_text()
+    assert kernel.count(text) == 1
+    path.write_text(kernel.replace(text, replacement))
+    flags = ("-O1", "-DFLASHDECPP_SIMULATED_WAVE=32", "-DFLASHDECPP_SIMULATED_FEW")
+    assert run(source, csrc, tmp_path / source, *flags).returncode != 0
