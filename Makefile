@@ -25,11 +25,11 @@ gpu-test: $(VENV)/.built $(VENV)/.test-tools
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc)
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc "tests/*.h" "tests/*.cpp")
 
 format: $(VENV)/.lint-tools
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files csrc)
+	$(BIN)/clang-format -i $$(git ls-files csrc "tests/*.h" "tests/*.cpp")
 
 $(VENV)/.packages: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "flashdecpp: $(PYTHON) was not found; install Python 3.10 or newer"; exit 1; }

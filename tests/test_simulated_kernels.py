@@ -1,4 +1,4 @@
-"""The GPU kernels' own source, run on a simulated GPU (tests/simulator) in waves of 32 and of 64 lanes.
+"""GPU kernels' own source on a simulated GPU (tests/simulator), with the waves and tiles of three machines.
 
 The same tests must notice faults that are planted into the source: else they would prove nothing.
 """
@@ -25,12 +25,19 @@ def run(source: str, csrc: Path, binary: Path, *flags: str) -> subprocess.Comple
     return subprocess.run([str(binary)], capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("lanes", [32, 64])
+MACHINES = {  # lanes of a wave, and whose matrix tiles
+    "mma": ("-DFLASHDECPP_SIMULATED_WAVE=32",),
+    "mfma": ("-DFLASHDECPP_SIMULATED_WAVE=64",),
+    "wmma": ("-DFLASHDECPP_SIMULATED_WAVE=32", "-DFLASHDECPP_SIMULATED_WMMA"),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("source", ["attention", "linear"])
-def test_kernels_agree_with_their_definition(source: str, lanes: int, tmp_path: Path) -> None:
-    result = run(source, ROOT / "csrc", tmp_path / source, "-O2", f"-DFLASHDECPP_SIMULATED_WAVE={lanes}")
+def test_kernels_agree_with_their_definition(source: str, machine: str, tmp_path: Path) -> None:
+    result = run(source, ROOT / "csrc", tmp_path / source, "-O2", *MACHINES[machine])
     assert result.returncode == 0, result.stdout
-    assert result.stdout.endswith(f" cases in waves of {lanes}, 0 failures\n")
+    assert result.stdout.endswith(" cases, 0 failures\n")
 
 
 # What is planted: which test must notice it, the file, the text and what takes its place.
@@ -113,5 +120,5 @@ def test_planted_faults_are_noticed(fault: str, tmp_path: Path) -> None:
     kernel = path.read_text()
     assert kernel.count(text) == 1
     path.write_text(kernel.replace(text, replacement))
-    flags = ("-O1", "-DFLASHDECPP_SIMULATED_WAVE=32", "-DFLASHDECPP_SIMULATED_FEW")
+    flags = ("-O1", "-DFLASHDECPP_SIMULATED_FEW", *MACHINES["mma"])
     assert run(source, csrc, tmp_path / source, *flags).returncode != 0

@@ -69,7 +69,8 @@ struct FlatGemm {
 
 // Grid: (m tiles x n tiles, the m tiles of one n tile side by side so that they share its weights in L2; splits).
 template <class T, int tile_index>
-__global__ void __launch_bounds__(FlatGemm<T, tile_index>::kThreads, 2) flat_gemm_kernel(LinearParams p, SplitK split) {
+__global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
+    flat_gemm_kernel(LinearParams p, SplitK split) {
   using namespace arch;
   using G = FlatGemm<T, tile_index>;
   T* const shared = reinterpret_cast<T*>(dynamic_shared());

@@ -1,14 +1,46 @@
-// The seam of csrc/cuda/arch.h on the simulated GPU: waves of 32 lanes with the matrix tiles of mma.sync m16n8k16, or
-// of 64 with those of MFMA 16x16x16. Copies arrive when they are waited for, and not before.
+// The seam of csrc/cuda/arch.h on the simulated GPU, with the matrix tiles of one of three machines. Copies arrive when
+// they are waited for, and not before.
 #pragma once
 
 #include "simulated_gpu.h"
 
 namespace flashdecpp::arch {
 
+// Where a lane's value e of a tile lies: A is 16 x 16, B 16 x kN, C 16 x kN.
+#if FLASHDECPP_SIMULATED_WAVE == 64
+struct Layout {  // MFMA 16x16x16
+  static constexpr int kN = 16, kA = 4, kB = 4, kC = 4, kRowSlots = 4, kRowLanes = 16;
+  static int a_row(int lane, int) { return lane % 16; }
+  static int a_k(int lane, int e) { return lane / 16 * 4 + e; }
+  static int b_n(int lane, int) { return lane % 16; }
+  static int b_k(int lane, int e) { return lane / 16 * 4 + e; }
+  static int c_row(int lane, int e) { return lane / 16 * 4 + e; }
+  static int c_col(int lane, int) { return lane % 16; }
+};
+#elif defined(FLASHDECPP_SIMULATED_WMMA)
+struct Layout {  // WMMA 16x16x16: both halves of the wave hold all of A and B
+  static constexpr int kN = 16, kA = 16, kB = 16, kC = 8, kRowSlots = 8, kRowLanes = 16;
+  static int a_row(int lane, int) { return lane % 16; }
+  static int a_k(int, int e) { return e; }
+  static int b_n(int lane, int) { return lane % 16; }
+  static int b_k(int, int e) { return e; }
+  static int c_row(int lane, int e) { return 2 * e + lane / 16; }
+  static int c_col(int lane, int) { return lane % 16; }
+};
+#else
+struct Layout {  // mma.sync m16n8k16
+  static constexpr int kN = 8, kA = 8, kB = 4, kC = 4, kRowSlots = 2, kRowLanes = 4;
+  static int a_row(int lane, int e) { return lane / 4 + e / 2 % 2 * 8; }
+  static int a_k(int lane, int e) { return lane % 4 * 2 + e % 2 + e / 4 * 8; }
+  static int b_n(int lane, int) { return lane / 4; }
+  static int b_k(int lane, int e) { return lane % 4 * 2 + e % 2 + e / 2 * 8; }
+  static int c_row(int lane, int e) { return lane / 4 + e / 2 * 8; }
+  static int c_col(int lane, int e) { return lane % 4 * 2 + e % 2; }
+};
+#endif
+
 inline constexpr int kWaveSize = simulated::kWave;
-static_assert(kWaveSize == 32 || kWaveSize == 64);
-inline constexpr int kTileN = kWaveSize == 32 ? 8 : 16;
+inline constexpr int kTileN = Layout::kN;
 inline constexpr int kTilesOf16 = 16 / kTileN;
 inline constexpr int kBlockSharedBytes = 160 * 1024;
 inline constexpr bool kHasTensorCopies = false;
@@ -149,20 +181,6 @@ inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
 
 // ---- matrix tiles --------------------------------------------------------------------------------------------------
-// Where a lane's value e of a tile lies.
-struct Layout {
-  static constexpr int kA = 16 * 16 / kWaveSize, kB = 16 * kTileN / kWaveSize, kC = kB;
-
-  static int outer(int lane) { return kWaveSize == 32 ? lane / 4 : lane % 16; }
-  static int inner(int lane, int e) { return kWaveSize == 32 ? lane % 4 * 2 + e % 2 + e / 2 * 8 : lane / 16 * 4 + e; }
-  static int a_row(int lane, int e) { return kWaveSize == 32 ? lane / 4 + e / 2 % 2 * 8 : lane % 16; }
-  static int a_k(int lane, int e) { return kWaveSize == 32 ? lane % 4 * 2 + e % 2 + e / 4 * 8 : lane / 16 * 4 + e; }
-  static int b_n(int lane, int) { return outer(lane); }
-  static int b_k(int lane, int e) { return inner(lane, e); }
-  static int c_row(int lane, int e) { return kWaveSize == 32 ? lane / 4 + e / 2 * 8 : lane / 16 * 4 + e; }
-  static int c_col(int lane, int e) { return kWaveSize == 32 ? lane % 4 * 2 + e % 2 : lane % 16; }
-};
-
 template <class T>
 struct TileA {
   T v[Layout::kA];
@@ -173,11 +191,11 @@ struct TileB {
 };
 struct TileC {
   static constexpr int kValues = Layout::kC;
-  static constexpr int kRowSlots = kWaveSize == 32 ? 2 : 4, kRowLanes = kWaveSize == 32 ? 4 : 16;
+  static constexpr int kRowSlots = Layout::kRowSlots, kRowLanes = Layout::kRowLanes;
   float v[kValues] = {};
 
-  static constexpr int slot(int i) { return kWaveSize == 32 ? i / 2 : i; }
-  static int slot_row(int slot) { return Layout::c_row(lane(), kWaveSize == 32 ? slot * 2 : slot); }
+  static constexpr int slot(int i) { return i / (kValues / kRowSlots); }
+  static int slot_row(int slot) { return Layout::c_row(lane(), slot * (kValues / kRowSlots)); }
   static int row(int i) { return Layout::c_row(lane(), i); }
   static int col(int i) { return Layout::c_col(lane(), i); }
 };

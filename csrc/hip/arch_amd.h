@@ -1,0 +1,290 @@
+// The seam of csrc/cuda/arch.h on AMD machines: CDNA (waves of 64, MFMA 16x16x16) and RDNA3 (waves of 32, WMMA
+// 16x16x16). A matrix tile is 16 x 16 x 16 on both.
+//
+// There are no copies to shared memory that a kernel could go on beside: copy_async copies. What several of them ask
+// for in a row is under way together, as the compiler moves their loads ahead of their stores.
+#pragma once
+
+#include <hip/hip_bf16.h>
+#include <hip/hip_fp16.h>
+#include <hip/hip_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#define __grid_constant__  // parameters are read where they are
+
+namespace flashdecpp::arch {
+
+using half = __half;
+using bfloat16 = __hip_bfloat16;
+
+// e4m3 as the contract has it (4 bits of exponent with bias 7, no infinity); gfx942's own differs.
+struct float8 {
+  uint8_t bits;
+
+  float8() = default;
+  __device__ explicit float8(float x) {
+    const uint32_t sign = __float_as_uint(x) >> 24 & 0x80u;
+    const float magnitude = fminf(fabsf(x), 448.f);
+    if (isnan(x)) {
+      bits = 0x7f;
+    } else if (magnitude < 0x1p-6f) {  // subnormal: steps of 2^-9
+      bits = static_cast<uint8_t>(sign | static_cast<uint32_t>(rintf(magnitude * 0x1p9f)));
+    } else {  // rounds to the nearest, the even one of two: the carry may go into the exponent
+      const uint32_t wide = __float_as_uint(magnitude), odd = wide >> 20 & 1;
+      bits = static_cast<uint8_t>(sign | (((wide + 0x7ffff + odd) >> 20) - (120 << 3)));
+    }
+  }
+  __device__ explicit operator float() const {
+    const uint32_t exponent = bits >> 3 & 15, mantissa = bits & 7, sign = (bits & 0x80u) << 24;
+    if ((bits & 0x7f) == 0x7f) return __uint_as_float(0x7fc00000);
+    const float subnormal = static_cast<float>(mantissa) * 0x1p-9f;
+    const uint32_t normal = (exponent + 120) << 23 | mantissa << 20;
+    return __uint_as_float(sign | (exponent == 0 ? __float_as_uint(subnormal) : normal));
+  }
+};
+
+#if defined(__GFX11__)
+inline constexpr int kWaveSize = 32;
+#else  // CDNA; and the host, which asks the device
+inline constexpr int kWaveSize = 64;
+#endif
+inline constexpr int kTileN = 16, kTilesOf16 = 1;
+inline constexpr int kBlockSharedBytes = 64 * 1024;
+inline constexpr bool kHasTensorCopies = false;
+
+// ---- lanes
+// -----------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ int lane() { return threadIdx.x % kWaveSize; }
+__device__ __forceinline__ int wave() { return threadIdx.x / kWaveSize; }
+
+__device__ __forceinline__ float exchange_xor(float value, int mask) { return __shfl_xor(value, mask, kWaveSize); }
+__device__ __forceinline__ uint32_t exchange_xor(uint32_t value, int mask) {
+  return __shfl_xor(value, mask, kWaveSize);
+}
+__device__ __forceinline__ uint64_t exchange_xor(uint64_t value, int mask) {
+  return __shfl_xor(static_cast<unsigned long long>(value), mask, kWaveSize);
+}
+template <class T>
+__device__ __forceinline__ T* from_lane(T* value, int source) {
+  return reinterpret_cast<T*>(__shfl(reinterpret_cast<unsigned long long>(value), source, kWaveSize));
+}
+__device__ __forceinline__ int from_lane(int value, int source) { return __shfl(value, source, kWaveSize); }
+__device__ __forceinline__ int first_lane(bool value) { return __ffsll(__ballot(value)) - 1; }
+__device__ __forceinline__ bool wave_any(bool value) { return __ballot(value) != 0; }
+__device__ __forceinline__ void wave_sync() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+}
+
+__device__ __forceinline__ float exp2_approx(float x) { return __builtin_amdgcn_exp2f(x); }
+
+// ---- memory
+// ------------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+  return dynamic_shared_memory;
+}
+
+template <int bytes = 16>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  static_assert(bytes == 16 || bytes == 8);
+  if constexpr (bytes == 16) {
+    *static_cast<uint4*>(shared) = valid ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
+  } else {
+    *static_cast<uint2*>(shared) = valid ? *static_cast<const uint2*>(global) : make_uint2(0, 0);
+  }
+}
+__device__ __forceinline__ void copy_commit() {}
+template <int pending>
+__device__ __forceinline__ void copy_wait() {}
+
+__device__ __forceinline__ uint4 load_stream(const void* p) {
+  using Words = uint32_t __attribute__((ext_vector_type(4)));
+  const Words v = __builtin_nontemporal_load(static_cast<const Words*>(p));
+  return make_uint4(v[0], v[1], v[2], v[3]);
+}
+__device__ __forceinline__ void store_wide(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
+__device__ __forceinline__ int32_t load_fresh(const int32_t* p) {
+  return __hip_atomic_load(p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+__device__ __forceinline__ void publish(uint64_t* flag, uint64_t value) {
+  __hip_atomic_store(flag, value, __ATOMIC_RELEASE, __HIP_MEMORY_SCOPE_AGENT);
+}
+__device__ __forceinline__ void await(const uint64_t* flag, uint64_t value) {
+  while (__hip_atomic_load(flag, __ATOMIC_ACQUIRE, __HIP_MEMORY_SCOPE_AGENT) != value) __builtin_amdgcn_s_sleep(1);
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {}
+__device__ __forceinline__ void allow_next_kernel() {}
+
+// ---- matrix tiles --------------------------------------------------------------------------------------------------
+// A lane holds kInner neighbours along K of one row of A and of one column of B, from first_k() on: MFMA spreads K over
+// the quarters of a wave, WMMA has all of it in both halves.
+inline constexpr int kInner = kWaveSize == 64 ? 4 : 16;
+__device__ __forceinline__ int outer() { return lane() % 16; }
+__device__ __forceinline__ int first_k() { return kWaveSize == 64 ? lane() / 16 * 4 : 0; }
+
+using Bits = uint16_t;  // of half or bfloat16
+using Inner = Bits __attribute__((ext_vector_type(kInner)));
+
+template <class T>
+struct TileA {
+  Inner v;
+};
+template <class T>
+struct TileB {
+  Inner v;
+};
+struct TileC {
+  static constexpr int kValues = 256 / kWaveSize, kRowSlots = kValues, kRowLanes = 16;
+  float v[kValues] = {};
+
+  static constexpr __host__ __device__ int slot(int i) { return i; }
+  static __device__ __forceinline__ int slot_row(int slot) {
+    return kWaveSize == 64 ? lane() / 16 * 4 + slot : slot * 2 + lane() / 16;
+  }
+  static __device__ __forceinline__ int row(int i) { return slot_row(i); }
+  static __device__ __forceinline__ int col(int) { return lane() % 16; }
+};
+
+template <class T>
+__device__ __forceinline__ Bits round_to(float x);
+template <>
+__device__ __forceinline__ Bits round_to<half>(float x) {
+  return __half_as_ushort(__float2half_rn(x));
+}
+template <>
+__device__ __forceinline__ Bits round_to<bfloat16>(float x) {
+  const bfloat16 rounded = __float2bfloat16(x);
+  Bits bits;
+  memcpy(&bits, &rounded, sizeof(bits));
+  return bits;
+}
+
+// kInner neighbours in shared memory, of which as many as make 16 bytes lie together.
+__device__ __forceinline__ void load_inner(Inner& v, const void* low, const void* high) {
+  constexpr int half_bytes = sizeof(v) / 2;
+  memcpy(&v, __builtin_assume_aligned(low, 4 * sizeof(Bits)), half_bytes);
+  memcpy(reinterpret_cast<unsigned char*>(&v) + half_bytes, __builtin_assume_aligned(high, half_bytes), half_bytes);
+}
+__device__ __forceinline__ void load_inner(Inner& v, const void* p) {
+  load_inner(v, p, static_cast<const unsigned char*>(p) + sizeof(v) / 2);
+}
+
+template <class T>
+__device__ __forceinline__ void load_a(TileA<T>& tile, const T* p, int stride) {
+  load_inner(tile.v, p + outer() * stride + first_k());
+}
+template <class T>
+__device__ __forceinline__ void load_b(TileB<T>& tile, const T* p, int stride) {
+  load_inner(tile.v, p + outer() * stride + first_k());
+}
+
+__device__ __forceinline__ constexpr int widened_k(int k) { return k; }
+__device__ __forceinline__ constexpr int widened_column(int, int n) { return n; }
+
+template <class T>
+__device__ __forceinline__ Bits widened(const unsigned char* chunk, int index) {
+  float8 narrow;
+  narrow.bits = chunk[index];
+  return round_to<T>(static_cast<float>(narrow));
+}
+
+template <class T, class Rows>
+__device__ __forceinline__ void load_b(TileB<T> (&tiles)[kTilesOf16], const Rows& rows, int j) {
+  if constexpr (sizeof(typename Rows::Element) == sizeof(T)) {
+    if constexpr (kInner == 4) {
+      load_inner(tiles[0].v, rows.moved(rows.chunk(outer(), first_k() / 8), 2 * j) + first_k() % 8 * 2);
+    } else {
+      load_inner(tiles[0].v, rows.moved(rows.chunk(outer(), 0), 2 * j), rows.moved(rows.chunk(outer(), 1), 2 * j));
+    }
+  } else {
+    const unsigned char* chunk = rows.moved(rows.chunk(outer(), 0), j);
+#pragma unroll
+    for (int e = 0; e < kInner; ++e) tiles[0].v[e] = widened<T>(chunk, first_k() + e);
+  }
+}
+
+template <class T, class Rows>
+__device__ __forceinline__ void load_b_transposed(TileB<T> (&tiles)[kTilesOf16], const Rows& rows, int j) {
+#pragma unroll
+  for (int e = 0; e < kInner; ++e) {
+    const int row = first_k() + e;
+    if constexpr (sizeof(typename Rows::Element) == sizeof(T)) {
+      const unsigned char* chunk = rows.moved(rows.chunk(row, outer() / 8), 2 * j);
+      tiles[0].v[e] = reinterpret_cast<const Bits*>(chunk)[outer() % 8];
+    } else {
+      tiles[0].v[e] = widened<T>(rows.moved(rows.chunk(row, 0), j), outer());
+    }
+  }
+}
+
+// Every lane asks the owners of its row of A for the values along K: values in pairs, as each fits a word.
+template <class T>
+__device__ __forceinline__ void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) {
+  constexpr int pairs = TileC::kValues / 2;
+  const int row = outer();
+  const int owner = kWaveSize == 64 ? row / 4 * 16 : row % 2 * 16, index = kWaveSize == 64 ? row % 4 : row / 2;
+  uint32_t packed[pairs];
+#pragma unroll
+  for (int i = 0; i < pairs; ++i) {
+    packed[i] = round_to<T>(c[0].v[2 * i]) | static_cast<uint32_t>(round_to<T>(c[0].v[2 * i + 1])) << 16;
+  }
+#pragma unroll
+  for (int e = 0; e < kInner; ++e) {
+    uint32_t chosen = 0;
+#pragma unroll
+    for (int i = 0; i < pairs; ++i) {
+      const uint32_t pair = __shfl(packed[i], owner + first_k() + e, kWaveSize);
+      if (index / 2 == i) chosen = pair;
+    }
+    a.v[e] = static_cast<Bits>(index % 2 ? chosen >> 16 : chosen);
+  }
+}
+
+using Sums = float __attribute__((ext_vector_type(256 / kWaveSize)));
+
+template <class Factor>
+__device__ __forceinline__ Factor factor(const Inner& v) {
+  static_assert(sizeof(Factor) == sizeof(Inner));
+  Factor as;
+  memcpy(&as, &v, sizeof(as));
+  return as;
+}
+
+__device__ __forceinline__ void mma(TileC& c, const TileA<half>& a, const TileB<half>& b) {
+  using Factor = _Float16 __attribute__((ext_vector_type(kInner)));
+  Sums sums;
+  memcpy(&sums, c.v, sizeof(sums));
+#if defined(__GFX11__)
+  sums = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(factor<Factor>(a.v), factor<Factor>(b.v), sums);
+#elif defined(__gfx90a__) || defined(__gfx942__)
+  sums = __builtin_amdgcn_mfma_f32_16x16x16f16(factor<Factor>(a.v), factor<Factor>(b.v), sums, 0, 0, 0);
+#endif
+  memcpy(c.v, &sums, sizeof(sums));
+}
+
+__device__ __forceinline__ void mma(TileC& c, const TileA<bfloat16>& a, const TileB<bfloat16>& b) {
+  using Factor = short __attribute__((ext_vector_type(kInner)));
+  Sums sums;
+  memcpy(&sums, c.v, sizeof(sums));
+#if defined(__GFX11__)
+  sums = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32(factor<Factor>(a.v), factor<Factor>(b.v), sums);
+#elif defined(__gfx90a__) || defined(__gfx942__)
+  sums = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(factor<Factor>(a.v), factor<Factor>(b.v), sums, 0, 0, 0);
+#endif
+  memcpy(c.v, &sums, sizeof(sums));
+}
+
+template <class T>
+__device__ __forceinline__ void store(T* p, int stride, const TileC& c) {
+#pragma unroll
+  for (int i = 0; i < TileC::kValues; ++i) {
+    const Bits bits = round_to<T>(c.v[i]);
+    memcpy(static_cast<void*>(p + TileC::row(i) * stride + TileC::col(i)), &bits, sizeof(bits));
+  }
+}
+
+}  // namespace flashdecpp::arch

@@ -1,0 +1,31 @@
+// Kernels as they are compiled for AMD machines, with nothing around them: for tests/test_hip_kernels.py, which looks
+// at the machine code.
+#include "decode_attention_kernel.cuh"
+#include "flat_gemm_kernel.cuh"
+#include "gated_activation_kernel.cuh"
+#include "gemv_kernel.cuh"
+#include "norm_kernel.cuh"
+#include "rotary_append_kernel.cuh"
+#include "sample_kernel.cuh"
+
+namespace flashdecpp {
+
+template <class T, class KV, int dims, int row_tiles>
+using Tile = AttentionTile<T, KV, dims, row_tiles, BlockShape<2, 2, 1, 4>>;
+template <class T, class KV, int dims, int row_tiles>
+using Ring = StagedRing<Tile<T, KV, dims, row_tiles>>;
+template <class T, class KV, int dims, int row_tiles>
+using Source = typename Ring<T, KV, dims, row_tiles>::Source;
+
+template __global__ void
+    decode_attention_kernel<Tile<arch::half, arch::half, 128, 1>, OnlineMax, Ring<arch::half, arch::half, 128, 1>>(
+        AttentionLaunch, Source<arch::half, arch::half, 128, 1>);
+template __global__ void decode_attention_kernel<Tile<arch::bfloat16, arch::float8, 64, 1>, UnifiedMax<arch::bfloat16>,
+                                                 Ring<arch::bfloat16, arch::float8, 64, 1>>(
+    AttentionLaunch, Source<arch::bfloat16, arch::float8, 64, 1>);
+template __global__ void gemv_kernel<arch::half, 1>(LinearParams, int);
+template __global__ void gemv_kernel<arch::bfloat16, 4>(LinearParams, int);
+template __global__ void flat_gemm_kernel<arch::half, 1>(LinearParams, SplitK);
+template __global__ void flat_gemm_kernel<arch::bfloat16, 3>(LinearParams, SplitK);
+
+}  // namespace flashdecpp
