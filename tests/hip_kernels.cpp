@@ -27,5 +27,9 @@ template __global__ void gemv_kernel<arch::half, 1>(LinearParams, int);
 template __global__ void gemv_kernel<arch::bfloat16, 4>(LinearParams, int);
 template __global__ void flat_gemm_kernel<arch::half, 1>(LinearParams, SplitK);
 template __global__ void flat_gemm_kernel<arch::bfloat16, 3>(LinearParams, SplitK);
+template __global__ void norm_kernel<arch::half, arch::half, 8>(NormParams);
+template __global__ void gated_activation_kernel<arch::bfloat16, 8>(GatedParams);
+template __global__ void rotary_append_kernel<arch::half, 8>(RotaryParams);
+template __global__ void sample_kernel<float>(SampleParams);
 
 }  // namespace flashdecpp

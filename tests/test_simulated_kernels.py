@@ -33,7 +33,7 @@ MACHINES = {  # lanes of a wave, and whose matrix tiles
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("source", ["attention", "linear"])
+@pytest.mark.parametrize("source", ["attention", "linear", "fused"])
 def test_kernels_agree_with_their_definition(source: str, machine: str, tmp_path: Path) -> None:
     result = run(source, ROOT / "csrc", tmp_path / source, "-O2", *MACHINES[machine])
     assert result.returncode == 0, result.stdout

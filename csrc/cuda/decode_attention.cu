@@ -1,9 +1,6 @@
 // Decode attention on a GPU, the host's side: check, guard, allocate, choose the way of the loads.
 #include "decode_attention.h"
 
-#include <cstdlib>
-#include <cstring>
-
 #include "../contract.h"
 #include "attention_tile.cuh"
 
@@ -27,16 +24,9 @@ bool fits_tensor_copies(const AttentionParams& p) {
          fits(p.v_cache, p.v);
 }
 
-// FLASHDECPP_GPU_KERNELS=generic takes the kernels that Ampere runs on a Hopper machine, too: to test and compare them.
-bool use_tensor_copies(const Launcher& launcher, const AttentionParams& p) {
-  const char* choice = std::getenv("FLASHDECPP_GPU_KERNELS");
-  const bool generic = choice && std::strcmp(choice, "generic") == 0;
-  return !generic && launcher.properties().arch == 90 && fits_tensor_copies(p);
-}
-
 template <class T>
 void launch_copies(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
-  if (use_tensor_copies(launcher, launch.p)) {
+  if (launcher.hopper_kernels() && fits_tensor_copies(launch.p)) {
     launch_decode_attention<T, CopyKind::kTensor>(launcher, launch, device);
   } else {
     launch_decode_attention<T, CopyKind::kStaged>(launcher, launch, device);

@@ -62,6 +62,19 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 }
 using std::isnan;
 inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline unsigned __float2uint_rn(float x) { return static_cast<unsigned>(std::rint(x)); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
 template <class T>
 T atomicAdd(T* p, std::type_identity_t<T> value) {
   const T before = *p;
