@@ -87,9 +87,9 @@ def _describe(seq_lens: Tensor, window: int = 0, visible_keys: Tensor | None = N
         visible_keys: [batch, keys] int32: only these places of the cache are keys, in this order.
 
     Returns:
-        [batch, 1, 1 + window, 1 (+ keys)] int32: four dimensions as every mask has, so that transformers passes
-        it on as it is, and a dtype that no mask has, so that nothing takes it for one. The window is a size,
-        not a value, since the op wants it on the host.
+        [batch, 1, 1 + window, 1 (+ keys)] int32: four dimensions as every mask has, so that transformers
+        passes it on as it is, and a dtype that no mask has, so that nothing takes it for one. The window is a
+        size, not a value, since the op wants it on the host.
     """
     columns = seq_lens[:, None] if visible_keys is None else torch.cat((seq_lens[:, None], visible_keys), 1)
     return columns[:, None, None].expand(-1, 1, 1 + window, -1)
@@ -150,9 +150,10 @@ def mask(
 ) -> Tensor | None:
     """What transformers asks for once a step and kind of layer (`AttentionMaskInterface`).
 
-    A description where decode_attention can follow the mask, else what SDPA gets. Padding, and masks that are
-    none of causal and sliding window, are described for one new token by the places of its visible keys. Reads
-    whether there is padding from the device, as SDPA's mask does; under torch.compile it counts as there.
+    A description where decode_attention can follow the mask, else what SDPA gets. Padding, and masks that
+    are neither causal nor a sliding window, are described for one new token by the places of its visible
+    keys. Reads whether there is padding from the device, as SDPA's mask does; under torch.compile a padding
+    mask counts as padding.
     """
     described = q_length <= MAX_NEW_TOKENS and mask_function is not bidirectional_mask_function
     if described:
@@ -320,7 +321,7 @@ def _decode(
 
 
 def _by_token(cache: Tensor) -> Tensor:
-    """[batch, kv_heads, keys, head_dim] as [blocks, 1, kv_heads, head_dim], which overlap and copy nothing."""
+    """[batch, kv_heads, keys, head_dim] as overlapping [blocks, 1, kv_heads, head_dim]: no copy."""
     batch, kv_heads, keys, head_dim = cache.shape
     step, head, token, element = cache.stride()
     blocks = (batch - 1) * (step // token) + keys
@@ -343,9 +344,8 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool |
 # ------------------------------------------------------------------------------------------------- statistics
 
 
+@torch.compiler.assume_constant_result  # torch.compile runs it itself, once, and leaves it out of the graph
 def _count(module: nn.Module, what: str) -> None:
-    if torch.compiler.is_compiling():
-        return
     if what not in (OURS, PREFILL):
         logger.warning_once(f"flashdecpp: attention falls back to transformers' own ({what})")
     if not hasattr(module, "_flashdecpp_calls"):
@@ -357,9 +357,9 @@ def attention_calls(model: nn.Module) -> Counter[str]:
     """How many attention calls of a model went where, over all layers since it was loaded.
 
     Returns:
-        "flashdecpp": through `ops.decode_attention`; "prefill": more than 16 new tokens, transformers' own; any
-        other key: transformers' own too, for the reason that the key says. Calls below torch.compile are not
-        counted: one step without it tells.
+        "flashdecpp": through `ops.decode_attention`; "prefill": more than 16 new tokens, transformers' own;
+        any other key: transformers' own too, for the reason that the key says. A call below torch.compile
+        counts once, when it is compiled.
     """
     calls: Counter[str] = Counter()
     for module in model.modules():
@@ -374,9 +374,10 @@ def accelerate(model: Model) -> Model:
     """Runs a transformers model's attention, linear layers and RMSNorms through flashdecpp, in place.
 
     Attention: as with `attn_implementation="flashdecpp"`. `nn.Linear` (no subclasses): `ops.linear`, which
-    picks GEMV, flat GEMM or BLAS by the shape. RMSNorms that compute what Llama's does: `ops.rms_norm`. Modules,
-    parameters and state_dict stay what they are; `restore` undoes all of it. For inference: where gradients are
-    needed a layer runs as it did before, so call the model below `torch.no_grad()`, as `generate` does.
+    picks GEMV, flat GEMM or BLAS by the shape. RMSNorms that compute what Llama's does: `ops.rms_norm`.
+    Modules, parameters and state_dict stay what they are; `restore` undoes all of it. For inference: where
+    gradients are needed a layer runs as it did before, so call the model below `torch.no_grad()`, as
+    `generate` does.
 
     Args:
         model: on any device, in any dtype. Layers that another library has hooked are left alone.
