@@ -24,7 +24,6 @@ from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdecpp import ops
@@ -262,14 +261,17 @@ def _reason_to_fall_back(
     head_dim = query.size(3)
     if query.size(2) > MAX_NEW_TOKENS:
         return PREFILL
+    if attention_mask is None:
+        return "not causal"
     if not _is_description(attention_mask, key.size(2)):
-        return "mask: not causal, given by the caller, or padding with more than one new token"
+        return "mask: given by the caller, or padding with several new tokens"
     if dropout > 0:
         return "dropout"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return "gradients are needed: use torch.no_grad()"
-    if options.get("position_bias") is not None:
-        return "position_bias"
+    for option in ("position_bias", "output_attentions", "cache"):  # the last is that of continuous batching
+        if (given := options.get(option)) is not None and given is not False:
+            return option
     if query.device.type not in DEVICES:
         return f"device {query.device.type}"
     allowed = (torch.float16, torch.bfloat16, *((torch.float32,) if query.device.type == "cpu" else ()))
@@ -425,15 +427,21 @@ def restore(model: Model) -> Model:
 
 
 def _linear(self: nn.Linear, input: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
-        return F.linear(input, self.weight, self.bias)
+    if _needs_torch(self, input):
+        return type(self).forward(self, input)
     return ops.linear(input, self.weight, self.bias)
 
 
 def _rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and (hidden_states.requires_grad or self.weight.requires_grad):
+    if _needs_torch(self, hidden_states):
         return type(self).forward(self, hidden_states)
-    return ops.rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
+    return ops.rms_norm(hidden_states.contiguous(), self.weight, eps=self.variance_epsilon)
+
+
+def _needs_torch(module: nn.Module, x: Tensor) -> bool:
+    """Whether gradients are needed, or the dtypes are those of autocast."""
+    needs_gradients = torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
+    return needs_gradients or x.dtype != module.weight.dtype
 
 
 def _is_llama_norm(module: nn.Module) -> bool:
