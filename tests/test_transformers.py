@@ -21,6 +21,7 @@ from flashdecpp.integrations.transformers import accelerate, attention_calls, re
 LAYERS = SIZES["num_hidden_layers"]
 PROMPT = 21  # longer than what decode_attention takes at once, and than the window
 WINDOW = 8
+Run = tuple[Tensor, Tensor]  # what `greedy` gives
 
 
 def _gpt_oss() -> PreTrainedModel:
@@ -62,9 +63,7 @@ def prompts(*paddings: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def greedy(
-    model: PreTrainedModel, batch: dict[str, Tensor], tokens: int = 12, **options
-) -> tuple[Tensor, Tensor]:
+def greedy(model: PreTrainedModel, batch: dict[str, Tensor], tokens: int = 12, **options) -> Run:
     """Token ids [batch, tokens] and logits [tokens, batch, vocab]."""
     out = model.generate(
         **batch,
@@ -169,9 +168,9 @@ def test_compiled_whole(paddings):
     assert attention_calls(model) - before == {"flashdecpp": LAYERS, "prefill": LAYERS}
 
 
-def test_a_bfloat16_model_is_as_close_as_without():
-    exact, half = make_model(), make_model().bfloat16()
-    batch, tokens = prompts(0, 5), torch.tensor([random_tokens(8, 5), random_tokens(8, 6)])
+def test_half_precision_is_as_close_as_without(one_place):
+    batch = {name: tensor.to(one_place.device) for name, tensor in prompts(0, 5).items()}
+    tokens = torch.tensor([random_tokens(8, 5), random_tokens(8, 6)], device=one_place.device)
 
     @torch.inference_mode()
     def run(model: PreTrainedModel) -> Tensor:
@@ -183,9 +182,12 @@ def test_a_bfloat16_model_is_as_close_as_without():
             logits.append(out.logits.float())
         return torch.cat(logits, 1)
 
+    exact = make_model().to(one_place.device)
+    half = make_model().to(one_place.device, one_place.dtype)
     truth = run(exact)
     theirs = (run(half) - truth).square().mean().sqrt()
     assert (run(accelerate(half)) - truth).square().mean().sqrt() <= 1.5 * theirs
+    assert attention_calls(half) == {"flashdecpp": 8 * LAYERS, "prefill": LAYERS}
 
 
 def test_by_name():

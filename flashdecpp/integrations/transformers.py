@@ -281,13 +281,16 @@ def _reason_to_fall_back(
         return f"head_dim {head_dim} of q, {key.size(3)} of k and {value.size(3)} of v"
     if query.size(1) % key.size(1) or query.size(1) > MAX_GROUP * key.size(1):
         return f"{query.size(1)} query heads over {key.size(1)} KV heads"
-    if attention_mask.size(3) > 1 and not (_one_pitch(key) and key.stride() == value.stride()):
-        return "padding with a cache whose sequences are not whole numbers of keys apart"
+    if attention_mask.size(3) > 1 and (_pitch(key) is None or _pitch(key) != _pitch(value)):
+        return "padding, and sequences that are not the same whole number of keys apart in k and v"
     return None
 
 
-def _one_pitch(cache: Tensor) -> bool:
-    return cache.size(0) == 1 or cache.stride(0) % cache.stride(2) == 0
+def _pitch(cache: Tensor) -> int | None:
+    """How many keys a sequence of the cache is after the one before; None where that is no whole number."""
+    if cache.size(0) == 1:
+        return 0
+    return None if cache.stride(0) % cache.stride(2) else cache.stride(0) // cache.stride(2)
 
 
 def _decode(
@@ -304,9 +307,8 @@ def _decode(
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     else:
         # Every place of the cache is a block of one token, counted through all sequences.
-        pitch = key.stride(0) // key.stride(2)
         sequence = torch.arange(key.size(0), dtype=torch.int32, device=key.device)
-        block_table = block_table + sequence[:, None] * pitch
+        block_table = block_table + sequence[:, None] * _pitch(key)
         key, value = _by_token(key), _by_token(value)
     out, _ = ops.decode_attention(
         query.transpose(1, 2),
@@ -325,8 +327,8 @@ def _decode(
 def _by_token(cache: Tensor) -> Tensor:
     """[batch, kv_heads, keys, head_dim] as overlapping [blocks, 1, kv_heads, head_dim]: no copy."""
     batch, kv_heads, keys, head_dim = cache.shape
-    step, head, token, element = cache.stride()
-    blocks = (batch - 1) * (step // token) + keys
+    _, head, token, element = cache.stride()
+    blocks = (batch - 1) * _pitch(cache) + keys
     return cache.as_strided((blocks, 1, kv_heads, head_dim), (token, token, head, element))
 
 
