@@ -233,6 +233,13 @@ def test_what_falls_back_says_why():
     assert _one_step(make_model("qwen3", **groups)) == {"17 query heads over 1 KV heads"}
 
 
+def test_a_mask_that_the_model_changed_is_refused():
+    q = torch.rand(1, 4, 1, 16)
+    description = integration.mask(1, 1, 8, q_offset=7)
+    with pytest.raises(ValueError, match="must be boolean, of floats, or as it was made"):
+        integration.attention(nn.Identity(), q, q, q, nn.functional.pad(description, (0, 7)))
+
+
 def test_training_is_as_before():
     assert _one_step(make_model()) == {"gradients are needed: use torch.no_grad()"}
     batch = prompts(0, 3)
@@ -246,7 +253,7 @@ def test_training_is_as_before():
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("keys", [1, 9])
+@pytest.mark.parametrize("keys", [1, 2, 9])
 def test_a_description_says_what_the_mask_said(keys):
     torch.manual_seed(keys)
     visible = torch.rand(5, 1, 1, keys) > 0.5

@@ -11,12 +11,14 @@ takes the same way as prefill, is counted with its reason (`attention_calls`), a
 
 What makes the difference is known where transformers makes the mask, once a step for all layers: lengths,
 window and padding. There a mask that the op can follow is not spelt out but described, in the terms of the op
-(`_describe`).
+(`_describe`). So models that read their mask themselves instead of handing it on to attention, to choose keys
+(Doge, DeepSeek V3.2 and later), end in an error.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -86,22 +88,26 @@ def _describe(seq_lens: Tensor, window: int = 0, visible_keys: Tensor | None = N
         visible_keys: [batch, keys] int32: only these places of the cache are keys, in this order.
 
     Returns:
-        [batch, 1, 1 + window, 1 (+ keys)] int32: four dimensions as every mask has, so that transformers
-        passes it on as it is, and a dtype that no mask has, so that nothing takes it for one. The window is a
-        size, not a value, since the op wants it on the host.
+        [batch, 1 (+ keys), 1 + window, 2] int32: four dimensions as every mask has, so that transformers
+        passes it on as it is; a dtype that no mask has and a last dimension that broadcasts with none, so
+        that a model that reads it fails. The window is a size, since the op wants it on the host.
     """
-    columns = seq_lens[:, None] if visible_keys is None else torch.cat((seq_lens[:, None], visible_keys), 1)
-    return columns[:, None, None].expand(-1, 1, 1 + window, -1)
+    rows = seq_lens[:, None] if visible_keys is None else torch.cat((seq_lens[:, None], visible_keys), 1)
+    return rows[:, :, None, None].expand(-1, -1, 1 + window, 2)
 
 
 def _described(mask: Tensor) -> tuple[Tensor, int, Tensor | None]:
     """seq_lens, window and visible_keys of `_describe`."""
-    columns = mask[:, 0, 0]
-    return columns[:, 0].contiguous(), mask.size(2) - 1, columns[:, 1:] if columns.size(1) > 1 else None
+    rows = mask[:, :, 0, 0]
+    return rows[:, 0].contiguous(), mask.size(2) - 1, rows[:, 1:] if _has_keys(mask) else None
 
 
-def _is_description(mask: Tensor | None, kv_length: int) -> bool:
-    return mask is not None and mask.dtype == torch.int32 and mask.size(-1) in (1, 1 + kv_length)
+def _is_description(mask: Tensor, kv_length: int) -> bool:
+    return mask.dtype == torch.int32 and mask.size(3) == 2 and mask.size(1) in (1, 1 + kv_length)
+
+
+def _has_keys(description: Tensor) -> bool:
+    return description.size(1) > 1
 
 
 def _spelt_out(mask: Tensor, q_length: int, kv_length: int) -> Tensor:
@@ -189,9 +195,7 @@ def _describe_visible(visible: Tensor) -> Tensor:
     keys = visible.size(1)
     places = torch.zeros(visible.size(0), keys + 1, dtype=torch.int32, device=visible.device)
     place = torch.arange(keys, dtype=torch.int32, device=visible.device).expand_as(visible)
-    places = places.scatter(
-        1, torch.where(visible, rank - 1, keys), place
-    )  # the last column takes the others
+    places = places.scatter(1, torch.where(visible, rank - 1, keys), place)  # the last column: of False
     return _describe(rank[:, -1].int(), visible_keys=places[:, :-1])
 
 
@@ -227,8 +231,7 @@ def attention(
     if reason is None:
         return _decode(query, key, value, attention_mask, scaling, softcap, s_aux), None
 
-    if _is_description(attention_mask, key.size(2)):
-        attention_mask = _spelt_out(attention_mask, query.size(2), key.size(2))
+    attention_mask = _for_torch(module, attention_mask, query.size(2), key.size(2))
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
@@ -243,9 +246,8 @@ def attention(
         options["softcap"] = softcap
     if s_aux is not None:
         options["s_aux"] = s_aux
-    additive = _additive(
-        attention_mask, query, key, options.get("is_causal", getattr(module, "is_causal", True))
-    )
+    is_causal = options.get("is_causal", getattr(module, "is_causal", True))
+    additive = _additive(attention_mask, query, key, is_causal)
     return eager(module, query, key, value, additive, dropout=dropout, scaling=scaling, **options)
 
 
@@ -281,7 +283,7 @@ def _reason_to_fall_back(
         return f"head_dim {head_dim} of q, {key.size(3)} of k and {value.size(3)} of v"
     if query.size(1) % key.size(1) or query.size(1) > MAX_GROUP * key.size(1):
         return f"{query.size(1)} query heads over {key.size(1)} KV heads"
-    if attention_mask.size(3) > 1 and (_pitch(key) is None or _pitch(key) != _pitch(value)):
+    if _has_keys(attention_mask) and (_pitch(key) is None or _pitch(key) != _pitch(value)):
         return "padding, and sequences that are not the same whole number of keys apart in k and v"
     return None
 
@@ -330,6 +332,18 @@ def _by_token(cache: Tensor) -> Tensor:
     _, head, token, element = cache.stride()
     blocks = (batch - 1) * _pitch(cache) + keys
     return cache.as_strided((blocks, 1, kv_heads, head_dim), (token, token, head, element))
+
+
+def _for_torch(module: nn.Module, mask: Tensor | None, q_length: int, kv_length: int) -> Tensor | None:
+    """The mask as SDPA takes it."""
+    if mask is None or mask.dtype == torch.bool or mask.is_floating_point():
+        return mask
+    if _is_description(mask, kv_length):
+        return _spelt_out(mask, q_length, kv_length)
+    raise ValueError(
+        f"flashdecpp: attn_implementation must be another for {type(module).__name__}: its mask must be "
+        f"boolean, of floats, or as it was made, got {mask.dtype} of shape {tuple(mask.shape)}"
+    )
 
 
 def _additive(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool | None) -> Tensor | None:
@@ -397,8 +411,11 @@ def accelerate(model: Model) -> Model:
         raise TypeError(
             f"flashdecpp: model must be a transformers PreTrainedModel, got {type(model).__name__}"
         )
-    previous = model.config._attn_implementation
-    if previous != REGISTERED:
+    if model.config._attn_implementation != REGISTERED:
+        previous = {"": model.config._attn_implementation}
+        for name in model.config.sub_configs:
+            if (part := getattr(model.config, name)) is not None:
+                previous[name] = part._attn_implementation
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != REGISTERED:
             raise ValueError(
@@ -449,9 +466,8 @@ def _needs_torch(module: nn.Module, x: Tensor) -> bool:
 def _is_llama_norm(module: nn.Module) -> bool:
     """Whether its code is that of Llama's, of which most families have a copy."""
     code, llama = (getattr(f, "__code__", None) for f in (type(module).forward, LlamaRMSNorm.forward))
-    return code is not None and (code.co_code, code.co_names, code.co_consts) == (
-        (llama.co_code, llama.co_names, llama.co_consts)
-    )
+    parts = operator.attrgetter("co_code", "co_names", "co_consts")
+    return code is not None and parts(code) == parts(llama)
 
 
 def _register() -> None:
@@ -461,9 +477,8 @@ def _register() -> None:
 
     @functools.wraps(choose)
     def choose_by_our_name(self, attn_implementation, *args, **options):
-        return choose(
-            self, REGISTERED if attn_implementation == NAME else attn_implementation, *args, **options
-        )
+        name = REGISTERED if attn_implementation == NAME else attn_implementation
+        return choose(self, name, *args, **options)
 
     PreTrainedModel._check_and_adjust_attn_implementation = choose_by_our_name
 
