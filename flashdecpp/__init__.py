@@ -1,9 +1,10 @@
 """FlashDecoding++ for PyTorch: decode attention with a unified maximum, flat GEMM, GEMV and their switch.
 
-Three ways in:
+Four ways in:
 
 - ``flashdecpp.ops`` (or ``torch.ops.flashdecpp``): the ops, for your own model; ``flashdecpp.quantize_`` to
   run its linear layers in 8 or 4 bits
+- ``flashdecpp.accelerate``: a model of transformers, run through the ops
 - ``flashdecpp.LLM``: the model runner
 - ``python -m flashdecpp --help``: the command line
 """
@@ -19,18 +20,23 @@ from flashdecpp.ops import check
 from flashdecpp.quantization import QuantizedLinear, quantize_
 
 if TYPE_CHECKING:
+    from flashdecpp.integrations.transformers import accelerate
     from flashdecpp.runner import LLM, SamplingParams
 
 __version__ = metadata.version("flashdecpp")
-__all__ = ["LLM", "QuantizedLinear", "SamplingParams", "check", "ops", "quantize_"]
+__all__ = ["LLM", "QuantizedLinear", "SamplingParams", "accelerate", "check", "ops", "quantize_"]
 
 dispatch.install()
 
 
 def __getattr__(name: str) -> object:
-    # The runner brings transformers along, which takes seconds to import: only for those who use it.
+    # These bring transformers along, which takes seconds to import: only for those who use them.
     if name in ("LLM", "SamplingParams"):
         from flashdecpp import runner
 
         return getattr(runner, name)
+    if name == "accelerate":
+        from flashdecpp.integrations.transformers import accelerate
+
+        return accelerate
     raise AttributeError(f"module 'flashdecpp' has no attribute {name!r}")

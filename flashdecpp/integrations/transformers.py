@@ -1,0 +1,486 @@
+"""flashdecpp inside transformers: decode attention, linear layers and norms of its models.
+
+Importing this module makes `attn_implementation="flashdecpp"` known to transformers. A call with 1 to 16 new
+tokens whose mask is causal (with a window, with padding) runs in `ops.decode_attention`, on the cache as
+transformers holds it, dynamic or static, without a copy. A longer one is prefill and runs in transformers'
+SDPA attention; what SDPA cannot express (softcap, sinks) in the model's own eager attention. Any other call
+takes the same way as prefill, is counted with its reason (`attention_calls`), and logged once.
+
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="flashdecpp")
+    model = flashdecpp.accelerate(model)     # attention, nn.Linear and RMSNorm
+
+What makes the difference is known where transformers makes the mask, once a step for all layers: lengths,
+window and padding. There a mask that the op can follow is not spelt out but described, in the terms of the op
+(`_describe`). So models that read their mask themselves instead of handing it on to attention, to choose keys
+(Doge, DeepSeek V3.2 and later), end in an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import MethodType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from flashdecpp import ops
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        sdpa_mask,
+        sliding_window_causal_mask_function,
+        sliding_window_overlay,
+    )
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.utils import logging
+except ImportError as error:
+    raise ImportError(
+        "flashdecpp.integrations.transformers needs a recent transformers (made for 5.23): "
+        f"pip install -U transformers ({error})"
+    ) from error
+
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    Model = TypeVar("Model", bound=PreTrainedModel)
+
+__all__ = ["NAME", "accelerate", "attention_calls", "restore"]
+
+NAME = "flashdecpp"
+# transformers takes any name with "flash" in it for a build of FlashAttention, and treats models and masks
+# accordingly. So the name that its registries and configs hold is another.
+REGISTERED = "decpp"
+MAX_NEW_TOKENS = 16  # of decode_attention
+MAX_HEAD_DIM = 256
+MAX_GROUP = 16
+
+OURS = "flashdecpp"  # what attention_calls counts beside the reasons for falling back
+PREFILL = "prefill"
+
+# Device types that this build has the op for.
+DEVICES = tuple(
+    key.lower()
+    for key in ("CPU", "CUDA")
+    if torch._C._dispatch_has_kernel_for_dispatch_key("flashdecpp::decode_attention", key)
+)
+
+logger = logging.get_logger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------------ masks
+
+
+def _describe(seq_lens: Tensor, window: int = 0, visible_keys: Tensor | None = None) -> Tensor:
+    """A mask in the terms of decode_attention, as one tensor that transformers hands from model to attention.
+
+    Args:
+        seq_lens: [batch] int32, the keys of each sequence in this layer's cache.
+        window: the keys that a token sees; 0 for all.
+        visible_keys: [batch, keys] int32: only these places of the cache are keys, in this order.
+
+    Returns:
+        [batch, 1 (+ keys), 1 + window, 2] int32: four dimensions as every mask has, so that transformers
+        passes it on as it is; a dtype that no mask has and a last dimension that broadcasts with none, so
+        that a model that reads it fails. The window is a size, since the op wants it on the host.
+    """
+    rows = seq_lens[:, None] if visible_keys is None else torch.cat((seq_lens[:, None], visible_keys), 1)
+    return rows[:, :, None, None].expand(-1, -1, 1 + window, 2)
+
+
+def _described(mask: Tensor) -> tuple[Tensor, int, Tensor | None]:
+    """seq_lens, window and visible_keys of `_describe`."""
+    rows = mask[:, :, 0, 0]
+    return rows[:, 0].contiguous(), mask.size(2) - 1, rows[:, 1:] if _has_keys(mask) else None
+
+
+def _is_description(mask: Tensor, kv_length: int) -> bool:
+    return mask.dtype == torch.int32 and mask.size(3) == 2 and mask.size(1) in (1, 1 + kv_length)
+
+
+def _has_keys(description: Tensor) -> bool:
+    return description.size(1) > 1
+
+
+def _spelt_out(mask: Tensor, q_length: int, kv_length: int) -> Tensor:
+    """The boolean mask [batch, 1, q_length, kv_length] of a description."""
+    seq_lens, window, visible_keys = _described(mask)
+    key = torch.arange(kv_length, device=mask.device)
+    if visible_keys is not None:  # one new token
+        used = key < seq_lens[:, None]
+        columns = torch.where(used, visible_keys, kv_length).long()
+        seen = torch.zeros(mask.size(0), kv_length + 1, dtype=torch.bool, device=mask.device)
+        return seen.scatter(1, columns, True)[:, None, None, :-1]
+    query = seq_lens[:, None, None, None] - q_length + torch.arange(q_length, device=mask.device)[:, None]
+    return (key <= query) & (key > query - window) if window else key <= query
+
+
+def _window(mask_function: Callable) -> int | None:
+    """The window of a causal mask function, 0 where it has none; None for any other function."""
+    if mask_function is causal_mask_function:
+        return 0
+    if torch.compiler.is_compiling():  # closures cannot be looked into there
+        return None
+    if mask_function.__code__ is not sliding_window_causal_mask_function(1).__code__:
+        return None
+    overlay, *others = _closure(mask_function)["mask_functions"]
+    if others != [causal_mask_function] or overlay.__code__ is not sliding_window_overlay(1).__code__:
+        return None
+    return _closure(overlay)["sliding_window"]
+
+
+def _closure(function: Callable) -> dict[str, object]:
+    cells = function.__closure__ or ()
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **options: object,
+) -> Tensor | None:
+    """What transformers asks for once a step and kind of layer (`AttentionMaskInterface`).
+
+    A description where decode_attention can follow the mask, else what SDPA gets. Padding, and masks that
+    are neither causal nor a sliding window, are described for one new token by the places of its visible
+    keys. Reads whether there is padding from the device, as SDPA's mask does; under torch.compile a padding
+    mask counts as padding.
+    """
+    described = q_length <= MAX_NEW_TOKENS and mask_function is not bidirectional_mask_function
+    if described:
+        window = _window(mask_function)
+        length = q_offset + q_length
+        unpadded = attention_mask is None or (
+            not torch.compiler.is_compiling()
+            and bool(attention_mask[:, kv_offset:].all() & (length <= attention_mask.size(1)))
+        )
+        if unpadded and window is not None:
+            seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device) + (length - kv_offset)
+            return _describe(seq_lens.int(), window)
+
+    described = described and q_length == 1
+    if described:
+        options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    boolean = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        device=device,
+        **options,
+    )
+    return _describe_visible(boolean[:, 0, 0]) if described else boolean
+
+
+def _describe_visible(visible: Tensor) -> Tensor:
+    """The description of a mask [batch, keys] for one new token: the places of True in each row."""
+    rank = visible.cumsum(1)
+    keys = visible.size(1)
+    places = torch.zeros(visible.size(0), keys + 1, dtype=torch.int32, device=visible.device)
+    place = torch.arange(keys, dtype=torch.int32, device=visible.device).expand_as(visible)
+    places = places.scatter(1, torch.where(visible, rank - 1, keys), place)  # the last column: of False
+    return _describe(rank[:, -1].int(), visible_keys=places[:, :-1])
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: object,
+) -> tuple[Tensor, Tensor | None]:
+    """What a layer calls (`AttentionInterface`).
+
+    Args:
+        module: the layer.
+        query: [batch, q_heads, q_len, head_dim].
+        key, value: [batch, kv_heads, keys, head_dim], the layer's cache with the new tokens in it.
+        attention_mask: of `mask`, or a mask that the user gave.
+        s_aux: [q_heads], sinks.
+
+    Returns:
+        [batch, q_len, q_heads, head_dim], and the weights where the model's eager attention ran, else None.
+    """
+    reason = _reason_to_fall_back(query, key, value, attention_mask, dropout, options)
+    _count(module, OURS if reason is None else reason)
+    if reason is None:
+        return _decode(query, key, value, attention_mask, scaling, softcap, s_aux), None
+
+    attention_mask = _for_torch(module, attention_mask, query.size(2), key.size(2))
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise ValueError(
+            f"flashdecpp: attn_implementation must be another for {type(module).__name__}: "
+            "it has softcap or sinks, which SDPA does not know, and no eager attention for prefill"
+        )
+    if softcap is not None:
+        options["softcap"] = softcap
+    if s_aux is not None:
+        options["s_aux"] = s_aux
+    is_causal = options.get("is_causal", getattr(module, "is_causal", True))
+    additive = _additive(attention_mask, query, key, is_causal)
+    return eager(module, query, key, value, additive, dropout=dropout, scaling=scaling, **options)
+
+
+def _reason_to_fall_back(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    options: dict[str, object],
+) -> str | None:
+    """Why decode_attention cannot serve this call; None if it can."""
+    head_dim = query.size(3)
+    if query.size(2) > MAX_NEW_TOKENS:
+        return PREFILL
+    if attention_mask is None:
+        return "not causal"
+    if not _is_description(attention_mask, key.size(2)):
+        return "mask: given by the caller, or padding with several new tokens"
+    if dropout > 0:
+        return "dropout"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return "gradients are needed: use torch.no_grad()"
+    for option in ("position_bias", "output_attentions", "cache"):  # the last is that of continuous batching
+        if (given := options.get(option)) is not None and given is not False:
+            return option
+    if query.device.type not in DEVICES:
+        return f"device {query.device.type}"
+    allowed = (torch.float16, torch.bfloat16, *((torch.float32,) if query.device.type == "cpu" else ()))
+    if query.dtype not in allowed or key.dtype != query.dtype or value.dtype != query.dtype:
+        return f"dtype {query.dtype} of q, {key.dtype} of k and {value.dtype} of v"
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM or key.size(3) != head_dim or value.size(3) != head_dim:
+        return f"head_dim {head_dim} of q, {key.size(3)} of k and {value.size(3)} of v"
+    if query.size(1) % key.size(1) or query.size(1) > MAX_GROUP * key.size(1):
+        return f"{query.size(1)} query heads over {key.size(1)} KV heads"
+    if _has_keys(attention_mask) and (_pitch(key) is None or _pitch(key) != _pitch(value)):
+        return "padding, and sequences that are not the same whole number of keys apart in k and v"
+    return None
+
+
+def _pitch(cache: Tensor) -> int | None:
+    """How many keys a sequence of the cache is after the one before; None where that is no whole number."""
+    if cache.size(0) == 1:
+        return 0
+    return None if cache.stride(0) % cache.stride(2) else cache.stride(0) // cache.stride(2)
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    description: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    seq_lens, window, block_table = _described(description)
+    if block_table is None:
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+    else:
+        # Every place of the cache is a block of one token, counted through all sequences.
+        sequence = torch.arange(key.size(0), dtype=torch.int32, device=key.device)
+        block_table = block_table + sequence[:, None] * _pitch(key)
+        key, value = _by_token(key), _by_token(value)
+    out, _ = ops.decode_attention(
+        query.transpose(1, 2),
+        key,
+        value,
+        seq_lens,
+        block_table,
+        scale=scaling,
+        softcap=softcap or 0.0,
+        window=window,
+        sinks=None if sinks is None else sinks.float(),
+    )
+    return out
+
+
+def _by_token(cache: Tensor) -> Tensor:
+    """[batch, kv_heads, keys, head_dim] as overlapping [blocks, 1, kv_heads, head_dim]: no copy."""
+    batch, kv_heads, keys, head_dim = cache.shape
+    _, head, token, element = cache.stride()
+    blocks = (batch - 1) * _pitch(cache) + keys
+    return cache.as_strided((blocks, 1, kv_heads, head_dim), (token, token, head, element))
+
+
+def _for_torch(module: nn.Module, mask: Tensor | None, q_length: int, kv_length: int) -> Tensor | None:
+    """The mask as SDPA takes it."""
+    if mask is None or mask.dtype == torch.bool or mask.is_floating_point():
+        return mask
+    if _is_description(mask, kv_length):
+        return _spelt_out(mask, q_length, kv_length)
+    raise ValueError(
+        f"flashdecpp: attn_implementation must be another for {type(module).__name__}: its mask must be "
+        f"boolean, of floats, or as it was made, got {mask.dtype} of shape {tuple(mask.shape)}"
+    )
+
+
+def _additive(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool | None) -> Tensor | None:
+    """SDPA's mask as eager attention wants it; None stands for causal from the first key on, as in SDPA."""
+    if mask is None:
+        q_length = query.size(2)
+        if q_length == 1 or is_causal is False:
+            return None
+        mask = torch.ones(q_length, key.size(2), dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    zero = torch.zeros((), dtype=query.dtype, device=query.device)
+    return torch.where(mask, zero, torch.finfo(query.dtype).min)
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs it itself, once, and leaves it out of the graph
+def _count(module: nn.Module, what: str) -> None:
+    if what not in (OURS, PREFILL):
+        logger.warning_once(f"flashdecpp: attention falls back to transformers' own ({what})")
+    if not hasattr(module, "_flashdecpp_calls"):
+        module._flashdecpp_calls = Counter()
+    module._flashdecpp_calls[what] += 1
+
+
+def attention_calls(model: nn.Module) -> Counter[str]:
+    """How many attention calls of a model went where, over all layers since it was loaded.
+
+    Returns:
+        "flashdecpp": through `ops.decode_attention`; "prefill": more than 16 new tokens, transformers' own;
+        any other key: transformers' own too, for the reason that the key says. A call below torch.compile
+        counts once, when it is compiled.
+    """
+    calls: Counter[str] = Counter()
+    for module in model.modules():
+        calls.update(getattr(module, "_flashdecpp_calls", {}))
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------- accelerate
+
+
+def accelerate(model: Model) -> Model:
+    """Runs a transformers model's attention, linear layers and RMSNorms through flashdecpp, in place.
+
+    Attention: as with `attn_implementation="flashdecpp"`. `nn.Linear` (no subclasses): `ops.linear`, which
+    picks GEMV, flat GEMM or BLAS by the shape. RMSNorms that compute what Llama's does: `ops.rms_norm`.
+    Modules, parameters and state_dict stay what they are; `restore` undoes all of it. For inference: where
+    gradients are needed a layer runs as it did before, so call the model below `torch.no_grad()`, as
+    `generate` does.
+
+    Args:
+        model: on any device, in any dtype. Layers that another library has hooked are left alone.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: its attention cannot be chosen.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"flashdecpp: model must be a transformers PreTrainedModel, got {type(model).__name__}"
+        )
+    if model.config._attn_implementation != REGISTERED:
+        previous = {"": model.config._attn_implementation}
+        for name in model.config.sub_configs:
+            if (part := getattr(model.config, name)) is not None:
+                previous[name] = part._attn_implementation
+        model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != REGISTERED:
+            raise ValueError(
+                f"flashdecpp: model must take its attention from transformers' AttentionInterface, "
+                f"{type(model).__name__} does not"
+            )
+        model._flashdecpp_previous_attention = previous
+    for module in model.modules():
+        if "forward" in vars(module):
+            continue
+        if type(module) is nn.Linear:
+            module.forward = MethodType(_linear, module)
+        elif _is_llama_norm(module):
+            module.forward = MethodType(_rms_norm, module)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes `accelerate`, in place, and returns the model."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if getattr(forward, "__func__", None) in (_linear, _rms_norm):
+            del module.forward
+    if hasattr(model, "_flashdecpp_previous_attention"):
+        model.set_attn_implementation(model._flashdecpp_previous_attention)
+        del model._flashdecpp_previous_attention
+    return model
+
+
+def _linear(self: nn.Linear, input: Tensor) -> Tensor:
+    if _needs_torch(self, input):
+        return type(self).forward(self, input)
+    return ops.linear(input, self.weight, self.bias)
+
+
+def _rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    if _needs_torch(self, hidden_states):
+        return type(self).forward(self, hidden_states)
+    return ops.rms_norm(hidden_states.contiguous(), self.weight, eps=self.variance_epsilon)
+
+
+def _needs_torch(module: nn.Module, x: Tensor) -> bool:
+    """Whether gradients are needed, or the dtypes are those of autocast."""
+    needs_gradients = torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
+    return needs_gradients or x.dtype != module.weight.dtype
+
+
+def _is_llama_norm(module: nn.Module) -> bool:
+    """Whether its code is that of Llama's, of which most families have a copy."""
+    code, llama = (getattr(f, "__code__", None) for f in (type(module).forward, LlamaRMSNorm.forward))
+    parts = operator.attrgetter("co_code", "co_names", "co_consts")
+    return code is not None and parts(code) == parts(llama)
+
+
+def _register() -> None:
+    AttentionInterface.register(REGISTERED, attention)
+    AttentionMaskInterface.register(REGISTERED, mask)
+    choose = PreTrainedModel._check_and_adjust_attn_implementation
+
+    @functools.wraps(choose)
+    def choose_by_our_name(self, attn_implementation, *args, **options):
+        name = REGISTERED if attn_implementation == NAME else attn_implementation
+        return choose(self, name, *args, **options)
+
+    PreTrainedModel._check_and_adjust_attn_implementation = choose_by_our_name
+
+
+_register()

@@ -1,0 +1,336 @@
+"""flashdecpp inside transformers: the same tokens as without it, on its caches, without copies."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from runner_models import SIZES, make_model, random_tokens, randomise
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+import flashdecpp
+from flashdecpp import ops
+from flashdecpp.integrations import transformers as integration
+from flashdecpp.integrations.transformers import accelerate, attention_calls, restore
+
+LAYERS = SIZES["num_hidden_layers"]
+PROMPT = 21  # longer than what decode_attention takes at once, and than the window
+WINDOW = 8
+Run = tuple[Tensor, Tensor]  # what `greedy` gives
+
+
+def _gpt_oss() -> PreTrainedModel:
+    """Sinks, alternating windows, experts."""
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    settings = SIZES | dict(head_dim=16, sliding_window=WINDOW, num_local_experts=2, rope_parameters=rope)
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**settings, num_experts_per_tok=1))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.normal_()
+    return randomise(model)
+
+
+def _llama4() -> PreTrainedModel:
+    """Chunked attention, which no window expresses."""
+    settings = SIZES | dict(head_dim=16, attention_chunk_size=WINDOW, num_local_experts=2, pad_token_id=258)
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(**settings, intermediate_size_mlp=64, no_rope_layers=[1, 1, 0])
+    return randomise(transformers.Llama4ForCausalLM(config))
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: make_model("llama"),
+    "mistral": lambda: make_model("mistral", sliding_window=WINDOW),
+    "qwen2": lambda: make_model("qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "gemma2": lambda: make_model("gemma2", head_dim=16, sliding_window=WINDOW, attn_logit_softcapping=2.0),
+    "gpt_oss": _gpt_oss,
+    "llama4": _llama4,
+}
+
+
+def prompts(*paddings: int) -> dict[str, Tensor]:
+    """A batch of prompts, each padded on the left by so many tokens."""
+    ids = torch.tensor([random_tokens(PROMPT, seed) for seed in range(len(paddings))])
+    mask = torch.ones_like(ids)
+    for row, padding in zip(mask, paddings, strict=True):
+        row[:padding] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def greedy(model: PreTrainedModel, batch: dict[str, Tensor], tokens: int = 12, **options) -> Run:
+    """Token ids [batch, tokens] and logits [tokens, batch, vocab]."""
+    out = model.generate(
+        **batch,
+        **options,
+        do_sample=False,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        pad_token_id=258,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences[:, batch["input_ids"].size(1) :], torch.stack(out.logits)
+
+
+def assert_same_run(actual: Run, expected: Run) -> None:
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("paddings", [(0, 0), (0, 5, 17)], ids=["whole", "padded"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_tokens(family, cache, paddings):
+    model, batch = FAMILIES[family](), prompts(*paddings)
+    options = {"cache_implementation": cache} if cache == "static" else {}
+    expected = greedy(model, batch, **options)
+    assert_same_run(greedy(accelerate(model), batch, **options), expected)
+    assert attention_calls(model) == {"flashdecpp": 11 * LAYERS, "prefill": LAYERS}
+
+
+def test_beams_and_speculation():
+    """Caches that are reordered and cropped, several new tokens at once."""
+    model, batch, one = make_model(), prompts(0, 9), prompts(0)
+    draft = make_model(num_hidden_layers=1)
+    expected = [greedy(model, batch, num_beams=3), greedy(model, one, assistant_model=draft)]
+    accelerate(model)
+    assert torch.equal(greedy(model, batch, num_beams=3)[0], expected[0][0])
+    assert_same_run(greedy(model, one, assistant_model=draft), expected[1])
+    assert set(attention_calls(model)) == {"flashdecpp", "prefill"}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("by_layer", [True, False], ids=["windowed-cache", "whole-cache"])
+@pytest.mark.parametrize("family", ["gemma2", "mistral"])
+def test_several_new_tokens_and_a_window(family, by_layer):
+    """Also with a cache that keeps what lies outside of the window."""
+    model, batch = FAMILIES[family](), prompts(0, 0)["input_ids"]
+
+    def run() -> Tensor:
+        cache = DynamicCache(config=model.config) if by_layer else DynamicCache()
+        parts = batch[:, :17], batch[:, 17:20], batch[:, 20:]
+        return torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
+
+    expected = run()
+    torch.testing.assert_close((accelerate(model), run())[1], expected, atol=1e-4, rtol=1e-4)
+    assert attention_calls(model) == {"flashdecpp": 2 * LAYERS, "prefill": LAYERS}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("paddings", [(0, 0), (0, 5)], ids=["whole", "padded"])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_the_cache_is_not_copied(kind, paddings, monkeypatch):
+    model, batch = accelerate(make_model()), prompts(*paddings)
+    cache = kind(config=model.config, **({"max_cache_len": 64} if kind is StaticCache else {}))
+    model(**batch, past_key_values=cache)
+    seen = []
+
+    def spy(q, k_cache, v_cache, *arguments, **options):
+        seen.append((k_cache.data_ptr(), v_cache.data_ptr()))
+        return decode_attention(q, k_cache, v_cache, *arguments, **options)
+
+    decode_attention = ops.decode_attention
+    monkeypatch.setattr(ops, "decode_attention", spy)
+    mask = nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    model(batch["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
+    assert seen == [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+
+
+@pytest.mark.parametrize("paddings", [None, (0, 5)], ids=["whole", "padded"])
+@torch.inference_mode()
+def test_compiled_whole(paddings):
+    """One graph for all steps on a static cache."""
+    torch._dynamo.reset()
+    model, batch = accelerate(make_model()), prompts(*(paddings or (0, 0)))
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
+    def run(step: Callable) -> Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        logits = [model(**batch, position_ids=positions, past_key_values=cache).logits[:, -1]]
+        for i in range(4):
+            options = {"position_ids": positions[:, -1:] + i + 1, "past_key_values": cache}
+            if paddings is not None:  # with the room that the cache has, so that its shape stays
+                options["attention_mask"] = nn.functional.pad(batch["attention_mask"], (0, 11), value=1)
+            with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
+                logits.append(step(logits[-1].argmax(-1, keepdim=True), **options).logits[:, -1])
+        return torch.stack(logits)
+
+    expected = run(model)
+    before = attention_calls(model)
+    actual = run(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert attention_calls(model) - before == {"flashdecpp": LAYERS, "prefill": LAYERS}
+
+
+def test_half_precision_is_as_close_as_without(one_place):
+    batch = {name: tensor.to(one_place.device) for name, tensor in prompts(0, 5).items()}
+    tokens = torch.tensor([random_tokens(8, 5), random_tokens(8, 6)], device=one_place.device)
+
+    @torch.inference_mode()
+    def run(model: PreTrainedModel) -> Tensor:
+        out = model(**batch)
+        mask, logits = batch["attention_mask"], []
+        for token in tokens.T:
+            mask = nn.functional.pad(mask, (0, 1), value=1)
+            out = model(token[:, None], attention_mask=mask, past_key_values=out.past_key_values)
+            logits.append(out.logits.float())
+        return torch.cat(logits, 1)
+
+    exact = make_model().to(one_place.device)
+    half = make_model().to(one_place.device, one_place.dtype)
+    truth = run(exact)
+    theirs = (run(half) - truth).square().mean().sqrt()
+    assert (run(accelerate(half)) - truth).square().mean().sqrt() <= 1.5 * theirs
+    assert attention_calls(half) == {"flashdecpp": 8 * LAYERS, "prefill": LAYERS}
+
+
+def test_by_name():
+    """As from_pretrained and from_config take it; the implementation of submodels too."""
+    config = make_model().config
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="flashdecpp").eval()
+    twin = make_model()
+    twin.load_state_dict(model.state_dict())
+    assert_same_run(greedy(model, prompts(0, 5)), greedy(twin, prompts(0, 5)))
+    assert attention_calls(model)["flashdecpp"] == 11 * LAYERS
+
+
+# -------------------------------------------------------------------------------------------- what falls back
+
+
+def _one_step(model: PreTrainedModel, new_tokens: int = 1, **options) -> set[str]:
+    """Holds a step against the same without flashdecpp; says why its attention fell back."""
+    batch = prompts(0, 5)
+    mask = nn.functional.pad(batch["attention_mask"], (0, new_tokens), value=1)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            cache = model(**batch).past_key_values
+        step = {"input_ids": batch["input_ids"][:, :new_tokens], "attention_mask": mask} | options
+        return model(**step, past_key_values=cache).logits
+
+    expected = run()
+    torch.testing.assert_close((accelerate(model), run())[1], expected, atol=1e-4, rtol=1e-4)
+    return set(attention_calls(model)) - {"flashdecpp", "prefill"}
+
+
+@torch.no_grad()
+def test_what_falls_back_says_why():
+    assert _one_step(make_model()) == set()
+    given_or_padding = {"mask: given by the caller, or padding with several new tokens"}
+    assert _one_step(make_model(), new_tokens=3) == given_or_padding
+    full = torch.rand(2, 1, 1, PROMPT + 1) > 0.5
+    full[..., -1] = True
+    assert _one_step(make_model(), attention_mask=full) == given_or_padding
+    assert _one_step(make_model(), output_attentions=True) == {"output_attentions"}
+    assert _one_step(make_model("qwen3", head_dim=12)) == {"head_dim 12 of q, 12 of k and 12 of v"}
+    groups = {"hidden_size": 68, "head_dim": 8, "num_attention_heads": 17, "num_key_value_heads": 1}
+    assert _one_step(make_model("qwen3", **groups)) == {"17 query heads over 1 KV heads"}
+
+
+def test_a_mask_that_the_model_changed_is_refused():
+    q = torch.rand(1, 4, 1, 16)
+    description = integration.mask(1, 1, 8, q_offset=7)
+    with pytest.raises(ValueError, match="must be boolean, of floats, or as it was made"):
+        integration.attention(nn.Identity(), q, q, q, nn.functional.pad(description, (0, 7)))
+
+
+def test_training_is_as_before():
+    assert _one_step(make_model()) == {"gradients are needed: use torch.no_grad()"}
+    batch = prompts(0, 3)
+    batch["input_ids"] = batch["input_ids"][:, :12]  # few enough for decode_attention
+    batch["attention_mask"] = batch["attention_mask"][:, :12]
+    gradients = []
+    for model in make_model(), accelerate(make_model()):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for ours, theirs in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("keys", [1, 2, 9])
+def test_a_description_says_what_the_mask_said(keys):
+    torch.manual_seed(keys)
+    visible = torch.rand(5, 1, 1, keys) > 0.5
+    description = integration._describe_visible(visible[:, 0, 0])
+    assert torch.equal(integration._spelt_out(description, 1, keys), visible)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_description_says_what_the_mask_function_said(window):
+    masking = transformers.masking_utils
+    function = masking.sliding_window_causal_mask_function(window) if window else masking.causal_mask_function
+    sizes = dict(batch_size=2, q_length=4, kv_length=12, q_offset=5, mask_function=function)
+    expected = masking.sdpa_mask(**sizes, allow_is_causal_skip=False)
+    assert torch.equal(integration._spelt_out(integration.mask(**sizes), 4, 12), expected)
+
+
+# ---------------------------------------------------------------------------------------- accelerate, restore
+
+
+def test_accelerate_takes_linear_layers_and_norms_and_restore_gives_them_back(monkeypatch):
+    model, batch = make_model(), prompts(0)
+    state, expected = model.state_dict(), greedy(model, batch)
+    assert flashdecpp.accelerate(model) is model
+    assert model.state_dict().keys() == state.keys()
+    calls = []
+    for name in ("linear", "rms_norm"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, op=op, name=name, **k: (calls.append(name), op(*a, **k))[1])
+    assert_same_run(greedy(model, batch, tokens=1), (expected[0][:, :1], expected[1][:1]))
+    assert calls.count("linear") == 7 * LAYERS + 1
+    assert calls.count("rms_norm") == 2 * LAYERS + 1
+
+    assert restore(accelerate(model)) is model
+    calls.clear()
+    before = attention_calls(model)
+    assert_same_run(greedy(model, batch), expected)
+    assert not calls
+    assert attention_calls(model) == before
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_other_norms_are_left_alone():
+    model = accelerate(FAMILIES["gemma2"]())
+    assert not any("forward" in vars(m) for m in model.modules() if type(m).__name__ == "Gemma2RMSNorm")
+
+
+def test_models_that_it_cannot_accelerate():
+    with pytest.raises(TypeError, match="must be a transformers PreTrainedModel, got Linear"):
+        accelerate(nn.Linear(8, 8))
+    falcon = transformers.FalconConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=9
+    )
+    with pytest.raises(ValueError, match="FalconForCausalLM does not"):
+        accelerate(transformers.FalconForCausalLM(falcon))
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    spec = importlib.util.spec_from_file_location("without", integration.__file__)
+    with pytest.raises(ImportError, match="needs a recent transformers"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.demo
+def test_the_demo_model_gives_the_same_tokens():
+    from flashdecpp.runner import LLM
+    from flashdecpp.runner.hf_twin import transformers_twin
+
+    llm = LLM("demo", device="cpu", dtype="float32")
+    model = transformers_twin(llm, torch.float32).eval()
+    ids = [llm.tokenizer.encode(text) for text in ("The capital of France is", "def fibonacci(n):")]
+    longest = max(map(len, ids))
+    batch = {
+        "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in ids]),
+        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids]),
+    }
+    expected = greedy(model, batch, tokens=24)
+    actual = greedy(accelerate(model), batch, tokens=24)
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1], atol=1e-3, rtol=1e-3)
