@@ -1,4 +1,4 @@
-"""GPU kernels' own source on a simulated GPU (tests/simulator), with the waves and tiles of three machines.
+"""GPU kernels' own source on a simulated GPU (tests/simulator), through the seams of three machines.
 
 The same tests must notice faults that are planted into the source: else they would prove nothing.
 """
@@ -25,10 +25,12 @@ def run(source: str, csrc: Path, binary: Path, *flags: str) -> subprocess.Comple
     return subprocess.run([str(binary)], capture_output=True, text=True, timeout=300)
 
 
-MACHINES = {  # lanes of a wave, and whose matrix tiles
-    "mma": ("-DFLASHDECPP_SIMULATED_WAVE=32",),
-    "mfma": ("-DFLASHDECPP_SIMULATED_WAVE=64",),
-    "wmma": ("-DFLASHDECPP_SIMULATED_WAVE=32", "-DFLASHDECPP_SIMULATED_WMMA"),
+MACHINES = {
+    # a seam of the simulator's own, with the waves and matrix tiles of NVIDIA
+    "simulated": ("-DFLASHDECPP_SIMULATED", "-DFLASHDECPP_SIMULATED_WAVE=32"),
+    # csrc/hip/arch_amd.h: waves of 64 with MFMA, waves of 32 with WMMA
+    "gfx942": ("-DUSE_ROCM", "-D__gfx942__", "-DFLASHDECPP_SIMULATED_WAVE=64"),
+    "gfx1100": ("-DUSE_ROCM", "-D__GFX11__", "-DFLASHDECPP_SIMULATED_WAVE=32"),
 }
 
 
@@ -120,5 +122,5 @@ def test_planted_faults_are_noticed(fault: str, tmp_path: Path) -> None:
     kernel = path.read_text()
     assert kernel.count(text) == 1
     path.write_text(kernel.replace(text, replacement))
-    flags = ("-O1", "-DFLASHDECPP_SIMULATED_FEW", *MACHINES["mma"])
+    flags = ("-O1", "-DFLASHDECPP_SIMULATED_FEW", *MACHINES["simulated"])
     assert run(source, csrc, tmp_path / source, *flags).returncode != 0

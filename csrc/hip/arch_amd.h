@@ -84,7 +84,7 @@ __device__ __forceinline__ float exp2_approx(float x) { return __builtin_amdgcn_
 // ---- memory
 // ------------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ unsigned char* dynamic_shared() {
-  extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+  HIP_DYNAMIC_SHARED(unsigned char, dynamic_shared_memory);
   return dynamic_shared_memory;
 }
 
@@ -102,7 +102,7 @@ template <int pending>
 __device__ __forceinline__ void copy_wait() {}
 
 __device__ __forceinline__ uint4 load_stream(const void* p) {
-  using Words = uint32_t __attribute__((ext_vector_type(4)));
+  using Words = uint32_t __attribute__((vector_size(16)));
   const Words v = __builtin_nontemporal_load(static_cast<const Words*>(p));
   return make_uint4(v[0], v[1], v[2], v[3]);
 }
@@ -127,7 +127,7 @@ __device__ __forceinline__ int outer() { return lane() % 16; }
 __device__ __forceinline__ int first_k() { return kWaveSize == 64 ? lane() / 16 * 4 : 0; }
 
 using Bits = uint16_t;  // of half or bfloat16
-using Inner = Bits __attribute__((ext_vector_type(kInner)));
+using Inner = Bits __attribute__((vector_size(kInner * 2)));
 
 template <class T>
 struct TileA {
@@ -244,7 +244,7 @@ __device__ __forceinline__ void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) 
   }
 }
 
-using Sums = float __attribute__((ext_vector_type(256 / kWaveSize)));
+using Sums = float __attribute__((vector_size(4 * 256 / kWaveSize)));
 
 template <class Factor>
 __device__ __forceinline__ Factor factor(const Inner& v) {
@@ -255,7 +255,7 @@ __device__ __forceinline__ Factor factor(const Inner& v) {
 }
 
 __device__ __forceinline__ void mma(TileC& c, const TileA<half>& a, const TileB<half>& b) {
-  using Factor = _Float16 __attribute__((ext_vector_type(kInner)));
+  using Factor = _Float16 __attribute__((vector_size(kInner * 2)));
   Sums sums;
   memcpy(&sums, c.v, sizeof(sums));
 #if defined(__GFX11__)
@@ -267,7 +267,7 @@ __device__ __forceinline__ void mma(TileC& c, const TileA<half>& a, const TileB<
 }
 
 __device__ __forceinline__ void mma(TileC& c, const TileA<bfloat16>& a, const TileB<bfloat16>& b) {
-  using Factor = short __attribute__((ext_vector_type(kInner)));
+  using Factor = short __attribute__((vector_size(kInner * 2)));
   Sums sums;
   memcpy(&sums, c.v, sizeof(sums));
 #if defined(__GFX11__)

@@ -1,4 +1,4 @@
-// The seam of csrc/cuda/arch.h on the simulated GPU, with the matrix tiles of one of three machines. Copies arrive when
+// The seam of csrc/cuda/arch.h on the simulated GPU, with the matrix tiles of mma.sync m16n8k16. Copies arrive when
 // they are waited for, and not before.
 #pragma once
 
@@ -7,28 +7,7 @@
 namespace flashdecpp::arch {
 
 // Where a lane's value e of a tile lies: A is 16 x 16, B 16 x kN, C 16 x kN.
-#if FLASHDECPP_SIMULATED_WAVE == 64
-struct Layout {  // MFMA 16x16x16
-  static constexpr int kN = 16, kA = 4, kB = 4, kC = 4, kRowSlots = 4, kRowLanes = 16;
-  static int a_row(int lane, int) { return lane % 16; }
-  static int a_k(int lane, int e) { return lane / 16 * 4 + e; }
-  static int b_n(int lane, int) { return lane % 16; }
-  static int b_k(int lane, int e) { return lane / 16 * 4 + e; }
-  static int c_row(int lane, int e) { return lane / 16 * 4 + e; }
-  static int c_col(int lane, int) { return lane % 16; }
-};
-#elif defined(FLASHDECPP_SIMULATED_WMMA)
-struct Layout {  // WMMA 16x16x16: both halves of the wave hold all of A and B
-  static constexpr int kN = 16, kA = 16, kB = 16, kC = 8, kRowSlots = 8, kRowLanes = 16;
-  static int a_row(int lane, int) { return lane % 16; }
-  static int a_k(int, int e) { return e; }
-  static int b_n(int lane, int) { return lane % 16; }
-  static int b_k(int, int e) { return e; }
-  static int c_row(int lane, int e) { return 2 * e + lane / 16; }
-  static int c_col(int lane, int) { return lane % 16; }
-};
-#else
-struct Layout {  // mma.sync m16n8k16
+struct Layout {
   static constexpr int kN = 8, kA = 8, kB = 4, kC = 4, kRowSlots = 2, kRowLanes = 4;
   static int a_row(int lane, int e) { return lane / 4 + e / 2 % 2 * 8; }
   static int a_k(int lane, int e) { return lane % 4 * 2 + e % 2 + e / 4 * 8; }
@@ -37,7 +16,6 @@ struct Layout {  // mma.sync m16n8k16
   static int c_row(int lane, int e) { return lane / 4 + e / 2 * 8; }
   static int c_col(int lane, int e) { return lane % 4 * 2 + e % 2; }
 };
-#endif
 
 inline constexpr int kWaveSize = simulated::kWave;
 inline constexpr int kTileN = Layout::kN;
@@ -141,10 +119,7 @@ inline float exp2_approx(float x) { return std::exp2(x); }
 
 // ---- memory
 // ------------------------------------------------------------------------------------------------------------
-inline unsigned char* dynamic_shared() {
-  const auto address = reinterpret_cast<uintptr_t>(simulated::machine().shared.data());
-  return reinterpret_cast<unsigned char*>((address + 1023) / 1024 * 1024);
-}
+inline unsigned char* dynamic_shared() { return simulated::aligned_shared(); }
 
 template <int bytes = 16>
 void copy_async(void* shared, const void* global, bool valid) {

@@ -1,6 +1,5 @@
 // The decode attention kernel on the simulated GPU, against the definition in double. The last line says how many cases
 // failed.
-#define FLASHDECPP_SIMULATED 1
 #include <algorithm>
 #include <random>
 #include <string>
@@ -20,20 +19,12 @@ struct Case {
   bool paged = true, alibi = false, sinks = false, graph = false;
 };
 
-double value(float x) { return x; }
-double value(arch::half x) { return arch::widened(x); }
-double value(arch::bfloat16 x) { return arch::widened(x); }
-double value(arch::float8 x) { return arch::widened(x); }
-void assign(arch::half& to, float x) { arch::narrow(to, x); }
-void assign(arch::bfloat16& to, float x) { arch::narrow(to, x); }
-void assign(arch::float8& to, float x) { to = arch::float8(x); }
-
 std::mt19937 random_numbers(7);
 
 template <class T>
 void fill(const simulated::Tensor<T>& tensor, float scale) {
   std::normal_distribution<float> normal(0.f, scale);
-  for (size_t i = 0; i < tensor.size(); ++i) assign(tensor[i], normal(random_numbers));
+  for (size_t i = 0; i < tensor.size(); ++i) tensor[i] = arch::from_float<T>(normal(random_numbers));
 }
 
 int failures = 0, cases = 0;
@@ -52,7 +43,7 @@ void compare(const Case& c, const AttentionParams& p, const simulated::Tensor<T>
   const auto at = [&](const void* cache, const CacheLayout& layout, int batch, int key, int head, int dim) {
     const int block = p.block_table ? table[batch * p.table_stride + key / p.block_size] : batch;
     const int within = p.block_table ? key % p.block_size : key;
-    return value(static_cast<const KV*>(
+    return arch::to_float(static_cast<const KV*>(
         cache)[block * layout.block_stride + within * layout.token_stride + head * layout.head_stride + dim]);
   };
   double worst = 0, worst_lse = 0;
@@ -66,7 +57,7 @@ void compare(const Case& c, const AttentionParams& p, const simulated::Tensor<T>
         for (int key = begin; key <= position; ++key) {
           double x = 0;
           for (int d = 0; d < p.head_dim; ++d) {
-            x += value(q[b * p.q_batch_stride + t * p.q_token_stride + h * p.q_head_stride + d]) *
+            x += arch::to_float(q[b * p.q_batch_stride + t * p.q_token_stride + h * p.q_head_stride + d]) *
                  at(p.k_cache, p.k, b, key, kv, d);
           }
           x *= p.scale;
@@ -87,7 +78,7 @@ void compare(const Case& c, const AttentionParams& p, const simulated::Tensor<T>
           for (size_t i = 0; i < logits.size(); ++i) {
             expected += std::exp(logits[i] - top) / sum * at(p.v_cache, p.v, b, begin + static_cast<int>(i), kv, d);
           }
-          const double got = value(out[((int64_t{b} * p.q_len + t) * p.q_heads + h) * p.head_dim + d]);
+          const double got = arch::to_float(out[((int64_t{b} * p.q_len + t) * p.q_heads + h) * p.head_dim + d]);
           const double error = std::fabs(expected - got);
           worst = std::isnan(got) ? INFINITY : std::max(worst, error);
         }

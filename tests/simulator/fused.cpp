@@ -1,6 +1,5 @@
 // Norms, gated activations, rotary embedding and sampling on the simulated GPU, against their definitions in double.
 // The last line says how many cases failed.
-#define FLASHDECPP_SIMULATED 1
 #include <algorithm>
 #include <random>
 #include <set>
@@ -29,7 +28,7 @@ void check(bool good, const std::string& what) {
 template <class T>
 void fill(const Tensor<T>& tensor) {
   std::normal_distribution<float> normal;
-  for (size_t i = 0; i < tensor.size(); ++i) arch::narrow(tensor[i], normal(random_numbers));
+  for (size_t i = 0; i < tensor.size(); ++i) tensor[i] = arch::from_float<T>(normal(random_numbers));
 }
 
 bool near(double expected, double got) { return std::fabs(expected - got) <= 4e-3 * (1 + std::fabs(expected)); }
@@ -40,8 +39,9 @@ void norm(int rows, int cols, bool layer, bool with_residual) {
   for (const auto* tensor : {&x, &residual, &weight, &bias}) fill(*tensor);
   std::vector<double> h(x.size());
   for (size_t i = 0; i < h.size(); ++i) {
-    h[i] = arch::widened(x[i]);
-    if (with_residual) h[i] = arch::widened(static_cast<T>(h[i] + arch::widened(residual[i])));
+    h[i] = arch::to_float(x[i]);
+    if (with_residual)
+      h[i] = arch::to_float(arch::from_float<T>(static_cast<float>(h[i]) + arch::to_float(residual[i])));
   }
   NormParams p{};
   p.x = x.data();
@@ -63,9 +63,9 @@ void norm(int rows, int cols, bool layer, bool with_residual) {
     for (int c = 0; c < cols; ++c) square += (h[r * cols + c] - mean) * (h[r * cols + c] - mean) / cols;
     for (int c = 0; c < cols; ++c) {
       const double normal = (h[r * cols + c] - mean) / std::sqrt(square + 1e-5);
-      const double expected = normal * arch::widened(weight[c]) + (layer ? arch::widened(bias[c]) : 0);
-      good &= near(expected, arch::widened(out[r * cols + c]));
-      if (with_residual) good &= arch::widened(residual[r * cols + c]) == static_cast<float>(h[r * cols + c]);
+      const double expected = normal * arch::to_float(weight[c]) + (layer ? arch::to_float(bias[c]) : 0);
+      good &= near(expected, arch::to_float(out[r * cols + c]));
+      if (with_residual) good &= arch::to_float(residual[r * cols + c]) == static_cast<float>(h[r * cols + c]);
     }
   }
   check(good, layer ? "layer norm" : "RMS norm");
@@ -82,8 +82,9 @@ void gated(int rows, int cols) {
   bool good = true;
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < cols; ++c) {
-      const double gate = arch::widened(gate_up[r * 2 * cols + c]), up = arch::widened(gate_up[(r * 2 + 1) * cols + c]);
-      const double expected = gate / (1 + std::exp(-gate)) * up, got = arch::widened(out[r * cols + c]);
+      const double gate = arch::to_float(gate_up[r * 2 * cols + c]),
+                   up = arch::to_float(gate_up[(r * 2 + 1) * cols + c]);
+      const double expected = gate / (1 + std::exp(-gate)) * up, got = arch::to_float(out[r * cols + c]);
       good &= std::fabs(expected - got) <= 8e-3 * (1 + std::fabs(expected));
     }
   }
@@ -101,8 +102,8 @@ void rotary(bool interleaved) {
   fill(k_cache);
   fill(v_cache);
   std::vector<float> before_q(q.size()), before_k(k.size());
-  for (size_t i = 0; i < q.size(); ++i) before_q[i] = arch::widened(q[i]);
-  for (size_t i = 0; i < k.size(); ++i) before_k[i] = arch::widened(k[i]);
+  for (size_t i = 0; i < q.size(); ++i) before_q[i] = arch::to_float(q[i]);
+  for (size_t i = 0; i < k.size(); ++i) before_k[i] = arch::to_float(k[i]);
   seq_lens[0] = length;
   for (int i = 0; i < 3; ++i) table[i] = 4 - i;
   for (int position = 0; position < length; ++position) {
@@ -152,9 +153,9 @@ void rotary(bool interleaved) {
   bool good = true;
   for (int d = 0; d < dim; ++d) {
     for (int head = 0; head < heads; ++head)
-      good &= near(expected(before_q, head, d), arch::widened(q[head * dim + d]));
-    good &= near(expected(before_k, 0, d), arch::widened(k_cache[at + d]));
-    good &= arch::widened(v_cache[at + d]) == arch::widened(v[d]);
+      good &= near(expected(before_q, head, d), arch::to_float(q[head * dim + d]));
+    good &= near(expected(before_k, 0, d), arch::to_float(k_cache[at + d]));
+    good &= arch::to_float(v_cache[at + d]) == arch::to_float(v[d]);
   }
   check(good, interleaved ? "rotary, neighbours" : "rotary, halves");
 }

@@ -1,6 +1,5 @@
 // The GEMV and the flat GEMM for every GPU on the simulated one, against sums in double. The last line says how many
 // cases failed.
-#define FLASHDECPP_SIMULATED 1
 #include <algorithm>
 #include <random>
 #include <string>
@@ -23,7 +22,7 @@ struct Call {
   Call(int m, int n, int k, bool with_bias) : x(size_t(m) * k), weight(size_t(n) * k), bias(n), out(size_t(m) * n) {
     std::normal_distribution<float> normal;
     for (const auto* tensor : {&x, &weight, &bias}) {
-      for (size_t i = 0; i < tensor->size(); ++i) arch::narrow((*tensor)[i], normal(random_numbers));
+      for (size_t i = 0; i < tensor->size(); ++i) (*tensor)[i] = arch::from_float<T>(normal(random_numbers));
     }
     p.x = x.data();
     p.weight = weight.data();
@@ -39,11 +38,11 @@ struct Call {
     double worst = 0;
     for (int m = 0; m < p.m; ++m) {
       for (int n = 0; n < p.n; ++n) {
-        double sum = p.bias ? arch::widened(bias[n]) : 0;
+        double sum = p.bias ? arch::to_float(bias[n]) : 0;
         for (int k = 0; k < p.k; ++k) {
-          sum += double{arch::widened(x[m * p.k + k])} * arch::widened(weight[n * p.k + k]);
+          sum += double{arch::to_float(x[m * p.k + k])} * arch::to_float(weight[n * p.k + k]);
         }
-        const double got = arch::widened(out[m * p.n + n]);
+        const double got = arch::to_float(out[m * p.n + n]);
         worst = std::isnan(got) ? INFINITY : std::max(worst, std::fabs(sum - got) / (1 + std::fabs(sum)));
       }
     }

@@ -250,6 +250,12 @@ class Machine {
 };
 
 inline Machine& machine() { return Machine::instance(); }
+
+inline unsigned char* aligned_shared() {
+  const auto address = reinterpret_cast<uintptr_t>(machine().shared.data());
+  return reinterpret_cast<unsigned char*>((address + 1023) / 1024 * 1024);
+}
+
 inline dim3 thread_index() { return {machine().thread(), 0, 0}; }
 
 // Global memory: `count` elements that end where a page that nobody may touch begins, and start after another.

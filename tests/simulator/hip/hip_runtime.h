@@ -1,0 +1,94 @@
+// What csrc/hip/arch_amd.h takes from HIP and from clang's builtins, on the simulated GPU: so that the seam's side for
+// AMD runs too, by the documented layouts of the matrix instructions.
+#pragma once
+
+#include "../simulated_gpu.h"
+
+#define HIP_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(simulated::aligned_shared())
+
+using __half = _Float16;
+inline float __half2float(__half x) { return static_cast<float>(x); }
+inline __half __float2half_rn(float x) { return static_cast<__half>(x); }
+inline unsigned short __half_as_ushort(__half x) {
+  unsigned short bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+struct __hip_bfloat16 {
+  uint16_t bits;
+};
+inline float __bfloat162float(__hip_bfloat16 x) { return __uint_as_float(unsigned{x.bits} << 16); }
+inline __hip_bfloat16 __float2bfloat16(float x) {
+  const unsigned bits = __float_as_uint(x);
+  if (std::isnan(x)) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+namespace simulated {
+
+inline int lane() { return static_cast<int>(machine().thread() % kWave); }
+
+template <class T>
+T from(const unsigned char (*lanes)[kMostBytes], int source) {
+  T value;
+  std::memcpy(&value, lanes[source], sizeof(T));
+  return value;
+}
+
+// C += A B for 16 x 16 x 16: `inner` neighbours along K a lane, from first_k on. MFMA has four rows of C below each
+// other in a lane, WMMA every second one.
+template <class Factor, class Sums, class Widen>
+Sums multiply(const Factor& a, const Factor& b, Sums c, Widen widen, const char* name) {
+  constexpr int inner = kWave == 64 ? 4 : 16;
+  struct Factors {
+    Factor a, b;
+  };
+  const auto* lanes = machine().exchange(Factors{a, b}, name);
+  const int col = lane() % 16;
+  for (int i = 0; i < 256 / kWave; ++i) {
+    const int row = kWave == 64 ? lane() / 16 * 4 + i : 2 * i + lane() / 16;
+    for (int k = 0; k < 16; ++k) {
+      const int from_k = kWave == 64 ? k / 4 * 16 : 0;
+      c[i] += widen(from<Factors>(lanes, from_k + row).a[k % inner]) *
+              widen(from<Factors>(lanes, from_k + col).b[k % inner]);
+    }
+  }
+  return c;
+}
+
+}  // namespace simulated
+
+template <class T>
+T __shfl(T value, int source, int = simulated::kWave) {
+  return simulated::from<T>(simulated::machine().exchange(value, "__shfl"), source % simulated::kWave);
+}
+template <class T>
+T __shfl_xor(T value, int mask, int = simulated::kWave) {
+  return simulated::from<T>(simulated::machine().exchange(value, "__shfl_xor"), simulated::lane() ^ mask);
+}
+inline unsigned long long __ballot(bool value) {
+  const auto* lanes = simulated::machine().exchange(value, "__ballot");
+  unsigned long long ballot = 0;
+  for (int i = 0; i < simulated::kWave; ++i)
+    ballot |= static_cast<unsigned long long>(simulated::from<bool>(lanes, i)) << i;
+  return ballot;
+}
+inline int __ffsll(unsigned long long bits) { return bits == 0 ? 0 : __builtin_ctzll(bits) + 1; }
+
+#define __builtin_amdgcn_fence(...) static_cast<void>(0)
+#define __builtin_amdgcn_wave_barrier() static_cast<void>(simulated::machine().exchange(0, "wave_barrier"))
+#define __builtin_amdgcn_s_sleep(...) simulated::machine().wait("await")
+#define __builtin_amdgcn_exp2f(x) std::exp2(x)
+#define __builtin_nontemporal_load(p) (*(p))
+#define __HIP_MEMORY_SCOPE_AGENT 0
+#define __hip_atomic_load(p, ...) (*(p))
+#define __hip_atomic_store(p, value, ...) static_cast<void>(*(p) = (value))
+#define __builtin_amdgcn_mfma_f32_16x16x16f16(a, b, c, ...) \
+  simulated::multiply(a, b, c, [](float x) { return x; }, "mfma")
+#define __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(a, b, c, ...) \
+  simulated::multiply(a, b, c, [](short x) { return __uint_as_float(static_cast<unsigned>(x) << 16); }, "mfma")
+#define __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(a, b, c) \
+  simulated::multiply(a, b, c, [](float x) { return x; }, "wmma")
+#define __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32(a, b, c) \
+  simulated::multiply(a, b, c, [](short x) { return __uint_as_float(static_cast<unsigned>(x) << 16); }, "wmma")
