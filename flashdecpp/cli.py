@@ -377,12 +377,12 @@ def _print_stats(llm: LLM) -> None:
     softmax = stats.softmax
     if softmax != "online softmax":
         softmax += f": {stats.softmax_fallbacks} softmax fallbacks in {stats.softmax_rows} rows"
-    found = f" ({stats.found_tokens} found in the cache)" if stats.found_tokens else ""
-    preempted = f", {stats.preemptions} preemptions" if stats.preemptions else ""
+    found = f"{stats.found_tokens} tokens found in the cache, " if stats.found_tokens else ""
+    preempted = f"{stats.preemptions} preemptions, " if stats.preemptions else ""
     print(
-        f"[{llm.name}, {dtype} on {llm.device}: {stats.prompt_tokens}{found} + {stats.generated_tokens} tokens, "
+        f"[{llm.name}, {dtype} on {llm.device}: {stats.prompt_tokens} + {stats.generated_tokens} tokens, "
         f"first after {stats.time_to_first_token:.2f} s, then {stats.tokens_per_second:.1f} tokens/s, "
         f"{stats.weights} weights {stats.weight_bytes / 2**20:.0f} MiB, "
-        f"peak memory {stats.peak_memory / 2**20:.0f} MiB{preempted}, {softmax}]",
+        f"peak memory {stats.peak_memory / 2**20:.0f} MiB, {found}{preempted}{softmax}]",
         file=sys.stderr,
     )

@@ -24,23 +24,21 @@ class Batch:
         carry_phi: bool,
     ) -> None:
         device = decoder.device
+        used = max(len(request.blocks) for request in requests)
         widest = max(blocks_for(request.final_length(max_len)) for request in requests)
-        table = torch.zeros(len(requests), widest, dtype=torch.int32)
-        for row, request in enumerate(requests):
-            table[row, : len(request.blocks)] = torch.tensor(request.blocks, dtype=torch.int32)
+        blocks = [request.blocks + [0] * (used - len(request.blocks)) for request in requests]
         self.tokens = torch.tensor([request.token_ids[-1] for request in requests], device=device)
         cached = [request.cached for request in requests]  # the newest token isn't in the cache yet
         self.seq_lens = torch.tensor(cached, dtype=torch.int32, device=device)
-        self.block_table = table.to(device)
+        self.block_table = torch.zeros(len(requests), widest, dtype=torch.int32, device=device)
+        self.block_table[:, :used] = torch.tensor(blocks, dtype=torch.int32, device=device)
         self.carried_phi = _gather_phi(requests, decoder) if carry_phi else None
         self.choice = Choice(requests, decoder, eos_ids)
 
     def place(self, rows: Sequence[int], columns: Sequence[int], blocks: Sequence[int]) -> None:
         """Changes single blocks of the table."""
-        where = torch.tensor([rows, columns], device=self.block_table.device)
-        self.block_table[where[0], where[1]] = torch.tensor(
-            blocks, dtype=torch.int32, device=self.block_table.device
-        )
+        changes = torch.tensor([rows, columns, blocks], device=self.block_table.device)
+        self.block_table[changes[0], changes[1]] = changes[2].int()
 
     def step(self, decoder: Decoder, cache: KVCache) -> list[int]:
         """The next token of every sequence."""

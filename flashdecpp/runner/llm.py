@@ -188,15 +188,14 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """The answer to one prompt as it is generated. The call itself raises errors of its arguments."""
-        requests = self._requests([prompt], params)
-        if len(requests) > 1:
-            raise ModelError(f"a stream is one answer, got n={len(requests)}")
-        return self._pieces(requests)
+        _need_one_answer(params)
+        return self._pieces(self._requests([prompt], params))
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: bool = False
     ) -> Completion | Iterator[Piece]:
         """The model's answer to messages like {"role": "user", "content": "..."}."""
+        _need_one_answer(params)
         ids = self.tokenizer.encode_chat(messages)
         return self.stream(ids, params) if stream else self.generate([ids], params)[0]
 
@@ -297,6 +296,11 @@ class _ProgressBar(tqdm):
         rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
         self.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
         self.update(token is None)
+
+
+def _need_one_answer(params: SamplingParams | None) -> None:
+    if params is not None and params.n > 1:
+        raise ModelError(f"stream and chat give one answer, got n={params.n}")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
