@@ -279,17 +279,23 @@ def test_a_stream_that_is_left_does_not_disturb_others(folder, alone):
 def test_an_error_in_a_step_leaves_nothing_behind(folder, alone, monkeypatch):
     llm = load(folder)
     prompts = [random_tokens(9, seed=1), random_tokens(30, seed=2)]
-    decode = llm.decoder.decode
+    expected = token_ids(alone, prompts, SAMPLED)
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(llm.decoder, "decode", fail)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        llm.generate(prompts, GREEDY)
-    assert llm._engine.pool.used_blocks == 0
-    monkeypatch.setattr(llm.decoder, "decode", decode)
-    assert token_ids(llm, prompts, GREEDY) == token_ids(alone, prompts, GREEDY)
+    other = llm.stream(prompts[0], SAMPLED)
+    tokens = [next(other).token_id for _ in range(5)]
+    for part in ("decode", "prefill", "_logits"):
+        with monkeypatch.context() as patched:
+            patched.setattr(llm.decoder, part, fail)
+            with pytest.raises(RuntimeError, match="out of luck"):
+                llm.generate(prompts, SAMPLED)
+        assert llm._engine.pool.used_blocks == 0
+        assert token_ids(llm, prompts, SAMPLED) == expected
+        tokens.append(next(other).token_id)
+    tokens += [piece.token_id for piece in other]
+    assert tokens[:-1] == expected[0]  # a stream that ran meanwhile goes on
 
 
 def test_threads_share_the_batch(folder, alone):

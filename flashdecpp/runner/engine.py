@@ -99,13 +99,20 @@ class Engine:
         finally:
             if unfinished:  # the caller stopped early, or an error ended the run
                 with self._lock:
-                    self._forget(set(requests))
+                    self._forget(requests)
 
     def _step(self) -> None:
-        self._prefill()
-        self._grow()
-        if self._running:
-            self._decode()
+        try:
+            self._prefill()
+            self._grow()
+            if self._running:
+                self._decode()
+        except BaseException:
+            # It ends the run that asked for the step. Requests of other runs start again with what they have.
+            self._drop_finished()
+            while self._running or self._prefilling:
+                self._preempt()
+            raise
 
     def _prefill(self) -> None:
         """A chunk of tokens of prompts. A prompt is cut where it would be cut without others."""
@@ -121,7 +128,6 @@ class Engine:
             left -= stop - start
             logits = self._compute(request, stop) if stop > start else None
             if stop == end:
-                self._prefilling = None
                 self._start_decoding(request, logits)
 
     def _admit(self) -> Request | None:
@@ -159,16 +165,17 @@ class Engine:
         if not request.token_ids:
             places = self.max_batch - len(self._running) - 1
             joining += request.siblings[:places]
+            choice = Choice(joining, self.decoder, self.eos_ids)
+            tokens = choice.tokens(logits.repeat(len(joining), 1)).tolist()
             # The others come with the next places, and find the prompt's full blocks.
             self._waiting.extendleft(reversed(request.siblings[places:]))
             request.siblings = []
             for sibling in joining[1:]:
                 sibling.blocks, sibling.cached = self.pool.share(request.blocks), request.cached
-            tokens = Choice(joining, self.decoder, self.eos_ids).tokens(logits.repeat(len(joining), 1))
-            for started, token in zip(joining, tokens.tolist(), strict=True):
+            for started, token in zip(joining, tokens, strict=True):
                 self._take_token(started, token)
         self._running += joining
-        self._batch = None
+        self._prefilling = self._batch = None
         self._drop_finished()
 
     def _grow(self) -> None:
@@ -266,10 +273,11 @@ class Engine:
                 self._batch = None
         self._running = [request for request in self._running if request.finish_reason is None]
 
-    def _forget(self, requests: set[Request]) -> None:
-        self._running = [request for request in self._running if request not in requests]
-        self._waiting = deque(request for request in self._waiting if request not in requests)
-        if self._prefilling in requests:
+    def _forget(self, requests: Sequence[Request]) -> None:
+        gone = set(requests)
+        self._running = [request for request in self._running if request not in gone]
+        self._waiting = deque(request for request in self._waiting if request not in gone)
+        if self._prefilling in gone:
             self._prefilling = None
         self._batch = None
         for request in requests:
