@@ -359,3 +359,17 @@ def test_progress_is_shown_on_a_terminal_alone(folder, capsys, monkeypatch):
     assert "0/2" in shown and "1/2" in shown and re.search(r"[1-9]\d* tokens/s", shown)
     llm.generate(["hello", "other words"], GREEDY)
     assert capsys.readouterr().err == ""
+
+
+def test_the_pool_of_a_gpu_is_made_once_and_leaves_room(folder, monkeypatch):
+    from flashdecpp.runner import engine
+
+    llm = load(folder, max_batch=3)
+    made = []
+    monkeypatch.setattr(llm._engine, "_new_cache", made.append)
+    monkeypatch.setattr(llm.decoder, "device", torch.device("cuda"))
+    block = engine.block_bytes(llm.config, torch.float32)
+    for room in (10**12, 600_000_000 + 20.5 * block):
+        monkeypatch.setattr(engine, "available_bytes", lambda device, room=room: room)
+        llm._engine._provide_cache(llm._requests(["hello"], GREEDY))
+    assert made == [3 * blocks_for(llm.max_len), 20]
