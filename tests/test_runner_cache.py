@@ -100,7 +100,7 @@ PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=3
 TestPool = PoolMachine.TestCase
 
 
-def test_copying_reads_all_before_it_writes(tmp_path):
+def test_blocks_are_copied_saved_and_restored(tmp_path):
     save_model(tmp_path)
     llm = LLM(tmp_path, device="cpu", dtype="float32")
     cache = KVCache(llm.config, 5, llm.device, llm.dtype)
@@ -108,10 +108,12 @@ def test_copying_reads_all_before_it_writes(tmp_path):
         k.copy_(torch.randn_like(k))
         v.copy_(torch.randn_like(v))
     before = [(k.clone(), v.clone()) for k, v in cache.layers]
-    cache.copy([0, 1, 0], [1, 4, 2])
+    cache.copy(0, 2)
+    saved = cache.save([4, 1])
+    cache.restore([1, 3], saved)
     for after, was in zip(cache.layers, before, strict=True):
         for now, then in zip(after, was, strict=True):
-            assert torch.equal(now, then[[0, 0, 0, 3, 1]])
+            assert torch.equal(now, then[[0, 4, 0, 1, 4]])
 
 
 def test_keys_stand_for_all_tokens_before_their_end(tmp_path):

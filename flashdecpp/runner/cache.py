@@ -112,9 +112,16 @@ class KVCache:
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [(k, v) for k, v in self._storage]
         self.pool = BlockPool(num_blocks)
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copies whole blocks, all read before any is written."""
-        self._storage[:, :, list(targets)] = self._storage[:, :, list(sources)]
+    def copy(self, source: int, target: int) -> None:
+        """Copies a block."""
+        self._storage[:, :, target] = self._storage[:, :, source]
+
+    def save(self, blocks: Sequence[int]) -> torch.Tensor:
+        """What is in the blocks, [layers, 2, blocks, ...] in the host's memory."""
+        return self._storage[:, :, list(blocks)].cpu()
+
+    def restore(self, blocks: Sequence[int], saved: torch.Tensor) -> None:
+        self._storage[:, :, list(blocks)] = saved.to(self._storage.device)
 
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -2,7 +2,8 @@
 
 A step is at most a chunk of prompts, one prompt after the other, then one token of every running sequence.
 Blocks of the cache are taken as sequences grow. When none is left, the youngest sequence gives its own back
-and starts again later, with the tokens it has: it finds what is still in the cache and computes the rest.
+and goes on later. What was in them waits in the host's memory: computed again, as part of a prompt, it would
+differ in the last bits.
 (Iteration-level scheduling: Orca, Yu et al. 2022; blocks and preemption: PagedAttention, Kwon et al. 2023;
 chunked prefill: Sarathi, Agrawal et al. 2023.)
 """
@@ -22,9 +23,9 @@ from .memory import available_bytes
 from .model import Decoder
 from .request import Event, Request
 
-# What a cache that isn't given a size leaves free at least: a share of a CPU's memory; on a GPU room for
-# activations and for torch's allocator.
-CPU_SHARE_LEFT = 0.1
+# What a cache that isn't given a size leaves free at least: a share of a CPU's memory, where saved sequences
+# go too; on a GPU room for activations and for torch's allocator.
+CPU_SHARE_LEFT = 0.5
 GPU_BYTES_LEFT = 600_000_000
 
 
@@ -33,7 +34,7 @@ class Counts:
     """Of all runs so far."""
 
     decoded_tokens: int = 0  # by decode steps
-    found_tokens: int = 0  # tokens that were in the cache already, when a sequence (re)started
+    found_tokens: int = 0  # tokens that were in the cache already, when a prompt came
     preemptions: int = 0
 
 
@@ -108,10 +109,14 @@ class Engine:
             if self._running:
                 self._decode()
         except BaseException:
-            # It ends the run that asked for the step. Requests of other runs start again with what they have.
+            # It ends the run that asked for the step. Requests of other runs go on with what is certain.
             self._drop_finished()
-            while self._running or self._prefilling:
-                self._preempt()
+            self._batch = None
+            if self._prefilling is not None:
+                self._release(self._prefilling)
+                self._prefilling.cached = 0
+                self._waiting.appendleft(self._prefilling)
+                self._prefilling = None
             raise
 
     def _prefill(self) -> None:
@@ -121,8 +126,6 @@ class Engine:
             self._prefilling = request
             start, end = request.cached, request.prefill_length
             stop = min(end, start - start % self.prefill_chunk + self.prefill_chunk)
-            if start < len(request.prompt_ids) < stop:
-                stop = len(request.prompt_ids)  # an answer's tokens aren't rotated as a prompt's
             if stop - start > left:
                 return
             left -= stop - start
@@ -135,9 +138,9 @@ class Engine:
         if not self._waiting or len(self._running) >= self.max_batch:
             return None
         request, pool = self._waiting[0], self.pool
-        # At least one token is left to compute: a prompt's last, for its logits.
-        findable = (request.length - 1) // BLOCK_SIZE if self.prefix_cache else 0
-        found = pool.share(pool.find(request.block_keys(findable, self._rotation(request))))
+        # A prompt's last token is left to compute at least, for its logits.
+        findable = (request.length - 1 if request.saved is None else request.cached) // BLOCK_SIZE
+        found = pool.share(pool.find(self._keys(request, findable)))
         missing = blocks_for(request.prefill_length) - len(found)
         # Those that run may each need a block soon, and would preempt the newcomer for it.
         if missing + len(self._running) > pool.free_blocks:
@@ -145,8 +148,15 @@ class Engine:
             return None
         self._waiting.popleft()
         request.blocks = found + pool.take(missing)
-        request.cached = len(found) * BLOCK_SIZE
-        self.counts.found_tokens += request.cached
+        found_tokens = len(found) * BLOCK_SIZE
+        if request.saved is None:
+            request.cached = found_tokens
+            self.counts.found_tokens += found_tokens
+        else:
+            lost = request.blocks[len(found) : blocks_for(request.cached)]
+            self.cache.restore(lost, request.saved[:, :, len(found) :])
+            request.saved = None
+            self._publish(request, found_tokens)
         return request
 
     def _compute(self, request: Request, stop: int) -> torch.Tensor:
@@ -181,7 +191,6 @@ class Engine:
     def _grow(self) -> None:
         """Gives every running sequence a block of its own for its next token, at the cost of the youngest."""
         pool, rows, columns, blocks = self.pool, [], [], []
-        sources, targets = [], []
         row = 0
         while row < len(self._running):
             request = self._running[row]
@@ -196,8 +205,7 @@ class Engine:
             (block,) = pool.take(1)
             if has_block:  # copy on write
                 shared = request.blocks[column]
-                sources.append(shared)
-                targets.append(block)
+                self.cache.copy(shared, block)
                 pool.give_back([shared])
                 request.blocks[column] = block
             else:
@@ -205,17 +213,19 @@ class Engine:
             rows.append(row)
             columns.append(column)
             blocks.append(block)
-        if targets:
-            self.cache.copy(sources, targets)
         if blocks and self._batch is not None:
             self._batch.place(rows, columns, blocks)
 
     def _preempt(self) -> None:
-        """The youngest sequence gives back its blocks, and is the next to be admitted."""
+        """The youngest sequence is saved and gives back its blocks; it's the next to be admitted."""
+        victim = self._prefilling or self._running[-1]
+        if victim.cached:
+            victim.saved = self.cache.save(victim.blocks[: blocks_for(victim.cached)])
         if self._prefilling is not None:
-            victim, self._prefilling = self._prefilling, None
+            self._prefilling = None
         else:
-            victim, self._batch = self._running.pop(), None
+            self._running.pop()
+            self._batch = None
         self._release(victim)
         self._waiting.appendleft(victim)
         self.counts.preemptions += 1
@@ -233,17 +243,24 @@ class Engine:
 
     def _advance(self, request: Request, cached: int) -> None:
         """Notes that tokens are in the cache, and publishes the blocks that they filled."""
-        full_before, full = request.cached // BLOCK_SIZE, cached // BLOCK_SIZE
-        request.cached = cached
-        if self.prefix_cache and full > full_before:
-            keys = request.block_keys(full, self._rotation(request))
-            for index in range(full_before, full):
-                self.pool.publish(request.blocks[index], keys[index])
+        before, request.cached = request.cached, cached
+        self._publish(request, before)
 
-    def _rotation(self, request: Request) -> int:
-        """What keys depend on besides tokens: a long prompt's length, where a rope scaling goes by it."""
+    def _publish(self, request: Request, before: int) -> None:
+        """Lets the full blocks be found that came after the first `before` tokens."""
+        first, last = before // BLOCK_SIZE, request.cached // BLOCK_SIZE
+        if first < last:
+            keys = self._keys(request, last)
+            for block, key in zip(request.blocks[first:last], keys[first:last], strict=False):
+                self.pool.publish(block, key)
+
+    def _keys(self, request: Request, blocks: int) -> list[bytes]:
+        """What the first blocks, which are full, are found by; nothing without a prefix cache."""
+        if not self.prefix_cache:
+            return []
+        # A rope scaling may go by the prompt's length: keys and values then depend on it as well.
         length = len(request.prompt_ids)
-        return length if length > self._unscaled else 0
+        return request.block_keys(blocks, rotation=length if length > self._unscaled else 0)
 
     def _take_token(self, request: Request, token: int) -> None:
         """Adds a token to a request, and ends it where this was the last one."""
@@ -285,7 +302,7 @@ class Engine:
 
     def _release(self, request: Request) -> None:
         self.pool.give_back(request.blocks)
-        request.blocks, request.cached = [], 0
+        request.blocks = []
 
     def _provide_cache(self, requests: Sequence[Request]) -> None:
         """Sees to a cache in which each request fits, and as many at once as the memory allows.

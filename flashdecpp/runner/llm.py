@@ -84,10 +84,11 @@ class LLM:
     cache_tokens: size of the KV cache, reserved at once. None makes it, on a GPU, as large as a full batch
         can ever need, but leaves 600 MB free; on the CPU as large as the call can need, at least one whole
         context, of which only what is used takes memory. If it is too small for all, the youngest
-        sequences give way and go on later.
+        sequences wait in the host's memory and go on later.
     prefill_chunk: tokens of prompts that are computed between two decode steps, at most.
     prefix_cache: a prompt that begins like an earlier one (a conversation, a system message) finds that
-        beginning in the cache, as long as its blocks were not needed for others.
+        beginning in the cache, as long as its blocks were not needed for others. In half precision the answer
+        may then be another, equally good one; without it, it is the same whatever came before.
     phi: the unified maximum of the softmax. "auto": from the file that `flashdecpp calibrate` wrote beside
         the model if it's there, else "carry". "carry": every sequence and head takes the row maximum of its
         last step. "none" or None: online softmax. Else the path of such a file, or float32 [q_heads] for

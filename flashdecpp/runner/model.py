@@ -120,14 +120,11 @@ class Decoder:
         One prompt at a time, so that its result doesn't depend on what it's batched with. `observe` is
         shown what the softmax of every layer is computed from.
 
-        Or a piece of a sequence of which the cache holds `start` tokens: of its prompt, which has
-        `prompt_length` tokens, or of the answer that follows.
+        Or a piece of a prompt of `prompt_length` tokens, of which the cache holds `start` already.
         """
         end = start + tokens.numel()
-        cos_sin = self._cos_sin
-        if prompt_length is None or start < prompt_length:
-            own = self._rotations(lambda rope: rope.prompt_table(prompt_length or end))
-            cos_sin = [b if a is None else a for a, b in zip(own, self._cos_sin, strict=True)]
+        own = self._rotations(lambda rope: rope.prompt_table(prompt_length or end))
+        cos_sin = [b if a is None else a for a, b in zip(own, self._cos_sin, strict=True)]
         for first in range(start, end, PREFILL_CHUNK):
             stop = min(first + PREFILL_CHUNK, end)
             seq_lens = torch.tensor([stop], dtype=torch.int32, device=self.device)

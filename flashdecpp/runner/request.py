@@ -27,7 +27,8 @@ class Request:
     finish_reason: str | None = None
     events: deque["Event"] = field(default_factory=deque)  # of all requests of a run
     blocks: list[int] = field(default_factory=list)
-    cached: int = 0  # tokens whose keys and values are in the blocks
+    cached: int = 0  # tokens whose keys and values are in the blocks, or saved
+    saved: torch.Tensor | None = None  # what was in the blocks of a preempted sequence
     carried_phi: torch.Tensor | None = None  # float32 [layers, q_heads], since the first decode step
     started_at: float = 0.0
     first_token_at: float | None = None
@@ -61,7 +62,7 @@ class Request:
 
     @property
     def prefill_length(self) -> int:
-        """Tokens that must be in the cache before decoding: the prompt, or all but the answer's newest."""
+        """Tokens that are in the cache before a decode step: the prompt, then all but the newest."""
         return self.length - 1 if self.token_ids else self.length
 
     @property
