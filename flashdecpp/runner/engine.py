@@ -114,7 +114,8 @@ class Engine:
             self._batch = None
             if self._prefilling is not None:
                 self._release(self._prefilling)
-                self._prefilling.cached = 0
+                if self._prefilling.saved is None:
+                    self._prefilling.cached = 0
                 self._waiting.appendleft(self._prefilling)
                 self._prefilling = None
             raise
@@ -122,8 +123,8 @@ class Engine:
     def _prefill(self) -> None:
         """A chunk of tokens of prompts. A prompt is cut where it would be cut without others."""
         left = self.prefill_chunk
-        while (request := self._prefilling or self._admit()) is not None:
-            self._prefilling = request
+        while self._prefilling is not None or self._admit():
+            request = self._prefilling
             start, end = request.cached, request.prefill_length
             stop = min(end, start - start % self.prefill_chunk + self.prefill_chunk)
             if stop - start > left:
@@ -133,10 +134,10 @@ class Engine:
             if stop == end:
                 self._start_decoding(request, logits)
 
-    def _admit(self) -> Request | None:
-        """The oldest waiting request, once there's a place in the batch and room in the cache."""
+    def _admit(self) -> bool:
+        """Takes the oldest waiting request, once there's a place in the batch and room in the cache."""
         if not self._waiting or len(self._running) >= self.max_batch:
-            return None
+            return False
         request, pool = self._waiting[0], self.pool
         # A prompt's last token is left to compute at least, for its logits.
         findable = (request.length - 1 if request.saved is None else request.cached) // BLOCK_SIZE
@@ -145,8 +146,8 @@ class Engine:
         # Those that run may each need a block soon, and would preempt the newcomer for it.
         if missing + len(self._running) > pool.free_blocks:
             pool.give_back(found)
-            return None
-        self._waiting.popleft()
+            return False
+        self._prefilling = self._waiting.popleft()
         request.blocks = found + pool.take(missing)
         found_tokens = len(found) * BLOCK_SIZE
         if request.saved is None:
@@ -157,7 +158,7 @@ class Engine:
             self.cache.restore(lost, request.saved[:, :, len(found) :])
             request.saved = None
             self._publish(request, found_tokens)
-        return request
+        return True
 
     def _compute(self, request: Request, stop: int) -> torch.Tensor:
         """Puts tokens up to `stop` into the cache; the logits of the last of them, [1, vocab]."""
