@@ -59,6 +59,7 @@ MinP = Annotated[
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens already there less likely.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.  [default: a fresh one]")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be given again.")]
+Samples = Annotated[int, typer.Option(help="Answers to each prompt; answer i has seed + i.", min=1)]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the answer.")]
 
 
@@ -85,6 +86,7 @@ def generate(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    samples: Samples = 1,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     phi: Phi = "auto",
@@ -104,14 +106,17 @@ def generate(
         seed=seed,
         stop=stop or (),
         ignore_eos=ignore_eos,
+        n=samples,
     )
     llm = _load(model, device, dtype, phi, quantize)
     inputs = [_templated(llm, text) for text in prompts] if chat else prompts
-    if len(inputs) == 1 and not as_json:
+    answers = len(inputs) * samples
+    if answers == 1 and not as_json:
         _print_stream(llm.stream(inputs[0], params))
     else:
-        completions = llm.generate(inputs, params)
-        for text, completion in zip(prompts, completions, strict=True):
+        completions = llm.generate(inputs, params, progress=answers > 1)
+        answered = [text for text in prompts for _ in range(samples)]
+        for text, completion in zip(answered, completions, strict=True):
             print(_as_json(text, completion) if as_json else completion.text, flush=True)
     _print_stats(llm)
 
@@ -372,10 +377,12 @@ def _print_stats(llm: LLM) -> None:
     softmax = stats.softmax
     if softmax != "online softmax":
         softmax += f": {stats.softmax_fallbacks} softmax fallbacks in {stats.softmax_rows} rows"
+    found = f"{stats.found_tokens} tokens found in the cache, " if stats.found_tokens else ""
+    preempted = f"{stats.preemptions} preemptions, " if stats.preemptions else ""
     print(
         f"[{llm.name}, {dtype} on {llm.device}: {stats.prompt_tokens} + {stats.generated_tokens} tokens, "
         f"first after {stats.time_to_first_token:.2f} s, then {stats.tokens_per_second:.1f} tokens/s, "
         f"{stats.weights} weights {stats.weight_bytes / 2**20:.0f} MiB, "
-        f"peak memory {stats.peak_memory / 2**20:.0f} MiB, {softmax}]",
+        f"peak memory {stats.peak_memory / 2**20:.0f} MiB, {found}{preempted}{softmax}]",
         file=sys.stderr,
     )

@@ -93,8 +93,7 @@ def test_a_stream_left_early_gives_its_cache_back(llm):
         stream = llm.stream("hello", SamplingParams(max_tokens=24, ignore_eos=True))
         next(stream)
         stream.close()
-        cache = llm._engine._idle_cache
-        assert cache.free_blocks == cache.num_blocks
+        assert llm._engine.cache.pool.used_blocks == 0
 
 
 def test_two_streams_at_once(llm):

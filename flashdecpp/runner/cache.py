@@ -1,4 +1,7 @@
-"""The paged KV cache: blocks of tokens that sequences take from a free list and give back."""
+"""The paged KV cache: a pool of blocks that sequences share, and find again by the tokens in them."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -13,8 +16,82 @@ def blocks_for(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE)
 
 
+class BlockPool:
+    """Counts who uses each block, and remembers what is in those that nobody uses any more.
+
+    A full block may be published under a key that stands for all tokens up to its end. Free blocks are reused
+    in the order in which they were given back, those without a key first; until then they can be found.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.peak_blocks = 0  # most in use at once, since it was last set
+        self._users = [0] * num_blocks
+        self._free = OrderedDict.fromkeys(range(num_blocks))  # the next to be reused first
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._published: dict[bytes, int] = {}
+
+    @property
+    def free_blocks(self) -> int:
+        return len(self._free)
+
+    @property
+    def used_blocks(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def is_shared(self, block: int) -> bool:
+        return self._users[block] > 1
+
+    def take(self, count: int) -> list[int]:
+        """`count` blocks of the free ones, whatever was in them."""
+        if count > len(self._free):
+            raise OutOfMemory(f"{count} cache blocks are wanted, {len(self._free)} are free")
+        taken = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in taken:
+            self._users[block] = 1
+            if self._keys[block] is not None:
+                del self._published[self._keys[block]]
+                self._keys[block] = None
+        self._note_peak()
+        return taken
+
+    def share(self, blocks: Sequence[int]) -> list[int]:
+        """The same blocks for one more user."""
+        for block in blocks:
+            self._free.pop(block, None)
+            self._users[block] += 1
+        self._note_peak()
+        return list(blocks)
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """One user's blocks, in the order of their tokens."""
+        for block in reversed(blocks):  # a sequence's end is reused before its beginning
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                self._free[block] = None
+                if self._keys[block] is None:
+                    self._free.move_to_end(block, last=False)
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Lets a block that is full be found; the first of several with the same key is."""
+        if key not in self._published:
+            self._published[key], self._keys[block] = block, key
+
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The blocks of the first keys, up to one that isn't there."""
+        found = []
+        for key in keys:
+            if key not in self._published:
+                break
+            found.append(self._published[key])
+        return found
+
+    def _note_peak(self) -> None:
+        self.peak_blocks = max(self.peak_blocks, self.used_blocks)
+
+
 class KVCache:
-    """K and V of every layer, [num_blocks, block_size, kv_heads, head_dim] each."""
+    """K and V of every layer, [num_blocks, block_size, kv_heads, head_dim] each, and the blocks' pool."""
 
     def __init__(
         self, config: ModelConfig, num_blocks: int, device: torch.device, dtype: torch.dtype
@@ -28,25 +105,23 @@ class KVCache:
             )
         shape = (config.layers, 2, num_blocks, BLOCK_SIZE, config.kv_heads, config.head_dim)
         try:
-            storage = torch.empty(shape, dtype=dtype, device=device)
+            self._storage = torch.empty(shape, dtype=dtype, device=device)
         except (RuntimeError, MemoryError) as error:
             raise OutOfMemory(f"a KV cache of {gigabytes(need)} can't be allocated on {device}") from error
         self.num_blocks, self.block_size = num_blocks, BLOCK_SIZE
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [(layer[0], layer[1]) for layer in storage]
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [(k, v) for k, v in self._storage]
+        self.pool = BlockPool(num_blocks)
 
-    @property
-    def free_blocks(self) -> int:
-        return len(self._free)
+    def copy(self, source: int, target: int) -> None:
+        """Copies a block."""
+        self._storage[:, :, target] = self._storage[:, :, source]
 
-    def take(self, count: int) -> list[int]:
-        """`count` blocks of the free ones."""
-        if count > len(self._free):
-            raise OutOfMemory(f"{count} cache blocks are wanted, {len(self._free)} are free")
-        return [self._free.pop() for _ in range(count)]
+    def save(self, blocks: Sequence[int]) -> torch.Tensor:
+        """What is in the blocks, [layers, 2, blocks, ...] in the host's memory."""
+        return self._storage[:, :, list(blocks)].cpu()
 
-    def give_back(self, blocks: list[int]) -> None:
-        self._free.extend(reversed(blocks))
+    def restore(self, blocks: Sequence[int], saved: torch.Tensor) -> None:
+        self._storage[:, :, list(blocks)] = saved.to(self._storage.device)
 
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

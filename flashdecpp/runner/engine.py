@@ -1,74 +1,46 @@
-"""Runs requests: admits them to the batch, decodes the batch step by step, lets finished ones leave."""
+"""Continuous batching: requests join the batch and leave it between decode steps.
+
+A step is at most a chunk of prompts, one prompt after the other, then one token of every running sequence.
+Blocks of the cache are taken as sequences grow. When none is left, the youngest sequence gives its own back
+and goes on later. What was in them waits in the host's memory: computed again, as part of a prompt, it would
+differ in the last bits.
+(Iteration-level scheduling: Orca, Yu et al. 2022; blocks and preemption: PagedAttention, Kwon et al. 2023;
+chunked prefill: Sarathi, Agrawal et al. 2023.)
+"""
 
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from threading import Lock
 
 import torch
 
-from flashdecpp import ops
-
-from .cache import KVCache, block_bytes, blocks_for
+from .batch import Batch, Choice
+from .cache import BLOCK_SIZE, BlockPool, KVCache, block_bytes, blocks_for
 from .errors import OutOfMemory
 from .memory import available_bytes
 from .model import Decoder
-from .sampling import BatchSampling, SamplingParams, fresh_seed
-from .tokenizer import BaseTokenizer, TextStream
+from .request import Event, Request
 
-# Of the free memory, what a cache that isn't given a size may take at most
-CACHE_SHARE = 0.9
-
-
-@dataclass(eq=False)
-class Request:
-    """One prompt on its way to an answer."""
-
-    prompt: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    tokenizer: BaseTokenizer
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    blocks: list[int] = field(default_factory=list)
-    carried_phi: torch.Tensor | None = None  # float32 [layers, q_heads], since the first decode step
-    started_at: float = 0.0
-    first_token_at: float | None = None
-    last_token_at: float | None = None
-
-    def __post_init__(self) -> None:
-        self.text = TextStream(self.tokenizer, self.params.stop)
-        self.seed = fresh_seed() if self.params.seed is None else self.params.seed
-
-    @property
-    def history(self) -> list[int]:
-        return self.prompt_ids + self.token_ids
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + len(self.token_ids)
-
-    @property
-    def time_to_first_token(self) -> float:
-        return 0.0 if self.first_token_at is None else self.first_token_at - self.started_at
-
-    @property
-    def tokens_per_second(self) -> float:
-        if self.first_token_at is None or len(self.token_ids) < 2:
-            return 0.0
-        return (len(self.token_ids) - 1) / (self.last_token_at - self.first_token_at)
-
-    def final_length(self, max_len: int) -> int:
-        """Tokens of prompt and answer together, at most."""
-        limit = self.params.max_tokens
-        return max_len if limit is None else min(max_len, len(self.prompt_ids) + limit)
+# What a cache that isn't given a size leaves free at least: a share of a CPU's memory, where saved sequences
+# go too; on a GPU room for activations and for torch's allocator.
+CPU_SHARE_LEFT = 0.5
+GPU_BYTES_LEFT = 600_000_000
 
 
-# A token and the text it completed; at a request's end no token and the text that was held back.
-Event = tuple[Request, int | None, str]
+@dataclass
+class Counts:
+    """Of all runs so far."""
+
+    decoded_tokens: int = 0  # by decode steps
+    found_tokens: int = 0  # tokens that were in the cache already, when a prompt came
+    preemptions: int = 0
 
 
 class Engine:
+    """Requests of all runs share the cache and the batch; whichever run wants events makes the steps."""
+
     def __init__(
         self,
         decoder: Decoder,
@@ -77,54 +49,221 @@ class Engine:
         max_batch: int,
         cache_tokens: int | None,
         carry_phi: bool,
+        prefill_chunk: int,
+        prefix_cache: bool,
     ) -> None:
         self.decoder, self.eos_ids = decoder, eos_ids
         self.max_len, self.max_batch, self.carry_phi = max_len, max_batch, carry_phi
-        self.decoded_tokens = 0  # by decode steps, of all runs
+        self.prefill_chunk, self.prefix_cache = prefill_chunk, prefix_cache
+        self.counts = Counts()
         self._fixed_blocks = None if cache_tokens is None else blocks_for(cache_tokens)
-        # The cache between runs. A run takes it along, so two runs at once never share one.
-        self._idle_cache = None if self._fixed_blocks is None else self._new_cache(self._fixed_blocks)
+        self._wanted_blocks = 0  # of the cache, had there been memory for more
+        self.cache: KVCache | None = None
+        if self._fixed_blocks is not None:
+            self.cache = self._new_cache(self._fixed_blocks)
+        # All requests, oldest first: running ones, the one whose prompt is being computed, waiting ones.
+        self._running: list[Request] = []
+        self._prefilling: Request | None = None
+        self._waiting: deque[Request] = deque()
+        self._batch: Batch | None = None  # the running ones; None after one has joined or left
+        self._lock = Lock()
+        self._unscaled = min(
+            (rope.unscaled_positions for rope in decoder.config.ropes if rope is not None), default=max_len
+        )
+
+    @property
+    def pool(self) -> BlockPool:
+        return self.cache.pool
 
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Generates for all requests; every token is an event, and so is every request's end."""
+        if not requests:
+            return
+        events: deque[Event] = deque()
         now = time.perf_counter()
         for request in requests:
-            request.started_at = now
-        cache = self._cache_for(requests)
-        waiting, running = deque(requests), []
+            request.events, request.started_at = events, now
+        with self._lock:
+            self._provide_cache(requests)
+            self.pool.peak_blocks = self.pool.used_blocks
+            self._waiting.extend(request for request in requests if request.sample == 0)
+        unfinished = len(requests)
         try:
-            while waiting or running:
-                while waiting and self._has_room(waiting[0], running, cache):
-                    request = waiting.popleft()
-                    running.append(request)
-                    yield from self._take_token(request, self._prefill(request, cache))
-                running = self._drop_finished(running, cache)
-                if not running:
-                    continue
-                batch = Batch(running, self.decoder, self.eos_ids, self.carry_phi)
-                while all(request.finish_reason is None for request in running):
-                    tokens = batch.step(self.decoder, cache)
-                    self.decoded_tokens += len(tokens)
-                    for request, token in zip(running, tokens, strict=True):
-                        yield from self._take_token(request, token)
-                running = self._drop_finished(running, cache)
+            while unfinished:
+                while events:
+                    event = events.popleft()
+                    unfinished -= event[1] is None
+                    yield event
+                if unfinished:
+                    with self._lock:
+                        self._step()
         finally:
-            for request in running:  # the caller stopped early
-                cache.give_back(request.blocks)
-            self._idle_cache = cache
+            if unfinished:  # the caller stopped early, or an error ended the run
+                with self._lock:
+                    self._forget(requests)
 
-    def _has_room(self, request: Request, running: list[Request], cache: KVCache) -> bool:
-        return len(running) < self.max_batch and self._blocks(request) <= cache.free_blocks
+    def _step(self) -> None:
+        try:
+            self._prefill()
+            self._grow()
+            if self._running:
+                self._decode()
+        except BaseException:
+            # It ends the run that asked for the step. Requests of other runs go on with what is certain.
+            self._drop_finished()
+            self._batch = None
+            if self._prefilling is not None:
+                self._release(self._prefilling)
+                if self._prefilling.saved is None:
+                    self._prefilling.cached = 0
+                self._waiting.appendleft(self._prefilling)
+                self._prefilling = None
+            raise
 
-    def _prefill(self, request: Request, cache: KVCache) -> int:
-        """Puts the prompt into the cache; the first token of the answer."""
-        request.blocks = cache.take(self._blocks(request))
-        device = self.decoder.device
+    def _prefill(self) -> None:
+        """A chunk of tokens of prompts. A prompt is cut where it would be cut without others."""
+        left = self.prefill_chunk
+        while self._prefilling is not None or self._admit():
+            request = self._prefilling
+            start, end = request.cached, request.prefill_length
+            stop = min(end, start - start % self.prefill_chunk + self.prefill_chunk)
+            if stop - start > left:
+                return
+            left -= stop - start
+            logits = self._compute(request, stop) if stop > start else None
+            if stop == end:
+                self._start_decoding(request, logits)
+
+    def _admit(self) -> bool:
+        """Takes the oldest waiting request, once there's a place in the batch and room in the cache."""
+        if not self._waiting or len(self._running) >= self.max_batch:
+            return False
+        request, pool = self._waiting[0], self.pool
+        # A prompt's last token is left to compute at least, for its logits.
+        findable = (request.length - 1 if request.saved is None else request.cached) // BLOCK_SIZE
+        found = pool.share(pool.find(self._keys(request, findable)))
+        missing = blocks_for(request.prefill_length) - len(found)
+        # Those that run may each need a block soon, and would preempt the newcomer for it.
+        if missing + len(self._running) > pool.free_blocks:
+            pool.give_back(found)
+            return False
+        self._prefilling = self._waiting.popleft()
+        request.blocks = found + pool.take(missing)
+        found_tokens = len(found) * BLOCK_SIZE
+        if request.saved is None:
+            request.cached = found_tokens
+            self.counts.found_tokens += found_tokens
+        else:
+            lost = request.blocks[len(found) : blocks_for(request.cached)]
+            self.cache.restore(lost, request.saved[:, :, len(found) :])
+            request.saved = None
+            self._publish(request, found_tokens)
+        return True
+
+    def _compute(self, request: Request, stop: int) -> torch.Tensor:
+        """Puts tokens up to `stop` into the cache; the logits of the last of them, [1, vocab]."""
+        device, start = self.decoder.device, request.cached
+        tokens = torch.tensor(request.history[start:stop], device=device)
         table = torch.tensor([request.blocks], dtype=torch.int32, device=device)
-        logits = self.decoder.prefill(torch.tensor(request.prompt_ids, device=device), cache, table)
-        return Choice([request], self.decoder, self.eos_ids).tokens(logits).item()
+        prompt_length = len(request.prompt_ids)
+        logits = self.decoder.prefill(tokens, self.cache, table, start=start, prompt_length=prompt_length)
+        self._advance(request, stop)
+        return logits
 
-    def _take_token(self, request: Request, token: int) -> Iterator[Event]:
+    def _start_decoding(self, request: Request, logits: torch.Tensor | None) -> None:
+        """Takes up a request whose tokens are in the cache, with its siblings where the prompt was new."""
+        joining = [request]
+        if not request.token_ids:
+            places = self.max_batch - len(self._running) - 1
+            joining += request.siblings[:places]
+            choice = Choice(joining, self.decoder, self.eos_ids)
+            tokens = choice.tokens(logits.repeat(len(joining), 1)).tolist()
+            # The others come with the next places, and find the prompt's full blocks.
+            self._waiting.extendleft(reversed(request.siblings[places:]))
+            request.siblings = []
+            for sibling in joining[1:]:
+                sibling.blocks, sibling.cached = self.pool.share(request.blocks), request.cached
+            for started, token in zip(joining, tokens, strict=True):
+                self._take_token(started, token)
+        self._running += joining
+        self._prefilling = self._batch = None
+        self._drop_finished()
+
+    def _grow(self) -> None:
+        """Gives every running sequence a block of its own for its next token, at the cost of the youngest."""
+        pool, rows, columns, blocks = self.pool, [], [], []
+        row = 0
+        while row < len(self._running):
+            request = self._running[row]
+            column = request.cached // BLOCK_SIZE
+            has_block = column < len(request.blocks)
+            if has_block and not pool.is_shared(request.blocks[column]):
+                row += 1
+                continue
+            if not pool.free_blocks:
+                self._preempt()
+                continue
+            (block,) = pool.take(1)
+            if has_block:  # copy on write
+                shared = request.blocks[column]
+                self.cache.copy(shared, block)
+                pool.give_back([shared])
+                request.blocks[column] = block
+            else:
+                request.blocks.append(block)
+            rows.append(row)
+            columns.append(column)
+            blocks.append(block)
+        if blocks and self._batch is not None:
+            self._batch.place(rows, columns, blocks)
+
+    def _preempt(self) -> None:
+        """The youngest sequence is saved and gives back its blocks; it's the next to be admitted."""
+        victim = self._prefilling or self._running[-1]
+        if victim.cached:
+            victim.saved = self.cache.save(victim.blocks[: blocks_for(victim.cached)])
+        if self._prefilling is not None:
+            self._prefilling = None
+        else:
+            self._running.pop()
+            self._batch = None
+        self._release(victim)
+        self._waiting.appendleft(victim)
+        self.counts.preemptions += 1
+
+    def _decode(self) -> None:
+        """One token of every running sequence."""
+        if self._batch is None:
+            self._batch = Batch(self._running, self.decoder, self.eos_ids, self.max_len, self.carry_phi)
+        tokens = self._batch.step(self.decoder, self.cache)
+        self.counts.decoded_tokens += len(tokens)
+        for request, token in zip(self._running, tokens, strict=True):
+            self._advance(request, request.cached + 1)
+            self._take_token(request, token)
+        self._drop_finished()
+
+    def _advance(self, request: Request, cached: int) -> None:
+        """Notes that tokens are in the cache, and publishes the blocks that they filled."""
+        before, request.cached = request.cached, cached
+        self._publish(request, before)
+
+    def _publish(self, request: Request, before: int) -> None:
+        """Lets the full blocks be found that came after the first `before` tokens."""
+        first, last = before // BLOCK_SIZE, request.cached // BLOCK_SIZE
+        if first < last:
+            keys = self._keys(request, last)
+            for block, key in zip(request.blocks[first:last], keys[first:last], strict=False):
+                self.pool.publish(block, key)
+
+    def _keys(self, request: Request, blocks: int) -> list[bytes]:
+        """What the first blocks, which are full, are found by; nothing without a prefix cache."""
+        if not self.prefix_cache:
+            return []
+        # A rope scaling may go by the prompt's length: keys and values then depend on it as well.
+        length = len(request.prompt_ids)
+        return request.block_keys(blocks, rotation=length if length > self._unscaled else 0)
+
+    def _take_token(self, request: Request, token: int) -> None:
         """Adds a token to a request, and ends it where this was the last one."""
         request.last_token_at = time.perf_counter()
         if request.first_token_at is None:
@@ -138,112 +277,61 @@ class Engine:
                 request.finish_reason = "stop"
             elif request.length >= request.final_length(self.max_len):
                 request.finish_reason = "length"
-            yield request, token, text
+            request.events.append((request, token, text))
         if request.finish_reason is not None:
             rest = request.text.finish()
             if request.text.stopped:  # the held back text completed a stop string
                 request.finish_reason = "stop"
-            yield request, None, rest
+            request.events.append((request, None, rest))
 
-    def _drop_finished(self, running: list[Request], cache: KVCache) -> list[Request]:
-        for request in running:
+    def _drop_finished(self) -> None:
+        for request in self._running:
             if request.finish_reason is not None:
-                cache.give_back(request.blocks)
-        return [request for request in running if request.finish_reason is None]
+                self._release(request)
+                self._batch = None
+        self._running = [request for request in self._running if request.finish_reason is None]
 
-    def _blocks(self, request: Request) -> int:
-        return blocks_for(request.final_length(self.max_len))
+    def _forget(self, requests: Sequence[Request]) -> None:
+        gone = set(requests)
+        self._running = [request for request in self._running if request not in gone]
+        self._waiting = deque(request for request in self._waiting if request not in gone)
+        if self._prefilling in gone:
+            self._prefilling = None
+        self._batch = None
+        for request in requests:
+            self._release(request)
 
-    def _cache_for(self, requests: Sequence[Request]) -> KVCache:
-        """A cache that holds as many of the requests at once as the batch and the memory allow."""
-        needs = sorted((self._blocks(request) for request in requests), reverse=True)
-        wanted, least = sum(needs[: self.max_batch]), needs[0] if needs else 0
-        cache, self._idle_cache = self._idle_cache, None
-        if self._fixed_blocks is not None:
-            cache = cache or self._new_cache(self._fixed_blocks)
-            if least > cache.num_blocks:
-                self._idle_cache = cache
-                raise OutOfMemory(
-                    f"a prompt and its answer may need {least * cache.block_size} tokens of KV cache, "
-                    f"which has {cache.num_blocks * cache.block_size}; raise cache_tokens or lower max_tokens"
-                )
-            return cache
-        if cache is not None and cache.num_blocks >= wanted:
-            return cache
-        del cache  # before the new one is made
-        free = int(available_bytes(self.decoder.device) * CACHE_SHARE)
-        affordable = free // block_bytes(self.decoder.config, self.decoder.dtype)
-        return self._new_cache(max(min(wanted, affordable), least))
+    def _release(self, request: Request) -> None:
+        self.pool.give_back(request.blocks)
+        request.blocks = []
+
+    def _provide_cache(self, requests: Sequence[Request]) -> None:
+        """Sees to a cache in which each request fits, and as many at once as the memory allows.
+
+        On a GPU all that the batch could ever use; on the CPU one context, or what these requests may need.
+        """
+        needs = sorted((blocks_for(r.final_length(self.max_len)) for r in requests), reverse=True)
+        context, least = blocks_for(self.max_len), needs[0]
+        on_cpu = self.decoder.device.type == "cpu"
+        wanted = max(context, sum(needs[: self.max_batch])) if on_cpu else context * self.max_batch
+        fits = self.cache is not None and least <= self.cache.num_blocks
+        if fits and (self._fixed_blocks is not None or wanted <= self._wanted_blocks):
+            return
+        idle = not (self._running or self._prefilling or self._waiting)
+        if self._fixed_blocks is None and idle:
+            self.cache = None  # before the new one is made
+            self.cache = self._new_cache(max(min(wanted, self._affordable_blocks()), least))
+            self._wanted_blocks = wanted
+        elif not fits:
+            raise OutOfMemory(
+                f"a prompt and its answer may need {least * BLOCK_SIZE} tokens of KV cache, "
+                f"which has {self.cache.num_blocks * BLOCK_SIZE}; raise cache_tokens or lower max_tokens"
+            )
+
+    def _affordable_blocks(self) -> int:
+        free = available_bytes(self.decoder.device)
+        left = CPU_SHARE_LEFT * free if self.decoder.device.type == "cpu" else GPU_BYTES_LEFT
+        return max(0, int(free - left)) // block_bytes(self.decoder.config, self.decoder.dtype)
 
     def _new_cache(self, num_blocks: int) -> KVCache:
         return KVCache(self.decoder.config, num_blocks, self.decoder.device, self.decoder.dtype)
-
-
-class Batch:
-    """The sequences that are decoded together, as tensors on the device."""
-
-    def __init__(
-        self, requests: Sequence[Request], decoder: Decoder, eos_ids: frozenset[int], carry_phi: bool
-    ) -> None:
-        device = decoder.device
-        widest = max(len(request.blocks) for request in requests)
-        tables = [request.blocks + [0] * (widest - len(request.blocks)) for request in requests]
-        cached = [request.length - 1 for request in requests]  # the newest token isn't in the cache yet
-        self.tokens = torch.tensor([request.token_ids[-1] for request in requests], device=device)
-        self.seq_lens = torch.tensor(cached, dtype=torch.int32, device=device)
-        self.block_table = torch.tensor(tables, dtype=torch.int32, device=device)
-        self.carried_phi = _gather_phi(requests, decoder) if carry_phi else None
-        self.choice = Choice(requests, decoder, eos_ids)
-
-    def step(self, decoder: Decoder, cache: KVCache) -> list[int]:
-        """The next token of every sequence."""
-        self.seq_lens += 1
-        logits = decoder.decode(self.tokens, cache, self.seq_lens, self.block_table, self.carried_phi)
-        self.tokens = self.choice.tokens(logits)
-        return self.tokens.tolist()
-
-
-def _gather_phi(requests: Sequence[Request], decoder: Decoder) -> torch.Tensor:
-    """[layers, batch, q_heads]: what each request carries, NaN for a new one.
-
-    Every request then holds a view of its part, and so takes what decode steps leave there to its next batch.
-    """
-    config = decoder.config
-    shape = (config.layers, len(requests), config.q_heads)
-    carried = torch.full(shape, torch.nan, device=decoder.device)
-    for row, request in enumerate(requests):
-        if request.carried_phi is not None:
-            carried[:, row] = request.carried_phi
-        request.carried_phi = carried[:, row]
-    return carried
-
-
-class Choice:
-    """Chooses the next tokens of a batch, step after step."""
-
-    def __init__(self, requests: Sequence[Request], decoder: Decoder, eos_ids: frozenset[int]) -> None:
-        device = decoder.device
-        self._sampling = BatchSampling.build(
-            [request.params for request in requests],
-            [request.seed for request in requests],
-            [request.history for request in requests],
-            decoder.config.vocab,
-            device,
-        ).arguments()
-        # The place of the token in its sequence: with the seed it determines the draw.
-        self._position = torch.tensor([request.length for request in requests], device=device)
-        endless = [row for row, request in enumerate(requests) if request.params.ignore_eos]
-        self._never = None
-        if endless and eos_ids:
-            self._never = (
-                torch.tensor(endless, device=device)[:, None],
-                torch.tensor(sorted(eos_ids), device=device),
-            )
-
-    @torch.inference_mode()
-    def tokens(self, logits: torch.Tensor) -> torch.Tensor:
-        if self._never is not None:
-            logits[self._never] = -torch.inf
-        chosen = ops.sample(logits, position=self._position, **self._sampling)
-        self._position += 1
-        return chosen

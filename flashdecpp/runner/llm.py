@@ -1,20 +1,24 @@
 """LLM: a model that generates text."""
 
+import sys
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from flashdecpp._library import LIBRARIES
 
 from .checkpoint import open_checkpoint
-from .engine import Engine, Request
+from .engine import Counts, Engine
 from .errors import ModelError, OutOfMemory
 from .formats import QUANTIZE
 from .memory import available_bytes, gigabytes, peak_bytes
-from .model import Decoder
+from .model import PREFILL_CHUNK, Decoder
 from .phi import Phi, load_phi
+from .request import Event, Request
 from .sampling import SamplingParams
 from .tokenizer import Message
 from .weights import load_weights
@@ -33,6 +37,7 @@ class Completion:
     finish_reason: str  # "stop": end of sequence or a stop string; "length": max_tokens or the context's end
     time_to_first_token: float  # seconds since the call, waiting for a place in the batch included
     tokens_per_second: float  # after the first token
+    sample: int = 0  # which of its prompt's SamplingParams.n answers
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,10 @@ class Stats:
     softmax_fallbacks: int  # of these, recomputed because their maximum was far from phi
     weights: str  # what the matrices are stored in, like "bfloat16" or "int4 + int8"
     weight_bytes: int  # of all weights
+    found_tokens: int  # tokens that were in the cache already, and so weren't computed
+    preemptions: int  # how often a sequence gave its blocks of the cache to older ones, to go on later
+    peak_blocks: int  # blocks of the cache in use at once, at most
+    cache_blocks: int  # all there are, of 16 tokens each
 
 
 class LLM:
@@ -72,7 +81,14 @@ class LLM:
         float16 for GGUF files, and bfloat16 for checkpoints in float32.
     max_len: most tokens of prompt and answer together; the model's context if None.
     max_batch: sequences that are decoded together; more prompts than that take turns.
-    cache_tokens: size of the KV cache, reserved at once; None makes it as large as each call needs.
+    cache_tokens: size of the KV cache, reserved at once. None makes it, on a GPU, as large as a full batch
+        can ever need, but leaves 600 MB free; on the CPU as large as the call can need, at least one whole
+        context, of which only what is used takes memory. If it is too small for all, the youngest
+        sequences wait in the host's memory and go on later.
+    prefill_chunk: tokens of prompts that are computed between two decode steps, at most.
+    prefix_cache: a prompt that begins like an earlier one (a conversation, a system message) finds that
+        beginning in the cache, as long as its blocks were not needed for others. In half precision the answer
+        may then be another, equally good one; without it, it is the same whatever came before.
     phi: the unified maximum of the softmax. "auto": from the file that `flashdecpp calibrate` wrote beside
         the model if it's there, else "carry". "carry": every sequence and head takes the row maximum of its
         last step. "none" or None: online softmax. Else the path of such a file, or float32 [q_heads] for
@@ -94,6 +110,8 @@ class LLM:
         max_len: int | None = None,
         max_batch: int = 32,
         cache_tokens: int | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        prefix_cache: bool = True,
         phi: Phi = "auto",
         quantize: str = "auto",
     ) -> None:
@@ -113,6 +131,8 @@ class LLM:
             )
         if max_batch < 1:
             raise ModelError(f"max_batch must be 1 or more, got {max_batch}")
+        if prefill_chunk < 1:
+            raise ModelError(f"prefill_chunk must be 1 or more, got {prefill_chunk}")
         if quantize == "auto" and self.device.type != "cpu":
             quantize = "none"
         plan = checkpoint.plan.quantized(quantize, checkpoint.source)
@@ -124,21 +144,35 @@ class LLM:
         unified = "carried phi" if carry else "fixed phi"
         self._softmax = "online softmax" if unified_maximum is None else unified
         self.decoder = Decoder(self.config, weights, self.max_len, None if carry else unified_maximum)
-        self._engine = Engine(self.decoder, checkpoint.eos_ids, self.max_len, max_batch, cache_tokens, carry)
+        self._engine = Engine(
+            self.decoder,
+            checkpoint.eos_ids,
+            self.max_len,
+            max_batch,
+            cache_tokens,
+            carry,
+            prefill_chunk,
+            prefix_cache,
+        )
         self.stats: Stats | None = None
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
     ) -> list[Completion]:
-        """Answers to prompts (strings or lists of token ids) in one batch, in the order of the prompts.
+        """Answers to prompts (strings or lists of token ids), in the order of the prompts.
 
-        A single prompt gives a list of one. `params`: for all, or one for each prompt.
+        A single prompt gives a list of one. `params`: for all, or one for each prompt; where params.n is more
+        than one, the answers to a prompt follow each other. Any number of prompts keeps up to max_batch
+        sequences decoding together. `progress`: a bar on stderr, where that's a terminal.
         """
         requests = self._requests(_as_list(prompts), params)
-        for _ in self._run(requests):
-            pass
+        with _ProgressBar(len(requests), progress) as bar:
+            for _, token, _ in self._run(requests):
+                bar.count(token)
         return [
             Completion(
                 prompt=request.prompt,
@@ -148,19 +182,21 @@ class LLM:
                 finish_reason=request.finish_reason,
                 time_to_first_token=request.time_to_first_token,
                 tokens_per_second=request.tokens_per_second,
+                sample=request.sample,
             )
             for request in requests
         ]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """The answer to one prompt as it is generated. The call itself raises errors of its arguments."""
-        requests = self._requests([prompt], params)
-        return self._pieces(requests)
+        _need_one_answer(params)
+        return self._pieces(self._requests([prompt], params))
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: bool = False
     ) -> Completion | Iterator[Piece]:
         """The model's answer to messages like {"role": "user", "content": "..."}."""
+        _need_one_answer(params)
         ids = self.tokenizer.encode_chat(messages)
         return self.stream(ids, params) if stream else self.generate([ids], params)[0]
 
@@ -168,12 +204,12 @@ class LLM:
         for request, token, text in self._run(requests):
             yield Piece(text, token, request.finish_reason if token is None else None)
 
-    def _run(self, requests: list[Request]) -> Iterator[tuple[Request, int | None, str]]:
-        before = self._decoded_and_fallbacks()
+    def _run(self, requests: list[Request]) -> Iterator[Event]:
+        counts, fallbacks = replace(self._engine.counts), int(self.decoder.fallbacks.item())
         try:
             yield from self._engine.run(requests)
         finally:
-            self.stats = self._measure(requests, *before)
+            self.stats = self._measure(requests, counts, fallbacks)
 
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -182,9 +218,10 @@ class LLM:
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ModelError(f"{len(prompts)} prompts need as many SamplingParams, got {len(params)}")
-        return [self._request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        pairs = zip(prompts, params, strict=True)
+        return [request for prompt, p in pairs for request in self._samples(prompt, p)]
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _samples(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
         if isinstance(prompt, str):
             text, ids = prompt, self.tokenizer.encode(prompt)
         else:
@@ -199,7 +236,7 @@ class LLM:
             raise ModelError(
                 f"the prompt has {len(ids)} tokens, which leaves no room for an answer within {self.max_len}"
             )
-        return Request(text, ids, params, self.tokenizer)
+        return Request.samples(text, ids, params, self.tokenizer)
 
     def _check_room(self, weight_bytes: int, cache_tokens: int) -> None:
         if cache_tokens < 1:
@@ -212,27 +249,59 @@ class LLM:
                 f"({cache_tokens} tokens) don't fit {self.device}, where {gigabytes(free)} are free"
             )
 
-    def _decoded_and_fallbacks(self) -> tuple[int, int]:
-        return self._engine.decoded_tokens, int(self.decoder.fallbacks.item())
-
-    def _measure(self, requests: list[Request], decoded_before: int, fallbacks_before: int) -> Stats:
-        decoded, fallbacks = self._decoded_and_fallbacks()
+    def _measure(self, requests: list[Request], before: Counts, fallbacks_before: int) -> Stats:
+        counts, cache = self._engine.counts, self._engine.cache
+        decoded = counts.decoded_tokens - before.decoded_tokens
         begun = [request for request in requests if request.first_token_at is not None]
         generated = sum(len(request.token_ids) for request in requests)
         first = min((request.first_token_at for request in begun), default=0.0)
         last = max((request.last_token_at for request in begun), default=0.0)
         return Stats(
-            prompt_tokens=sum(len(request.prompt_ids) for request in requests),
+            prompt_tokens=sum(len(request.prompt_ids) for request in requests if request.sample == 0),
             generated_tokens=generated,
             time_to_first_token=min((request.time_to_first_token for request in begun), default=0.0),
             tokens_per_second=(generated - 1) / (last - first) if last > first else 0.0,
             peak_memory=peak_bytes(self.device),
             softmax=self._softmax,
-            softmax_rows=(decoded - decoded_before) * self.config.layers * self.config.q_heads,
-            softmax_fallbacks=fallbacks - fallbacks_before,
+            softmax_rows=decoded * self.config.layers * self.config.q_heads,
+            softmax_fallbacks=int(self.decoder.fallbacks.item()) - fallbacks_before,
             weights=self.decoder.weights.kinds,
             weight_bytes=self.decoder.weights.nbytes,
+            found_tokens=counts.found_tokens - before.found_tokens,
+            preemptions=counts.preemptions - before.preemptions,
+            peak_blocks=0 if cache is None else cache.pool.peak_blocks,
+            cache_blocks=0 if cache is None else cache.num_blocks,
         )
+
+
+class _ProgressBar(tqdm):
+    """Finished answers of many, with the tokens a second so far."""
+
+    def __init__(self, answers: int, shown: bool) -> None:
+        self._tokens, self._started = 0, time.perf_counter()
+        super().__init__(
+            total=answers,
+            unit=" answers",
+            desc="generating",
+            file=sys.stderr,
+            leave=False,
+            miniters=0,  # tokens alone move its figure
+            disable=None if shown else True,
+        )
+
+    def count(self, token: int | None) -> None:
+        """A token of any answer; None at the end of one."""
+        if self.disable:
+            return
+        self._tokens += token is not None
+        rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
+        self.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        self.update(token is None)
+
+
+def _need_one_answer(params: SamplingParams | None) -> None:
+    if params is not None and params.n > 1:
+        raise ModelError(f"stream and chat give one answer, got n={params.n}")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -111,20 +111,26 @@ class Decoder:
         cache: KVCache,
         block_table: torch.Tensor,
         observe: Observe | None = None,
+        *,
+        start: int = 0,
+        prompt_length: int | None = None,
     ) -> torch.Tensor:
         """A prompt, tokens int64 [length], block_table [1, max_blocks]. Logits [1, vocab] of its last token.
 
         One prompt at a time, so that its result doesn't depend on what it's batched with. `observe` is
         shown what the softmax of every layer is computed from.
+
+        Or a piece of a prompt of `prompt_length` tokens, of which the cache holds `start` already.
         """
-        length = tokens.numel()
-        own = self._rotations(lambda rope: rope.prompt_table(length))
+        end = start + tokens.numel()
+        own = self._rotations(lambda rope: rope.prompt_table(prompt_length or end))
         cos_sin = [b if a is None else a for a, b in zip(own, self._cos_sin, strict=True)]
-        for start in range(0, length, PREFILL_CHUNK):
-            stop = min(start + PREFILL_CHUNK, length)
+        for first in range(start, end, PREFILL_CHUNK):
+            stop = min(first + PREFILL_CHUNK, end)
             seq_lens = torch.tensor([stop], dtype=torch.int32, device=self.device)
-            attend = self._prompt_attention(cache, block_table, start, stop, observe)
-            x = self._layers(tokens[None, start:stop], cache, seq_lens, block_table, cos_sin, attend)
+            attend = self._prompt_attention(cache, block_table, first, stop, observe)
+            chunk = tokens[None, first - start : stop - start]
+            x = self._layers(chunk, cache, seq_lens, block_table, cos_sin, attend)
         return self._logits(x[-1:])
 
     def _rotations(self, table: Callable[[Rope], torch.Tensor | None]) -> list[torch.Tensor | None]:

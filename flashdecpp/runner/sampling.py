@@ -16,6 +16,7 @@ class SamplingParams:
 
     temperature 0 takes the most likely token; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
     seed None draws a fresh one for each prompt; a given seed gives a prompt the same answer in any batch.
+    n: answers to a prompt, which is computed and kept once for all; answer i has seed + i.
     stop: the text ends before the first of these strings. max_tokens None goes on to the end of the context.
     ignore_eos never chooses the end-of-sequence token, so that the answer goes on.
     """
@@ -29,6 +30,7 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     max_tokens: int | None = 256
     ignore_eos: bool = False
+    n: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -36,9 +38,9 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(self.stop))
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             _require(_is_number(getattr(self, name)), name, "a finite number", getattr(self, name))
-        for name in ("top_k", "seed", "max_tokens"):
+        for name in ("top_k", "seed", "max_tokens", "n"):
             value = getattr(self, name)
-            optional = name != "top_k" and value is None
+            optional = name in ("seed", "max_tokens") and value is None
             _require(optional or _is_int(value), name, "an integer", value)
         _require(self.temperature >= 0, "temperature", "0 or more", self.temperature)
         _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
@@ -47,6 +49,7 @@ class SamplingParams:
         _require(self.repetition_penalty > 0, "repetition_penalty", "above 0", self.repetition_penalty)
         _require(self.seed is None or 0 <= self.seed < 1 << 63, "seed", "from 0 to 2^63 - 1", self.seed)
         _require(self.max_tokens is None or self.max_tokens > 0, "max_tokens", "1 or more", self.max_tokens)
+        _require(self.n > 0, "n", "1 or more", self.n)
         _require(
             all(isinstance(s, str) and s for s in self.stop), "stop", "strings that aren't empty", self.stop
         )

@@ -1,0 +1,97 @@
+"""A request: one prompt on its way to one answer, and where it has got to."""
+
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import torch
+
+from .cache import BLOCK_SIZE
+from .sampling import SamplingParams, fresh_seed
+from .tokenizer import BaseTokenizer, TextStream
+
+
+@dataclass(eq=False)
+class Request:
+    """`siblings`: further samples of the same prompt, until it is in the cache and they go on from there."""
+
+    prompt: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    tokenizer: BaseTokenizer
+    sample: int = 0
+    seed: int = -1  # of this sample; chosen if params have none
+    siblings: list["Request"] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    events: deque["Event"] = field(default_factory=deque)  # of all requests of a run
+    blocks: list[int] = field(default_factory=list)
+    cached: int = 0  # tokens whose keys and values are in the blocks, or saved
+    saved: torch.Tensor | None = None  # what was in the blocks of a preempted sequence
+    carried_phi: torch.Tensor | None = None  # float32 [layers, q_heads], since the first decode step
+    started_at: float = 0.0
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.text = TextStream(self.tokenizer, self.params.stop)
+        self._keys: list[bytes] = []
+        if self.seed < 0:
+            self.seed = fresh_seed() if self.params.seed is None else self.params.seed
+
+    @classmethod
+    def samples(
+        cls, prompt: str, prompt_ids: list[int], params: SamplingParams, tokenizer: BaseTokenizer
+    ) -> list["Request"]:
+        """params.n requests for one prompt, each with a seed of its own. The first has the others along."""
+        first = cls(prompt, prompt_ids, params, tokenizer)
+        first.siblings = [
+            cls(prompt, prompt_ids, params, tokenizer, sample=i, seed=(first.seed + i) % (1 << 63))
+            for i in range(1, params.n)
+        ]
+        return [first, *first.siblings]
+
+    @property
+    def history(self) -> list[int]:
+        return self.prompt_ids + self.token_ids
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def prefill_length(self) -> int:
+        """Tokens that are in the cache before a decode step: the prompt, then all but the newest."""
+        return self.length - 1 if self.token_ids else self.length
+
+    @property
+    def time_to_first_token(self) -> float:
+        return 0.0 if self.first_token_at is None else self.first_token_at - self.started_at
+
+    @property
+    def tokens_per_second(self) -> float:
+        if self.first_token_at is None or len(self.token_ids) < 2:
+            return 0.0
+        return (len(self.token_ids) - 1) / (self.last_token_at - self.first_token_at)
+
+    def final_length(self, max_len: int) -> int:
+        """Tokens of prompt and answer together, at most."""
+        limit = self.params.max_tokens
+        return max_len if limit is None else min(max_len, len(self.prompt_ids) + limit)
+
+    def block_keys(self, count: int, rotation: int) -> list[bytes]:
+        """Keys of the first `count` blocks, which are full: of all tokens up to the end of each.
+
+        `rotation` is what else keys and values depend on, always the same for a request.
+        """
+        while len(self._keys) < count:
+            start = len(self._keys) * BLOCK_SIZE
+            tokens = array("q", self.history[start : start + BLOCK_SIZE])
+            before = self._keys[-1] if self._keys else rotation.to_bytes(8, "little")
+            self._keys.append(blake2b(before + tokens.tobytes(), digest_size=16).digest())
+        return self._keys[:count]
+
+
+# A token and the text it completed; at a request's end no token and the text that was held back.
+Event = tuple[Request, int | None, str]

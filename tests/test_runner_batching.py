@@ -1,0 +1,396 @@
+"""Sequences that join, leave, share blocks and give way: their answers are those that each has alone."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from runner_models import random_tokens, save_model
+
+from flashdecpp.runner import LLM, ModelError, OutOfMemory, SamplingParams
+from flashdecpp.runner.cache import BLOCK_SIZE, blocks_for
+
+GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=1.0, seed=11, max_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> LLM:
+    """What answers are compared with: one sequence at a time, nothing shared, nothing cut up."""
+    return LLM(folder, device="cpu", dtype="float32", max_batch=1, prefix_cache=False)
+
+
+def load(folder, **settings) -> LLM:
+    return LLM(folder, device="cpu", dtype="float32", **settings)
+
+
+def token_ids(llm: LLM, prompts, params) -> list[list[int]]:
+    return [answer.token_ids for answer in llm.generate(prompts, params)]
+
+
+def spy_on(llm: LLM, monkeypatch) -> list[tuple[str, int, int]]:
+    """The decoder's calls: ("prefill", start, stop) and ("decode", batch, longest sequence)."""
+    calls, prefill, decode = [], llm.decoder.prefill, llm.decoder.decode
+
+    def spied_prefill(tokens, *args, start, **kwargs):
+        calls.append(("prefill", start, start + tokens.numel()))
+        return prefill(tokens, *args, start=start, **kwargs)
+
+    def spied_decode(tokens, cache, seq_lens, *args):
+        calls.append(("decode", tokens.numel(), seq_lens.max().item()))
+        return decode(tokens, cache, seq_lens, *args)
+
+    monkeypatch.setattr(llm.decoder, "prefill", spied_prefill)
+    monkeypatch.setattr(llm.decoder, "decode", spied_decode)
+    return calls
+
+
+@pytest.mark.parametrize("phi", ["carry", "none"])
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["found-again", "computed-again"])
+def test_a_tiny_pool_preempts_and_changes_no_answer(folder, alone, prefix_cache, phi):
+    """Random lengths, beginnings in common, greedy and sampled, several samples a prompt."""
+    rng = random.Random(5)
+    common = random_tokens(40, seed=1)
+    prompts, params = [], []
+    for number in range(60):
+        own = random_tokens(rng.randint(1, 60), seed=100 + number)
+        prompts.append(common[: rng.choice([0, 0, 16, 33, 40])] + own)
+        params.append(
+            SamplingParams(
+                max_tokens=rng.randint(1, 50),
+                temperature=rng.choice([0.0, 1.0]),
+                seed=number,
+                repetition_penalty=rng.choice([1.0, 1.2]),
+                ignore_eos=rng.random() < 0.7,
+                n=rng.choice([1, 1, 1, 3]),
+            )
+        )
+    expected = token_ids(alone, prompts, params)
+    assert alone.stats.preemptions == alone.stats.found_tokens == 0
+    longest = max(blocks_for(len(p) + s.max_tokens) for p, s in zip(prompts, params, strict=True))
+    llm = load(
+        folder,
+        max_batch=8,
+        cache_tokens=BLOCK_SIZE * (longest + 4),
+        prefill_chunk=32,
+        prefix_cache=prefix_cache,
+        phi=phi,
+    )
+    for _ in range(2):
+        assert token_ids(llm, prompts, params) == expected
+        assert llm.stats.preemptions > 10
+        assert (llm.stats.found_tokens > 0) == prefix_cache
+        assert llm.stats.peak_blocks == llm.stats.cache_blocks == longest + 4
+        assert llm._engine.pool.used_blocks == 0
+
+
+def test_a_preempted_sequence_goes_on_where_it_was(folder, monkeypatch):
+    """Nothing of it is computed twice, which could change its bits; a prompt that was half done included."""
+    llm = load(folder, max_batch=6, cache_tokens=BLOCK_SIZE * 12, prefill_chunk=4, prefix_cache=False)
+    calls, victims, preempt = spy_on(llm, monkeypatch), [], llm._engine._preempt
+
+    def spied_preempt():
+        victims.append((llm._engine._prefilling or llm._engine._running[-1]).token_ids != [])
+        preempt()
+
+    monkeypatch.setattr(llm._engine, "_preempt", spied_preempt)
+    prompts = [random_tokens(length, seed=length) for length in (3, 5, 120, 7, 11, 13, 9, 125, 4)]
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    llm.generate(prompts, params)
+    assert {True, False} == set(victims) and llm.stats.preemptions == len(victims)
+    assert sum(stop - start for name, start, stop in calls if name == "prefill") == sum(map(len, prompts))
+    assert sum(tokens for name, tokens, _ in calls if name == "decode") == 59 * len(prompts)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_scalings_by_length_are_kept_apart(tmp_path, kind):
+    """Keys of one beginning differ where its rotation depends on the prompt's length, in answers too."""
+    if kind == "dynamic":
+        rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+        save_model(tmp_path, rope_parameters=rope, max_position_embeddings=64)
+    else:
+        rope = {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "long_factor": [2.0 + 0.5 * i for i in range(8)],
+        }
+        lengths = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
+        save_model(tmp_path, "phi3", rope_parameters=rope, **lengths)
+    tokens = random_tokens(120, seed=1)
+    prompts = [tokens[:length] for length in (90, 90, 75, 120, 82, 50, 40, 68, 100, 63, 71)]
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    expected = token_ids(load(tmp_path, max_batch=1, prefix_cache=False), prompts, params)
+    llm = load(tmp_path, max_batch=4, cache_tokens=13 * 16, prefill_chunk=32)
+    assert {rope.unscaled_positions for rope in llm.config.ropes} == {64}
+    assert token_ids(llm, prompts, params) == expected
+    assert llm.stats.preemptions > 0 and llm.stats.found_tokens > 0
+
+
+def test_a_long_prompt_does_not_stop_others(folder, alone, monkeypatch):
+    llm = load(folder, prefill_chunk=32)
+    short, long = random_tokens(5, seed=1), random_tokens(200, seed=2)
+    expected = token_ids(alone, [short, long], GREEDY)
+    calls = spy_on(llm, monkeypatch)
+    assert token_ids(llm, [short, long], GREEDY) == expected
+    chunks = [call for call in calls if call[0] == "prefill"]
+    pieces = [("prefill", start, min(start + 32, 200)) for start in range(0, 200, 32)]
+    assert chunks == [("prefill", 0, 5), *pieces]
+    for before, after in itertools.pairwise(calls):  # a decode step after each chunk
+        assert after[0] == "decode" or before == ("prefill", 0, 5) or before[0] == "decode"
+    assert sum(tokens for name, tokens, _ in calls if name == "decode") == 2 * 19
+
+
+def test_short_prompts_share_a_chunk(folder, monkeypatch):
+    llm = load(folder, prefill_chunk=32)
+    calls = spy_on(llm, monkeypatch)
+    llm.generate([random_tokens(10, seed=i) for i in range(6)], GREEDY)
+    assert [call[0] for call in calls[:9]] == (["prefill"] * 3 + ["decode"]) * 2 + ["decode"]
+
+
+def test_a_prompt_is_cut_alike_whatever_else_runs(folder, monkeypatch):
+    """So that its result can't depend on that."""
+    long = random_tokens(100, seed=3)
+    llm = load(folder, prefill_chunk=32, prefix_cache=False)
+    calls = spy_on(llm, monkeypatch)
+    llm.generate([long], GREEDY)
+    apart = [call for call in calls if call[0] == "prefill"]
+    calls.clear()
+    llm.generate([random_tokens(13, seed=4), long, random_tokens(7, seed=5)], GREEDY)
+    together = [call for call in calls if call[0] == "prefill"]
+    assert together == [("prefill", 0, 13), *apart, ("prefill", 0, 7)]
+
+
+def test_a_sequence_joins_as_soon_as_another_leaves(folder, monkeypatch):
+    llm = load(folder, max_batch=2)
+    calls = spy_on(llm, monkeypatch)
+    lengths = [4, 20, 9, 8]
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in lengths]
+    llm.generate([random_tokens(5, seed=i) for i in range(4)], params)
+    steps = [batch for name, batch, _ in calls if name == "decode"]
+    assert steps == [2] * (3 + 8 + 7) + [1]  # 19 steps of the longest
+
+
+def test_samples_share_the_blocks_of_their_prompt(folder, alone, monkeypatch):
+    prompt = random_tokens(100, seed=6)  # 6 full blocks, and 4 tokens in a seventh
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=10, ignore_eos=True, n=5)
+    llm = load(folder)
+    calls = spy_on(llm, monkeypatch)
+    answers = llm.generate([prompt], params)
+    assert [answer.sample for answer in answers] == [0, 1, 2, 3, 4]
+    assert [call for call in calls if call[0] == "prefill"] == [("prefill", 0, 100)]
+    assert llm.stats.peak_blocks == 6 + 5  # full ones for all, the last one for each
+    assert llm.stats.prompt_tokens == 100 and llm.stats.generated_tokens == 50
+    for answer in answers:
+        single = SamplingParams(temperature=1.0, seed=3 + answer.sample, max_tokens=10, ignore_eos=True)
+        assert [answer.token_ids] == token_ids(alone, [prompt], single)
+    assert len({tuple(answer.token_ids) for answer in answers}) > 1
+    assert llm._engine.pool.used_blocks == 0
+
+
+def test_samples_of_a_prompt_that_ends_with_a_block(folder):
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=10, ignore_eos=True, n=4)
+    llm = load(folder)
+    llm.generate([random_tokens(96, seed=6)], params)
+    assert llm.stats.peak_blocks == 6 + 4
+
+
+def test_more_samples_than_places_take_turns(folder, alone):
+    prompts = [random_tokens(50, seed=7), random_tokens(30, seed=8)]
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True, n=7)
+    expected = token_ids(alone, prompts, params)
+    llm = load(folder, max_batch=3)
+    assert token_ids(llm, prompts, params) == expected
+    # 4 samples of the first prompt came later, and found its 3 full blocks; the second leads 3 batches.
+    assert llm.stats.found_tokens >= 4 * 48
+    assert len(expected) == 14 and llm.stats.prompt_tokens == 80
+
+
+def test_stream_and_chat_give_one_answer(folder):
+    llm, params = load(folder), SamplingParams(n=2)
+    for call in (
+        lambda: llm.stream("hello", params),
+        lambda: llm.chat([{"role": "user", "content": "hi"}], params),
+    ):
+        with pytest.raises(ModelError, match="stream and chat give one answer, got n=2"):
+            call()
+
+
+def test_a_prompt_that_comes_again_is_found(folder, monkeypatch):
+    llm = load(folder)
+    tokens = random_tokens(200, seed=9)
+    first = llm.generate([tokens[:100]], GREEDY)[0].token_ids
+    assert llm.stats.found_tokens == 0
+    calls = spy_on(llm, monkeypatch)
+    assert llm.generate([tokens[:100]], GREEDY)[0].token_ids == first
+    assert llm.stats.found_tokens == 96 and calls[0] == ("prefill", 96, 100)
+    # What was answered is found as well, as in a conversation: 100 + 19 tokens are in the cache.
+    calls.clear()
+    llm.generate([tokens[:100] + first + tokens[100:140]], GREEDY)
+    assert llm.stats.found_tokens == 112 and calls[0] == ("prefill", 112, 160)
+    # One token is left to compute, for its logits.
+    llm.generate([tokens[:96]], GREEDY)
+    assert llm.stats.found_tokens == 80
+    llm.generate([tokens[1:100]], GREEDY)
+    assert llm.stats.found_tokens == 0
+
+
+def test_prompts_of_one_call_share_their_beginning(folder, alone):
+    common = random_tokens(70, seed=10)
+    prompts = [common + random_tokens(9, seed=i) for i in range(5)]
+    expected = token_ids(alone, prompts, SAMPLED)
+    llm = load(folder)
+    assert token_ids(llm, prompts, SAMPLED) == expected
+    assert llm.stats.found_tokens == 4 * 64
+    assert llm.stats.peak_blocks == 4 + 5 * (blocks_for(79 + 19) - 4)
+
+
+def test_blocks_grow_with_the_answer(folder):
+    llm = load(folder)
+    stream = llm.stream(random_tokens(10), SamplingParams(max_tokens=100, ignore_eos=True))
+    used = []
+    for piece in stream:
+        if piece.token_id is not None:
+            used.append(llm._engine.pool.used_blocks)
+    # After token i, tokens 10 + i - 1 are in the cache; at the end all is given back.
+    assert used == [blocks_for(10 + i) for i in range(99)] + [0]
+
+
+def test_streams_at_once_are_one_batch(folder, alone, monkeypatch):
+    llm = load(folder)
+    prompts = [random_tokens(9, seed=1), random_tokens(30, seed=2)]
+    expected = token_ids(alone, prompts, SAMPLED)
+    calls = spy_on(llm, monkeypatch)
+    streams = [llm.stream(prompt, SAMPLED) for prompt in prompts]
+    pieces = list(zip(*streams, strict=True))
+    for column, tokens in zip(zip(*pieces, strict=True), expected, strict=True):
+        assert [piece.token_id for piece in column[:-1]] == tokens
+    assert ("decode", 2, 31) in calls
+
+
+def test_a_stream_that_is_left_does_not_disturb_others(folder, alone):
+    llm = load(folder, prefill_chunk=16)
+    (expected,) = token_ids(alone, [random_tokens(9, seed=1)], SAMPLED)
+    kept, left = llm.stream(random_tokens(9, seed=1), SAMPLED), llm.stream(random_tokens(30, seed=2), SAMPLED)
+    tokens = [next(kept).token_id]
+    next(left)
+    tokens.append(next(kept).token_id)
+    left.close()
+    tokens += [piece.token_id for piece in kept]
+    assert tokens[:-1] == expected
+    assert llm._engine.pool.used_blocks == 0
+
+
+def test_an_error_in_a_step_leaves_nothing_behind(folder, alone, monkeypatch):
+    llm = load(folder)
+    prompts = [random_tokens(9, seed=1), random_tokens(30, seed=2)]
+    expected = token_ids(alone, prompts, SAMPLED)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of luck")
+
+    long = SamplingParams(temperature=1.0, seed=4, max_tokens=200, ignore_eos=True)
+    other = llm.stream(prompts[0], long)
+    tokens = [next(other).token_id for _ in range(5)]
+    for part in ("decode", "prefill", "_logits"):
+        with monkeypatch.context() as patched:
+            patched.setattr(llm.decoder, part, fail)
+            with pytest.raises(RuntimeError, match="out of luck"):
+                llm.generate(prompts, SAMPLED)
+        (running,) = llm._engine._running
+        assert llm._engine.pool.used_blocks == len(running.blocks)
+        assert token_ids(llm, prompts, SAMPLED) == expected
+        tokens.append(next(other).token_id)
+    tokens += [piece.token_id for piece in other]
+    assert [tokens[:-1]] == token_ids(alone, prompts[:1], long)  # a stream that ran meanwhile goes on
+    assert llm._engine.pool.used_blocks == 0
+
+
+def test_threads_share_the_batch(folder, alone):
+    llm = load(folder, cache_tokens=256)
+    prompts = [random_tokens(20 + i, seed=i) for i in range(6)]
+    expected = token_ids(alone, prompts, SAMPLED)
+    found: list = [None] * len(prompts)
+
+    def answer(index: int) -> None:
+        found[index] = llm.generate([prompts[index]], SAMPLED)[0].token_ids
+
+    threads = [threading.Thread(target=answer, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+    assert llm._engine.pool.used_blocks == 0
+
+
+def test_the_pool_fits_the_memory(folder, monkeypatch):
+    """One context at least, where there is room; never more than a share of what's free."""
+    from flashdecpp.runner import cache, engine
+
+    llm = load(folder)
+    llm.generate(["hello"], GREEDY)
+    assert llm.stats.cache_blocks == blocks_for(llm.max_len)
+    llm.generate([random_tokens(100, seed=i) for i in range(4)], SamplingParams(max_tokens=60))
+    assert llm.stats.cache_blocks == 4 * blocks_for(160)
+    small = load(folder)
+    room = 7.5 * engine.block_bytes(llm.config, torch.float32) / (1 - engine.CPU_SHARE_LEFT)
+    for module in (cache, engine):
+        monkeypatch.setattr(module, "available_bytes", lambda device: room)
+    small.generate([random_tokens(50, seed=i) for i in range(4)], SamplingParams(max_tokens=60))
+    assert small.stats.cache_blocks == small.stats.peak_blocks == 7
+    with pytest.raises(OutOfMemory, match=r"a KV cache of \d+ tokens needs .* on cpu, where .* are free"):
+        small.generate([random_tokens(100)], SamplingParams(max_tokens=150))
+
+
+def test_settings_are_checked(folder):
+    with pytest.raises(ModelError, match="prefill_chunk must be 1 or more, got 0"):
+        load(folder, prefill_chunk=0)
+    with pytest.raises(ModelError, match=r"^n must be 1 or more, got 0"):
+        SamplingParams(n=0)
+
+
+def test_progress_is_shown_on_a_terminal_alone(folder, capsys, monkeypatch):
+    llm = load(folder)
+    llm.generate(["hello", "other words"], GREEDY, progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    decode = llm.decoder.decode
+
+    def slow(*args):  # the bar is drawn ten times a second
+        time.sleep(0.03)
+        return decode(*args)
+
+    monkeypatch.setattr(llm.decoder, "decode", slow)
+    llm.generate(["hello", "other words"], [SamplingParams(max_tokens=8), GREEDY], progress=True)
+    shown = capsys.readouterr().err
+    assert "0/2" in shown and "1/2" in shown and re.search(r"[1-9]\d* tokens/s", shown)
+    llm.generate(["hello", "other words"], GREEDY)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_pool_of_a_gpu_is_made_once_and_leaves_room(folder, monkeypatch):
+    from flashdecpp.runner import engine
+
+    llm = load(folder, max_batch=3)
+    made = []
+    monkeypatch.setattr(llm._engine, "_new_cache", made.append)
+    monkeypatch.setattr(llm.decoder, "device", torch.device("cuda"))
+    block = engine.block_bytes(llm.config, torch.float32)
+    for room in (10**12, 600_000_000 + 20.5 * block):
+        monkeypatch.setattr(engine, "available_bytes", lambda device, room=room: room)
+        llm._engine._provide_cache(llm._requests(["hello"], GREEDY))
+    assert made == [3 * blocks_for(llm.max_len), 20]
