@@ -66,10 +66,10 @@ def main() -> None:
     contestants: dict[str, Contestant] = {}
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        llm = LLM("demo", device=options.device, dtype=dtype, quantize="none")
+        llm = LLM("demo", device=options.device, dtype=dtype, quantize="none", prefix_cache=False)
         contestants[f"flashdecpp {name}"] = flashdecpp_contestant(llm)
         if options.device == "cpu":  # the file's own 4 and 8 bit weights
-            stored = LLM("demo", device="cpu", dtype=dtype, quantize="auto")
+            stored = LLM("demo", device="cpu", dtype=dtype, quantize="auto", prefix_cache=False)
             contestants[f"flashdecpp {name}, weights as stored"] = flashdecpp_contestant(stored)
         contestants[f"transformers {name}"] = transformers_contestant(llm, dtype)
 

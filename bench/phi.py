@@ -84,12 +84,14 @@ class Recorder:
 
 
 def demo(device: str, tokens: int) -> dict[str, object]:
-    llm = LLM("demo", device=device, dtype="bfloat16", phi="none")
+    llm = LLM("demo", device=device, dtype="bfloat16", phi="none", prefix_cache=False)
     found = calibration.measure(llm, llm.tokenizer.encode(TEXT))
     for line in calibration.report(found):
         print(line)
-    fixed = LLM("demo", device=device, dtype="bfloat16", phi=list(found.phi.to(llm.device)))
-    carried = LLM("demo", device=device, dtype="bfloat16", phi="carry")
+    fixed = LLM(
+        "demo", device=device, dtype="bfloat16", phi=list(found.phi.to(llm.device)), prefix_cache=False
+    )
+    carried = LLM("demo", device=device, dtype="bfloat16", phi="carry", prefix_cache=False)
     recorder = Recorder(carried.decoder)
 
     chats = [llm.tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
