@@ -201,6 +201,31 @@ void run_type(const std::string& type) {
   go("40 sequences", {.lengths = std::vector<int>(40, 9), .q_heads = 2, .kv_heads = 2, .head_dim = dims});
 }
 
+// Shapes that nobody thought of.
+void run_random(int count) {
+  const auto pick = [](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_numbers); };
+  for (int i = 0; i < count; ++i) {
+    Case c;
+    const int longest = pick(1, 3) == 1 ? 20 : 260;
+    c.q_len = pick(1, 4) == 1 ? pick(2, 4) : 1;
+    c.lengths.resize(pick(1, 3) == 1 ? 1 : pick(2, 12));
+    const int common = pick(c.q_len, longest);
+    const bool even = pick(0, 1);
+    for (int& length : c.lengths) length = even ? common : pick(0, longest);
+    c.kv_heads = pick(1, 3);
+    c.q_heads = c.kv_heads * pick(1, 16 / c.q_len);
+    c.head_dim = 8 * pick(2, 8);
+    c.block_size = pick(0, 1) ? 16 << pick(0, 1) : pick(1, 7);
+    c.resident = pick(1, 24);
+    c.num_splits = pick(1, 4) == 1 ? pick(1, 5) : 0;
+    c.window = pick(1, 4) == 1 ? pick(1, 100) : 0;
+    c.paged = pick(1, 4) > 1;
+    c.phi = pick(1, 4) == 1 ? 50.f : 1.f;
+    c.graph = pick(1, 4) == 1;
+    run_policies<arch::half, arch::half, 64, 1>(c, "random shape " + std::to_string(i));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -211,6 +236,7 @@ int main() {
   run_policies<arch::half, arch::half, 64, 2>({.lengths = {90, 33}, .q_heads = 32, .kv_heads = 1, .q_len = 2},
                                               "64 rows of a unit");
   run_policies<arch::half, arch::half, 128, 1>({.lengths = {60, 200}, .q_heads = 14, .head_dim = 128}, "head_dim 128");
+  run_random(24);
 #endif
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures > 0;
