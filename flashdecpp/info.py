@@ -85,7 +85,8 @@ def _kernel_lines() -> Iterator[str]:
         yield "    (the rule for shapes that no table has; K not a multiple of 8 and float32 go to blas)"
     yield "  linear(auto) on the CPU: own kernel for small M, blas above (csrc/cpu/linear_rule.h)"
     yield "  quantized_linear: decoded in registers on the CPU, from 32 rows on in dequantised strips;"
-    yield "    on a GPU dequantise + blas (no kernel yet)"
+    yield "    on a GPU decoded in registers for up to 48 rows of float16 or bfloat16 x, else"
+    yield "    dequantise + blas (also for K not a multiple of 16, or weight rows not 16-byte aligned)"
 
 
 def _table_lines(shapes: Sequence[Shape], dtype: str | None) -> Iterator[str]:

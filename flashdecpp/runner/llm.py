@@ -97,8 +97,8 @@ class LLM:
         are on the CPU, everything else in dtype. "none": everything in dtype. "int8" (a scale a row) and
         "int4" (a scale for 32 weights): float weights are rounded to the nearest, but for the embedding, and
         so an lm_head that is tied to it; tensors that a GGUF file has quantised so stay as they are. Weights
-        whose rows are not a multiple of 32 stay in dtype with "int4". On a GPU quantised weights save memory
-        and cost time for now.
+        whose rows are not a multiple of 32 stay in dtype with "int4". On a GPU quantised weights are decoded
+        in registers for up to 48 rows; for more, in prefill, they are dequantised first.
     """
 
     def __init__(
