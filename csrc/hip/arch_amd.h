@@ -54,8 +54,7 @@ inline constexpr int kTileN = 16, kTilesOf16 = 1;
 inline constexpr int kBlockSharedBytes = 64 * 1024;
 inline constexpr bool kHasTensorCopies = false;
 
-// ---- lanes
-// -----------------------------------------------------------------------------------------------------------
+// ---- lanes ----------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ int lane() { return threadIdx.x % kWaveSize; }
 __device__ __forceinline__ int wave() { return threadIdx.x / kWaveSize; }
 
@@ -81,8 +80,7 @@ __device__ __forceinline__ void wave_sync() {
 
 __device__ __forceinline__ float exp2_approx(float x) { return __builtin_amdgcn_exp2f(x); }
 
-// ---- memory
-// ------------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   HIP_DYNAMIC_SHARED(unsigned char, dynamic_shared_memory);
   return dynamic_shared_memory;
@@ -254,27 +252,33 @@ __device__ __forceinline__ Factor factor(const Inner& v) {
   return as;
 }
 
-__device__ __forceinline__ void mma(TileC& c, const TileA<half>& a, const TileB<half>& b) {
+__device__ __forceinline__ Sums add_product(const Sums& sums, const TileA<half>& a, const TileB<half>& b) {
   using Factor = _Float16 __attribute__((vector_size(kInner * 2)));
-  Sums sums;
-  memcpy(&sums, c.v, sizeof(sums));
 #if defined(__GFX11__)
-  sums = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(factor<Factor>(a.v), factor<Factor>(b.v), sums);
+  return __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(factor<Factor>(a.v), factor<Factor>(b.v), sums);
 #elif defined(__gfx90a__) || defined(__gfx942__)
-  sums = __builtin_amdgcn_mfma_f32_16x16x16f16(factor<Factor>(a.v), factor<Factor>(b.v), sums, 0, 0, 0);
+  return __builtin_amdgcn_mfma_f32_16x16x16f16(factor<Factor>(a.v), factor<Factor>(b.v), sums, 0, 0, 0);
+#else
+  return sums;  // the host, which multiplies nothing
 #endif
-  memcpy(c.v, &sums, sizeof(sums));
 }
 
-__device__ __forceinline__ void mma(TileC& c, const TileA<bfloat16>& a, const TileB<bfloat16>& b) {
+__device__ __forceinline__ Sums add_product(const Sums& sums, const TileA<bfloat16>& a, const TileB<bfloat16>& b) {
   using Factor = short __attribute__((vector_size(kInner * 2)));
+#if defined(__GFX11__)
+  return __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32(factor<Factor>(a.v), factor<Factor>(b.v), sums);
+#elif defined(__gfx90a__) || defined(__gfx942__)
+  return __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(factor<Factor>(a.v), factor<Factor>(b.v), sums, 0, 0, 0);
+#else
+  return sums;
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ void mma(TileC& c, const TileA<T>& a, const TileB<T>& b) {
   Sums sums;
   memcpy(&sums, c.v, sizeof(sums));
-#if defined(__GFX11__)
-  sums = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32(factor<Factor>(a.v), factor<Factor>(b.v), sums);
-#elif defined(__gfx90a__) || defined(__gfx942__)
-  sums = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(factor<Factor>(a.v), factor<Factor>(b.v), sums, 0, 0, 0);
-#endif
+  sums = add_product(sums, a, b);
   memcpy(c.v, &sums, sizeof(sums));
 }
 

@@ -23,8 +23,7 @@ inline constexpr int kTilesOf16 = 16 / kTileN;
 inline constexpr int kBlockSharedBytes = 160 * 1024;
 inline constexpr bool kHasTensorCopies = false;
 
-// ---- element types
-// ---------------------------------------------------------------------------------------------------
+// ---- element types --------------------------------------------------------------------------------------------------
 using half = _Float16;
 struct bfloat16 {
   uint16_t bits;
@@ -57,18 +56,8 @@ struct float8 {  // e4m3
 
 inline float __half2float(half x) { return static_cast<float>(x); }
 inline half __float2half_rn(float x) { return static_cast<half>(x); }
-inline float __bfloat162float(bfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline bfloat16 __float2bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (std::isnan(x)) return {0x7fff};
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
+inline float __bfloat162float(bfloat16 x) { return simulated::of_bfloat16_bits(x.bits); }
+inline bfloat16 __float2bfloat16(float x) { return {simulated::bfloat16_bits(x)}; }
 
 inline float widened(half x) { return __half2float(x); }
 inline float widened(bfloat16 x) { return __bfloat162float(x); }
@@ -76,21 +65,11 @@ inline float widened(float8 x) { return static_cast<float>(x); }
 inline void narrow(half& to, float x) { to = __float2half_rn(x); }
 inline void narrow(bfloat16& to, float x) { to = __float2bfloat16(x); }
 
-// ---- lanes
-// -------------------------------------------------------------------------------------------------------------
-inline int lane() { return static_cast<int>(simulated::machine().thread() % kWaveSize); }
+// ---- lanes ---------------------------------------------------------------------------------------------------------
+using simulated::lane;
+using simulated::of_lane;
+using simulated::take_from;
 inline int wave() { return static_cast<int>(simulated::machine().thread() / kWaveSize); }
-
-template <class T>
-T of_lane(const unsigned char (*lanes)[simulated::kMostBytes], int source) {
-  T value;
-  std::memcpy(&value, lanes[source], sizeof(T));
-  return value;
-}
-template <class T>
-T take_from(T value, int source, const char* operation) {
-  return of_lane<T>(simulated::machine().exchange(value, operation), source);
-}
 
 inline float exchange_xor(float value, int mask) { return take_from(value, lane() ^ mask, "exchange_xor"); }
 inline uint32_t exchange_xor(uint32_t value, int mask) { return take_from(value, lane() ^ mask, "exchange_xor"); }
@@ -117,8 +96,7 @@ inline void wave_sync() { simulated::machine().exchange(0, "wave_sync"); }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 
-// ---- memory
-// ------------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 inline unsigned char* dynamic_shared() { return simulated::aligned_shared(); }
 
 template <int bytes = 16>

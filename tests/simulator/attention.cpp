@@ -1,9 +1,8 @@
 // The decode attention kernel on the simulated GPU, against the definition in double. The last line says how many cases
 // failed.
 #include <algorithm>
-#include <random>
-#include <string>
 
+#include "checks.h"
 #include "decode_attention_kernel.cuh"
 #include "heuristics.h"
 
@@ -19,21 +18,7 @@ struct Case {
   bool paged = true, alibi = false, sinks = false, graph = false;
 };
 
-std::mt19937 random_numbers(7);
-
-template <class T>
-void fill(const simulated::Tensor<T>& tensor, float scale) {
-  std::normal_distribution<float> normal(0.f, scale);
-  for (size_t i = 0; i < tensor.size(); ++i) tensor[i] = arch::from_float<T>(normal(random_numbers));
-}
-
-int failures = 0, cases = 0;
-
-void check(bool good, const std::string& what) {
-  if (good) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
+Checks check(7);
 
 // The row's definition: softmax over the keys that it sees.
 template <class T, class KV>
@@ -92,7 +77,6 @@ void compare(const Case& c, const AttentionParams& p, const simulated::Tensor<T>
 
 template <class T, class KV, int dims, int row_tiles, class Policy>
 void run(const Case& c, const std::string& name) {
-  ++cases;
   using Tile = AttentionTile<T, KV, dims, row_tiles, BlockShape<4, 2, 1, 4>>;
   using Ring = StagedRing<Tile>;
   const int batch = static_cast<int>(c.lengths.size());
@@ -105,12 +89,12 @@ void run(const Case& c, const std::string& name) {
   simulated::Tensor<float> lse(size_t(batch) * c.q_heads * c.q_len), phi(c.q_heads), slopes(c.q_heads),
       sinks(c.q_heads);
   simulated::Tensor<int32_t> seq_lens(batch), table(size_t(batch) * max_blocks), fallbacks(1);
-  fill(q, 1.f);
-  fill(v, 1.f);
-  fill(k, 1.f);
+  check.fill(q);
+  check.fill(v);
+  check.fill(k);
   std::vector<int32_t> order(num_blocks);
   for (int i = 0; i < num_blocks; ++i) order[i] = i;
-  std::shuffle(order.begin(), order.end(), random_numbers);
+  std::shuffle(order.begin(), order.end(), check.random);
   for (int i = 0; i < num_blocks; ++i) table[i] = order[i];
   for (int b = 0; b < batch; ++b) seq_lens[b] = c.lengths[b];
   for (int h = 0; h < c.q_heads; ++h) {
@@ -203,7 +187,7 @@ void run_type(const std::string& type) {
 
 // Shapes that nobody thought of.
 void run_random(int count) {
-  const auto pick = [](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_numbers); };
+  const auto pick = [](int low, int high) { return std::uniform_int_distribution<int>(low, high)(check.random); };
   for (int i = 0; i < count; ++i) {
     Case c;
     const int longest = pick(1, 3) == 1 ? 20 : 260;
@@ -238,6 +222,5 @@ int main() {
   run_policies<arch::half, arch::half, 128, 1>({.lengths = {60, 200}, .q_heads = 14, .head_dim = 128}, "head_dim 128");
   run_random(24);
 #endif
-  std::printf("%d cases, %d failures\n", cases, failures);
-  return failures > 0;
+  return check.report();
 }

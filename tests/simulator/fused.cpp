@@ -1,10 +1,8 @@
 // Norms, gated activations, rotary embedding and sampling on the simulated GPU, against their definitions in double.
 // The last line says how many cases failed.
 #include <algorithm>
-#include <random>
-#include <set>
-#include <string>
 
+#include "checks.h"
 #include "gated_activation_kernel.cuh"
 #include "norm_kernel.cuh"
 #include "rotary_append_kernel.cuh"
@@ -15,28 +13,14 @@ using simulated::Tensor;
 
 namespace {
 
-int failures = 0, cases = 0;
-std::mt19937 random_numbers(5);
-
-void check(bool good, const std::string& what) {
-  ++cases;
-  if (good) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
-
-template <class T>
-void fill(const Tensor<T>& tensor) {
-  std::normal_distribution<float> normal;
-  for (size_t i = 0; i < tensor.size(); ++i) tensor[i] = arch::from_float<T>(normal(random_numbers));
-}
+Checks check(5);
 
 bool near(double expected, double got) { return std::fabs(expected - got) <= 4e-3 * (1 + std::fabs(expected)); }
 
 void norm(int rows, int cols, bool layer, bool with_residual) {
   using T = arch::half;
   Tensor<T> x(size_t(rows) * cols), residual(x.size()), out(x.size()), weight(cols), bias(cols);
-  for (const auto* tensor : {&x, &residual, &weight, &bias}) fill(*tensor);
+  for (const auto* tensor : {&x, &residual, &weight, &bias}) check.fill(*tensor);
   std::vector<double> h(x.size());
   for (size_t i = 0; i < h.size(); ++i) {
     h[i] = arch::to_float(x[i]);
@@ -74,7 +58,7 @@ void norm(int rows, int cols, bool layer, bool with_residual) {
 void gated(int rows, int cols) {
   using T = arch::bfloat16;
   Tensor<T> gate_up(size_t(rows) * 2 * cols), out(size_t(rows) * cols);
-  fill(gate_up);
+  check.fill(gate_up);
   GatedParams p{gate_up.data(), out.data(), rows, cols, Activation::kSilu, DType::kBFloat16};
   const unsigned parts = (cols + kGatedThreads * 8 - 1) / (kGatedThreads * 8);
   simulated::machine().launch({static_cast<unsigned>(rows), parts}, kGatedThreads, 0,
@@ -98,9 +82,9 @@ void rotary(bool interleaved) {
       v_cache(k_cache.size());
   Tensor<int32_t> seq_lens(1), table(3);
   Tensor<float> cos_sin(size_t(length) * turned);
-  for (const auto* tensor : {&q, &k, &v}) fill(*tensor);
-  fill(k_cache);
-  fill(v_cache);
+  for (const auto* tensor : {&q, &k, &v}) check.fill(*tensor);
+  check.fill(k_cache);
+  check.fill(v_cache);
   std::vector<float> before_q(q.size()), before_k(k.size());
   for (size_t i = 0; i < q.size(); ++i) before_q[i] = arch::to_float(q[i]);
   for (size_t i = 0; i < k.size(); ++i) before_k[i] = arch::to_float(k[i]);
@@ -166,7 +150,7 @@ void sample(int vocab) {
   Tensor<int32_t> top_k(batch);
   Tensor<int64_t> out(batch), seed(batch);
   std::normal_distribution<float> normal;
-  for (size_t i = 0; i < logits.size(); ++i) logits[i] = normal(random_numbers);
+  for (size_t i = 0; i < logits.size(); ++i) logits[i] = normal(check.random);
   const float temperatures[] = {0.f, 0.7f, 1.5f};
   for (int r = 0; r < batch; ++r) {
     temperature[r] = temperatures[r];
@@ -199,6 +183,5 @@ int main() {
   rotary(false);
   rotary(true);
   sample(1500);
-  std::printf("%d cases, %d failures\n", cases, failures);
-  return failures > 0;
+  return check.report();
 }

@@ -1,9 +1,8 @@
 // The GEMV and the flat GEMM for every GPU on the simulated one, against sums in double. The last line says how many
 // cases failed.
 #include <algorithm>
-#include <random>
-#include <string>
 
+#include "checks.h"
 #include "flat_gemm_kernel.cuh"
 #include "gemv_kernel.cuh"
 
@@ -11,8 +10,7 @@ using namespace flashdecpp;
 
 namespace {
 
-int failures = 0, cases = 0;
-std::mt19937 random_numbers(11);
+Checks check(11);
 
 template <class T>
 struct Call {
@@ -20,10 +18,7 @@ struct Call {
   LinearParams p{};
 
   Call(int m, int n, int k, bool with_bias) : x(size_t(m) * k), weight(size_t(n) * k), bias(n), out(size_t(m) * n) {
-    std::normal_distribution<float> normal;
-    for (const auto* tensor : {&x, &weight, &bias}) {
-      for (size_t i = 0; i < tensor->size(); ++i) (*tensor)[i] = arch::from_float<T>(normal(random_numbers));
-    }
+    for (const auto* tensor : {&x, &weight, &bias}) check.fill(*tensor);
     p.x = x.data();
     p.weight = weight.data();
     p.bias = with_bias ? bias.data() : nullptr;
@@ -34,7 +29,6 @@ struct Call {
   }
 
   void compare(const std::string& what) const {
-    ++cases;
     double worst = 0;
     for (int m = 0; m < p.m; ++m) {
       for (int n = 0; n < p.n; ++n) {
@@ -47,10 +41,9 @@ struct Call {
       }
     }
     const double allowed = std::is_same_v<T, arch::half> ? 1e-3 : 8e-3;
-    if (worst <= allowed) return;
-    ++failures;
-    std::printf("FAILED %s, [%d, %d] x [%d, %d]: off by %g\n", what.c_str(), int(p.m), int(p.k), int(p.n), int(p.k),
-                worst);
+    const auto number = [](int64_t x) { return std::to_string(x); };
+    check(worst <= allowed, what + ", m " + number(p.m) + ", n " + number(p.n) + ", k " + number(p.k) + ": off by " +
+                                std::to_string(worst));
   }
 };
 
@@ -104,6 +97,5 @@ void run() {
 int main() {
   run<arch::half>();
   run<arch::bfloat16>();
-  std::printf("%d cases, %d failures\n", cases, failures);
-  return failures > 0;
+  return check.report();
 }

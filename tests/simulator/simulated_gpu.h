@@ -251,6 +251,28 @@ class Machine {
 
 inline Machine& machine() { return Machine::instance(); }
 
+inline int lane() { return static_cast<int>(machine().thread() % kWave); }
+
+// What a lane handed to exchange().
+template <class T>
+T of_lane(const unsigned char (*lanes)[kMostBytes], int source) {
+  T value;
+  std::memcpy(&value, lanes[source], sizeof(T));
+  return value;
+}
+// Every lane's value for the lane that asks for it.
+template <class T>
+T take_from(const T& value, int source, const char* operation) {
+  return of_lane<T>(machine().exchange(value, operation), source);
+}
+
+// bfloat16, rounded to the nearest, the even one of two.
+inline uint16_t bfloat16_bits(float x) {
+  const unsigned bits = __float_as_uint(x);
+  return std::isnan(x) ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline float of_bfloat16_bits(uint16_t bits) { return __uint_as_float(unsigned{bits} << 16); }
+
 inline unsigned char* aligned_shared() {
   const auto address = reinterpret_cast<uintptr_t>(machine().shared.data());
   return reinterpret_cast<unsigned char*>((address + 1023) / 1024 * 1024);

@@ -18,23 +18,10 @@ inline unsigned short __half_as_ushort(__half x) {
 struct __hip_bfloat16 {
   uint16_t bits;
 };
-inline float __bfloat162float(__hip_bfloat16 x) { return __uint_as_float(unsigned{x.bits} << 16); }
-inline __hip_bfloat16 __float2bfloat16(float x) {
-  const unsigned bits = __float_as_uint(x);
-  if (std::isnan(x)) return {0x7fff};
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
+inline float __bfloat162float(__hip_bfloat16 x) { return simulated::of_bfloat16_bits(x.bits); }
+inline __hip_bfloat16 __float2bfloat16(float x) { return {simulated::bfloat16_bits(x)}; }
 
 namespace simulated {
-
-inline int lane() { return static_cast<int>(machine().thread() % kWave); }
-
-template <class T>
-T from(const unsigned char (*lanes)[kMostBytes], int source) {
-  T value;
-  std::memcpy(&value, lanes[source], sizeof(T));
-  return value;
-}
 
 // C += A B for 16 x 16 x 16: `inner` neighbours along K a lane, from first_k on. MFMA has four rows of C below each
 // other in a lane, WMMA every second one.
@@ -50,8 +37,8 @@ Sums multiply(const Factor& a, const Factor& b, Sums c, Widen widen, const char*
     const int row = kWave == 64 ? lane() / 16 * 4 + i : 2 * i + lane() / 16;
     for (int k = 0; k < 16; ++k) {
       const int from_k = kWave == 64 ? k / 4 * 16 : 0;
-      c[i] += widen(from<Factors>(lanes, from_k + row).a[k % inner]) *
-              widen(from<Factors>(lanes, from_k + col).b[k % inner]);
+      c[i] += widen(of_lane<Factors>(lanes, from_k + row).a[k % inner]) *
+              widen(of_lane<Factors>(lanes, from_k + col).b[k % inner]);
     }
   }
   return c;
@@ -61,17 +48,17 @@ Sums multiply(const Factor& a, const Factor& b, Sums c, Widen widen, const char*
 
 template <class T>
 T __shfl(T value, int source, int = simulated::kWave) {
-  return simulated::from<T>(simulated::machine().exchange(value, "__shfl"), source % simulated::kWave);
+  return simulated::take_from(value, source % simulated::kWave, "__shfl");
 }
 template <class T>
 T __shfl_xor(T value, int mask, int = simulated::kWave) {
-  return simulated::from<T>(simulated::machine().exchange(value, "__shfl_xor"), simulated::lane() ^ mask);
+  return simulated::take_from(value, simulated::lane() ^ mask, "__shfl_xor");
 }
 inline unsigned long long __ballot(bool value) {
   const auto* lanes = simulated::machine().exchange(value, "__ballot");
   unsigned long long ballot = 0;
   for (int i = 0; i < simulated::kWave; ++i)
-    ballot |= static_cast<unsigned long long>(simulated::from<bool>(lanes, i)) << i;
+    ballot |= static_cast<unsigned long long>(simulated::of_lane<bool>(lanes, i)) << i;
   return ballot;
 }
 inline int __ffsll(unsigned long long bits) { return bits == 0 ? 0 : __builtin_ctzll(bits) + 1; }
