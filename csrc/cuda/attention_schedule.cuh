@@ -64,7 +64,7 @@ struct Shares {
 class SequenceFinder {
  public:
   __device__ __forceinline__ explicit SequenceFinder(const AttentionParams& p)
-      : p_(p), run_((p.batch + arch::kWaveSize - 1) / arch::kWaveSize), scan_(own_groups(p, run_)) {}
+      : p_(p), run_((p.batch + arch::kWaveSize - 1) / arch::kWaveSize), scan_(own_groups()) {}
 
   __device__ unsigned total() const { return scan_.total; }
   // Whether no sequence is much longer than the average.
@@ -98,12 +98,12 @@ class SequenceFinder {
   }
 
  private:
-  __device__ __forceinline__ unsigned own_groups(const AttentionParams& p, int run) {
+  __device__ __forceinline__ unsigned own_groups() {
     own_ = 0;
-    const int begin = arch::lane() * run, end = min(begin + run, p.batch);
+    const int begin = arch::lane() * run_, end = min(begin + run_, p_.batch);
 #pragma unroll 4
     for (int batch = begin; batch < end; ++batch) {
-      sequence_ = Sequence::load(p, batch);
+      sequence_ = Sequence::load(p_, batch);
       own_ += sequence_.groups;
       longest_ = fmaxf(longest_, static_cast<float>(sequence_.groups));
     }

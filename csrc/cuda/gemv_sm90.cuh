@@ -28,7 +28,6 @@ template <class T, class G>
 __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParams p) {
   using namespace arch;
   constexpr int row_tiles = G::kRowTiles, tiles = G::kTiles, loads = G::kLoads;
-  __shared__ float parts[G::kWaves][G::kMaxRows][G::kBlockN];
   allow_next_kernel();
 
   const int row = lane() / 4, column = lane() % 4 * 8;  // in a tile and a step
@@ -80,18 +79,7 @@ __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParam
   }
   if (!waited) wait_for_previous_kernel();
 
-#pragma unroll
-  for (int i = 0; i < tiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < row_tiles; ++j) {
-#pragma unroll
-      for (int e = 0; e < TileC::kValues; ++e) {
-        parts[wave()][j * 8 + TileC::col(e)][i * 16 + TileC::row(e)] = sums[i][j].v[e];
-      }
-    }
-  }
-  __syncthreads();
-  write_wave_sums<T, G>(p, parts, first_n);
+  write_wave_sums<T, G>(p, sums, first_n);
 }
 
 }  // namespace flashdecpp

@@ -46,8 +46,9 @@ __device__ __forceinline__ void copy_tensor(void* shared, const CUtensorMap& map
       : "memory");
 }
 
-// ---- products: 64 x n x 16, both operands in shared memory as boxes of swizzled rows of 128 bytes
-// -------------------- Describes rows from `box` on, a multiple of 1024, and of their columns those from 16 * step.
+// ---- products: 64 x n x 16, both operands in shared memory as boxes of swizzled rows of 128 bytes ------------------
+
+// Describes rows from `box` on, a multiple of 1024, and of their columns those from 16 * step.
 __device__ __forceinline__ uint64_t describe_rows(const void* box, int step) {
   constexpr uint64_t eight_rows = 1024 / 16, swizzled_128 = 1;
   return ((shared_address(box) & 0x3ffff) / 16 + 2 * step) | uint64_t{1} << 16 | eight_rows << 32 | swizzled_128 << 62;
@@ -114,9 +115,9 @@ FLASHDECPP_MULTIPLY(128, 64, "%64", "%65")
 // The threads of one wave group meet.
 __device__ __forceinline__ void wave_group_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kWaveGroup) : "memory"); }
 
-// ---- clusters: blocks that run at the same time and read each other's shared memory
-// ---------------------------------- All threads of all blocks of the cluster that have not returned meet; what they
-// wrote, all of them see.
+// ---- clusters: blocks that run at the same time and read each other's shared memory --------------------------------
+
+// All threads of all blocks of the cluster that have not returned meet; what they wrote, all of them see.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }

@@ -25,11 +25,22 @@ __device__ __forceinline__ void write_outputs(const LinearParams& p, int64_t m, 
   }
 }
 
-// Adds the parts that the waves of a block have of a tile's sums, in their order, then the bias; all threads call it.
+// Adds what every wave of a block has of the same sums, in the order of the waves, then the bias; all threads call it.
 template <class T, class G>
 __device__ __forceinline__ void write_wave_sums(const LinearParams& p,
-                                                const float (&parts)[G::kWaves][G::kMaxRows][G::kBlockN],
-                                                int64_t first_n) {
+                                                const arch::TileC (&sums)[G::kTiles][G::kRowTiles], int64_t first_n) {
+  __shared__ float parts[G::kWaves][G::kMaxRows][G::kBlockN];
+#pragma unroll
+  for (int i = 0; i < G::kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < G::kRowTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < arch::TileC::kValues; ++e) {
+        parts[arch::wave()][j * 8 + arch::TileC::col(e)][i * 16 + arch::TileC::row(e)] = sums[i][j].v[e];
+      }
+    }
+  }
+  __syncthreads();
   const T* const bias = static_cast<const T*>(p.bias);
   for (int i = threadIdx.x; i < p.m * G::kBlockN; i += G::kThreads) {
     const int m = i / G::kBlockN, column = i % G::kBlockN;

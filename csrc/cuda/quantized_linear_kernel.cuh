@@ -84,7 +84,7 @@ __device__ __forceinline__ uint32_t component(const uint4& v, int i) {
 __device__ __forceinline__ void exchange_words(uint4& v) {
   const auto swap = [](uint32_t& low, uint32_t& high, int mask) {
     const bool upper = arch::lane() & mask;
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? low : high, mask);
+    const uint32_t other = arch::exchange_xor(upper ? low : high, mask);
     low = upper ? other : low;
     high = upper ? high : other;
   };
@@ -179,7 +179,6 @@ __global__ void __launch_bounds__(G::kThreads, 2)
   using namespace arch;
   using I = Integers<T, G::kBits>;
   constexpr int row_tiles = G::kRowTiles, tiles = G::kTiles;
-  __shared__ float parts[G::kWaves][G::kMaxRows][G::kBlockN];
   allow_next_kernel();
 
   const int row = lane() / 4;
@@ -280,18 +279,7 @@ __global__ void __launch_bounds__(G::kThreads, 2)
   }
   if (!waited) wait_for_previous_kernel();
 
-#pragma unroll
-  for (int i = 0; i < tiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < row_tiles; ++j) {
-#pragma unroll
-      for (int e = 0; e < TileC::kValues; ++e) {
-        parts[wave()][j * 8 + TileC::col(e)][i * 16 + TileC::row(e)] = sums[i][j].v[e];
-      }
-    }
-  }
-  __syncthreads();
-  write_wave_sums<T, G>(p, parts, first_n);
+  write_wave_sums<T, G>(p, sums, first_n);
 }
 
 // out[n, k] of p.dtype: a weight for the BLAS. Grid: (K / 256, N).

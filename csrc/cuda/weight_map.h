@@ -1,7 +1,7 @@
 // A matrix as tensor copies want it described.
 #pragma once
 
-#include "cache_map.h"
+#include "tensor_map.h"
 
 namespace flashdecpp {
 
@@ -17,14 +17,8 @@ inline CUtensorMap matrix_map(const char* op, const void* data, int64_t rows, in
                               int box_rows, CUtensorMapL2promotion promotion) {
   const uint64_t sizes[] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)};
   const uint64_t strides[] = {rows > 1 ? static_cast<uint64_t>(stride) * 2 : static_cast<uint64_t>(columns) * 2};
-  const uint32_t box[] = {64, static_cast<uint32_t>(box_rows)}, every[] = {1, 1};
-  CUtensorMap map;
-  const CUresult result = tensor_map_encoder(op)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(data), sizes, strides, box, every,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  FLASHDECPP_REQUIRE(result == CUDA_SUCCESS, op, "weight or x has a layout that tensor copies refuse (driver error ",
-                     static_cast<int>(result), "); set FLASHDECPP_GPU_KERNELS=generic");
-  return map;
+  const uint32_t box[] = {64, static_cast<uint32_t>(box_rows)};
+  return tensor_map(op, "weight or x", CU_TENSOR_MAP_DATA_TYPE_UINT16, data, sizes, strides, box, promotion);
 }
 
 }  // namespace flashdecpp
