@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: run chat test gpu-test lint format cuda info clean
+.PHONY: run chat test gpu-test lint format hip info clean
 run: $(VENV)/.built
 	$(BIN)/flashdecpp generate --model demo --chat "$(PROMPT)"
 
@@ -22,6 +22,14 @@ test: $(VENV)/.built $(VENV)/.test-tools
 
 gpu-test: $(VENV)/.built $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m gpu
+
+# The library for AMD GPUs on a machine without ROCm. With it, pip install . builds that library by itself.
+hip: $(VENV)/.packages
+	csrc/hip/toolchain.sh build/hip-toolchain
+	$(BIN)/cmake -S . -B build/hip -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DFLASHDECPP_OUTPUT=$(CURDIR)/flashdecpp -DFLASHDECPP_PYTHON=OFF \
+	  -DFLASHDECPP_HIP=ON -DFLASHDECPP_HIP_TOOLCHAIN=$(CURDIR)/build/hip-toolchain $(HIP_OPTIONS)
+	$(BIN)/cmake --build build/hip --target flashdecpp_hip
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_CUDA_ARCHITECTURES = ["80-real", "90a-real"]
+DEFAULT_HIP_ARCHITECTURES = ["gfx90a", "gfx942", "gfx1100"]
 
 
 def torch_folder() -> Path | None:
@@ -99,6 +100,74 @@ def cuda_choice() -> tuple[list[str], str]:
     return options, f"cuda: built for {', '.join(architectures)} ({why}) with {nvcc}"
 
 
+def find_rocm() -> tuple[Path, str] | None:
+    """ROCm's folder and its compiler: clang itself, or hipcc, which calls it."""
+    homes = [
+        os.environ.get("ROCM_PATH"),
+        os.environ.get("ROCM_HOME"),
+        os.environ.get("HIP_PATH"),
+        "/opt/rocm",
+    ]
+    names = ("bin/amdclang++", "llvm/bin/clang++", "lib/llvm/bin/clang++", "bin/hipcc")
+    for home in (Path(home) for home in (*homes, "/opt/rocm") if home):
+        if (home / "include" / "hip" / "hip_runtime.h").exists():
+            compiler = next((str(home / name) for name in names if (home / name).exists()), None)
+            if compiler is not None:
+                return home, compiler
+    return None
+
+
+def present_amd_gpus() -> list[str]:
+    """Targets of this machine's AMD GPUs that the kernels run on, such as ["gfx942"]."""
+    for name in ("amdgpu-arch", "rocm_agent_enumerator"):
+        for program in (name, f"/opt/rocm/bin/{name}", f"/opt/rocm/llvm/bin/{name}"):
+            try:
+                found = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+            except (OSError, subprocess.CalledProcessError):
+                continue
+            return sorted({target for target in found if hip_target(target)})
+    return []
+
+
+def hip_target(name: str) -> bool:
+    """Whether the kernels have matrix instructions for a target: CDNA2, CDNA3, RDNA3."""
+    return re.fullmatch(r"(gfx90a|gfx942|gfx11\d\d)(:\w+[+-])*", name) is not None
+
+
+def hip_choice() -> tuple[list[str], str]:
+    """CMake options for HIP, and the sentence that explains them."""
+    off = ["-DFLASHDECPP_HIP=OFF"]
+    switch = os.environ.get("FLASHDECPP_HIP", "")
+    if switch == "0":
+        return off, "hip: not built, FLASHDECPP_HIP=0"
+    rocm = find_rocm()
+    if rocm is None:
+        if switch == "1":
+            sys.exit("flashdecpp: FLASHDECPP_HIP=1 but ROCm was not found; install it or set ROCM_PATH")
+        return off, "hip: not built, no ROCm in ROCM_PATH or in /opt/rocm"
+    home, compiler = rocm
+    asked = [a for a in re.split(r"[;, ]", os.environ.get("PYTORCH_ROCM_ARCH", "")) if a]
+    if asked:
+        targets, why = [target for target in asked if hip_target(target)], "PYTORCH_ROCM_ARCH"
+        if not targets:
+            sys.exit(
+                f"flashdecpp: PYTORCH_ROCM_ARCH has {', '.join(asked)}; "
+                "the kernels need gfx90a, gfx942 or gfx11xx"
+            )
+    elif gpus := present_amd_gpus():
+        targets, why = gpus, "the GPU of this machine"
+    else:
+        targets = DEFAULT_HIP_ARCHITECTURES
+        why = "no GPU here and PYTORCH_ROCM_ARCH not set, so the default"
+    options = [
+        "-DFLASHDECPP_HIP=ON",
+        f"-DFLASHDECPP_HIP_COMPILER={compiler}",
+        f"-DFLASHDECPP_HIP_FLAGS=--rocm-path={home}",
+        f"-DFLASHDECPP_HIP_ARCHITECTURES={';'.join(targets)}",
+    ]
+    return options, f"hip: built for {', '.join(targets)} ({why}) with {compiler}"
+
+
 class CMakeBuild(build_ext):
     """Builds every library of CMakeLists.txt into the package folder (in place for an editable install)."""
 
@@ -111,8 +180,9 @@ class CMakeBuild(build_ext):
         compiler = os.environ.get("CXX")
         if compiler is None and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
             sys.exit("flashdecpp: no C++ compiler was found; install g++ (apt install g++) or set CXX")
-        options, cuda_reason = cuda_choice()
-        reasons = f"cpu: always built; {cuda_reason}; hip: not part of this version"
+        cuda_options, cuda_reason = cuda_choice()
+        hip_options, hip_reason = hip_choice()
+        reasons = f"cpu: always built; {cuda_reason}; {hip_reason}"
         print(f"flashdecpp builds {reasons}", flush=True)
 
         output = ROOT / "flashdecpp" if self.inplace else Path(self.build_lib).resolve() / "flashdecpp"
@@ -124,7 +194,8 @@ class CMakeBuild(build_ext):
             f"-DFLASHDECPP_TORCH_DIR={torch}",
             f"-DFLASHDECPP_OUTPUT={output}",
             f"-DFLASHDECPP_BUILD_REASONS={reasons}",
-            *options,
+            *cuda_options,
+            *hip_options,
         ]
         jobs = os.environ.get("MAX_JOBS")
         for command in (configure, [cmake, "--build", str(build), *(["-j", jobs] if jobs else [])]):

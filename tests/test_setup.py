@@ -15,10 +15,12 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     spec.loader.exec_module(module)
-    for name in ("FLASHDECPP_CUDA", "TORCH_CUDA_ARCH_LIST"):
+    for name in ("FLASHDECPP_CUDA", "TORCH_CUDA_ARCH_LIST", "FLASHDECPP_HIP", "PYTORCH_ROCM_ARCH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module, "find_nvcc", lambda: "/cuda/bin/nvcc")
     monkeypatch.setattr(module, "present_gpus", lambda: [])
+    monkeypatch.setattr(module, "find_rocm", lambda: (Path("/opt/rocm"), "/opt/rocm/bin/amdclang++"))
+    monkeypatch.setattr(module, "present_amd_gpus", lambda: [])
     return module
 
 
@@ -77,3 +79,50 @@ def test_without_a_gpu_the_default_covers_ampere_and_hopper(build: ModuleType) -
 def test_a_missing_tool_is_one_sentence_with_the_remedy(build: ModuleType) -> None:
     with pytest.raises(SystemExit, match="no-such-tool was not found; pip install it"):
         build.tool("no-such-tool", "pip install it")
+
+
+def test_without_rocm_hip_is_left_out_and_says_why(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "find_rocm", lambda: None)
+    options, reason = build.hip_choice()
+    assert options == ["-DFLASHDECPP_HIP=OFF"]
+    assert "no ROCm" in reason
+    monkeypatch.setenv("FLASHDECPP_HIP", "1")
+    with pytest.raises(SystemExit, match="ROCm was not found; install"):
+        build.hip_choice()
+
+
+def test_rocm_architectures_are_asked_for_present_or_all(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, reason = build.hip_choice()
+    assert "-DFLASHDECPP_HIP_ARCHITECTURES=gfx90a;gfx942;gfx1100" in options
+    assert "no GPU here" in reason
+    monkeypatch.setattr(build, "present_amd_gpus", lambda: ["gfx942"])
+    assert "-DFLASHDECPP_HIP_ARCHITECTURES=gfx942" in build.hip_choice()[0]
+    monkeypatch.setenv("PYTORCH_ROCM_ARCH", "gfx906;gfx90a gfx1100")
+    options, reason = build.hip_choice()
+    assert "-DFLASHDECPP_HIP_ARCHITECTURES=gfx90a;gfx1100" in options
+    assert "PYTORCH_ROCM_ARCH" in reason
+
+
+def test_rocm_architectures_without_matrix_instructions_are_one_sentence(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_ROCM_ARCH", "gfx906;gfx1030")
+    with pytest.raises(SystemExit, match="has gfx906, gfx1030; the kernels need gfx90a, gfx942 or gfx11xx"):
+        build.hip_choice()
+
+
+def test_rocm_is_found_where_it_says_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    path = Path(__file__).parent.parent / "setup.py"
+    spec = importlib.util.spec_from_file_location("flashdecpp_setup", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("ROCM_PATH", str(tmp_path))
+    for file in ("include/hip/hip_runtime.h", "bin/hipcc"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    assert module.find_rocm() == (tmp_path, str(tmp_path / "bin/hipcc"))

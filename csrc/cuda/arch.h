@@ -12,17 +12,26 @@
 //                                          From float8 too, widened exactly; then k stands for column widened_k(k) of
 //                                          the 16 in load_b, and in load_b_transposed column n of tile t for column
 //                                          widened_column(t, n)
+//   kWidenedInOrder                        whether these two leave every column where it is
+//   load_b_interleaved<run>(b, at, rows, j)  where Walk::run is more than 1: load_b_transposed of that many steps into
+//                                          b[at ...], in which column n of tile t stands for run_column<run>(t, n)
+//   Walk                                   how a wave of decode attention goes over a group of keys:
+//     ::ahead(row_tiles)                   steps of 16 columns that are loaded before they are multiplied
+//     ::run(head_dim)                      of load_b_interleaved
+//     ::kQueryColumns                      columns of queries, of all row tiles, that stay in registers
 //   as_a(TileA&, TileC[kTilesOf16])        a 16 x 16 result, rounded, as the left factor of the next product
 //   mma(TileC&, a, b)                      C += A B
 //   TileC::row(i), TileC::col(i)           the element that this lane's value i is
 //   TileC::kRowSlots, slot(i), slot_row(s) the rows that a lane holds values of: value i lies in row slot_row(slot(i))
-//   TileC::kRowLanes                       lanes, neighbours, that hold one row among them
+//   TileC::kRowLanes, kRowStride           so many lanes hold one row among them, so far from each other
+//   TileC::leads_row()                     whether this lane is the first of those
 //   store(p, stride, c)                    p[row * stride + col] = C[row][col], rounded to half or bfloat16
 //   dynamic_shared()                       the shared memory whose size the launch names, on a multiple of 1024
 //   copy_async(shared, global, valid)      16 bytes, zeros where not valid; copy_commit(), copy_wait<pending>();
 //                                          copy_async<8> for 8 bytes
 //   load_stream(p)                         16 bytes that are read once: past L1
 //   store_wide(p, v)                       16 bytes in one access, also where the compiler would take them apart
+//   load_2_or_4_bytes(p, wide)             the 2 bytes at p, or the 4 where they are wide: for all of the wave or none
 //   exchange_xor(v, mask)                  the value of lane ^ mask; v is float, uint32_t or uint64_t
 //   from_lane(v, lane)                     the value of that lane; v is a pointer or an int
 //   first_lane(b)                          the first lane for which b is true
@@ -32,6 +41,10 @@
 //   publish(flag, value), await(flag, value)   what was written before publish, and before a barrier before it, is
 //                                          seen by whoever awaited the value, in any block
 //   exp2_approx(x)                         2^x in one instruction
+//   uniform(x)                             x, an int that is the same for all of the wave: as such, for the compiler
+//   recomputed(x)                          x, an int, worked out where this stands: what depends on it is not kept in
+//                                          registers through loops that need those
+//   steps_part()                           loads that stand behind this are not begun before it
 //   wait_for_previous_kernel(), allow_next_kernel()   programmatic dependent launch; nothing where there is none
 //   kHasTensorCopies                       whether there is what arch_sm90.cuh adds
 //
@@ -91,10 +104,28 @@ __device__ __forceinline__ float neighbours_reduce(float value, Combine combine)
   return value;
 }
 
+template <int run>
+__device__ __forceinline__ constexpr int run_column(int tile, int column) {
+  return run == 1 ? tile * kTileN + column : tile / run * run * kTileN + column * run + tile % run;
+}
+
+template <int run, int ahead, class T, class Rows>
+__device__ __forceinline__ void load_run(TileB<T> (&b)[ahead][kTilesOf16], int at, const Rows& rows, int j) {
+  if constexpr (run == 1) {
+    load_b_transposed(b[at], rows, j);
+  } else {
+    load_b_interleaved<run>(b, at, rows, j);
+  }
+}
+
 // Over the lanes that hold one row of a TileC.
 template <class Combine>
 __device__ __forceinline__ float row_reduce(float value, Combine combine) {
-  return neighbours_reduce<TileC::kRowLanes>(value, combine);
+#pragma unroll
+  for (int lanes = TileC::kRowLanes / 2; lanes > 0; lanes /= 2) {
+    value = combine(value, exchange_xor(value, lanes * TileC::kRowStride));
+  }
+  return value;
 }
 
 // The sum of the lanes before this one, and of all.

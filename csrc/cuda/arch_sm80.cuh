@@ -15,6 +15,7 @@ using float8 = __nv_fp8_e4m3;
 
 inline constexpr int kWaveSize = 32;
 inline constexpr int kTileN = 8;
+inline constexpr bool kWidenedInOrder = false;
 inline constexpr int kBlockSharedBytes = 160 * 1024;  // of an A100's 163 KiB; the host asks what its device allows
 
 __device__ __forceinline__ int lane() { return threadIdx.x % kWaveSize; }
@@ -48,6 +49,10 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+__device__ __forceinline__ void steps_part() {}
+__device__ __forceinline__ int uniform(int x) { return x; }
+__device__ __forceinline__ int recomputed(int x) { return x; }  // the compiler knows best
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -88,6 +93,21 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   return v;
 }
 
+// Nothing waits for the load here, as it would for a conversion or for a choice between two loads.
+__device__ __forceinline__ uint32_t load_2_or_4_bytes(const void* p, bool wide) {
+  uint32_t bits;
+  asm volatile(
+      "{\n"
+      ".reg .pred wide;\n"
+      "setp.ne.s32 wide, %2, 0;\n"
+      "@wide ld.global.nc.u32 %0, [%1];\n"
+      "@!wide ld.global.nc.u16 %0, [%1];\n"
+      "}\n"
+      : "=r"(bits)
+      : "l"(p), "r"(static_cast<int>(wide)));
+  return bits;
+}
+
 __device__ __forceinline__ int32_t load_fresh(const int32_t* p) {
   int32_t v;
   asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -123,9 +143,10 @@ struct TileB {
 struct TileC {
   float v[4] = {0.f, 0.f, 0.f, 0.f};
   static constexpr int kValues = 4;
-  static constexpr int kRowSlots = 2, kRowLanes = 4;
+  static constexpr int kRowSlots = 2, kRowLanes = 4, kRowStride = 1;
   static constexpr __host__ __device__ int slot(int i) { return i / 2; }
   static __device__ __forceinline__ int slot_row(int slot) { return lane() / 4 + slot * 8; }
+  static __device__ __forceinline__ bool leads_row() { return lane() % kRowLanes == 0; }
   static __device__ __forceinline__ int row(int i) { return slot_row(slot(i)); }
   static __device__ __forceinline__ int col(int i) { return (lane() % 4) * 2 + i % 2; }
 };
@@ -255,6 +276,13 @@ __device__ __forceinline__ void load_b_transposed(TileB<T> (&tiles)[kTilesOf16],
     }
   }
 }
+
+// ---- decode attention ----------------------------------------------------------------------------------------------
+struct Walk {
+  static constexpr int kQueryColumns = 192;
+  static constexpr int ahead(int row_tiles) { return row_tiles > 1 ? 2 : 4; }
+  static constexpr int run(int /*head_dim*/) { return 1; }
+};
 
 // ---- programmatic dependent launch: from Hopper on -----------------------------------------------------------------
 __device__ __forceinline__ void wait_for_previous_kernel() {

@@ -65,11 +65,12 @@ __device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const
                                             const WavePart<Tile, Policy>& part, const SharedMemory<Tile, Ring>& shared,
                                             MergeMemory<Tile>& memory) {
   constexpr int kRowThreads = Tile::kDims / 4;  // for the widest row; of a narrower one some are idle
+  const int thread = arch::recomputed(threadIdx.x);
   part.for_each_row([&](int row, const RowPart& state) { memory.parts[arch::wave()][row] = state; });
   __syncthreads();
   static_assert(Tile::kRows * Tile::kWaves <= Tile::kThreads);
-  if (threadIdx.x < Tile::kRows * Tile::kWaves) {
-    const int row = threadIdx.x / Tile::kWaves, wave = threadIdx.x % Tile::kWaves;
+  if (thread < Tile::kRows * Tile::kWaves) {
+    const int row = thread / Tile::kWaves, wave = thread % Tile::kWaves;
     float factor;
     const RowPart whole = whole_of_neighbours<Tile::kWaves>(memory.parts[wave][row], factor);
     memory.shares[wave][row] = factor;
@@ -84,7 +85,7 @@ __device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const
     __syncthreads();
     const int chunk_rows = min(Tile::kMergeRows, rows.count - chunk);
 #pragma unroll 1
-    for (int item = threadIdx.x; item < chunk_rows * kRowThreads; item += Tile::kThreads) {
+    for (int item = thread; item < chunk_rows * kRowThreads; item += Tile::kThreads) {
       const int in_chunk = item / kRowThreads, row = chunk + in_chunk, column = item % kRowThreads * 4;
       if (column >= launch.p.head_dim) continue;
       float4 total = {0.f, 0.f, 0.f, 0.f};
@@ -117,7 +118,7 @@ __device__ __forceinline__ void merge_slots(const AttentionLaunch& launch, const
   for (int i = threadIdx.x; i < slots.count; i += Tile::kThreads) launch.ready[slots[i]] = 0;
 
 #pragma unroll 1
-  for (int item = threadIdx.x; item < rows.count * kRowThreads; item += Tile::kThreads) {
+  for (int item = arch::recomputed(threadIdx.x); item < rows.count * kRowThreads; item += Tile::kThreads) {
     const int row = item / kRowThreads, column = item % kRowThreads * 4;
     if (column >= p.head_dim) continue;
     WholeRow whole;

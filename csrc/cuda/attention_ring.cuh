@@ -1,6 +1,8 @@
 // Decode attention, the way of the data. Every wave has a ring of stages in shared memory, the K rows and V rows of one
 // group each, and fills it for itself: no wave waits for another. A ring is a way to copy a group (staged copies here,
-// tensor copies in attention_ring_sm90.cuh); the stream decides which groups, unit after unit.
+// tensor copies in attention_ring_sm90.cuh, through registers in csrc/hip/attention_ring_amd.h); the stream decides
+// which groups, unit after unit. A ring that has another place than its stages for what it fills fills early: a group
+// is on its way while the one before it is consumed.
 #pragma once
 
 #include <climits>
@@ -40,6 +42,7 @@ class StagedRing {
   static constexpr int kGroupBytes = kGroup * kStride * sizeof(KV), kStageBytes = 2 * kGroupBytes;
   static constexpr int kBarrierBytes = 0;
   static constexpr bool kAvailable = true, kPreviews = false;  // what is copied depends on the length
+  static constexpr bool kFillsEarly = false;
   using Rows = arch::PlainRows<KV, kStride>;
   struct Source {};  // all is in AttentionParams
 
@@ -182,12 +185,15 @@ class KeyValueStream {
   }
 
   // The next group is in the ring's stage() until release(); values outside of rows [begin, end) are zeros.
-  __device__ __forceinline__ void acquire(int begin, int end) { ring_.wait(stage_, begin, end); }
+  __device__ __forceinline__ void acquire(int begin, int end) {
+    ring_.wait(stage_, begin, end);
+    if constexpr (Ring::kFillsEarly) fill_next(stage_);
+  }
   __device__ __forceinline__ int stage() const { return stage_; }
 
   __device__ __forceinline__ void release() {
     arch::wave_sync();
-    fill_next(stage_);
+    if constexpr (!Ring::kFillsEarly) fill_next(stage_);
     stage_ = stage_ + 1 == Tile::kStages ? 0 : stage_ + 1;
   }
 

@@ -19,7 +19,7 @@ class TensorRing {
   static constexpr int kBoxColumns = 128 / sizeof(KV), kBoxes = (Tile::kDims + kBoxColumns - 1) / kBoxColumns;
   static constexpr int kBoxBytes = 128 * kGroup, kGroupBytes = kBoxes * kBoxBytes, kStageBytes = 2 * kGroupBytes;
   static constexpr int kBarrierBytes = Tile::kWaves * Tile::kStages * sizeof(arch::CopyBarrier);
-  static constexpr bool kAvailable = arch::kHasTensorCopies, kPreviews = true;
+  static constexpr bool kAvailable = arch::kHasTensorCopies, kPreviews = true, kFillsEarly = false;
   using Rows = arch::SwizzledRows<KV, kGroup>;
   using Source = CacheMaps;
 

@@ -33,7 +33,7 @@ struct Segment {
   __device__ __forceinline__ bool next(const AttentionParams& p, int& left) {
     left -= end - begin;
     if (left <= 0) return false;
-    sequence = Sequence::load(p, ++batch);
+    sequence = {p, arch::uniform(Sequence::load_length(p, ++batch))};
     begin = 0;
     end = min(sequence.groups, left);
     whole = end == sequence.groups;
@@ -91,9 +91,9 @@ class SequenceFinder {
     }
     const int source = arch::first_lane(holds(at));
     Segment found;
-    found.batch = arch::from_lane(batch, source);
+    found.batch = arch::uniform(arch::from_lane(batch, source));
     found.sequence = sequence_.from_lane(source);
-    found.begin = at - arch::from_lane(static_cast<int>(scan_.before), source);
+    found.begin = at - arch::uniform(arch::from_lane(static_cast<int>(scan_.before), source));
     return found;
   }
 
@@ -138,7 +138,7 @@ class Schedule {
     split_ = in_sequence / kv_heads;
     first.kv_head = in_sequence - split_ * kv_heads;
     first.begin = split_ * waves;
-    if (first.batch < launch.p.batch) length_ = Sequence::load_length(launch.p, first.batch);
+    if (first.batch < launch.p.batch) length_ = arch::uniform(Sequence::load_length(launch.p, first.batch));
   }
 
   __device__ bool by_unit() const { return by_unit_; }

@@ -53,13 +53,17 @@ struct AttentionTile {
   static constexpr int kWaves = Shape::kWaves, kThreads = kWaves * arch::kWaveSize, kBlocks = Shape::kBlocks;
   static constexpr int kStages = Shape::kStages;
   static constexpr int kColumnTiles = kDims / arch::kTileN;
-  static constexpr bool kQueryInRegisters = kRowTiles * kDims <= 192;
+  static constexpr bool kQueryInRegisters = kRowTiles * kDims <= arch::Walk::kQueryColumns;
+  static constexpr int kAhead = arch::Walk::ahead(kRowTiles), kRun = arch::Walk::run(kDims);
+  static_assert(kAhead % kRun == 0);
   static constexpr int kQStride = kDims + 8;
   static constexpr int kMergeRows = Shape::kMergeRows, kScratchStride = kDims + 8;
 
   // The column of the cache that value i of column tile n stands for.
   static __device__ __forceinline__ int column(int n, int i) {
-    if constexpr (kWiden) {
+    if constexpr (kRun > 1) {
+      return arch::run_column<kRun>(n, TileC::col(i));
+    } else if constexpr (kWiden) {
       return n / kTilesOf16 * 16 + arch::widened_column(n % kTilesOf16, TileC::col(i));
     } else {
       return n * arch::kTileN + TileC::col(i);
@@ -111,10 +115,10 @@ struct Sequence {
 
   __device__ __forceinline__ Sequence from_lane(int source) const {
     Sequence s;
-    s.length = arch::from_lane(length, source);
-    s.key_begin = arch::from_lane(key_begin, source);
-    s.first_group = arch::from_lane(first_group, source);
-    s.groups = arch::from_lane(groups, source);
+    s.length = arch::uniform(arch::from_lane(length, source));
+    s.key_begin = arch::uniform(arch::from_lane(key_begin, source));
+    s.first_group = arch::uniform(arch::from_lane(first_group, source));
+    s.groups = arch::uniform(arch::from_lane(groups, source));
     return s;
   }
 

@@ -37,7 +37,7 @@ template <class Tile, class Policy>
 class WavePart {
   using T = typename Tile::T;
   static constexpr int kSlots = TileC::kRowSlots, kTiles = Tile::kRowTiles;
-  static constexpr int kAhead = kTiles > 1 ? 2 : 4;
+  static constexpr int kAhead = Tile::kAhead;
 
  public:
   __device__ __forceinline__ WavePart(const AttentionLaunch& launch, const RowBlock& rows,
@@ -107,7 +107,7 @@ class WavePart {
       for (int s = 0; s < kSlots; ++s) {
         const float max = arch::row_reduce(max_[r][s], [](float a, float b) { return fmaxf(a, b); });
         const float sum = arch::row_reduce(sum_[r][s], [](float a, float b) { return a + b; });
-        if (arch::lane() % TileC::kRowLanes == 0) f(r * 16 + TileC::slot_row(s), RowPart{ref_[r][s], max, sum});
+        if (TileC::leads_row()) f(r * 16 + TileC::slot_row(s), RowPart{ref_[r][s], max, sum});
       }
     }
   }
@@ -118,7 +118,7 @@ class WavePart {
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
-        const int row = r * 16 + TileC::slot_row(s) - first;
+        const int row = arch::recomputed(r * 16 + TileC::slot_row(s) - first);
         if (row < 0 || row >= Tile::kMergeRows) continue;
 #pragma unroll
         for (int n = 0; n < Tile::kColumnTiles; ++n) {
@@ -144,6 +144,7 @@ class WavePart {
     TileC odd[kTiles][kTilesOf16];
 #pragma unroll
     for (int begin = 0; begin < kSteps; begin += kAhead) {
+      arch::steps_part();
       TileB<T> b[kAhead][kTilesOf16];
 #pragma unroll
       for (int j = 0; j < kAhead && begin + j < kSteps; ++j) arch::load_b(b[j], keys, begin + j);
@@ -267,9 +268,12 @@ class WavePart {
     for (int r = 0; r < kTiles; ++r) arch::as_a(a[r], weights[r]);
 #pragma unroll
     for (int begin = 0; begin < Tile::kDims / 16; begin += kAhead) {
+      arch::steps_part();
       TileB<T> b[kAhead][kTilesOf16];
 #pragma unroll
-      for (int j = 0; j < kAhead && begin + j < Tile::kDims / 16; ++j) arch::load_b_transposed(b[j], values, begin + j);
+      for (int j = 0; j < kAhead && begin + j < Tile::kDims / 16; j += Tile::kRun) {
+        arch::load_run<Tile::kRun>(b, j, values, begin + j);
+      }
 #pragma unroll
       for (int j = 0; j < kAhead && begin + j < Tile::kDims / 16; ++j) {
 #pragma unroll

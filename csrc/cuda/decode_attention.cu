@@ -11,7 +11,7 @@ constexpr const char* kOp = "decode_attention";
 
 // Whether the cache can be described to tensor copies and its blocks hold whole groups: of 16-byte aligned rows, which
 // the contract does not promise for float8.
-bool fits_tensor_copies(const AttentionParams& p) {
+[[maybe_unused]] bool fits_tensor_copies(const AttentionParams& p) {
   const int64_t element = p.kv_dtype == DType::kFloat8E4M3 ? 1 : 2;
   const auto fits = [&](const void* data, const CacheLayout& layout) {
     const auto step = [&](int64_t size, int64_t stride) {
@@ -26,11 +26,12 @@ bool fits_tensor_copies(const AttentionParams& p) {
 
 template <class T>
 void launch_copies(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
-  if (launcher.hopper_kernels() && fits_tensor_copies(launch.p)) {
-    launch_decode_attention<T, CopyKind::kTensor>(launcher, launch, device);
-  } else {
-    launch_decode_attention<T, CopyKind::kStaged>(launcher, launch, device);
+  if constexpr (arch::kHasHopperKernels) {
+    if (launcher.hopper_kernels() && fits_tensor_copies(launch.p)) {
+      return launch_decode_attention<T, CopyKind::kTensor>(launcher, launch, device);
+    }
   }
+  launch_decode_attention<T, kGenericCopies>(launcher, launch, device);
 }
 
 template <class Phi>  // as in contract::decode_attention

@@ -7,7 +7,10 @@ namespace flashdecpp {
 
 struct AttentionLaunch;
 
-enum class CopyKind : int8_t { kStaged, kTensor };
+enum class CopyKind : int8_t { kStaged, kTensor, kRegisters };
+
+// What every device of the library can do.
+inline constexpr CopyKind kGenericCopies = arch::kCopiesGoThroughRegisters ? CopyKind::kRegisters : CopyKind::kStaged;
 
 // Allocates the workspace, cuts the work and launches.
 template <class T, CopyKind kind>

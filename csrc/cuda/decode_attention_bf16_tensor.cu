@@ -1,4 +1,4 @@
-#include "decode_attention_launch.cuh"
+#include "decode_attention_tensor.cuh"
 
 namespace flashdecpp {
 

@@ -36,11 +36,12 @@ __device__ __forceinline__ void load_queries(const AttentionLaunch& launch, cons
   using T = typename Tile::T;
   const AttentionParams& p = launch.p;
   constexpr int kChunks = Tile::kDims / 8;
-  for (int index = rows.count * kChunks + arch::lane(); index < Tile::kRows * kChunks; index += arch::kWaveSize) {
+  for (int index = rows.count * kChunks + arch::recomputed(arch::lane()); index < Tile::kRows * kChunks;
+       index += arch::kWaveSize) {
     *reinterpret_cast<uint4*>(q + index / kChunks * Tile::kQStride + index % kChunks * 8) = make_uint4(0, 0, 0, 0);
   }
 #pragma unroll 1
-  for (int index = arch::lane(); index < rows.count * kChunks; index += arch::kWaveSize) {
+  for (int index = arch::recomputed(arch::lane()); index < rows.count * kChunks; index += arch::kWaveSize) {
     const int row = index / kChunks, dim = index % kChunks * 8;
     const bool valid = dim < p.head_dim;
     const int64_t offset = valid ? rows.batch * p.q_batch_stride + rows.token(launch, row) * p.q_token_stride +
@@ -48,7 +49,7 @@ __device__ __forceinline__ void load_queries(const AttentionLaunch& launch, cons
                                  : 0;
     const T* from = static_cast<const T*>(p.q) + offset;
     T* to = q + row * Tile::kQStride;
-    if constexpr (!Tile::kWiden) {
+    if constexpr (!Tile::kWiden || arch::kWidenedInOrder) {
       arch::copy_async(to + dim, from, valid);
     } else {
       const uint4 bits = valid ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);

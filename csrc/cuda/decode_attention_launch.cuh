@@ -3,8 +3,6 @@
 
 #include <chrono>
 
-#include "attention_ring_sm90.cuh"
-#include "cache_map.h"
 #include "decode_attention.h"
 #include "decode_attention_kernel.cuh"
 
@@ -21,8 +19,9 @@ inline uint64_t new_nonce(const void* workspace) {
   return (x ^ (x >> 31)) | 1;  // not zero, which a flag is reset to
 }
 
-// The ring and the block that go with a way of copying. Tensor copies exist on Hopper alone, whose shared memory is
-// known; staged copies must do with the 99 KiB of a block on the smallest machine from Ampere on.
+// The ring and the block that go with a way of copying, and how many row tiles a wave's registers hold. Here those of
+// staged copies, which must do with the 99 KiB of a block on the smallest NVIDIA machine from Ampere on;
+// decode_attention_tensor.cuh and csrc/hip/decode_attention_amd.h have the others.
 template <CopyKind kind, int dims, int row_tiles>
 struct Machine;
 template <int dims, int row_tiles>
@@ -30,26 +29,12 @@ struct Machine<CopyKind::kStaged, dims, row_tiles> {
   template <class Tile>
   using Ring = StagedRing<Tile>;
   using Shape = BlockShape<(dims * row_tiles <= 128 ? 4 : 2), 2, 1, 4>;
-  static constexpr int kSharedBytes = 99 * 1024;
-};
-template <int dims, int row_tiles>
-struct Machine<CopyKind::kTensor, dims, row_tiles> {
-  template <class Tile>
-  using Ring = TensorRing<Tile>;
-  static constexpr int kWaves = dims * row_tiles <= 128 ? 8 : 4;
-  static constexpr int kStages = dims <= 64 ? 4 : dims <= 128 ? (row_tiles == 1 ? 2 : 4) : dims <= 192 ? 3 : 2;
-  using Shape = BlockShape<kWaves, kStages, 1, 8>;
-  static constexpr int kSharedBytes = 227 * 1024;
+  static constexpr int kSharedBytes = 99 * 1024, kMostRowTiles = dims <= 128 ? 2 : 1;
 };
 
 template <class Tile>
 typename StagedRing<Tile>::Source ring_source(const AttentionParams&, StagedRing<Tile>*) {
   return {};
-}
-template <class Tile>
-CacheMaps ring_source(const AttentionParams& p, TensorRing<Tile>*) {
-  constexpr int columns = TensorRing<Tile>::kBoxColumns;
-  return {cache_map("k_cache", p, p.k_cache, p.k, columns), cache_map("v_cache", p, p.v_cache, p.v, columns)};
 }
 
 template <class T, class KV, int dims, int row_tiles, CopyKind kind, class Policy>
@@ -91,8 +76,8 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
                 M::kSharedBytes);  // and 1 KiB to start on a multiple of that
   const auto kernel = decode_attention_kernel<Tile, Policy, Ring>;
   launcher.allow_shared_memory(kernel, Shared::kBytes);
-  launcher.overlapping(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(Tile::kThreads), Shared::kBytes, launch,
-                       ring_source(p, static_cast<Ring*>(nullptr)));
+  launcher.overlapping(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(Tile::kWaves * launcher.wave_size()),
+                       Shared::kBytes, launch, ring_source(p, static_cast<Ring*>(nullptr)));
 }
 
 template <class T, class KV, int dims, CopyKind kind, int row_tiles>
@@ -104,10 +89,9 @@ void launch_policy(const Launcher& launcher, const AttentionLaunch& launch, Devi
   }
 }
 
-// Up to head_dim 128 two row tiles fit into a wave's registers.
 template <class T, class KV, int dims, CopyKind kind>
 void launch_rows(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
-  if constexpr (dims <= 128) {
+  if constexpr (Machine<kind, dims, 1>::kMostRowTiles > 1) {
     if (launch.rows() > 16) return launch_policy<T, KV, dims, kind, 2>(launcher, launch, device);
   }
   launch_policy<T, KV, dims, kind, 1>(launcher, launch, device);

@@ -1,7 +1,5 @@
 #include "flat_gemm_kernel.cuh"
-#include "flat_gemm_sm90.cuh"
 #include "linear.h"
-#include "weight_map.h"
 
 namespace flashdecpp {
 namespace {
@@ -42,50 +40,6 @@ void launch(const Launcher& launcher, const LinearParams& p, Device device, int 
   }
 }
 
-FlatLaunch flat_launch(const DeviceProperties& device, int64_t n, int64_t k) {
-  constexpr int late_stages = 2;
-  const int32_t cluster = choose_flat_cluster(device, n, k);
-  const bool fills = (n + 63) / 64 * cluster > device.multiprocessors;
-  return {cluster, fills ? INT32_MAX : late_stages};
-}
-
-template <class T, int rows>
-void launch_ring(const Launcher& launcher, const LinearParams& p) {
-  using R = FlatRing<rows>;
-  const CUtensorMap weight_map =
-      matrix_map("flat_gemm", p.weight, p.n, p.k, p.weight_stride, R::kBlockN, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
-  const CUtensorMap x_map =
-      matrix_map("flat_gemm", p.x, p.m, p.k, p.x_stride, static_cast<int>(p.m), CU_TENSOR_MAP_L2_PROMOTION_NONE);
-  const FlatLaunch launch = flat_launch(launcher.properties(), p.n, p.k);
-  const auto kernel = flat_ring_kernel<T, R>;
-  launcher.allow_shared_memory(kernel, R::kSharedBytes);
-  const auto blocks = static_cast<unsigned>((p.n + R::kBlockN - 1) / R::kBlockN * launch.cluster);
-  launcher.overlapping_clusters(kernel, launch.cluster, blocks, R::kThreads, R::kSharedBytes, p, weight_map, x_map,
-                                launch);
-}
-
-// All rows of x, 128 at a time.
-template <class T>
-void launch_rings(const Launcher& launcher, const LinearParams& p) {
-  for (int64_t first = 0; first < p.m; first += 128) {
-    LinearParams part = p;
-    part.m = std::min<int64_t>(128, p.m - first);
-    part.x = static_cast<const T*>(p.x) + first * p.x_stride;
-    part.out = static_cast<T*>(p.out) + first * p.n;
-    if (part.m <= 8) {
-      launch_ring<T, 8>(launcher, part);
-    } else if (part.m <= 16) {
-      launch_ring<T, 16>(launcher, part);
-    } else if (part.m <= 32) {
-      launch_ring<T, 32>(launcher, part);
-    } else if (part.m <= 64) {
-      launch_ring<T, 64>(launcher, part);
-    } else {
-      launch_ring<T, 128>(launcher, part);
-    }
-  }
-}
-
 Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
   contract::Linear call = contract::linear("flat_gemm", x, weight, bias);
   require_vector_rows("flat_gemm", call);
@@ -100,11 +54,8 @@ Tensor run_flat_gemm(const Launcher& launcher, const contract::Linear& call) {
   if (p.m == 0 || p.n == 0) return result;
   p.out = View(result).data;
 
-  if (launcher.hopper_kernels() && fits_matrix_map(p.weight, p.n, p.k, p.weight_stride) &&
-      fits_matrix_map(p.x, p.m, p.k, p.x_stride)) {
-    arch::with_half_type(p.dtype,
-                         [&](auto* type) { launch_rings<std::remove_pointer_t<decltype(type)>>(launcher, p); });
-    return result;
+  if constexpr (arch::kHasHopperKernels) {
+    if (launcher.hopper_kernels() && launch_flat_gemm_sm90(launcher, p)) return result;
   }
   const int32_t shared_bytes = std::min(arch::kBlockSharedBytes, launcher.shared_bytes());
   const int32_t tile = choose_flat_tile(p.m, shared_bytes, arch::kTileN);

@@ -1,5 +1,4 @@
 #include "gemv_kernel.cuh"
-#include "gemv_sm90.cuh"
 #include "linear.h"
 
 namespace flashdecpp {
@@ -35,42 +34,6 @@ struct GenericGemv {
   }
 };
 
-template <class T, class G>
-void launch_tensor(const Launcher& launcher, const LinearParams& p) {
-  const auto blocks = static_cast<unsigned>((p.n + G::kBlockN - 1) / G::kBlockN);
-  launcher.overlapping(tensor_gemv_kernel<T, G>, blocks, G::kThreads, 0, p);
-}
-
-// The matrix units, up to 16 rows of x. The loads that a block has in flight hold 1024 or 2048 columns of K: no more
-// than there are, else of more rows.
-struct TensorGemvs {
-  static constexpr int kMaxRows = 16;
-
-  template <class T>
-  static void launch(const Launcher& launcher, const LinearParams& p) {
-    if (p.m <= 8) {
-      return p.k <= 1024 ? launch_tensor<T, TensorGemv<1, 2, 4>>(launcher, p)
-                         : launch_tensor<T, TensorGemv<1, 1, 8>>(launcher, p);
-    }
-    return p.k <= 1024 ? launch_tensor<T, TensorGemv<2, 2, 4>>(launcher, p)
-                       : launch_tensor<T, TensorGemv<2, 1, 8>>(launcher, p);
-  }
-};
-
-template <class Kernels>
-void launch_parts(const Launcher& launcher, const LinearParams& p) {
-  arch::with_half_type(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t first = 0; first < p.m; first += Kernels::kMaxRows) {
-      LinearParams part = p;
-      part.m = std::min<int64_t>(Kernels::kMaxRows, p.m - first);
-      part.x = static_cast<const T*>(p.x) + first * p.x_stride;
-      part.out = static_cast<T*>(p.out) + first * p.n;
-      Kernels::template launch<T>(launcher, part);
-    }
-  });
-}
-
 Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
   contract::Linear call = contract::linear("gemv", x, weight, bias);
   require_vector_rows("gemv", call);
@@ -85,11 +48,13 @@ Tensor run_gemv(const Launcher& launcher, const contract::Linear& call) {
   if (p.m == 0 || p.n == 0) return result;
   p.out = View(result).data;
 
-  if (launcher.hopper_kernels()) {
-    launch_parts<TensorGemvs>(launcher, p);
-  } else {
-    launch_parts<GenericGemv>(launcher, p);
+  if constexpr (arch::kHasHopperKernels) {
+    if (launcher.hopper_kernels()) {
+      launch_gemv_sm90(launcher, p);
+      return result;
+    }
   }
+  launch_parts<GenericGemv>(launcher, p);
   return result;
 }
 

@@ -1,20 +1,15 @@
 // The host's way to a launch: guard the device, find the stream, launch, check.
 #pragma once
 
-#include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdlib>
 #include <cstring>
 
 #include "../heuristics.h"
-#include "../torch_api.h"
+#include "launch_arch.h"
 
 namespace flashdecpp {
-
-inline void check_cuda(const char* op, cudaError_t error, const char* what) {
-  if (error != cudaSuccess) fail(op, what, " failed: ", cudaGetErrorString(error));
-}
 
 // One op's place on one device: the device is current while this lives, and work goes to torch's current stream there.
 class Launcher {
@@ -27,10 +22,7 @@ class Launcher {
 
   cudaStream_t stream() const { return stream_; }
 
-  DeviceProperties properties() const {
-    return {attribute(cudaDevAttrMultiProcessorCount),
-            10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)};
-  }
+  DeviceProperties properties() const { return {attribute(cudaDevAttrMultiProcessorCount), arch::number(device_)}; }
 
   // Whether to take the kernels that are written for Hopper. FLASHDECPP_GPU_KERNELS=generic takes those that Ampere
   // runs, too: to test and compare them.
@@ -57,9 +49,8 @@ class Launcher {
     check_cuda(op_, cudaGetLastError(), "the launch");
   }
 
-  // Programmatic dependent launch where there is such a thing: the kernel may start before what the stream runs ahead
-  // of it has ended, and must call wait_for_previous_kernel() before it writes anything, or reads what a kernel may
-  // have written.
+  // The kernel may start before what the stream runs ahead of it has ended, and must call wait_for_previous_kernel()
+  // before it writes anything, or reads what a kernel may have written.
   template <class... Params, class... Args>
   void overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args&&... args) const {
     overlapping_clusters(kernel, 1, grid, block, shared_bytes, std::forward<Args>(args)...);
@@ -69,24 +60,10 @@ class Launcher {
   template <class... Params, class... Args>
   void overlapping_clusters(void (*kernel)(Params...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
                             Args&&... args) const {
-    cudaLaunchAttribute attributes[2]{};
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream_;
-    config.attrs = attributes;
-    if (properties().arch >= 90) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (cluster > 1) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[config.numAttrs].val.clusterDim.x = cluster;
-      attributes[config.numAttrs].val.clusterDim.y = 1;
-      attributes[config.numAttrs++].val.clusterDim.z = 1;
-    }
-    check_cuda(op_, cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "the launch");
+    check_cuda(op_,
+               arch::launch_overlapping(kernel, cluster, grid, block, shared_bytes, stream_, device_,
+                                        std::forward<Args>(args)...),
+               "the launch");
   }
 
   void zero(void* data, size_t bytes) const {

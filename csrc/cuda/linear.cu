@@ -1,6 +1,5 @@
 // The switch: which of the three implementations of a linear layer runs.
 #include <string>
-#include <vector>
 
 #include "../linear_table.h"
 #include "linear.h"
@@ -8,29 +7,13 @@
 namespace flashdecpp {
 namespace {
 
-// As torch.cuda.get_device_name says it; read once, for it takes long.
-const std::string& device_name(int32_t index) {
-  static const std::vector<std::string> names = [] {
-    int count = 0;
-    check_cuda("linear", cudaGetDeviceCount(&count), "counting the devices");
-    std::vector<std::string> found;
-    for (int device = 0; device < count; ++device) {
-      cudaDeviceProp properties;
-      check_cuda("linear", cudaGetDeviceProperties(&properties, device), "reading the device's properties");
-      found.emplace_back(properties.name);
-    }
-    return found;
-  }();
-  return names.at(index);
-}
-
 // The choice of impl="auto": blas wherever the hand-written kernels cannot run, else by the inflection points that were
 // measured on this device, else by those of the rule.
 LinearImpl choose(const Launcher& launcher, const contract::Linear& call) {
   const LinearParams& p = call.params;
   const bool half = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
   if (!half || !rows_are_aligned(p.weight, p.n, p.weight_stride, p.dtype)) return LinearImpl::kBlas;
-  const auto measured = linear_tables().find(device_name(call.x_view.device.index), p.dtype, p.n, p.k, p.m);
+  const auto measured = linear_tables().find(arch::name_in_tables(call.x_view.device.index), p.dtype, p.n, p.k, p.m);
   return choose_linear(measured ? *measured : default_inflection_points(launcher.properties()), p.m, p.k);
 }
 

@@ -3,6 +3,7 @@
 
 #include "../contract.h"
 #include "launch.h"
+#include "numeric.cuh"
 
 namespace flashdecpp {
 
@@ -33,6 +34,28 @@ inline void require_vector_rows(const char* op, contract::Linear& call) {
                      reinterpret_cast<uintptr_t>(p.weight) % 16, " and a row stride of ", p.weight_stride, " elements");
   align_rows(call);
 }
+
+// Launches an implementation for as many rows of x at a time as it takes.
+template <class Kernels>
+void launch_parts(const Launcher& launcher, const LinearParams& p) {
+  arch::with_half_type(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t first = 0; first < p.m; first += Kernels::kMaxRows) {
+      LinearParams part = p;
+      part.m = std::min<int64_t>(Kernels::kMaxRows, p.m - first);
+      part.x = static_cast<const T*>(p.x) + first * p.x_stride;
+      part.out = static_cast<T*>(p.out) + first * p.n;
+      Kernels::template launch<T>(launcher, part);
+    }
+  });
+}
+
+// On Hopper, where arch::kHasHopperKernels: gemv_sm90.cu and flat_gemm_sm90.cu. The latter says whether it could.
+void launch_gemv_sm90(const Launcher& launcher, const LinearParams& p);
+bool launch_flat_gemm_sm90(const Launcher& launcher, const LinearParams& p);
+
+// Up to 48 rows of x on weights as they are stored: the matrix units of each machine in their own way.
+void launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p);
 
 // out [..., N] of a call that passed require_vector_rows.
 Tensor run_gemv(const Launcher& launcher, const contract::Linear& call);

@@ -13,7 +13,7 @@
 // Floor: the bytes of q, scales and offsets over the memory bandwidth; close to it, what decoding costs.
 #pragma once
 
-#include "linear_arch_sm80.cuh"
+#include "dequantize_kernel.cuh"
 #include "linear_epilogue.cuh"
 
 namespace flashdecpp {
@@ -92,17 +92,6 @@ __device__ __forceinline__ void exchange_words(uint4& v) {
   swap(v.z, v.w, 1);
   swap(v.x, v.z, 2);
   swap(v.y, v.w, 2);
-}
-
-// Scales and offsets as they are loaded; what they say is worked out when it is needed.
-__device__ __forceinline__ uint32_t load_parameter(const void* data, DType dtype, int64_t index) {
-  const bool wide = dtype == DType::kFloat32;
-  return arch::load_2_or_4_bytes(static_cast<const unsigned char*>(data) + index * (wide ? 4 : 2), wide);
-}
-
-__device__ __forceinline__ float parameter(uint32_t bits, DType dtype) {
-  if (dtype == DType::kFloat16) return arch::to_float(__ushort_as_half(static_cast<unsigned short>(bits)));
-  return __uint_as_float(dtype == DType::kBFloat16 ? bits << 16 : bits);
 }
 
 // What a lane has in flight of one row for one step: its part of 128 weights, and the scale and the offset of one
@@ -280,30 +269,6 @@ __global__ void __launch_bounds__(G::kThreads, 2)
   if (!waited) wait_for_previous_kernel();
 
   write_wave_sums<T, G>(p, sums, first_n);
-}
-
-// out[n, k] of p.dtype: a weight for the BLAS. Grid: (K / 256, N).
-template <class T>
-__global__ void dequantize_kernel(QuantizedLinearParams p, T* out) {
-  const int64_t k = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (k >= p.k) return;
-  for (int64_t n = blockIdx.y; n < p.n; n += gridDim.y) {
-    const auto* row = static_cast<const unsigned char*>(p.weight) + n * p.weight_stride;
-    const int64_t group = k / p.group;
-    const auto at = [&](const void* data, int64_t stride) {
-      return parameter(load_parameter(data, p.scales_dtype, n * stride + group), p.scales_dtype);
-    };
-    const float scale = at(p.scales, p.scales_stride);
-    float offset = p.offsets ? at(p.offsets, p.offsets_stride) : 0.f;
-    int q;
-    if (p.bits == 8) {
-      q = static_cast<signed char>(row[k]);
-    } else {
-      q = row[k / 32 * 16 + k % 16] >> (k % 32 / 16 * 4) & 15;
-      if (!p.offsets) offset = -8.f * scale;
-    }
-    out[n * p.k + k] = arch::from_float<T>(scale * static_cast<float>(q) + offset);
-  }
 }
 
 }  // namespace flashdecpp

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define __grid_constant__  // parameters are read where they are
 
@@ -36,12 +37,11 @@ struct float8 {
       bits = static_cast<uint8_t>(sign | (((wide + 0x7ffff + odd) >> 20) - (120 << 3)));
     }
   }
+  // The exponent and the mantissa are where float has them, the bias is put right by a product: of subnormals, too.
   __device__ explicit operator float() const {
-    const uint32_t exponent = bits >> 3 & 15, mantissa = bits & 7, sign = (bits & 0x80u) << 24;
-    if ((bits & 0x7f) == 0x7f) return __uint_as_float(0x7fc00000);
-    const float subnormal = static_cast<float>(mantissa) * 0x1p-9f;
-    const uint32_t normal = (exponent + 120) << 23 | mantissa << 20;
-    return __uint_as_float(sign | (exponent == 0 ? __float_as_uint(subnormal) : normal));
+    const uint32_t sign = (bits & 0x80u) << 24, magnitude = bits & 0x7fu;
+    const float value = __uint_as_float(sign | magnitude << 20) * 0x1p120f;
+    return magnitude == 0x7f ? __uint_as_float(0x7fc00000) : value;
   }
 };
 
@@ -52,11 +52,13 @@ inline constexpr int kWaveSize = 64;
 #endif
 inline constexpr int kTileN = 16, kTilesOf16 = 1;
 inline constexpr int kBlockSharedBytes = 64 * 1024;
-inline constexpr bool kHasTensorCopies = false;
+inline constexpr bool kHasTensorCopies = false, kWidenedInOrder = true;
 
 // ---- lanes ----------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ int lane() { return threadIdx.x % kWaveSize; }
-__device__ __forceinline__ int wave() { return threadIdx.x / kWaveSize; }
+// Into a scalar register, of which there are enough.
+__device__ __forceinline__ int uniform(int x) { return __builtin_amdgcn_readfirstlane(x); }
+__device__ __forceinline__ int wave() { return uniform(threadIdx.x / kWaveSize); }
 
 __device__ __forceinline__ float exchange_xor(float value, int mask) { return __shfl_xor(value, mask, kWaveSize); }
 __device__ __forceinline__ uint32_t exchange_xor(uint32_t value, int mask) {
@@ -79,6 +81,19 @@ __device__ __forceinline__ void wave_sync() {
 }
 
 __device__ __forceinline__ float exp2_approx(float x) { return __builtin_amdgcn_exp2f(x); }
+
+// A wave of 32 has no registers for more loads than are asked for at a time.
+__device__ __forceinline__ void steps_part() {
+  if constexpr (kWaveSize == 32) __builtin_amdgcn_sched_barrier(0);
+}
+
+// Addresses of 8 KiB of copies and of whole tiles are not worth the registers that the compiler would give them.
+__device__ __forceinline__ int recomputed(int x) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  asm volatile("" : "+v"(x));
+#endif
+  return x;
+}
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ unsigned char* dynamic_shared() {
@@ -104,6 +119,9 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   const Words v = __builtin_nontemporal_load(static_cast<const Words*>(p));
   return make_uint4(v[0], v[1], v[2], v[3]);
 }
+__device__ __forceinline__ uint32_t load_2_or_4_bytes(const void* p, bool wide) {
+  return wide ? *static_cast<const uint32_t*>(p) : *static_cast<const uint16_t*>(p);
+}
 __device__ __forceinline__ void store_wide(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
 __device__ __forceinline__ int32_t load_fresh(const int32_t* p) {
   return __hip_atomic_load(p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
@@ -125,6 +143,7 @@ __device__ __forceinline__ int outer() { return lane() % 16; }
 __device__ __forceinline__ int first_k() { return kWaveSize == 64 ? lane() / 16 * 4 : 0; }
 
 using Bits = uint16_t;  // of half or bfloat16
+using Bits8 = unsigned char;
 using Inner = Bits __attribute__((vector_size(kInner * 2)));
 
 template <class T>
@@ -135,16 +154,19 @@ template <class T>
 struct TileB {
   Inner v;
 };
+// What the instruction calls C is the transpose of this one, as mma() swaps its factors, whose layouts are alike: so a
+// lane's values are of one row, and where they are the left factor of the next product, they are where that needs them.
 struct TileC {
-  static constexpr int kValues = 256 / kWaveSize, kRowSlots = kValues, kRowLanes = 16;
+  static constexpr int kValues = 256 / kWaveSize, kRowSlots = 1, kRowLanes = kWaveSize / 16, kRowStride = 16;
   float v[kValues] = {};
 
-  static constexpr __host__ __device__ int slot(int i) { return i; }
-  static __device__ __forceinline__ int slot_row(int slot) {
-    return kWaveSize == 64 ? lane() / 16 * 4 + slot : slot * 2 + lane() / 16;
+  static constexpr __host__ __device__ int slot(int) { return 0; }
+  static __device__ __forceinline__ int slot_row(int) { return lane() % 16; }
+  static __device__ __forceinline__ bool leads_row() { return lane() < 16; }
+  static __device__ __forceinline__ int row(int) { return lane() % 16; }
+  static __device__ __forceinline__ int col(int i) {
+    return kWaveSize == 64 ? lane() / 16 * 4 + i : i * 2 + lane() / 16;
   }
-  static __device__ __forceinline__ int row(int i) { return slot_row(i); }
-  static __device__ __forceinline__ int col(int) { return lane() % 16; }
 };
 
 template <class T>
@@ -183,11 +205,13 @@ __device__ __forceinline__ void load_b(TileB<T>& tile, const T* p, int stride) {
 __device__ __forceinline__ constexpr int widened_k(int k) { return k; }
 __device__ __forceinline__ constexpr int widened_column(int, int n) { return n; }
 
+// Exactly: float8 has fewer bits than either.
 template <class T>
 __device__ __forceinline__ Bits widened(const unsigned char* chunk, int index) {
   float8 narrow;
   narrow.bits = chunk[index];
-  return round_to<T>(static_cast<float>(narrow));
+  const float value = static_cast<float>(narrow);
+  return std::is_same_v<T, half> ? round_to<half>(value) : static_cast<Bits>(__float_as_uint(value) >> 16);
 }
 
 template <class T, class Rows>
@@ -219,26 +243,50 @@ __device__ __forceinline__ void load_b_transposed(TileB<T> (&tiles)[kTilesOf16],
   }
 }
 
-// Every lane asks the owners of its row of A for the values along K: values in pairs, as each fits a word.
-template <class T>
-__device__ __forceinline__ void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) {
-  constexpr int pairs = TileC::kValues / 2;
-  const int row = outer();
-  const int owner = kWaveSize == 64 ? row / 4 * 16 : row % 2 * 16, index = kWaveSize == 64 ? row % 4 : row / 2;
-  uint32_t packed[pairs];
-#pragma unroll
-  for (int i = 0; i < pairs; ++i) {
-    packed[i] = round_to<T>(c[0].v[2 * i]) | static_cast<uint32_t>(round_to<T>(c[0].v[2 * i + 1])) << 16;
-  }
+// A lane reads `run` neighbours of every key at once, one for each of the tiles.
+template <int run, int ahead, class T, class Rows>
+__device__ __forceinline__ void load_b_interleaved(TileB<T> (&b)[ahead][kTilesOf16], int at, const Rows& rows, int j) {
+  using Element = typename Rows::Element;
+  constexpr int bytes = run * sizeof(Element), in_chunk = 16 / bytes;  // what one read is of a chunk
+  struct alignas(bytes) Neighbours {
+    Bits8 bytes[run * sizeof(Element)];
+  };
 #pragma unroll
   for (int e = 0; e < kInner; ++e) {
-    uint32_t chosen = 0;
+    const unsigned char* chunk =
+        rows.moved(rows.chunk(first_k() + e, 0), j * static_cast<int>(sizeof(Element)) + outer() / in_chunk);
+    Neighbours read;
+    memcpy(&read, __builtin_assume_aligned(chunk + outer() % in_chunk * bytes, bytes), bytes);
 #pragma unroll
-    for (int i = 0; i < pairs; ++i) {
-      const uint32_t pair = __shfl(packed[i], owner + first_k() + e, kWaveSize);
-      if (index / 2 == i) chosen = pair;
+    for (int t = 0; t < run; ++t) {
+      if constexpr (sizeof(Element) == sizeof(T)) {
+        Bits bits;
+        memcpy(&bits, read.bytes + t * sizeof(Bits), sizeof(bits));
+        b[at + t][0].v[e] = bits;
+      } else {
+        b[at + t][0].v[e] = widened<T>(read.bytes, t);
+      }
     }
-    a.v[e] = static_cast<Bits>(index % 2 ? chosen >> 16 : chosen);
+  }
+}
+
+// MFMA leaves a lane's values where they are needed; WMMA has given the odd ones along K to the other half of the wave.
+template <class T>
+__device__ __forceinline__ void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) {
+  if constexpr (kInner == TileC::kValues) {
+#pragma unroll
+    for (int e = 0; e < kInner; ++e) a.v[e] = round_to<T>(c[0].v[e]);
+  } else {
+    const bool odd = lane() / 16;
+#pragma unroll
+    for (int i = 0; i < TileC::kValues; i += 2) {
+      const uint32_t mine = round_to<T>(c[0].v[i]) | static_cast<uint32_t>(round_to<T>(c[0].v[i + 1])) << 16;
+      const uint32_t other = exchange_xor(mine, 16), even_k = odd ? other : mine, odd_k = odd ? mine : other;
+      a.v[2 * i] = static_cast<Bits>(even_k);
+      a.v[2 * i + 1] = static_cast<Bits>(odd_k);
+      a.v[2 * i + 2] = static_cast<Bits>(even_k >> 16);
+      a.v[2 * i + 3] = static_cast<Bits>(odd_k >> 16);
+    }
   }
 }
 
@@ -252,8 +300,8 @@ __device__ __forceinline__ Factor factor(const Inner& v) {
   return as;
 }
 
-__device__ __forceinline__ Sums add_product(const Sums& sums, const TileA<half>& a, const TileB<half>& b) {
-  using Factor = _Float16 __attribute__((vector_size(kInner * 2)));
+__device__ __forceinline__ Sums add_product(const Sums& sums, const TileB<half>& a, const TileA<half>& b) {
+  using Factor [[maybe_unused]] = _Float16 __attribute__((vector_size(kInner * 2)));
 #if defined(__GFX11__)
   return __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(factor<Factor>(a.v), factor<Factor>(b.v), sums);
 #elif defined(__gfx90a__) || defined(__gfx942__)
@@ -263,8 +311,8 @@ __device__ __forceinline__ Sums add_product(const Sums& sums, const TileA<half>&
 #endif
 }
 
-__device__ __forceinline__ Sums add_product(const Sums& sums, const TileA<bfloat16>& a, const TileB<bfloat16>& b) {
-  using Factor = short __attribute__((vector_size(kInner * 2)));
+__device__ __forceinline__ Sums add_product(const Sums& sums, const TileB<bfloat16>& a, const TileA<bfloat16>& b) {
+  using Factor [[maybe_unused]] = short __attribute__((vector_size(kInner * 2)));
 #if defined(__GFX11__)
   return __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32(factor<Factor>(a.v), factor<Factor>(b.v), sums);
 #elif defined(__gfx90a__) || defined(__gfx942__)
@@ -278,7 +326,7 @@ template <class T>
 __device__ __forceinline__ void mma(TileC& c, const TileA<T>& a, const TileB<T>& b) {
   Sums sums;
   memcpy(&sums, c.v, sizeof(sums));
-  sums = add_product(sums, a, b);
+  sums = add_product(sums, b, a);
   memcpy(c.v, &sums, sizeof(sums));
 }
 
@@ -290,5 +338,13 @@ __device__ __forceinline__ void store(T* p, int stride, const TileC& c) {
     memcpy(static_cast<void*>(p + TileC::row(i) * stride + TileC::col(i)), &bits, sizeof(bits));
   }
 }
+
+// ---- decode attention -----------------------------------------------------------------------------------------------
+// A wave of 32 needs twice the registers for a tile, and four times for a factor, which both halves have whole.
+struct Walk {
+  static constexpr int kQueryColumns = kWaveSize == 64 ? 192 : 0;
+  static constexpr int ahead(int /*row_tiles*/) { return kWaveSize == 64 ? 4 : 2; }
+  static constexpr int run(int head_dim) { return kWaveSize == 64 && head_dim % 64 == 0 ? 4 : 2; }
+};
 
 }  // namespace flashdecpp::arch

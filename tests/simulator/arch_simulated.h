@@ -21,7 +21,7 @@ inline constexpr int kWaveSize = simulated::kWave;
 inline constexpr int kTileN = Layout::kN;
 inline constexpr int kTilesOf16 = 16 / kTileN;
 inline constexpr int kBlockSharedBytes = 160 * 1024;
-inline constexpr bool kHasTensorCopies = false;
+inline constexpr bool kHasTensorCopies = false, kWidenedInOrder = true;
 
 // ---- element types --------------------------------------------------------------------------------------------------
 using half = _Float16;
@@ -94,6 +94,13 @@ inline bool wave_any(bool value) {
 }
 inline void wave_sync() { simulated::machine().exchange(0, "wave_sync"); }
 
+inline void steps_part() {}
+inline int uniform(int x) {
+  if (take_from(x, 0, "uniform") != x) simulated::fail("uniform: lanes differ");
+  return x;
+}
+inline int recomputed(int x) { return x; }
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
@@ -124,6 +131,9 @@ void copy_wait() {
 }
 
 inline uint4 load_stream(const void* p) { return *static_cast<const uint4*>(p); }
+inline uint32_t load_2_or_4_bytes(const void* p, bool wide) {
+  return wide ? *static_cast<const uint32_t*>(p) : *static_cast<const uint16_t*>(p);
+}
 inline void store_wide(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
 inline int32_t load_fresh(const int32_t* p) { return *p; }
 inline void publish(uint64_t* flag, uint64_t value) { *flag = value; }
@@ -144,11 +154,12 @@ struct TileB {
 };
 struct TileC {
   static constexpr int kValues = Layout::kC;
-  static constexpr int kRowSlots = Layout::kRowSlots, kRowLanes = Layout::kRowLanes;
+  static constexpr int kRowSlots = Layout::kRowSlots, kRowLanes = Layout::kRowLanes, kRowStride = 1;
   float v[kValues] = {};
 
   static constexpr int slot(int i) { return i / (kValues / kRowSlots); }
   static int slot_row(int slot) { return Layout::c_row(lane(), slot * (kValues / kRowSlots)); }
+  static bool leads_row() { return lane() % kRowLanes == 0; }
   static int row(int i) { return Layout::c_row(lane(), i); }
   static int col(int i) { return Layout::c_col(lane(), i); }
 };
@@ -238,5 +249,11 @@ template <class T>
 void store(T* p, int stride, const TileC& c) {
   for (int i = 0; i < TileC::kValues; ++i) narrow(p[TileC::row(i) * stride + TileC::col(i)], c.v[i]);
 }
+
+struct Walk {
+  static constexpr int kQueryColumns = 192;
+  static constexpr int ahead(int row_tiles) { return row_tiles > 1 ? 2 : 4; }
+  static constexpr int run(int /*head_dim*/) { return 1; }
+};
 
 }  // namespace flashdecpp::arch

@@ -4,11 +4,24 @@
 
 #include "checks.h"
 #include "decode_attention_kernel.cuh"
+#if defined(USE_ROCM)
+#include "hip/attention_ring_amd.h"
+#endif
 #include "heuristics.h"
 
 using namespace flashdecpp;
 
 namespace {
+
+#if defined(USE_ROCM)
+using Shape = BlockShape<4, 1, 1, 4>;
+template <class Tile>
+using MachineRing = RegisterRing<Tile>;
+#else
+using Shape = BlockShape<4, 2, 1, 4>;
+template <class Tile>
+using MachineRing = StagedRing<Tile>;
+#endif
 
 struct Case {
   std::vector<int> lengths;
@@ -77,8 +90,8 @@ void compare(const Case& c, const AttentionParams& p, const simulated::Tensor<T>
 
 template <class T, class KV, int dims, int row_tiles, class Policy>
 void run(const Case& c, const std::string& name) {
-  using Tile = AttentionTile<T, KV, dims, row_tiles, BlockShape<4, 2, 1, 4>>;
-  using Ring = StagedRing<Tile>;
+  using Tile = AttentionTile<T, KV, dims, row_tiles, Shape>;
+  using Ring = MachineRing<Tile>;
   const int batch = static_cast<int>(c.lengths.size());
   const int longest = std::max(*std::max_element(c.lengths.begin(), c.lengths.end()), 1);
   const int max_blocks = c.paged ? (longest + c.block_size - 1) / c.block_size : 1;

@@ -54,6 +54,7 @@ template <class T>
 T __shfl_xor(T value, int mask, int = simulated::kWave) {
   return simulated::take_from(value, simulated::lane() ^ mask, "__shfl_xor");
 }
+inline int __builtin_amdgcn_readfirstlane(int value) { return value; }  // of the lanes that are there: no meeting
 inline unsigned long long __ballot(bool value) {
   const auto* lanes = simulated::machine().exchange(value, "__ballot");
   unsigned long long ballot = 0;
@@ -65,6 +66,7 @@ inline int __ffsll(unsigned long long bits) { return bits == 0 ? 0 : __builtin_c
 
 #define __builtin_amdgcn_fence(...) static_cast<void>(0)
 #define __builtin_amdgcn_wave_barrier() static_cast<void>(simulated::machine().exchange(0, "wave_barrier"))
+#define __builtin_amdgcn_sched_barrier(...) static_cast<void>(0)
 #define __builtin_amdgcn_s_sleep(...) simulated::machine().wait("await")
 #define __builtin_amdgcn_exp2f(x) std::exp2(x)
 #define __builtin_nontemporal_load(p) (*(p))

@@ -1,0 +1,59 @@
+#include "flat_gemm_sm90.cuh"
+
+#include "linear.h"
+#include "weight_map.h"
+
+namespace flashdecpp {
+namespace {
+
+FlatLaunch flat_launch(const DeviceProperties& device, int64_t n, int64_t k) {
+  constexpr int late_stages = 2;
+  const int32_t cluster = choose_flat_cluster(device, n, k);
+  const bool fills = (n + 63) / 64 * cluster > device.multiprocessors;
+  return {cluster, fills ? INT32_MAX : late_stages};
+}
+
+template <class T, int rows>
+void launch_ring(const Launcher& launcher, const LinearParams& p) {
+  using R = FlatRing<rows>;
+  const CUtensorMap weight_map =
+      matrix_map("flat_gemm", p.weight, p.n, p.k, p.weight_stride, R::kBlockN, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+  const CUtensorMap x_map =
+      matrix_map("flat_gemm", p.x, p.m, p.k, p.x_stride, static_cast<int>(p.m), CU_TENSOR_MAP_L2_PROMOTION_NONE);
+  const FlatLaunch launch = flat_launch(launcher.properties(), p.n, p.k);
+  const auto kernel = flat_ring_kernel<T, R>;
+  launcher.allow_shared_memory(kernel, R::kSharedBytes);
+  const auto blocks = static_cast<unsigned>((p.n + R::kBlockN - 1) / R::kBlockN * launch.cluster);
+  launcher.overlapping_clusters(kernel, launch.cluster, blocks, R::kThreads, R::kSharedBytes, p, weight_map, x_map,
+                                launch);
+}
+
+struct FlatRings {
+  static constexpr int kMaxRows = 128;
+
+  template <class T>
+  static void launch(const Launcher& launcher, const LinearParams& p) {
+    if (p.m <= 8) {
+      launch_ring<T, 8>(launcher, p);
+    } else if (p.m <= 16) {
+      launch_ring<T, 16>(launcher, p);
+    } else if (p.m <= 32) {
+      launch_ring<T, 32>(launcher, p);
+    } else if (p.m <= 64) {
+      launch_ring<T, 64>(launcher, p);
+    } else {
+      launch_ring<T, 128>(launcher, p);
+    }
+  }
+};
+
+}  // namespace
+
+bool launch_flat_gemm_sm90(const Launcher& launcher, const LinearParams& p) {
+  if (!fits_matrix_map(p.weight, p.n, p.k, p.weight_stride) || !fits_matrix_map(p.x, p.m, p.k, p.x_stride))
+    return false;
+  launch_parts<FlatRings>(launcher, p);
+  return true;
+}
+
+}  // namespace flashdecpp

@@ -1,0 +1,34 @@
+#include "gemv_sm90.cuh"
+
+#include "linear.h"
+
+namespace flashdecpp {
+namespace {
+
+template <class T, class G>
+void launch_tensor(const Launcher& launcher, const LinearParams& p) {
+  const auto blocks = static_cast<unsigned>((p.n + G::kBlockN - 1) / G::kBlockN);
+  launcher.overlapping(tensor_gemv_kernel<T, G>, blocks, G::kThreads, 0, p);
+}
+
+// The matrix units, up to 16 rows of x. The loads that a block has in flight hold 1024 or 2048 columns of K: no more
+// than there are, else of more rows.
+struct TensorGemvs {
+  static constexpr int kMaxRows = 16;
+
+  template <class T>
+  static void launch(const Launcher& launcher, const LinearParams& p) {
+    if (p.m <= 8) {
+      return p.k <= 1024 ? launch_tensor<T, TensorGemv<1, 2, 4>>(launcher, p)
+                         : launch_tensor<T, TensorGemv<1, 1, 8>>(launcher, p);
+    }
+    return p.k <= 1024 ? launch_tensor<T, TensorGemv<2, 2, 4>>(launcher, p)
+                       : launch_tensor<T, TensorGemv<2, 1, 8>>(launcher, p);
+  }
+};
+
+}  // namespace
+
+void launch_gemv_sm90(const Launcher& launcher, const LinearParams& p) { launch_parts<TensorGemvs>(launcher, p); }
+
+}  // namespace flashdecpp

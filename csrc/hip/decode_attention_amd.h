@@ -1,0 +1,23 @@
+// Decode attention on AMD machines. Host code is compiled once for all of them: what it sees of a block is the same on
+// all, and 64 KiB hold it.
+#pragma once
+
+#include "attention_ring_amd.h"
+#include "decode_attention_launch.cuh"
+
+namespace flashdecpp {
+
+template <int dims, int row_tiles>
+struct Machine<CopyKind::kRegisters, dims, row_tiles> {
+  template <class Tile>
+  using Ring = RegisterRing<Tile>;
+  using Shape = BlockShape<(dims * row_tiles <= 128 ? 4 : 2), 1, 1, 4>;
+  static constexpr int kSharedBytes = arch::kBlockSharedBytes, kMostRowTiles = 1;
+};
+
+template <class Tile>
+typename RegisterRing<Tile>::Source ring_source(const AttentionParams&, RegisterRing<Tile>*) {
+  return {};
+}
+
+}  // namespace flashdecpp

@@ -1,0 +1,72 @@
+#!/bin/sh
+# What compiles for AMD GPUs on a Debian machine that has neither ROCm nor such a GPU: clang from this Debian, HIP's
+# headers and device libraries from later ones, unpacked below a folder and installed nowhere.
+#
+#   csrc/hip/toolchain.sh FOLDER     writes FOLDER/compiler and FOLDER/flags, a flag a line
+#
+# Later suites move on, so no version is asked for: the first suite that has a package gives it.
+set -eu
+
+stop() {
+  echo "flashdecpp: no HIP toolchain: $1. On a machine with ROCm, pip install . needs none" >&2
+  exit 1
+}
+
+[ $# -eq 1 ] || stop "usage: $0 FOLDER"
+[ -f "$1/flags" ] && exit 0
+mkdir -p "$1" || stop "$1 cannot be made"
+folder=$(cd "$1" && pwd)
+command -v apt-get >/dev/null && command -v dpkg >/dev/null || stop "this is no Debian (there is no apt-get)"
+
+find_clang() {
+  for name in clang++-19 clang++-20 clang++-18 clang++-17; do
+    path=$(command -v "$name") || continue
+    [ -e "$(dirname "$(readlink -f "$path")")/lld" ] || continue
+    "$path" --print-targets 2>/dev/null | grep -q amdgcn && echo "$path" && return 0
+  done
+  return 1
+}
+if ! clang=$(find_clang); then
+  [ "$(id -u)" = 0 ] || stop "clang-19, lld-19 and llvm-19 are missing; as root: apt-get install clang-19 lld-19 llvm-19"
+  { apt-get update -q && apt-get install -y -q --no-install-recommends clang-19 lld-19 llvm-19; } \
+    >"$folder/apt.log" 2>&1 || stop "clang-19 could not be installed; $folder/apt.log says why"
+  clang=$(find_clang) || stop "the clang that was installed has no AMDGPU backend"
+fi
+
+# apt with a state of its own, so that the machine's is not touched.
+keys=/usr/share/keyrings/debian-archive-keyring.gpg
+[ -f $keys ] || stop "$keys is missing: is this Debian?"
+mirror=$(apt-get indextargets --format '$(REPO_URI)' | grep debian | grep -v security | head -n 1)
+[ -n "$mirror" ] || mirror=http://deb.debian.org/debian/
+mkdir -p "$folder/apt/lists/partial" "$folder/apt/cache/archives/partial" "$folder/packages"
+for suite in trixie forky sid; do echo "deb [signed-by=$keys] $mirror $suite main"; done >"$folder/apt/sources.list"
+cat >"$folder/apt/apt.conf" <<END
+Dir::Etc::sourcelist "$folder/apt/sources.list"; Dir::Etc::sourceparts "/dev/null";
+Dir::Etc::preferencesparts "/dev/null"; Dir::State::lists "$folder/apt/lists"; Dir::State::status "/dev/null";
+Dir::Cache "$folder/apt/cache"; APT::Sandbox::User "root"; Acquire::Languages "none";
+END
+export APT_CONFIG="$folder/apt/apt.conf"
+apt-get update -q >"$folder/apt.log" 2>&1 || true # one suite of three may be missing
+
+get() { # the first of the packages, NAME/SUITE, that there is
+  for package in "$@"; do
+    (cd "$folder/packages" && apt-get download -q "$package") >>"$folder/apt.log" 2>&1 && return 0
+  done
+  stop "none of $* could be downloaded from $mirror; $folder/apt.log says why"
+}
+get libamdhip64-dev/forky libamdhip64-dev/sid libamdhip64-dev/trixie
+get librocthrust-dev/forky librocthrust-dev/sid librocthrust-dev/trixie
+get librocprim-dev/forky librocprim-dev/sid librocprim-dev/trixie
+get rocm-device-libs-17/trixie rocm-device-libs-17/forky rocm-device-libs/trixie
+for package in "$folder"/packages/*.deb; do dpkg -x "$package" "$folder/root"; done
+
+bitcode=$(find "$folder/root" -type d -path '*amdgcn/bitcode' | head -n 1)
+[ -n "$bitcode" ] || stop "the device libraries hold no amdgcn/bitcode"
+[ -f "$folder/root/usr/include/hip/hip_runtime.h" ] || stop "the packages hold no hip/hip_runtime.h"
+echo "$clang" >"$folder/compiler"
+cat >"$folder/flags" <<END
+-isystem
+$folder/root/usr/include
+--rocm-path=$folder/root/usr
+--rocm-device-lib-path=$bitcode
+END
