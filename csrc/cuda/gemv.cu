@@ -48,13 +48,7 @@ Tensor run_gemv(const Launcher& launcher, const contract::Linear& call) {
   if (p.m == 0 || p.n == 0) return result;
   p.out = View(result).data;
 
-  if constexpr (arch::kHasHopperKernels) {
-    if (launcher.hopper_kernels()) {
-      launch_gemv_sm90(launcher, p);
-      return result;
-    }
-  }
-  launch_parts<GenericGemv>(launcher, p);
+  if (!launch_matrix_gemv(launcher, p)) launch_parts<GenericGemv>(launcher, p);
   return result;
 }
 

@@ -29,6 +29,10 @@ struct TensorGemvs {
 
 }  // namespace
 
-void launch_gemv_sm90(const Launcher& launcher, const LinearParams& p) { launch_parts<TensorGemvs>(launcher, p); }
+bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
+  if (!launcher.hopper_kernels()) return false;
+  launch_parts<TensorGemvs>(launcher, p);
+  return true;
+}
 
 }  // namespace flashdecpp

@@ -50,12 +50,13 @@ void launch_parts(const Launcher& launcher, const LinearParams& p) {
   });
 }
 
-// On Hopper, where arch::kHasHopperKernels: gemv_sm90.cu and flat_gemm_sm90.cu. The latter says whether it could.
-void launch_gemv_sm90(const Launcher& launcher, const LinearParams& p);
-bool launch_flat_gemm_sm90(const Launcher& launcher, const LinearParams& p);
-
-// Up to 48 rows of x on weights as they are stored: the matrix units of each machine in their own way.
+// What each machine does on its matrix units in its own way: gemv_sm90.cu and quantized_gemv.cu on NVIDIA machines,
+// csrc/hip/stream_gemv.hip on AMD's. The first says whether it did: else GenericGemv has to.
+bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p);
 void launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p);
+
+// On Hopper, where arch::kHasHopperKernels (flat_gemm_sm90.cu); whether it did.
+bool launch_flat_gemm_sm90(const Launcher& launcher, const LinearParams& p);
 
 // out [..., N] of a call that passed require_vector_rows.
 Tensor run_gemv(const Launcher& launcher, const contract::Linear& call);

@@ -36,7 +36,7 @@ __device__ __forceinline__ void write_wave_sums(const LinearParams& p,
     for (int j = 0; j < G::kRowTiles; ++j) {
 #pragma unroll
       for (int e = 0; e < arch::TileC::kValues; ++e) {
-        parts[arch::wave()][j * 8 + arch::TileC::col(e)][i * 16 + arch::TileC::row(e)] = sums[i][j].v[e];
+        parts[arch::wave()][j * arch::kTileN + arch::TileC::col(e)][i * 16 + arch::TileC::row(e)] = sums[i][j].v[e];
       }
     }
   }

@@ -4,6 +4,12 @@
 
 #include "simulated_gpu.h"
 
+inline _Float16 __ushort_as_half(unsigned short bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 namespace flashdecpp::arch {
 
 // Where a lane's value e of a tile lies: A is 16 x 16, B 16 x kN, C 16 x kN.
@@ -70,6 +76,14 @@ using simulated::lane;
 using simulated::of_lane;
 using simulated::take_from;
 inline int wave() { return static_cast<int>(simulated::machine().thread() / kWaveSize); }
+
+inline float __shfl_sync(unsigned, float value, int source) { return take_from(value, source, "__shfl_sync"); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
 
 inline float exchange_xor(float value, int mask) { return take_from(value, lane() ^ mask, "exchange_xor"); }
 inline uint32_t exchange_xor(uint32_t value, int mask) { return take_from(value, lane() ^ mask, "exchange_xor"); }
@@ -144,14 +158,23 @@ inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
 
 // ---- matrix tiles --------------------------------------------------------------------------------------------------
+// Two elements a word, as kernels that make factors themselves have them.
 template <class T>
 struct TileA {
-  T v[Layout::kA];
+  uint32_t v[Layout::kA / 2];
 };
 template <class T>
 struct TileB {
-  T v[Layout::kB];
+  uint32_t v[Layout::kB / 2];
 };
+template <class T>
+T& element(TileA<T>& tile, int e) {
+  return reinterpret_cast<T*>(tile.v)[e];
+}
+template <class T>
+T& element(TileB<T>& tile, int e) {
+  return reinterpret_cast<T*>(tile.v)[e];
+}
 struct TileC {
   static constexpr int kValues = Layout::kC;
   static constexpr int kRowSlots = Layout::kRowSlots, kRowLanes = Layout::kRowLanes, kRowStride = 1;
@@ -167,12 +190,12 @@ struct TileC {
 template <class T>
 void load_a(TileA<T>& tile, const T* p, int stride) {
   wave_sync();
-  for (int e = 0; e < Layout::kA; ++e) tile.v[e] = p[Layout::a_row(lane(), e) * stride + Layout::a_k(lane(), e)];
+  for (int e = 0; e < Layout::kA; ++e) element(tile, e) = p[Layout::a_row(lane(), e) * stride + Layout::a_k(lane(), e)];
 }
 template <class T>
 void load_b(TileB<T>& tile, const T* p, int stride) {
   wave_sync();
-  for (int e = 0; e < Layout::kB; ++e) tile.v[e] = p[Layout::b_n(lane(), e) * stride + Layout::b_k(lane(), e)];
+  for (int e = 0; e < Layout::kB; ++e) element(tile, e) = p[Layout::b_n(lane(), e) * stride + Layout::b_k(lane(), e)];
 }
 
 inline constexpr int widened_k(int k) { return k; }
@@ -192,7 +215,7 @@ void load_b(TileB<T> (&tiles)[kTilesOf16], const Rows& rows, int j) {
   for (int t = 0; t < kTilesOf16; ++t) {
     for (int e = 0; e < Layout::kB; ++e) {
       const int n = t * kTileN + Layout::b_n(lane(), e);
-      narrow(tiles[t].v[e], element_of(rows, n, 16 * j + Layout::b_k(lane(), e)));
+      narrow(element(tiles[t], e), element_of(rows, n, 16 * j + Layout::b_k(lane(), e)));
     }
   }
 }
@@ -202,7 +225,7 @@ void load_b_transposed(TileB<T> (&tiles)[kTilesOf16], const Rows& rows, int j) {
   for (int t = 0; t < kTilesOf16; ++t) {
     for (int e = 0; e < Layout::kB; ++e) {
       const int n = t * kTileN + Layout::b_n(lane(), e);
-      narrow(tiles[t].v[e], element_of(rows, Layout::b_k(lane(), e), 16 * j + n));
+      narrow(element(tiles[t], e), element_of(rows, Layout::b_k(lane(), e), 16 * j + n));
     }
   }
 }
@@ -223,7 +246,7 @@ void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) {
       }
     }
   }
-  for (int e = 0; e < Layout::kA; ++e) narrow(a.v[e], whole[Layout::a_row(lane(), e)][Layout::a_k(lane(), e)]);
+  for (int e = 0; e < Layout::kA; ++e) narrow(element(a, e), whole[Layout::a_row(lane(), e)][Layout::a_k(lane(), e)]);
 }
 
 template <class T>
@@ -235,9 +258,9 @@ void mma(TileC& c, const TileA<T>& a, const TileB<T>& b) {
   const auto* lanes = simulated::machine().exchange(Factors{a, b}, "mma");
   float left[16][16], right[16][kTileN];
   for (int l = 0; l < kWaveSize; ++l) {
-    const Factors factors = of_lane<Factors>(lanes, l);
-    for (int e = 0; e < Layout::kA; ++e) left[Layout::a_row(l, e)][Layout::a_k(l, e)] = widened(factors.a.v[e]);
-    for (int e = 0; e < Layout::kB; ++e) right[Layout::b_k(l, e)][Layout::b_n(l, e)] = widened(factors.b.v[e]);
+    Factors factors = of_lane<Factors>(lanes, l);
+    for (int e = 0; e < Layout::kA; ++e) left[Layout::a_row(l, e)][Layout::a_k(l, e)] = widened(element(factors.a, e));
+    for (int e = 0; e < Layout::kB; ++e) right[Layout::b_k(l, e)][Layout::b_n(l, e)] = widened(element(factors.b, e));
   }
   for (int e = 0; e < Layout::kC; ++e) {
     const int row = Layout::c_row(lane(), e), col = Layout::c_col(lane(), e);

@@ -15,6 +15,12 @@ inline unsigned short __half_as_ushort(__half x) {
   return bits;
 }
 
+inline __half __ushort_as_half(unsigned short bits) {
+  __half x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 struct __hip_bfloat16 {
   uint16_t bits;
 };
