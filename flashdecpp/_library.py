@@ -1,4 +1,4 @@
-"""Loads the op libraries into torch: the CPU one always, the CUDA one where this torch has CUDA."""
+"""Loads the op libraries into torch: the CPU one always, that of the GPUs which this torch is built for."""
 
 from __future__ import annotations
 
@@ -43,11 +43,21 @@ def _load_all() -> dict[str, Library]:
         raise ImportError(
             f"flashdecpp's op library {cpu.path} is {cpu.problem}: run `pip install .` in the source folder"
         )
-    cuda = _load("cuda", None if torch.backends.cuda.is_built() else "this torch is built without CUDA")
-    return {library.name: library for library in (cpu, cuda)}
+    problems = {"cuda": None, "hip": None}
+    if torch.version.cuda is None:
+        problems["cuda"] = "this torch is built without CUDA"
+    if torch.version.hip is None:
+        problems["hip"] = "this torch is built without ROCm"
+    gpus = [_load(name, problem) for name, problem in problems.items()]
+    return {library.name: library for library in (cpu, *gpus)}
 
 
 LIBRARIES = _load_all()
+
+
+def gpu_library() -> Library:
+    """The one that serves torch's device type cuda, which ROCm's GPUs are, too; loaded or not."""
+    return LIBRARIES["hip" if torch.version.hip else "cuda"]
 
 
 def cpu_instruction_set() -> str:

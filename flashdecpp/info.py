@@ -10,9 +10,9 @@ import torch
 
 import flashdecpp
 from flashdecpp import _C, ops
-from flashdecpp._library import LIBRARIES, cpu_instruction_set
+from flashdecpp._library import LIBRARIES, cpu_instruction_set, gpu_library
 from flashdecpp.dispatch import Found, find_tables
-from flashdecpp.dispatch.machine import device_name
+from flashdecpp.dispatch.machine import device_name, gfx_target, gpu_properties
 from flashdecpp.dispatch.table import DTYPES, Shape, TableError
 
 _NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -57,12 +57,17 @@ def _gpu_lines() -> Iterator[str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         gigabytes = properties.total_memory / 2**30
+        if target := gfx_target(torch.device("cuda", index)):
+            kind, units = f"{target}, waves of {properties.warp_size}", "compute units"
+        else:
+            kind, units = f"capability {properties.major}.{properties.minor}", "multiprocessors"
         yield (
-            f"  cuda:{index}: {properties.name}, capability {properties.major}.{properties.minor}, "
-            f"{properties.multi_processor_count} multiprocessors, {gigabytes:.0f} GiB"
+            f"  cuda:{index}: {properties.name}, {kind}, {properties.multi_processor_count} {units}, "
+            f"{gigabytes:.0f} GiB"
         )
-    if not LIBRARIES["cuda"].loaded:
-        yield "  cuda: the CUDA op library is not loaded (see above): the runner uses the CPU"
+    if not gpu_library().loaded:
+        name = gpu_library().name
+        yield f"  cuda: the {name} op library is not loaded (see above): the runner uses the CPU"
 
 
 def _kernel_lines() -> Iterator[str]:
@@ -70,12 +75,11 @@ def _kernel_lines() -> Iterator[str]:
     yield "  decode_attention: online softmax, or the unified maximum where phi is given or carried; rows"
     yield "    outside its safe window fall back in the same launch and are counted in fallback_count"
     yield f"    cuda: head_dim {dims} natively; other multiples of 8 are padded to the next (slower)"
-    if torch.cuda.is_available() and LIBRARIES["cuda"].loaded:
-        properties = torch.cuda.get_device_properties(0)
-        device = _C.DeviceProperties(
-            properties.multi_processor_count, 10 * properties.major + properties.minor
-        )
-        if device.arch == 90 and os.environ.get("FLASHDECPP_GPU_KERNELS") != "generic":
+    if torch.cuda.is_available() and gpu_library().loaded:
+        device = gpu_properties(torch.device("cuda", 0))
+        if gfx_target(torch.device("cuda", 0)):
+            yield "    cuda: loads through registers"
+        elif device.arch == 90 and os.environ.get("FLASHDECPP_GPU_KERNELS") != "generic":
             yield "    cuda: loads by tensor copies where block_size is a multiple of 16, else by staged ones"
         else:
             yield "    cuda: loads by staged copies, as on older GPUs"
@@ -94,7 +98,7 @@ def _table_lines(shapes: Sequence[Shape], dtype: str | None) -> Iterator[str]:
     for problem in found.problems:
         yield f"  not used: {problem}"
     devices = [torch.device("cpu")]
-    if torch.cuda.is_available() and LIBRARIES["cuda"].loaded:
+    if torch.cuda.is_available() and gpu_library().loaded:
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
         table = found.tables.get(device_name(device))

@@ -8,6 +8,8 @@ from flashdecpp import _C
 
 H100 = _C.DeviceProperties(multiprocessors=132, arch=90)
 A100 = _C.DeviceProperties(multiprocessors=108, arch=80)
+MI210 = _C.DeviceProperties(multiprocessors=104, arch=0x90A)
+RX_7900_XTX = _C.DeviceProperties(multiprocessors=48, arch=0x1100)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,12 @@ def test_linear_changes_at_the_inflection_points(m: int, k: int, chosen: str) ->
 @given(m=st.integers(1, 512), k=st.integers(1, 1 << 16).filter(lambda k: k % 8))
 def test_a_k_that_vector_loads_cannot_start_on_goes_to_blas(m: int, k: int) -> None:
     assert _C.choose_linear(_C.default_inflection_points(H100), m, k) == "blas"
+
+
+@pytest.mark.parametrize("device", [MI210, RX_7900_XTX])
+def test_without_asynchronous_copies_the_default_rule_has_no_flat_gemm(device) -> None:
+    points = _C.default_inflection_points(device)
+    assert [_C.choose_linear(points, m, 4096) for m in (1, 16, 17)] == ["gemv", "gemv", "blas"]
 
 
 @pytest.mark.parametrize("device", [H100, A100])

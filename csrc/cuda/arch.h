@@ -28,7 +28,9 @@
 //   store(p, stride, c)                    p[row * stride + col] = C[row][col], rounded to half or bfloat16
 //   dynamic_shared()                       the shared memory whose size the launch names, on a multiple of 1024
 //   copy_async(shared, global, valid)      16 bytes, zeros where not valid; copy_commit(), copy_wait<pending>();
-//                                          copy_async<8> for 8 bytes
+//                                          copy_async<8> for 8 bytes. A fourth argument, 16 bytes that may be read in
+//                                          any case, helps where there are no such copies
+//   kMostStages                            buffers that copies can make use of
 //   load_stream(p)                         16 bytes that are read once: past L1
 //   store_wide(p, v)                       16 bytes in one access, also where the compiler would take them apart
 //   load_2_or_4_bytes(p, wide)             the 2 bytes at p, or the 4 where they are wide: for all of the wave or none

@@ -16,6 +16,7 @@ using float8 = __nv_fp8_e4m3;
 inline constexpr int kWaveSize = 32;
 inline constexpr int kTileN = 8;
 inline constexpr bool kWidenedInOrder = false;
+inline constexpr int kMostStages = 8;
 inline constexpr int kBlockSharedBytes = 160 * 1024;  // of an A100's 163 KiB; the host asks what its device allows
 
 __device__ __forceinline__ int lane() { return threadIdx.x % kWaveSize; }
@@ -65,7 +66,8 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 }
 
 template <int bytes = 16>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid,
+                                           const void* /*readable*/ = nullptr) {
   static_assert(bytes == 16 || bytes == 8);
   if constexpr (bytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),

@@ -10,6 +10,8 @@
 // multiprocessor of an H100: 64 to 120 KiB in flight there.
 #pragma once
 
+#include <algorithm>
+
 #include "../heuristics.h"
 #include "linear_epilogue.cuh"
 
@@ -25,7 +27,7 @@ template <class T, int tile_index>
 struct FlatGemm {
   static constexpr FlatTile kTile = kFlatTiles[tile_index];
   static constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kBlockK = kTile.block_k;
-  static constexpr int kStages = kTile.stages_within(arch::kBlockSharedBytes);
+  static constexpr int kStages = std::min(kTile.stages_within(arch::kBlockSharedBytes), arch::kMostStages);
   static constexpr int kThreads = kTile.waves_m * kTile.waves_n * arch::kWaveSize;
   static constexpr int kStride = kBlockK + FlatTile::kPadding;  // of a row in shared memory
   static constexpr int kStageElements = (kBlockM + kBlockN) * kStride;
@@ -45,7 +47,7 @@ struct FlatGemm {
       const int i = first + threadIdx.x;
       if (rows * row_chunks % kThreads != 0 && i >= rows * row_chunks) break;
       const int row = i / row_chunks, k = i % row_chunks * 8;
-      arch::copy_async(shared + row * kStride + k, source + row * stride + k, row < valid_rows && k < valid_k);
+      arch::copy_async(shared + row * kStride + k, source + row * stride + k, row < valid_rows && k < valid_k, source);
     }
   }
 

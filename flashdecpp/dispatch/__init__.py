@@ -17,7 +17,7 @@ import torch
 
 from flashdecpp import _C
 from flashdecpp._cache import cache_folder
-from flashdecpp._library import LIBRARIES, LinearRow, install_linear_table
+from flashdecpp._library import LinearRow, gpu_library, install_linear_table
 
 from .machine import device_name
 from .table import Table, TableError
@@ -70,8 +70,8 @@ def install() -> None:
     for problem in found.problems:
         warnings.warn(f"flashdecpp: {problem}. Until then linear goes by its default rule", stacklevel=2)
     for table in found.tables.values():
-        if table.kind == "cuda" and LIBRARIES["cuda"].loaded:
-            install_linear_table("cuda", table.device, rows(table))
+        if table.kind == "cuda" and gpu_library().loaded:
+            install_linear_table(gpu_library().name, table.device, rows(table))
         elif table.kind == "cpu" and table.device == device_name(torch.device("cpu")):
             install_linear_table("cpu", "cpu", rows(table))
 

@@ -10,13 +10,34 @@ from pathlib import Path
 
 import torch
 
+from flashdecpp import _C
 from flashdecpp._library import cpu_instruction_set
+
+# Memory-side caches beyond the L2 that torch reports.
+_MEMORY_CACHES = {"gfx942": 256 << 20, "gfx1100": 96 << 20}
+
+
+def gfx_target(device: torch.device) -> str | None:
+    """Such as "gfx90a" of "gfx90a:sramecc+:xnack-"; None for what is no AMD GPU."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return None
+    return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+
+
+def gpu_properties(device: torch.device) -> _C.DeviceProperties:
+    """What csrc/heuristics.h knows of a GPU: as Launcher::properties() has it."""
+    properties = torch.cuda.get_device_properties(device)
+    target = gfx_target(device)
+    arch = int(target.removeprefix("gfx"), 16) if target else 10 * properties.major + properties.minor
+    return _C.DeviceProperties(properties.multi_processor_count, arch)
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU as torch and the driver name it; a CPU with the kernels and the threads that it runs with."""
+    """An NVIDIA GPU as torch and the driver name it, an AMD GPU by its gfx target; a CPU with the kernels and the
+    threads that it runs with.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return gfx_target(device) or torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {cpu_instruction_set()}, {torch.get_num_threads()} threads"
 
 
@@ -34,14 +55,20 @@ def cpu_name() -> str:
 def cache_bytes(device: torch.device) -> int:
     """The last cache before memory: inputs must be read past it to be timed as a model reads its weights."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
+        level_2 = torch.cuda.get_device_properties(device).L2_cache_size
+        return max(level_2, _MEMORY_CACHES.get(gfx_target(device), 0))
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     kibibytes = [int(path.read_text().strip().removesuffix("K")) for path in sizes]
     return max(kibibytes, default=32 << 10) << 10
 
 
 def driver_version() -> str:
-    """NVIDIA's driver, or "" where nvidia-smi doesn't say."""
+    """The GPU's driver, or "" where nobody says."""
+    if torch.version.hip is not None:
+        try:
+            return Path("/sys/module/amdgpu/version").read_text().strip()
+        except OSError:  # the one that comes with Linux has no version of its own
+            return f"Linux {platform.release()}"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0].strip()
@@ -57,5 +84,6 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
     }
     if device.type == "cuda":
-        record |= {"cuda": str(torch.version.cuda), "driver": driver_version()}
+        kind = {"hip": torch.version.hip} if torch.version.hip else {"cuda": str(torch.version.cuda)}
+        record |= {**kind, "driver": driver_version()}
     return record

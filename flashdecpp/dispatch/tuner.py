@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flashdecpp import ops
-from flashdecpp._library import LIBRARIES
+from flashdecpp._library import gpu_library
 from flashdecpp.runner.memory import available_bytes, gigabytes
 
 from .machine import cache_bytes, device_name, environment
@@ -61,9 +61,9 @@ def tune(
 
 def check_shapes(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> None:
     """Raises TableError for a shape that can't be measured here."""
-    if device.type == "cuda" and not LIBRARIES["cuda"].loaded:
+    if device.type == "cuda" and not gpu_library().loaded:
         raise TableError(
-            f"a GPU can't be tuned: the CUDA op library is not there ({LIBRARIES['cuda'].problem}); "
+            f"a GPU can't be tuned: its op library is not there ({gpu_library().problem}); "
             "`flashdecpp info` says what was built and why"
         )
     free = available_bytes(device)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flashdecpp._library import LIBRARIES
+from flashdecpp._library import gpu_library
 
 from .checkpoint import open_checkpoint
 from .engine import Counts, Engine
@@ -312,7 +312,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device to run on: the one that is named, else the GPU if there is one. ModelError for others."""
     if device is None:
-        usable = torch.cuda.is_available() and LIBRARIES["cuda"].loaded
+        usable = torch.cuda.is_available() and gpu_library().loaded
         return torch.device("cuda" if usable else "cpu")
     try:
         chosen = torch.device(device)

@@ -26,7 +26,7 @@ struct Layout {
 inline constexpr int kWaveSize = simulated::kWave;
 inline constexpr int kTileN = Layout::kN;
 inline constexpr int kTilesOf16 = 16 / kTileN;
-inline constexpr int kBlockSharedBytes = 160 * 1024;
+inline constexpr int kBlockSharedBytes = 160 * 1024, kMostStages = 8;
 inline constexpr bool kHasTensorCopies = false, kWidenedInOrder = true;
 
 // ---- element types --------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ inline float exp2_approx(float x) { return std::exp2(x); }
 inline unsigned char* dynamic_shared() { return simulated::aligned_shared(); }
 
 template <int bytes = 16>
-void copy_async(void* shared, const void* global, bool valid) {
+void copy_async(void* shared, const void* global, bool valid, const void* /*readable*/ = nullptr) {
   static_assert(bytes == 16 || bytes == 8);
   if (reinterpret_cast<uintptr_t>(shared) % bytes || (valid && reinterpret_cast<uintptr_t>(global) % bytes)) {
     simulated::fail("copy_async: not aligned");

@@ -1,0 +1,213 @@
+"""What the HIP library holds: its code objects, their kernels, what each needs of a machine.
+
+python tests/hip_code.py [LIBRARY]    writes the report that tests/test_hip_library.py compares
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "flashdecpp/lib/libflashdecpp_hip.so"
+REPORT = ROOT / "tests/data/hip_resources.txt"
+BUNDLE = b"__CLANG_OFFLOAD_BUNDLE__"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A target: the registers a lane that a SIMD unit's waves share, taken in steps; its most waves; the
+    LDS that blocks share, and with how many SIMD units (a compute unit, or RDNA's pair of them)."""
+
+    name: str
+    registers: int
+    step: int
+    waves: int
+    shared: int
+    simds: int
+
+
+MACHINES = {
+    "gfx90a": Machine("MI210", 512, 8, 8, 64 << 10, 4),
+    "gfx942": Machine("MI300X", 512, 8, 8, 64 << 10, 4),
+    "gfx1100": Machine("RX 7900 XTX", 1536, 24, 16, 128 << 10, 4),
+}
+INSTRUCTIONS = {
+    "matrix": r"v_(mfma|wmma)_\w+",
+    "load128": r"global_load_(dwordx4|b128)",
+    "lds_read": r"ds_(read|load)\w*",
+    "lds_write": r"ds_(write|store)\w*",
+    "permute": r"(ds_b?permute\w*|v_permlane\w*)",
+    "scratch": r"scratch_\w+|buffer_(load|store)_dword\w* v\d+, off, s\[",
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    target: str
+    name: str  # without namespaces
+    vgprs: int  # AGPRs included: they are taken from the same registers
+    sgprs: int
+    vgpr_spills: int
+    scratch: int  # bytes a lane
+    static_shared: int
+    threads: int
+    wave: int
+    counts: Counter[str]  # of INSTRUCTIONS, and "all"
+
+    @cached_property
+    def family(self) -> str:
+        return re.match(r"\w+", self.name)[0]
+
+    @cached_property
+    def shared(self) -> int:
+        return self.static_shared + dynamic_shared(self.name)
+
+    @property
+    def waves(self) -> float:
+        """That a SIMD unit holds at once, by registers and LDS."""
+        machine = MACHINES[self.target]
+        by_registers = min(
+            machine.waves, machine.registers // (-(-self.vgprs // machine.step) * machine.step)
+        )
+        block_waves = self.threads / self.wave
+        blocks = min(by_registers * machine.simds // block_waves, machine.shared // max(self.shared, 1))
+        return blocks * block_waves / machine.simds
+
+
+def dynamic_shared(name: str) -> int:
+    """Bytes that the launch names: SharedMemory::kBytes of attention_tile.cuh, FlatGemm::kSharedBytes."""
+    if match := re.search(
+        r"AttentionTile<(\w+), (\w+), (\d+), (\d+), BlockShape<(\d+), (\d+), \d+, (\d+)>", name
+    ):
+        element = 1 if match[2] == "float8" else 2
+        dims, row_tiles, waves, stages, merge_rows = map(int, match.groups()[2:])
+        ring = stages * 2 * 16 * (dims + 16 // element) * element
+        return waves * (ring + 16 * row_tiles * (dims + 8) * 2 + merge_rows * (dims + 8) * 4)
+    if match := re.search(r"flat_gemm_kernel<\w+, (\d)>", name):
+        text = (ROOT / "csrc/heuristics.h").read_text()
+        table = re.search(r"kFlatTiles\[\] = \{(.*?)\n\};", text, re.DOTALL)[1]
+        tile = re.findall(r"\{([^}]*)\}", table)[int(match[1])].split(",")
+        block_m, block_n, block_k, _, _, stages = map(int, tile[:6])
+        stage = (block_m + block_n) * (block_k + 8) * 2
+        return min(stages, (64 << 10) // stage) * stage
+    return 0
+
+
+def tool(name: str) -> str:
+    """A tool of LLVM, beside the compiler that built the library or on PATH."""
+    compiler = ROOT / "build/hip-toolchain/compiler"
+    folders = [Path(compiler.read_text().strip()).resolve().parent] if compiler.exists() else []
+    found = [str(f / name) for f in folders if (f / name).exists()] + [
+        shutil.which(f"{name}-19"),
+        shutil.which(name),
+    ]
+    path = next((path for path in found if path), None)
+    if path is None:
+        raise FileNotFoundError(f"{name} of LLVM was not found")
+    return path
+
+
+def code_objects(library: Path) -> dict[str, list[bytes]]:
+    """By target, one for each source file."""
+    data, found, at = library.read_bytes(), {}, 0
+    while (at := data.find(BUNDLE, at)) >= 0:
+        (count,), entry = struct.unpack_from("<Q", data, at + len(BUNDLE)), at + len(BUNDLE) + 8
+        for _ in range(count if count < 64 else 0):
+            offset, size, length = struct.unpack_from("<QQQ", data, entry)
+            name = data[entry + 24 : entry + 24 + length].decode()
+            entry += 24 + length
+            if name.startswith("hip") and size:
+                found.setdefault(name.rpartition("--")[2], []).append(data[at + offset : at + offset + size])
+        at += len(BUNDLE)
+    return found
+
+
+def short(names: list[str]) -> list[str]:
+    text = subprocess.run(
+        [tool("llvm-cxxfilt")], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    short_names = []
+    for line in text:
+        line = re.sub(r"flashdecpp::|arch::|^void ", "", line).replace("__half", "half")
+        line = line.replace("__hip_bfloat16", "bfloat16").replace("(DType)", "")
+        line = re.sub(r", \w+Ring<.*>>$", ">", re.sub(r"\([^()]*\)$", "", line))  # it repeats the tile
+        short_names.append(line)
+    return short_names
+
+
+def kernels(library: Path = LIBRARY) -> list[Kernel]:
+    found = []
+    for target, objects in code_objects(library).items():
+        for code in objects:
+            with tempfile.NamedTemporaryFile(suffix=".co") as file:
+                file.write(code)
+                file.flush()
+                found += kernels_of(target, file.name)
+    return sorted(found, key=lambda kernel: (list(MACHINES).index(kernel.target), kernel.name))
+
+
+def kernels_of(target: str, path: str) -> list[Kernel]:
+    def output(*command: str) -> str:
+        return subprocess.run([*command, path], capture_output=True, text=True, check=True).stdout
+
+    notes = output(tool("llvm-readelf"), "--notes").partition("amdhsa.kernels:")[2]
+    listing = output(
+        tool("llvm-objdump"), "-d", "--no-show-raw-insn", "--no-leading-addr", f"--mcpu={target}"
+    )
+    parts = re.split(r"\n<(\w+)>:\n", listing)
+    bodies = dict(zip(parts[1::2], parts[2::2], strict=True))
+    entries = [entry for entry in re.split(r"\n  - (?=\.)", notes) if ".symbol:" in entry]
+    names = [re.search(r"\.name: +(\w+)", entry)[1] for entry in entries]
+    result = []
+    for entry, symbol, name in zip(entries, names, short(names), strict=True):
+        number = {key: int(value) for key, value in re.findall(r"\.(\w+): +(\d+)\n", entry + "\n")}
+        body = bodies[symbol]
+        counts = Counter({key: len(re.findall(rf"\t({regex})", body)) for key, regex in INSTRUCTIONS.items()})
+        counts["all"] = len(re.findall(r"\n\t", body))
+        result.append(
+            Kernel(
+                target=target,
+                name=name,
+                vgprs=number["vgpr_count"],
+                sgprs=number["sgpr_count"],
+                vgpr_spills=number["vgpr_spill_count"],
+                scratch=number["private_segment_fixed_size"],
+                static_shared=number["group_segment_fixed_size"],
+                threads=number["max_flat_workgroup_size"],
+                wave=number["wavefront_size"],
+                counts=counts,
+            )
+        )
+    return result
+
+
+def compiler() -> str:
+    command = [tool("llvm-objdump"), "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.search(r"LLVM version \S+", version)[0]
+
+
+def report(found: list[Kernel]) -> str:
+    """A line for each kernel and target; waves: that a SIMD unit holds at once, by registers and LDS."""
+    fields = ("VGPR", "SGPR", "spills", "scratch", "LDS", "threads", "waves", "code")
+    counted = [name for name in INSTRUCTIONS if name != "scratch"]
+    rows = [("target", *fields, *counted, "kernel")]
+    for k in found:
+        needs = (k.vgprs, k.sgprs, k.vgpr_spills, k.scratch, k.shared, k.threads, k.waves, k.counts["all"])
+        rows.append((k.target, *needs, *(k.counts[name] for name in counted), k.name))
+    lines = ["".join(f"{value!s:>10}" for value in row[:-1]) + f"  {row[-1]}" for row in rows]
+    return "\n".join([f"{compiler()}; written by python tests/hip_code.py", *lines]) + "\n"
+
+
+if __name__ == "__main__":
+    REPORT.write_text(report(kernels(Path(sys.argv[1]) if len(sys.argv) > 1 else LIBRARY)))
+    print(f"wrote {REPORT}")

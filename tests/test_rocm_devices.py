@@ -1,0 +1,72 @@
+"""What info, tune and the tables make of ROCm's devices, by fakes of what torch says of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flashdecpp import info
+from flashdecpp.dispatch import machine
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(params=["gfx90a:sramecc+:xnack-", "gfx942:sramecc+:xnack-", "gfx1100"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    properties = SimpleNamespace(
+        name="AMD Instinct",
+        gcnArchName=request.param,
+        multi_processor_count=104,
+        warp_size=32 if request.param == "gfx1100" else 64,
+        total_memory=64 << 30,
+        L2_cache_size=8 << 20,
+        major=9,
+        minor=0,
+    )
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    return properties
+
+
+def test_a_device_is_known_by_its_target(gpu: SimpleNamespace) -> None:
+    target = gpu.gcnArchName.partition(":")[0]
+    assert machine.gfx_target(CUDA) == target
+    assert machine.device_name(CUDA) == target
+    assert machine.gpu_properties(CUDA).arch == int(target[3:], 16)
+    assert machine.gpu_properties(CUDA).multiprocessors == 104
+
+
+def test_inputs_are_rotated_past_the_memory_side_cache(gpu: SimpleNamespace) -> None:
+    expected = {"gfx90a": 8 << 20, "gfx942": 256 << 20, "gfx1100": 96 << 20}
+    assert machine.cache_bytes(CUDA) == expected[machine.gfx_target(CUDA)]
+
+
+def test_a_table_says_with_which_rocm_it_was_measured(gpu: SimpleNamespace) -> None:
+    record = machine.environment(CUDA)
+    assert record["hip"] == "6.4.43482"
+    assert record["driver"] != ""
+    assert "cuda" not in record
+
+
+def test_info_names_target_and_waves_and_what_is_missing(gpu: SimpleNamespace) -> None:
+    text = "\n".join(info._gpu_lines())
+    target = machine.gfx_target(CUDA)
+    assert f"{target}, waves of {gpu.warp_size}, 104 compute units, 64 GiB" in text
+    assert "the hip op library is not loaded" in text
+
+
+def test_info_says_which_kernels_run(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "gpu_library", lambda: SimpleNamespace(name="hip", loaded=True))
+    text = "\n".join(info._kernel_lines())
+    assert "loads through registers" in text
+    assert "gemv below M = 17, blas above" in text
+
+
+def test_an_nvidia_gpu_has_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert machine.gfx_target(CUDA) is None
