@@ -35,14 +35,15 @@ MACHINES = {
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("source", ["attention", "linear", "fused"])
+@pytest.mark.parametrize("source", ["attention", "linear", "quantized", "fused"])
 def test_kernels_agree_with_their_definition(source: str, machine: str, tmp_path: Path) -> None:
     result = run(source, ROOT / "csrc", tmp_path / source, "-O2", *MACHINES[machine])
     assert result.returncode == 0, result.stdout
     assert result.stdout.endswith(" cases, 0 failures\n")
 
 
-# What is planted: which test must notice it, the file, the text and what takes its place.
+# What is planted: which test must notice it, the file (of csrc/cuda; of csrc/hip after a machine), the text
+# and what takes its place.
 FAULTS = {
     "wrong mask at the ragged edge": (
         "attention",
@@ -110,17 +111,54 @@ FAULTS = {
         "== expected - 1;",
         "== expected - 2;",
     ),
+    "words of weights that go to the wrong lanes": (
+        "quantized",
+        "quantized_linear_kernel.cuh",
+        "swap(v.x, v.z, 2);",
+        "swap(v.x, v.z, 1);",
+    ),
+    "words of weights that go to the wrong lanes, AMD": (
+        "quantized",
+        "gfx942:stream_gemv_amd.h",
+        "swap(v.x, v.z, 32);",
+        "swap(v.x, v.z, 16);",
+    ),
+    "another group's scale": (
+        "quantized",
+        "gfx1100:stream_gemv_amd.h",
+        "step * G::kStepK + i * 32, k - 1)",
+        "step * G::kStepK, k - 1)",
+    ),
+    "weights that the wrong half of a wave has": (
+        "attention",
+        "gfx1100:arch_amd.h",
+        "even_k = odd ? other : mine",
+        "even_k = odd ? mine : other",
+    ),
+    "a group that replaces the one that is read": (
+        "attention",
+        "gfx942:attention_ring_amd.h",
+        "    arch::wave_sync();\n  }\n\n  __device__ __forceinline__ Rows keys",
+        "  }\n\n  __device__ __forceinline__ Rows keys",
+    ),
+    "a write before a tensor": (
+        "linear",
+        "gemv_kernel.cuh",
+        "static_cast<T*>(p.out)[lane() / rows * p.n + n] =",
+        "static_cast<T*>(p.out)[lane() / rows * p.n + n - 1] =",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_noticed(fault: str, tmp_path: Path) -> None:
     source, file, text, replacement = FAULTS[fault]
+    machine, _, file = file.rpartition(":")
     csrc = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
-    path = csrc / "cuda" / file
+    path = csrc / ("hip" if machine else "cuda") / file
     kernel = path.read_text()
     assert kernel.count(text) == 1
     path.write_text(kernel.replace(text, replacement))
-    flags = ("-O1", "-DFLASHDECPP_SIMULATED_FEW", *MACHINES["simulated"])
+    flags = ("-O1", "-DFLASHDECPP_SIMULATED_FEW", *MACHINES[machine or "simulated"])
     assert run(source, csrc, tmp_path / source, *flags).returncode != 0

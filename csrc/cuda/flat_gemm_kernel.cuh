@@ -10,8 +10,6 @@
 // multiprocessor of an H100: 64 to 120 KiB in flight there.
 #pragma once
 
-#include <algorithm>
-
 #include "../heuristics.h"
 #include "linear_epilogue.cuh"
 
@@ -27,7 +25,8 @@ template <class T, int tile_index>
 struct FlatGemm {
   static constexpr FlatTile kTile = kFlatTiles[tile_index];
   static constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kBlockK = kTile.block_k;
-  static constexpr int kStages = std::min(kTile.stages_within(arch::kBlockSharedBytes), arch::kMostStages);
+  static constexpr int kFittingStages = kTile.stages_within(arch::kBlockSharedBytes);
+  static constexpr int kStages = kFittingStages < arch::kMostStages ? kFittingStages : arch::kMostStages;
   static constexpr int kThreads = kTile.waves_m * kTile.waves_n * arch::kWaveSize;
   static constexpr int kStride = kBlockK + FlatTile::kPadding;  // of a row in shared memory
   static constexpr int kStageElements = (kBlockM + kBlockN) * kStride;

@@ -33,8 +33,8 @@ def gpu_properties(device: torch.device) -> _C.DeviceProperties:
 
 
 def device_name(device: torch.device) -> str:
-    """An NVIDIA GPU as torch and the driver name it, an AMD GPU by its gfx target; a CPU with the kernels and the
-    threads that it runs with.
+    """An NVIDIA GPU as torch and the driver name it, an AMD GPU by its gfx target; a CPU with the kernels and
+    the threads that it runs with.
     """
     if device.type == "cuda":
         return gfx_target(device) or torch.cuda.get_device_name(device)

@@ -2,13 +2,15 @@
 // indices, missing or divergent barriers and reads of what nobody wrote; no races, as fibers only change where they
 // wait.
 //
-// Shared memory of a size that the launch names is NaN until somebody writes it; what kernels declare there is not.
+// Shared memory is NaN until somebody in the block writes it, and so is global memory around a tensor, where nobody may
+// write: what lies beyond its end, and a page before it, may not be touched at all.
 //
 // A fiber runs until it waits for its wave (a collective operation) or for its block (__syncthreads); a wave, picked at
 // random, as far as it gets without the others, and any of its lanes first. Where all wait and nothing comes, or lanes
 // of a wave are in different operations, the program ends with an error.
 #pragma once
 
+#include <link.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -21,6 +23,7 @@
 #include <memory>
 #include <random>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -30,7 +33,7 @@
 #define __grid_constant__
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static thread_local  // to be found together: see poison_declared_shared()
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -93,6 +96,18 @@ inline constexpr size_t kStackBytes = 256 << 10;
   std::printf("simulated GPU: %s\n", what);
   std::fflush(stdout);
   std::_Exit(2);
+}
+
+// What kernels declare __shared__: this program has no other variables of threads.
+inline void poison_declared_shared() {
+  const auto poison = [](dl_phdr_info* program, size_t, void*) {
+    for (int i = 0; i < program->dlpi_phnum; ++i) {
+      const auto& part = program->dlpi_phdr[i];
+      if (part.p_type == PT_TLS && program->dlpi_tls_data) std::memset(program->dlpi_tls_data, 0xff, part.p_memsz);
+    }
+    return 1;  // the first is the program itself
+  };
+  dl_iterate_phdr(poison, nullptr);
 }
 
 struct Wave {
@@ -192,6 +207,7 @@ class Machine {
   void run_block(unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
     kernel_ = &kernel;
     shared.assign(shared_bytes + 1024, 0xff);  // NaN in every format: nobody wrote it
+    poison_declared_shared();
     waves_.assign((threads + kWave - 1) / kWave, Wave());
     fibers_.resize(threads);
     for (unsigned t = 0; t < threads; ++t) {
@@ -280,6 +296,20 @@ inline unsigned char* aligned_shared() {
 
 inline dim3 thread_index() { return {machine().thread(), 0, 0}; }
 
+// What lies between tensors and the pages before them.
+inline std::vector<std::pair<const unsigned char*, const unsigned char*>>& margins() {
+  static std::vector<std::pair<const unsigned char*, const unsigned char*>> all;
+  return all;
+}
+inline bool margins_are_untouched() {
+  for (const auto& [begin, end] : margins()) {
+    for (const unsigned char* p = begin; p < end; ++p) {
+      if (*p != 0xff) return false;
+    }
+  }
+  return true;
+}
+
 // Global memory: `count` elements that end where a page that nobody may touch begins, and start after another.
 template <class T>
 class Tensor {
@@ -290,7 +320,8 @@ class Tensor {
         static_cast<unsigned char*>(mmap(nullptr, inner + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (pages == MAP_FAILED || mprotect(pages + page, inner, PROT_READ | PROT_WRITE)) fail("no memory");
     data_ = reinterpret_cast<T*>(pages + page + inner - bytes);
-    std::memset(static_cast<void*>(data_), 0xff, bytes);
+    std::memset(pages + page, 0xff, inner);
+    margins().emplace_back(pages + page, pages + page + inner - bytes);
   }
 
   T* data() const { return data_; }
