@@ -98,7 +98,7 @@ def dynamic_shared(name: str) -> int:
         tile = re.findall(r"\{([^}]*)\}", table)[int(match[1])].split(",")
         block_m, block_n, block_k, _, _, stages = map(int, tile[:6])
         stage = (block_m + block_n) * (block_k + 8) * 2
-        return min(stages, (64 << 10) // stage) * stage
+        return min(stages, (64 << 10) // stage, 2) * stage  # 2: kMostStages of arch_amd.h
     return 0
 
 

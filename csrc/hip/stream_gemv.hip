@@ -23,7 +23,7 @@ template <class T>
 void launch_bits(const Launcher& launcher, const QuantizedLinearParams& p) {
   const bool fine = p.group < 128 && p.group < p.k;
   if (p.bits == 16) {
-    launch_tiles<T, 16, false>(launcher, p);
+    launch<T, 16, 1, false>(launcher, p);
   } else if (p.bits == 8) {
     fine ? launch_tiles<T, 8, true>(launcher, p) : launch_tiles<T, 8, false>(launcher, p);
   } else {

@@ -55,22 +55,23 @@ template <class T>
 __device__ __forceinline__ uint2 numbers(uint32_t bytes, int middle) {
   if constexpr (std::is_same_v<T, arch::half>) {
     using Pair = _Float16 __attribute__((vector_size(4)));
-    const auto pair = [&](uint32_t low, uint32_t high) {  // 1024 + byte
-      const uint32_t bits = 0x64006400u | low | high << 16;
-      const _Float16 zero = static_cast<_Float16>(1024 + middle);
+    const _Float16 zero = static_cast<_Float16>(1024 + middle);
+    const auto pair = [&](uint32_t bits) {  // 1024 + byte, twice
       Pair value;
       memcpy(&value, &bits, sizeof(bits));
       value -= Pair{zero, zero};
-      uint32_t result;
-      memcpy(&result, &value, sizeof(result));
-      return result;
+      memcpy(&bits, &value, sizeof(bits));
+      return bits;
     };
-    return make_uint2(pair(bytes & 0xff, bytes >> 8 & 0xff), pair(bytes >> 16 & 0xff, bytes >> 24));
+    constexpr uint32_t high = 0x64646464;
+    return make_uint2(pair(__builtin_amdgcn_perm(high, bytes, 0x04010400)),
+                      pair(__builtin_amdgcn_perm(high, bytes, 0x04030402)));
   } else {
-    const auto bits = [&](uint32_t byte) {
-      return __float_as_uint(static_cast<float>(byte) - static_cast<float>(middle));
+    const float zero = static_cast<float>(middle);
+    const auto bits = [&](uint32_t byte) { return __float_as_uint(static_cast<float>(byte) - zero); };
+    const auto pair = [&](uint32_t low, uint32_t high) {  // the upper halves
+      return __builtin_amdgcn_perm(bits(high), bits(low), 0x07060302);
     };
-    const auto pair = [&](uint32_t low, uint32_t high) { return bits(low) >> 16 | (bits(high) & 0xffff0000u); };
     return make_uint2(pair(bytes & 0xff, bytes >> 8 & 0xff), pair(bytes >> 16 & 0xff, bytes >> 24));
   }
 }
@@ -105,12 +106,11 @@ struct StreamStep {
     }
   }
 
-  // Where a lane's weights of a product lie in the step.
-  static __device__ __forceinline__ int place(int product) {
-    if (G::kBits == 16 && G::kRowLanes > 1) {  // as they are loaded: a load is two products
-      return (product / 2 * G::kRowLanes + arch::lane() / 16) * 8 + product % 2 * 4;
-    }
-    return product * 16 + arch::first_k();
+  // Where a lane's weights of a product lie in the step: by the lane, and by the product.
+  static constexpr bool kAsLoaded = G::kBits == 16 && G::kRowLanes > 1;  // then a load is two products
+  static __device__ __forceinline__ int lane_place() { return kAsLoaded ? arch::lane() / 16 * 8 : arch::first_k(); }
+  static constexpr __device__ int place(int product) {
+    return kAsLoaded ? product / 2 * G::kRowLanes * 8 + product % 2 * 4 : product * 16;
   }
 
   template <class T>
@@ -136,6 +136,58 @@ struct StreamStep {
   }
 };
 
+// Of x for one product: `at` is where a lane's neighbours along K begin, `left` how many more there are in a row. A
+// half of RDNA's 16 may be beyond the end.
+template <class T, bool whole>
+__device__ __forceinline__ arch::TileB<T> load_x(const T* at, int left) {
+  constexpr int piece = arch::kInner < 8 ? arch::kInner : 8;
+  using Piece = std::conditional_t<piece == 8, uint4, uint2>;
+  arch::TileB<T> b;
+#pragma unroll
+  for (int e = 0; e < arch::kInner; e += piece) {
+    Piece values = {};
+    if (whole || e < left) values = *reinterpret_cast<const Piece*>(at + e);
+    memcpy(reinterpret_cast<unsigned char*>(&b.v) + e * sizeof(T), &values, sizeof(values));
+  }
+  return b;
+}
+
+// sums += the products of one step, whose first column of K is `begin`; whole: all of its columns exist.
+template <class T, class G, bool whole>
+__device__ __forceinline__ void multiply_step(const QuantizedLinearParams& p, StreamStep<G> (&step)[G::kTiles],
+                                              const T* x, int begin, arch::TileC (&sums)[G::kTiles][1]) {
+  using namespace arch;
+  const int at = begin + StreamStep<G>::lane_place(), left = static_cast<int>(p.k) - at;
+  TileC part[G::kTiles], x_sums;
+  TileA<T> ones;
+#pragma unroll
+  for (int e = 0; e < kInner; ++e) ones.v[e] = round_to<T>(1.f);
+#pragma unroll
+  for (int i = 0; i < G::kTiles; ++i) step[i].prepare();
+#pragma unroll
+  for (int j = 0; j < G::kProducts; ++j) {
+    const int place = StreamStep<G>::place(j);
+    const TileB<T> b = load_x<T, whole>(x + at + place, left - place);
+    if (G::kBits < 16 && p.offsets) mma(x_sums, ones, b);
+#pragma unroll
+    for (int i = 0; i < G::kTiles; ++i) mma(G::kBits == 16 ? sums[i][0] : part[i], step[i].template weights<T>(j), b);
+    if constexpr (G::kBits < 16) {
+      if (G::kFine ? j % 2 == 0 : j + 1 < G::kProducts) continue;
+      constexpr float middle = G::kBits == 4 ? 8.f : 0.f;  // from where offsets count
+#pragma unroll
+      for (int i = 0; i < G::kTiles; ++i) {
+        const int which = G::kFine ? j / 2 : 0;
+        const float scale = parameter(step[i].scales[which], p.scales_dtype);
+        const float of_x = p.offsets ? parameter(step[i].offsets[which], p.scales_dtype) + middle * scale : 0.f;
+#pragma unroll
+        for (int e = 0; e < TileC::kValues; ++e) sums[i][0].v[e] += scale * part[i].v[e] + of_x * x_sums.v[e];
+        part[i] = TileC();
+      }
+      x_sums = TileC();
+    }
+  }
+}
+
 template <class T, class G>
 __global__ void __launch_bounds__(G::kThreads, 2) stream_gemv_kernel(QuantizedLinearParams p) {
   using namespace arch;
@@ -143,9 +195,6 @@ __global__ void __launch_bounds__(G::kThreads, 2) stream_gemv_kernel(QuantizedLi
   const int64_t first_n = blockIdx.x * int64_t{G::kBlockN};
   const int k = static_cast<int>(p.k), steps = (k + G::kStepK - 1) / G::kStepK;
   const T* const x = static_cast<const T*>(p.x) + min(int64_t{outer()}, p.m - 1) * p.x_stride;
-  TileA<T> ones;
-#pragma unroll
-  for (int e = 0; e < kInner; ++e) ones.v[e] = round_to<T>(1.f);
 
   TileC sums[tiles][1];
   for (int base = wave() * G::kSteps; base < steps; base += G::kWaves * G::kSteps) {
@@ -157,43 +206,11 @@ __global__ void __launch_bounds__(G::kThreads, 2) stream_gemv_kernel(QuantizedLi
     }
 #pragma unroll
     for (int u = 0; u < G::kSteps; ++u) {
-      if (base + u >= steps) break;
-      TileC part[tiles], x_sums;
-#pragma unroll
-      for (int i = 0; i < tiles; ++i) loaded[u][i].prepare();
-#pragma unroll
-      for (int j = 0; j < G::kProducts; ++j) {
-        TileB<T> b;  // of x: eight bytes, or 32 of which each half may be beyond the end
-        constexpr int piece = kInner < 8 ? kInner : 8;
-#pragma unroll
-        for (int e = 0; e < kInner; e += piece) {
-          using Piece = std::conditional_t<piece == 8, uint4, uint2>;
-          const int at = (base + u) * G::kStepK + StreamStep<G>::place(j) + e;
-          Piece values = {};
-          if (at < k) values = *reinterpret_cast<const Piece*>(x + at);
-          memcpy(reinterpret_cast<unsigned char*>(&b.v) + e * sizeof(T), &values, sizeof(values));
-        }
-        if (G::kBits < 16 && p.offsets) mma(x_sums, ones, b);
-#pragma unroll
-        for (int i = 0; i < tiles; ++i) {
-          const TileA<T> a = loaded[u][i].template weights<T>(j);
-          mma(G::kBits == 16 ? sums[i][0] : part[i], a, b);
-        }
-        if constexpr (G::kBits < 16) {
-          if (G::kFine ? j % 2 == 0 : j + 1 < G::kProducts) continue;
-          constexpr float middle = G::kBits == 4 ? 8.f : 0.f;  // from where offsets count
-#pragma unroll
-          for (int i = 0; i < tiles; ++i) {
-            const int which = G::kFine ? j / 2 : 0;
-            const float scale = parameter(loaded[u][i].scales[which], p.scales_dtype);
-            const float of_x =
-                p.offsets ? parameter(loaded[u][i].offsets[which], p.scales_dtype) + middle * scale : 0.f;
-#pragma unroll
-            for (int e = 0; e < TileC::kValues; ++e) sums[i][0].v[e] += scale * part[i].v[e] + of_x * x_sums.v[e];
-            part[i] = TileC();
-          }
-          x_sums = TileC();
-        }
+      const int begin = (base + u) * G::kStepK;
+      if (begin + G::kStepK <= k) {
+        multiply_step<T, G, true>(p, loaded[u], x, begin, sums);
+      } else if (begin < k) {
+        multiply_step<T, G, false>(p, loaded[u], x, begin, sums);
       }
     }
   }

@@ -73,6 +73,13 @@ inline int __ffsll(unsigned long long bits) { return bits == 0 ? 0 : __builtin_c
 #define __builtin_amdgcn_fence(...) static_cast<void>(0)
 #define __builtin_amdgcn_wave_barrier() static_cast<void>(simulated::machine().exchange(0, "wave_barrier"))
 #define __builtin_amdgcn_sched_barrier(...) static_cast<void>(0)
+// Selectors of 0 to 3 take bytes of the second, 4 to 7 of the first.
+inline unsigned __builtin_amdgcn_perm(unsigned high, unsigned low, unsigned selectors) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selectors >> 8 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
 #define __builtin_amdgcn_s_sleep(...) simulated::machine().wait("await")
 #define __builtin_amdgcn_exp2f(x) std::exp2(x)
 #define __builtin_nontemporal_load(p) (*(p))
