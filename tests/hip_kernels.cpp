@@ -10,19 +10,19 @@
 
 namespace flashdecpp {
 
-template <class T, class KV, int dims, int row_tiles>
-using Tile = AttentionTile<T, KV, dims, row_tiles, BlockShape<2, 2, 1, 4>>;
-template <class T, class KV, int dims, int row_tiles>
-using Ring = StagedRing<Tile<T, KV, dims, row_tiles>>;
-template <class T, class KV, int dims, int row_tiles>
-using Source = typename Ring<T, KV, dims, row_tiles>::Source;
+template <class T, class KV, int dims>
+using Tile = AttentionTile<T, KV, dims, BlockShape<2, 2, 1, 4>>;
+template <class T, class KV, int dims>
+using Ring = StagedRing<Tile<T, KV, dims>>;
+template <class T, class KV, int dims>
+using Source = typename Ring<T, KV, dims>::Source;
 
 template __global__ void
-    decode_attention_kernel<Tile<arch::half, arch::half, 128, 1>, OnlineMax, Ring<arch::half, arch::half, 128, 1>>(
-        AttentionLaunch, Source<arch::half, arch::half, 128, 1>);
-template __global__ void decode_attention_kernel<Tile<arch::bfloat16, arch::float8, 64, 1>, UnifiedMax<arch::bfloat16>,
-                                                 Ring<arch::bfloat16, arch::float8, 64, 1>>(
-    AttentionLaunch, Source<arch::bfloat16, arch::float8, 64, 1>);
+    decode_attention_kernel<Tile<arch::half, arch::half, 128>, OnlineMax, Ring<arch::half, arch::half, 128>>(
+        AttentionLaunch, Source<arch::half, arch::half, 128>);
+template __global__ void decode_attention_kernel<Tile<arch::bfloat16, arch::float8, 64>, UnifiedMax<arch::bfloat16>,
+                                                 Ring<arch::bfloat16, arch::float8, 64>>(
+    AttentionLaunch, Source<arch::bfloat16, arch::float8, 64>);
 template __global__ void gemv_kernel<arch::half, 1>(LinearParams, int);
 template __global__ void gemv_kernel<arch::bfloat16, 4>(LinearParams, int);
 template __global__ void flat_gemm_kernel<arch::half, 1>(LinearParams, SplitK);
