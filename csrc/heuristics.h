@@ -181,7 +181,7 @@ struct AttentionGrid {
 inline AttentionGrid choose_attention_grid(int64_t resident, int64_t batch, int64_t sequence_units, int64_t num_splits,
                                            int64_t groups, int64_t min_groups, int64_t enough_blocks,
                                            int64_t max_slots) {
-  constexpr int64_t part_worth = 3072;  // groups that are read in the time that half of a unit's parts take to merge
+  constexpr int64_t part_worth = 1536;  // groups that all units may hold for a part of each to be saved
   constexpr int64_t long_enough = 64;   // groups of a unit
   constexpr double enough = 0.95;       // of the machine
   const int64_t units = batch * sequence_units, worth = (groups + min_groups - 1) / min_groups;
@@ -189,7 +189,8 @@ inline AttentionGrid choose_attention_grid(int64_t resident, int64_t batch, int6
   const bool fixed = num_splits > 0;
   if (!fixed) {
     num_splits = resident / units;
-    const bool little = units * groups < part_worth * num_splits;
+    const int64_t saved = num_splits == 2 ? 2 : num_splits / 2;  // parts; without a second one there is no merge at all
+    const bool little = units * groups < 2 * part_worth * saved;
     if (num_splits > 1 && little && num_splits / 2 * units >= enough_blocks) num_splits /= 2;
     num_splits = at_least_one(std::min({num_splits, worth, max_slots / units}));
   }

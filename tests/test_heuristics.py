@@ -71,6 +71,11 @@ def test_one_sequence_is_cut_by_unit_and_fills_half_of_the_machine_unless_it_is_
     assert attention_grid(1, 8, groups=8192) == (16, 0, 0, 0, 128, 128)
 
 
+def test_short_sequences_are_not_cut_where_there_are_many() -> None:
+    assert attention_grid(8, 8, groups=64)[0] == 1
+    assert attention_grid(8, 8, groups=128)[0] == 2
+
+
 def test_half_of_the_machine_must_be_enough_to_keep_the_memory_busy() -> None:
     assert attention_grid(1, 8, groups=512, enough=65) == (16, 0, 0, 0, 128, 128)
 
