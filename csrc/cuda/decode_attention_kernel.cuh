@@ -3,14 +3,14 @@
 //
 // The q_len * group query rows that share a KV head are packed, token by token, into tiles of 16: one side of the
 // matrix tile. A wave takes 16 keys at a time, from Q K^T over the softmax to P V, in its own registers and out of its
-// own ring of stages: waves meet only when a unit (a KV head of a sequence) is done.
-//   tile          16 (or 32) rows x 16 keys x head_dim a wave
+// own ring of stages: waves meet only when a unit (16 rows of a KV head of a sequence) is done.
+//   tile          16 rows x 16 keys x head_dim a wave
 //   stages        K and V of 16 keys each, as many as the shared memory of BlockShape holds
-//   shared        head_dim 128 in half on Hopper: 8.5 KiB a stage; and 17 KiB of queries and scratch
+//   shared        head_dim 128 in half on Hopper: 8 waves of 2 stages of 8 KiB, and 8.5 KiB of queries and scratch each
 //   S = Q K^T     to the softmax policy in registers, whose result is the left factor of
 //   O += P V      without a way through shared memory
-// attention_schedule.cuh cuts the work into equal shares for a grid that just fills the machine; blocks that share a
-// unit leave their parts in global memory and the one with the unit's end merges them, in order, in this launch.
+// attention_schedule.cuh cuts the work for a grid that fills the machine; blocks that share a unit leave their parts in
+// global memory and the one with the unit's end merges them, in order, in this launch.
 //
 // What is never read: keys that no row sees, and so anything beyond seq_len; their place holds zeros. A key that some
 // rows see and others do not (new tokens among themselves, the edge of the window) is in the tile for all of them: its
