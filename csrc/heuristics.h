@@ -171,43 +171,49 @@ struct AttentionGrid {
   int64_t blocks, slots;
 };
 
-// A unit is a KV head of a sequence, `groups` what it holds if the sequence fills the cache, `resident` the blocks that
-// run at once. No more blocks than min_groups make sense for, and no more parts than the workspace holds.
+// Every sequence has sequence_units units, `groups` is what one holds if the sequence fills the cache, `resident` the
+// blocks that run at once. No more blocks than min_groups make sense for, and no more parts than the workspace holds.
 //
 // By unit, every unit has num_splits blocks, each of which leaves a part: what the caller wants, else as many as fill
-// the machine; but half of them are about as fast at reading, and merge half as many parts, unless there is much to
-// read. A single sequence is cut so, and sequences of one length: if there are more units than blocks that run at once,
-// however, then only where a unit is much longer than a block takes to start.
+// the machine; but half of them, if they are still enough_blocks, are about as fast at reading, and merge half as many
+// parts: which counts more is a matter of how much there is to read. A single sequence is cut so, and sequences of one
+// length: if there are more units than blocks that run at once, however, then only where a unit is much longer than a
+// block takes to start.
 //
-// By line, sequences of different lengths lie on one line, whose shares have a block for each KV head. A share begins
+// By line, sequences of different lengths lie on one line, whose shares have a block for each unit. A share begins
 // and ends inside of sequences, so a block leaves up to two parts. A few shares less than fill the machine are used, if
 // then a sequence has a whole number of them or a share of sequences; and more, if all are long: multiprocessors are
 // not equally fast.
-inline AttentionGrid choose_attention_grid(int64_t resident, int64_t batch, int64_t kv_heads, int64_t num_splits,
-                                           int64_t groups, int64_t min_groups, int64_t max_slots) {
-  constexpr int64_t much = 256;        // groups of a block
-  constexpr int64_t long_enough = 64;  // groups of a unit
-  constexpr double enough = 0.95;      // of the machine
-  const int64_t units = batch * kv_heads, worth = (groups + min_groups - 1) / min_groups;
+inline AttentionGrid choose_attention_grid(int64_t resident, int64_t batch, int64_t sequence_units, int64_t num_splits,
+                                           int64_t groups, int64_t min_groups, int64_t enough_blocks,
+                                           int64_t max_slots) {
+  constexpr int64_t part_worth = 1536;  // groups that all units may hold for a part of each to be saved
+  constexpr int64_t long_enough = 64;   // groups of a unit
+  constexpr double enough = 0.95;       // of the machine
+  const int64_t units = batch * sequence_units, worth = (groups + min_groups - 1) / min_groups;
   const auto at_least_one = [](int64_t x) { return std::max<int64_t>(x, 1); };
   const bool fixed = num_splits > 0;
   if (!fixed) {
     num_splits = resident / units;
-    if (num_splits > 1 && groups / num_splits < much) num_splits /= 2;
+    const int64_t saved = num_splits == 2 ? 2 : num_splits / 2;  // parts; without a second one there is no merge at all
+    const bool little = units * groups < 2 * part_worth * saved;
+    if (num_splits > 1 && little && num_splits / 2 * units >= enough_blocks) num_splits /= 2;
     num_splits = at_least_one(std::min({num_splits, worth, max_slots / units}));
   }
   const int64_t unit_blocks = units * num_splits, unit_slots = num_splits > 1 ? unit_blocks : 0;
   if (fixed || batch == 1) return {num_splits, 0, 0, 0, unit_blocks, unit_slots};
 
-  const int64_t limit = at_least_one(resident / kv_heads), most = at_least_one(max_slots / 2 / kv_heads);
+  const int64_t limit = at_least_one(resident / sequence_units);
+  const int64_t most = at_least_one(max_slots / 2 / sequence_units);
   int64_t shares = limit;
   while (shares >= limit * enough && batch % shares != 0 && shares % batch != 0) --shares;
   if (shares < limit * enough) shares = limit;
   shares = at_least_one(std::min({shares, batch * worth, most}));
-  const int64_t blocks = std::max(unit_blocks, shares * kv_heads), most_shares = std::min(blocks / kv_heads, most);
+  const int64_t blocks = std::max(unit_blocks, shares * sequence_units);
+  const int64_t most_shares = std::min(blocks / sequence_units, most);
   const int64_t least_by_unit = unit_blocks > resident ? batch * long_enough : 0;
   return {num_splits,  least_by_unit, shares,
-          most_shares, blocks,        std::max(unit_slots, most_shares > 1 ? 2 * most_shares * kv_heads : 0)};
+          most_shares, blocks,        std::max(unit_slots, most_shares > 1 ? 2 * most_shares * sequence_units : 0)};
 }
 
 }  // namespace flashdecpp

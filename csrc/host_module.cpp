@@ -58,13 +58,14 @@ PYBIND11_MODULE(_C, m) {
       .def("find", &LinearTables::find, py::arg("device"), py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("m"));
   m.def(
       "choose_attention_grid",
-      [](int64_t resident, int64_t batch, int64_t kv_heads, int64_t num_splits, int64_t groups, int64_t min_groups,
-         int64_t max_slots) {
-        const AttentionGrid grid =
-            choose_attention_grid(resident, batch, kv_heads, num_splits, groups, min_groups, max_slots);
+      [](int64_t resident, int64_t batch, int64_t sequence_units, int64_t num_splits, int64_t groups,
+         int64_t min_groups, int64_t enough_blocks, int64_t max_slots) {
+        const AttentionGrid grid = choose_attention_grid(resident, batch, sequence_units, num_splits, groups,
+                                                         min_groups, enough_blocks, max_slots);
         return std::make_tuple(grid.unit_blocks, grid.least_by_unit, grid.shares, grid.most_shares, grid.blocks,
                                grid.slots);
       },
-      py::arg("resident"), py::arg("batch"), py::arg("kv_heads"), py::arg("num_splits"), py::arg("groups"),
-      py::arg("min_groups"), py::arg("max_slots"), "Blocks and workspace slots of decode_attention on a GPU.");
+      py::arg("resident"), py::arg("batch"), py::arg("sequence_units"), py::arg("num_splits"), py::arg("groups"),
+      py::arg("min_groups"), py::arg("enough_blocks"), py::arg("max_slots"),
+      "Blocks and workspace slots of decode_attention on a GPU.");
 }

@@ -61,10 +61,12 @@ def test_every_block_of_a_cluster_has_a_stage_of_k(n: int, k: int) -> None:
     assert cluster == 1 or cluster * 128 <= k
 
 
-def attention_grid(batch: int, kv_heads: int, groups: int, num_splits: int = 0, max_slots: int = 1 << 12):
+def attention_grid(
+    batch: int, units: int, groups: int, num_splits: int = 0, enough: int = 64, max_slots: int = 1 << 12
+):
     """If 132 blocks run at once: blocks a unit, groups from which the work is cut by unit, shares of the
     line, most shares, blocks, slots."""
-    return _C.choose_attention_grid(132, batch, kv_heads, num_splits, groups, 8, max_slots)
+    return _C.choose_attention_grid(132, batch, units, num_splits, groups, 8, enough, max_slots)
 
 
 def test_one_short_sequence_is_not_cut_into_crumbs() -> None:
@@ -75,6 +77,15 @@ def test_one_short_sequence_is_not_cut_into_crumbs() -> None:
 def test_one_sequence_is_cut_by_unit_and_fills_half_of_the_machine_unless_it_is_long() -> None:
     assert attention_grid(1, 8, groups=512) == (8, 0, 0, 0, 64, 64)
     assert attention_grid(1, 8, groups=8192) == (16, 0, 0, 0, 128, 128)
+
+
+def test_short_sequences_are_not_cut_where_there_are_many() -> None:
+    assert attention_grid(8, 8, groups=64)[0] == 1
+    assert attention_grid(8, 8, groups=128)[0] == 2
+
+
+def test_half_of_the_machine_must_be_enough_to_keep_the_memory_busy() -> None:
+    assert attention_grid(1, 8, groups=512, enough=65) == (16, 0, 0, 0, 128, 128)
 
 
 def test_a_batch_may_go_by_unit_or_by_line() -> None:

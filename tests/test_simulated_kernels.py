@@ -48,8 +48,8 @@ FAULTS = {
     "wrong mask at the ragged edge": (
         "attention",
         "attention_walk.cuh",
-        "key <= last_[r][s]",
-        "key < last_[r][s]",
+        "key <= last_[s]",
+        "key < last_[s]",
     ),
     "no barrier before the waves' parts are read": (
         "attention",
@@ -84,8 +84,8 @@ FAULTS = {
     "a part that is not merged": (
         "attention",
         "attention_schedule.cuh",
-        "kv_heads, kv_heads, parts};",
-        "kv_heads, kv_heads, parts - 1};",
+        "begin + units, units, parts};",
+        "begin + units, units, parts - 1};",
     ),
     "references the wrong way round": (
         "attention",

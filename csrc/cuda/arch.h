@@ -16,9 +16,9 @@
 //   load_b_interleaved<run>(b, at, rows, j)  where Walk::run is more than 1: load_b_transposed of that many steps into
 //                                          b[at ...], in which column n of tile t stands for run_column<run>(t, n)
 //   Walk                                   how a wave of decode attention goes over a group of keys:
-//     ::ahead(row_tiles)                   steps of 16 columns that are loaded before they are multiplied
+//     ::kAhead                             steps of 16 columns that are loaded before they are multiplied
 //     ::run(head_dim)                      of load_b_interleaved
-//     ::kQueryColumns                      columns of queries, of all row tiles, that stay in registers
+//     ::kQueryColumns                      columns of queries that stay in registers
 //   as_a(TileA&, TileC[kTilesOf16])        a 16 x 16 result, rounded, as the left factor of the next product
 //   mma(TileC&, a, b)                      C += A B
 //   TileC::row(i), TileC::col(i)           the element that this lane's value i is

@@ -281,8 +281,7 @@ __device__ __forceinline__ void load_b_transposed(TileB<T> (&tiles)[kTilesOf16],
 
 // ---- decode attention ----------------------------------------------------------------------------------------------
 struct Walk {
-  static constexpr int kQueryColumns = 192;
-  static constexpr int ahead(int row_tiles) { return row_tiles > 1 ? 2 : 4; }
+  static constexpr int kQueryColumns = 192, kAhead = 4;
   static constexpr int run(int /*head_dim*/) { return 1; }
 };
 

@@ -58,8 +58,8 @@ __device__ __forceinline__ void write_out(const AttentionLaunch& launch, const R
   arch::store_vector(out, values);
 }
 
-// The end of a pass, for all waves: their parts become the output, or, where `slot` is not negative, the block's part
-// there. Scratch and memory are free again after the next barrier.
+// The end of a segment, for all waves: their parts become the output, or, where `slot` is not negative, the block's
+// part there. Scratch and memory are free again after the next barrier.
 template <class Tile, class Policy, class Ring>
 __device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const RowBlock& rows, int slot,
                                             const WavePart<Tile, Policy>& part, const SharedMemory<Tile, Ring>& shared,
@@ -99,7 +99,7 @@ __device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const
         const float factor = conclude<Policy>(launch, rows, row, whole, column == 0);
         write_out<typename Tile::T>(launch, rows, row, column, factor, total);
       } else {
-        const int64_t at = int64_t{slot} * launch.rows() + rows.begin + row;
+        const int64_t at = int64_t{slot} * launch.slot_rows + row;
         if (column == 0) launch.part_state[at] = whole;
         *reinterpret_cast<float4*>(launch.part_out + at * launch.p.head_dim + column) = total;
       }
@@ -131,7 +131,7 @@ __device__ __forceinline__ void merge_slots(const AttentionLaunch& launch, const
       for (int i = 0; i < kAtOnce; ++i) {
         states[i] = kNoPart;
         if (begin + i >= slots.count) continue;
-        const int64_t at = int64_t{slots[begin + i]} * rows.count + row;
+        const int64_t at = int64_t{slots[begin + i]} * launch.slot_rows + row;
         states[i] = launch.part_state[at];
         o[i] = *reinterpret_cast<const float4*>(launch.part_out + at * p.head_dim + column);
       }

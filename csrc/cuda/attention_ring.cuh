@@ -11,19 +11,21 @@
 
 namespace flashdecpp {
 
-// Where a key lies in the cache: of a paged one the block as the table has it, to be looked at as late as possible.
+// Where a key lies in the cache: of a paged one first the entry of the table, then the block that it names, to be
+// looked at as late as possible.
 struct Place {
   int block = 0, within = 0;
 
-  __device__ __forceinline__ void look_up(const AttentionParams& p, int batch, int key) {
+  __device__ __forceinline__ void aim(const AttentionParams& p, int batch, int key) {
+    block = batch;
+    within = key;
     if (p.block_table) {
-      const int index = key / static_cast<unsigned>(p.block_size);
-      within = key - index * p.block_size;
-      block = arch::load_fresh(p.block_table + batch * p.table_stride + index);
-    } else {
-      within = key;
-      block = batch;
+      block = key / static_cast<unsigned>(p.block_size);
+      within = key - block * p.block_size;
     }
+  }
+  __device__ __forceinline__ void look_up(const AttentionParams& p, int batch) {
+    if (p.block_table) block = arch::load_fresh(p.block_table + batch * p.table_stride + block);
   }
   // A contiguous cache has a block a sequence. A table may say anything.
   __device__ __forceinline__ int checked_block(const AttentionParams& p) const {
@@ -77,7 +79,8 @@ class StagedRing {
     next.end = segment.sequence.length - first;
     const int row = whole_groups_ ? 0 : arch::lane() % kGroup;
     if (whole_groups_ ? next.end > 0 : row >= next.begin && row < next.end) {
-      next.place.look_up(p_, segment.batch, first + row);
+      next.place.aim(p_, segment.batch, first + row);
+      next.place.look_up(p_, segment.batch);
     }
   }
 
@@ -140,25 +143,31 @@ class StagedRing {
   bool whole_groups_, narrow_ = false;
 };
 
-// The groups of one wave in the order in which it consumes them: of every segment of the block, for every pass over
-// its rows, each step-th.
+// The groups of one wave in the order in which it consumes them: of every segment of the block, each step-th.
 template <class Tile, class Ring>
 class KeyValueStream {
  public:
-  __device__ __forceinline__ KeyValueStream(const AttentionParams& p, int passes, Ring& ring)
-      : p_(p), ring_(ring), passes_(passes) {}
+  __device__ __forceinline__ KeyValueStream(const AttentionParams& p, Ring& ring) : p_(p), ring_(ring) {}
 
-  // Looks up the first groups as if the work were cut by unit and the sequence as long as can be. Nothing is copied
-  // yet.
-  __device__ __forceinline__ void preview(const Schedule& schedule) {
-    segment_ = schedule.first;
-    segment_.sequence = Sequence(p_, INT_MAX);
-    if (segment_.batch >= p_.batch) return;
-    previewed_ = true;
+  // Looks up the first groups as if the work were cut by unit and the sequence as long as can be, in two steps: where
+  // in the table, which needs nothing from memory, and what is there. Nothing is copied yet.
+  __device__ __forceinline__ void aim(const Schedule& schedule) {
+    if constexpr (Ring::kPreviews) {
+      segment_ = schedule.first;
+      segment_.sequence = Sequence(p_, INT_MAX);
+      previewed_ = p_.window == 0 && segment_.batch < p_.batch && segment_.sequence.length > 0;
+#pragma unroll
+      for (int i = 0; i <= Tile::kStages; ++i) {
+        const int group = segment_.begin + arch::wave() + i * schedule.step;
+        ring_.aim(segment_, min(group, segment_.sequence.groups - 1), i < Tile::kStages ? begin_[i] : next_);
+      }
+    }
+  }
+  __device__ __forceinline__ void preview() {
+    if (!previewed_) return;
 #pragma unroll
     for (int i = 0; i <= Tile::kStages; ++i) {
-      const int group = segment_.begin + arch::wave() + i * schedule.step;
-      if (group < segment_.sequence.groups) ring_.look_up(segment_, group, i < Tile::kStages ? begin_[i] : next_);
+      (i < Tile::kStages ? begin_[i] : next_).place.look_up(p_, segment_.batch);
     }
   }
 
@@ -209,10 +218,7 @@ class KeyValueStream {
   __device__ __forceinline__ void take(typename Ring::Next& next) {
     group_ += step_;
     while (alive_ && group_ >= segment_.end) {
-      if (++pass_ == passes_) {
-        pass_ = 0;
-        alive_ = segment_.next(p_, left_);
-      }
+      alive_ = segment_.next(p_, left_);
       group_ = segment_.begin + arch::wave();
     }
     next.used = alive_;
@@ -222,7 +228,7 @@ class KeyValueStream {
   const AttentionParams& p_;
   Ring& ring_;
   Segment segment_;
-  int left_, step_, group_, passes_, pass_ = 0;
+  int left_, step_, group_;
   bool alive_ = true, previewed_ = false;
   typename Ring::Next begin_[Tile::kStages], next_;
   int stage_ = 0;

@@ -43,10 +43,17 @@ class TensorRing {
     arch::wave_sync();
   }
 
-  __device__ __forceinline__ void look_up(const Segment& segment, int group, Next& next) const {
-    const int first = (segment.sequence.first_group + group) * kGroup;
+  __device__ __forceinline__ void aim(const Segment& segment, int group, Next& next) const {
     next.kv_head = segment.kv_head;
-    if (first < segment.sequence.length) next.place.look_up(p_, segment.batch, first);  // else empty: anything
+    next.place.aim(p_, segment.batch, (segment.sequence.first_group + group) * kGroup);
+  }
+  __device__ __forceinline__ void look_up(const Segment& segment, int group, Next& next) const {
+    if (segment.sequence.length == 0) {  // its only group is filled with anything
+      next = {Place(), segment.kv_head, next.used};
+    } else {
+      aim(segment, group, next);
+      next.place.look_up(p_, segment.batch);
+    }
   }
 
   __device__ __forceinline__ void fill(int stage, const Next& next) {

@@ -1,13 +1,14 @@
-// Decode attention, who does what. A unit is one KV head of one sequence; its keys come in groups of kGroup. The KV
-// heads of a sequence, whose keys lie side by side in memory, are read by blocks that run side by side.
+// Decode attention, who does what. A unit is one KV head of one sequence and up to kRows of the query rows that share
+// it; its keys come in groups of kGroup. The units of a sequence are taken by blocks that run side by side: keys of
+// neighbouring KV heads are neighbours in memory, and what blocks of further query rows read again is still in L2.
 //
 // By unit      every unit has unit_blocks blocks, which take its groups in turn, a group for each of their waves at a
 //              time: where the caller wants so many splits, where a sequence is alone, and where all sequences are
 //              about as long. Nothing is cut in vain, and where the first groups lie can be looked up before the length
 //              is known.
 // By line      else: all sequences' groups lie behind each other on one line, which is cut into equal shares, with a
-//              block for each KV head of each share: a long sequence among short ones is spread over as many blocks as
-//              its share of all keys. A block finishes the units that lie inside its share; of a unit that begins
+//              block for each unit of each share: a long sequence among short ones is spread over as many blocks as its
+//              share of all keys. A block finishes the units that lie inside its share; of a unit that begins
 //              before it or ends after it, it leaves a part.
 //
 // Everything is derived from seq_lens on the device, by every wave for itself. The block with the last piece of a unit
@@ -25,9 +26,23 @@ inline constexpr unsigned kLongGroups = 768;  // of a block, that are worth anot
 // A run of groups of one unit.
 struct Segment {
   int batch, kv_head;
+  int row_begin;   // query row
   int begin, end;  // groups, counted in the unit
   bool whole;      // nobody else has groups of the unit
   Sequence sequence;
+
+  __device__ __forceinline__ void set_unit(const AttentionLaunch& launch, int unit) {
+    kv_head = unit;
+    row_begin = 0;
+    if (launch.row_blocks > 1) {
+      kv_head = unit / static_cast<unsigned>(launch.row_blocks);
+      row_begin = (unit - kv_head * launch.row_blocks) * launch.slot_rows;
+    }
+  }
+
+  __device__ __forceinline__ RowBlock rows(const AttentionLaunch& launch) const {
+    return {batch, kv_head, row_begin, min(launch.slot_rows, launch.rows() - row_begin), sequence.length};
+  }
 
   // Moves on; `left` are the groups that remain, this segment's included.
   __device__ __forceinline__ bool next(const AttentionParams& p, int& left) {
@@ -67,10 +82,6 @@ class SequenceFinder {
       : p_(p), run_((p.batch + arch::kWaveSize - 1) / arch::kWaveSize), scan_(own_groups()) {}
 
   __device__ unsigned total() const { return scan_.total; }
-  // Whether no sequence is much longer than the average.
-  __device__ bool even() const {
-    return !arch::wave_any(longest_ * static_cast<float>(p_.batch) > 1.25f * static_cast<float>(total()));
-  }
 
   // The sequence that group `at` of the line is in, which there must be; begin is `at` in its own count.
   __device__ __forceinline__ Segment find(unsigned at) {
@@ -105,7 +116,6 @@ class SequenceFinder {
     for (int batch = begin; batch < end; ++batch) {
       sequence_ = Sequence::load(p_, batch);
       own_ += sequence_.groups;
-      longest_ = fmaxf(longest_, static_cast<float>(sequence_.groups));
     }
     return own_;
   }
@@ -116,12 +126,11 @@ class SequenceFinder {
   int run_;  // sequences
   Sequence sequence_;
   unsigned own_;
-  float longest_ = 0.f;  // of the lane's
   arch::WaveScan scan_;
 };
 
-// What a block does. The constructor is quick: it says where the block begins if the work is cut by unit. With finish()
-// all is known.
+// What a block does. The constructor needs nothing from memory: it says where the block begins if the work is cut by
+// unit. load() asks for the first length, and with finish() all is known.
 class Schedule {
  public:
   Segment first;
@@ -132,12 +141,15 @@ class Schedule {
 
   __device__ __forceinline__ Schedule(const AttentionLaunch& launch, int waves)
       : step(waves * launch.unit_blocks), waves_(waves) {
-    const unsigned kv_heads = launch.p.kv_heads, blocks = launch.unit_blocks * kv_heads;
+    const unsigned units = launch.sequence_units(), blocks = launch.unit_blocks * units;
     first.batch = blockIdx.x / blocks;
     const unsigned in_sequence = blockIdx.x - first.batch * blocks;
-    split_ = in_sequence / kv_heads;
-    first.kv_head = in_sequence - split_ * kv_heads;
+    split_ = in_sequence / units;
+    first.set_unit(launch, in_sequence - split_ * units);
     first.begin = split_ * waves;
+  }
+
+  __device__ __forceinline__ void load(const AttentionLaunch& launch) {
     if (first.batch < launch.p.batch) length_ = arch::uniform(Sequence::load_length(launch.p, first.batch));
   }
 
@@ -145,15 +157,31 @@ class Schedule {
 
   __device__ __forceinline__ void finish(const AttentionLaunch& launch) {
     if (launch.shares == 0) return take_turns(launch);
-    SequenceFinder sequences(launch.p);
-    if (sequences.even() && sequences.total() >= launch.least_by_unit) {
+    if (even(launch)) {
       if (first.batch < launch.p.batch) take_turns(launch);
     } else {
-      cut_line(launch, sequences);
+      cut_line(launch);
     }
   }
 
  private:
+  // Whether no sequence is much longer than the average, and all together are long enough to go by unit. This stands
+  // between every launch and its first load, hence no more is asked than the lengths.
+  static __device__ __forceinline__ bool even(const AttentionLaunch& launch) {
+    const int window = launch.p.window;
+    float total = 0.f, longest = 0.f;
+#pragma unroll 1
+    for (int batch = arch::lane(); batch < launch.p.batch; batch += arch::kWaveSize) {
+      const int keys = max(Sequence::load_length(launch.p, batch), 0);
+      const float length = static_cast<float>(window > 0 ? min(keys, window) : keys);
+      total += length;
+      longest = fmaxf(longest, length);
+    }
+    total = arch::neighbours_reduce<arch::kWaveSize>(total, [](float a, float b) { return a + b; });
+    longest = arch::neighbours_reduce<arch::kWaveSize>(longest, [](float a, float b) { return fmaxf(a, b); });
+    return longest * static_cast<float>(launch.p.batch) <= 1.25f * total && total >= launch.least_by_unit;
+  }
+
   __device__ __forceinline__ void take_turns(const AttentionLaunch& launch) {
     first.sequence = Sequence(launch.p, length_);
     first.end = first.sequence.groups;
@@ -162,13 +190,14 @@ class Schedule {
     const int parts = min(launch.unit_blocks, (first.end + waves_ - 1) / waves_);
     first.whole = parts == 1;
     if (split_ == parts - 1 && parts > 1) {
-      const int kv_heads = launch.p.kv_heads, begin = first_slot - split_ * kv_heads;
-      merge = {begin, begin + kv_heads, kv_heads, parts};
+      const int units = launch.sequence_units(), begin = first_slot - split_ * units;
+      merge = {begin, begin + units, units, parts};
     }
   }
 
-  __device__ __forceinline__ void cut_line(const AttentionLaunch& launch, SequenceFinder& sequences) {
-    const unsigned kv_heads = launch.p.kv_heads, share = blockIdx.x / kv_heads, head = blockIdx.x - share * kv_heads;
+  __device__ __forceinline__ void cut_line(const AttentionLaunch& launch) {
+    SequenceFinder sequences(launch.p);
+    const unsigned units = launch.sequence_units(), share = blockIdx.x / units, unit = blockIdx.x - share * units;
     const unsigned total = sequences.total();
     const unsigned few = min(max(total / kMinGroups, 1u), launch.shares);
     const unsigned count = min(max(total / kLongGroups, few), launch.most_shares);
@@ -179,16 +208,16 @@ class Schedule {
     by_unit_ = false;
     step = waves_;
     first = sequences.find(begin);
-    first.kv_head = head;
+    first.set_unit(launch, unit);
     first.end = min(first.sequence.groups, first.begin + groups);
     first.whole = first.end - first.begin == first.sequence.groups;
     first_slot = 2 * blockIdx.x;
 
     // The unit that began in an earlier share is merged here if it ends here.
     if (first.begin > 0 && first.begin + groups >= first.sequence.groups) {
-      const unsigned unit_begin = begin - first.begin, from = shares.holder(unit_begin), slots = 2 * kv_heads;
-      const int slot = from * slots + 2 * head + (unit_begin > shares.begin(from)),
-                second = (from + 1) * slots + 2 * head;
+      const unsigned unit_begin = begin - first.begin, from = shares.holder(unit_begin), slots = 2 * units;
+      const int slot = from * slots + 2 * unit + (unit_begin > shares.begin(from)),
+                second = (from + 1) * slots + 2 * unit;
       merge = {slot, second, static_cast<int>(slots), static_cast<int>(share - from + 1)};
     }
   }

@@ -18,19 +18,28 @@ struct AttentionLaunch {
   AttentionParams p;
   // Of a unit that several blocks share, each leaves its part in a slot. A slot is ready once its flag is the nonce: a
   // number that no other launch uses, so that what the memory held before does not matter.
-  float* part_out;      // [slots, rows, head_dim]
-  RowPart* part_state;  // [slots, rows]
+  float* part_out;      // [slots, slot_rows, head_dim]
+  RowPart* part_state;  // [slots, slot_rows]
   uint64_t* ready;      // [slots]
   uint64_t nonce;
   // The work is cut by unit, so many blocks each; or, if `shares` is not 0 and the sequences are of different lengths
-  // or hold fewer groups than least_by_unit, by line.
+  // or hold fewer keys than least_by_unit, by line.
   int32_t unit_blocks;
-  uint32_t least_by_unit, shares, most_shares;
+  float least_by_unit;
+  uint32_t shares, most_shares;
   // A kernel's first microseconds go into fetching its instructions: a division is 30 of them. row / group is
   // row * group_reciprocal >> 16, exactly for the 256 rows that there may be.
   int32_t group, group_reciprocal;
+  int32_t row_blocks, slot_rows;  // units of a KV head; rows of each, and so of a slot
 
+  void cut_rows(int tile_rows) {
+    group = p.group();
+    group_reciprocal = ((1 << 16) + group - 1) / group;
+    row_blocks = (rows() + tile_rows - 1) / tile_rows;
+    slot_rows = row_blocks > 1 ? tile_rows : rows();
+  }
   __host__ __device__ int rows() const { return p.q_len * group; }
+  __host__ __device__ int sequence_units() const { return p.kv_heads * row_blocks; }
 };
 
 // How blocks are cut: chosen by measurement.
@@ -41,20 +50,19 @@ struct BlockShape {
   static constexpr int kBlocks = kBlocks_;        // at once on a multiprocessor
 };
 
-// Shapes of one configuration. T computes, the cache holds KV; head_dim up to kDims; kRowTiles row tiles share every K
-// and V that is loaded.
-template <class T_, class KV_, int kDims_, int kRowTiles_, class Shape_>
+// Shapes of one configuration. T computes, the cache holds KV; head_dim up to kDims.
+template <class T_, class KV_, int kDims_, class Shape_>
 struct AttentionTile {
   using T = T_;
   using KV = KV_;
   using Shape = Shape_;
-  static constexpr int kDims = kDims_, kRowTiles = kRowTiles_, kRows = 16 * kRowTiles;
+  static constexpr int kDims = kDims_, kRows = 16;
   static constexpr bool kWiden = sizeof(KV) != sizeof(T);  // float8
   static constexpr int kWaves = Shape::kWaves, kThreads = kWaves * arch::kWaveSize, kBlocks = Shape::kBlocks;
   static constexpr int kStages = Shape::kStages;
   static constexpr int kColumnTiles = kDims / arch::kTileN;
-  static constexpr bool kQueryInRegisters = kRowTiles * kDims <= arch::Walk::kQueryColumns;
-  static constexpr int kAhead = arch::Walk::ahead(kRowTiles), kRun = arch::Walk::run(kDims);
+  static constexpr bool kQueryInRegisters = kDims <= arch::Walk::kQueryColumns;
+  static constexpr int kAhead = arch::Walk::kAhead, kRun = arch::Walk::run(kDims);
   static_assert(kAhead % kRun == 0);
   static constexpr int kQStride = kDims + 8;
   static constexpr int kMergeRows = Shape::kMergeRows, kScratchStride = kDims + 8;
@@ -71,7 +79,7 @@ struct AttentionTile {
   }
 };
 
-// The shared memory of a block: of every wave the ring, the queries of a pass, and room to merge.
+// The shared memory of a block: of every wave the ring, the queries of a unit, and room to merge.
 template <class Tile, class Ring>
 struct SharedMemory {
   static constexpr int kRingBytes = Tile::kStages * Ring::kStageBytes;
@@ -128,8 +136,7 @@ struct Sequence {
   }
 };
 
-// The rows that one pass over keys serves: up to kRows of the q_len * group query rows that share a KV head, token by
-// token.
+// The rows of a unit: up to kRows of the q_len * group query rows that share a KV head, token by token.
 struct RowBlock {
   int batch, kv_head, begin, count, length;
 

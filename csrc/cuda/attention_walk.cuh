@@ -14,29 +14,26 @@ __device__ __forceinline__ float logit(const AttentionParams& p, float x, float 
   return x;
 }
 
-// What a lane's rows of a pass begin with, asked for a pass ahead: a small load waits behind many large ones.
+// What a lane's rows of a unit begin with, asked for a unit ahead: a small load waits behind many large ones.
 template <class Tile, class Policy>
 struct References {
-  float phi[Tile::kRowTiles][TileC::kRowSlots];
+  float phi[TileC::kRowSlots];
 
   __device__ __forceinline__ void load(const AttentionLaunch& launch, const RowBlock& rows) {
 #pragma unroll
-    for (int r = 0; r < Tile::kRowTiles; ++r) {
-#pragma unroll
-      for (int s = 0; s < TileC::kRowSlots; ++s) {
-        const int row = r * 16 + TileC::slot_row(s);
-        phi[r][s] = 0.f;
-        if (Policy::kUnified && row < rows.count) phi[r][s] = rows.phi(launch, row);
-      }
+    for (int s = 0; s < TileC::kRowSlots; ++s) {
+      const int row = TileC::slot_row(s);
+      phi[s] = 0.f;
+      if (Policy::kUnified && row < rows.count) phi[s] = rows.phi(launch, row);
     }
   }
 };
 
-// A wave's part of the rows of one pass: O, and for every row that this lane holds values of, its softmax.
+// A wave's part of the rows of one unit: O, and for every row that this lane holds values of, its softmax.
 template <class Tile, class Policy>
 class WavePart {
   using T = typename Tile::T;
-  static constexpr int kSlots = TileC::kRowSlots, kTiles = Tile::kRowTiles;
+  static constexpr int kSlots = TileC::kRowSlots;
   static constexpr int kAhead = Tile::kAhead;
 
  public:
@@ -45,38 +42,32 @@ class WavePart {
       : p_(launch.p), scale_(scale) {
     const AttentionParams& p = launch.p;
 #pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
-#pragma unroll
-      for (int s = 0; s < kSlots; ++s) {
-        const int row = r * 16 + TileC::slot_row(s);
-        const bool used = row < rows.count;
-        const int position = used ? rows.position(launch, row) : -1;
-        first_[r][s] = Sequence::window_begin(p, position);
-        last_[r][s] = position;
-        slope_[r][s] = used && p.alibi_slopes ? p.alibi_slopes[rows.head(launch, row)] : 0.f;
-        const float phi = references.phi[r][s];
-        ref_[r][s] = usable(phi) ? phi : 0.f;
-        max_[r][s] = -kInfinity;
-        sum_[r][s] = 0.f;
-        seen_[r][s] = position < 0;  // nothing to wait for
-      }
-#pragma unroll
-      for (int n = 0; n < Tile::kColumnTiles; ++n) o_[r][n] = TileC();
+    for (int s = 0; s < kSlots; ++s) {
+      const int row = TileC::slot_row(s);
+      const bool used = row < rows.count;
+      const int position = used ? rows.position(launch, row) : -1;
+      first_[s] = Sequence::window_begin(p, position);
+      last_[s] = position;
+      slope_[s] = used && p.alibi_slopes ? p.alibi_slopes[rows.head(launch, row)] : 0.f;
+      const float phi = references.phi[s];
+      ref_[s] = usable(phi) ? phi : 0.f;
+      max_[s] = -kInfinity;
+      sum_[s] = 0.f;
+      seen_[s] = position < 0;  // nothing to wait for
     }
+#pragma unroll
+    for (int n = 0; n < Tile::kColumnTiles; ++n) o_[n] = TileC();
     const int begin = rows.position(launch, 0), end = rows.position(launch, rows.count - 1);
     common_begin_ = Sequence::window_begin(p, max(end, 0));
     common_end_ = begin + 1;
   }
 
-  // The pass's queries, [kRows, kDims] in shared memory; to be left there.
+  // The unit's queries, [kRows, kDims] in shared memory; to be left there.
   __device__ __forceinline__ void take_queries(const T* q) {
     q_ = q;
     if constexpr (Tile::kQueryInRegisters) {
 #pragma unroll
-      for (int r = 0; r < kTiles; ++r) {
-#pragma unroll
-        for (int k = 0; k < Tile::kDims / 16; ++k) load_query(q_tiles_[r][k], r, k);
-      }
+      for (int k = 0; k < Tile::kDims / 16; ++k) load_query(q_tiles_[k], k);
     }
   }
 
@@ -85,7 +76,7 @@ class WavePart {
   template <class Rows>
   __device__ __forceinline__ void take(const Rows& keys, const Rows& values, int key_begin, int loaded_begin,
                                        int loaded_end, float* scratch) {
-    TileC scores[kTiles][kTilesOf16];
+    TileC scores[kTilesOf16];
     multiply_keys(keys, scores);
     to_logits(scores, key_begin);
     weigh(scores);
@@ -98,50 +89,42 @@ class WavePart {
     }
   }
 
-  // f(row of the pass, RowPart) for every row, by one of the lanes that hold values of it.
+  // f(row of the unit, RowPart) for every row, by one of the lanes that hold values of it.
   template <class F>
   __device__ __forceinline__ void for_each_row(F f) const {
 #pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
-#pragma unroll
-      for (int s = 0; s < kSlots; ++s) {
-        const float max = arch::row_reduce(max_[r][s], [](float a, float b) { return fmaxf(a, b); });
-        const float sum = arch::row_reduce(sum_[r][s], [](float a, float b) { return a + b; });
-        if (TileC::leads_row()) f(r * 16 + TileC::slot_row(s), RowPart{ref_[r][s], max, sum});
-      }
+    for (int s = 0; s < kSlots; ++s) {
+      const float max = arch::row_reduce(max_[s], [](float a, float b) { return fmaxf(a, b); });
+      const float sum = arch::row_reduce(sum_[s], [](float a, float b) { return a + b; });
+      if (TileC::leads_row()) f(TileC::slot_row(s), RowPart{ref_[s], max, sum});
     }
   }
 
   // O of the kMergeRows rows from `first` on, a constant, as rows of the scratch.
   __device__ __forceinline__ void store_rows(int first, float* scratch) const {
 #pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
+    for (int s = 0; s < kSlots; ++s) {
+      const int row = arch::recomputed(TileC::slot_row(s) - first);
+      if (row < 0 || row >= Tile::kMergeRows) continue;
 #pragma unroll
-      for (int s = 0; s < kSlots; ++s) {
-        const int row = arch::recomputed(r * 16 + TileC::slot_row(s) - first);
-        if (row < 0 || row >= Tile::kMergeRows) continue;
+      for (int n = 0; n < Tile::kColumnTiles; ++n) {
 #pragma unroll
-        for (int n = 0; n < Tile::kColumnTiles; ++n) {
-#pragma unroll
-          for (int i = 0; i < TileC::kValues; ++i) {
-            if (TileC::slot(i) == s) scratch[row * Tile::kScratchStride + Tile::column(n, i)] = o_[r][n].v[i];
-          }
+        for (int i = 0; i < TileC::kValues; ++i) {
+          if (TileC::slot(i) == s) scratch[row * Tile::kScratchStride + Tile::column(n, i)] = o_[n].v[i];
         }
       }
     }
   }
 
  private:
-  __device__ __forceinline__ void load_query(TileA<T>& a, int r, int k) const {
-    arch::load_a(a, q_ + r * 16 * Tile::kQStride + k * 16, Tile::kQStride);
-  }
+  __device__ __forceinline__ void load_query(TileA<T>& a, int k) const { arch::load_a(a, q_ + k * 16, Tile::kQStride); }
 
   // Loads run ahead of the products by kAhead steps, and the steps alternate between two sums: chains of dependent
   // instructions are what a wave waits for most.
   template <class Rows>
-  __device__ __forceinline__ void multiply_keys(const Rows& keys, TileC (&scores)[kTiles][kTilesOf16]) {
+  __device__ __forceinline__ void multiply_keys(const Rows& keys, TileC (&scores)[kTilesOf16]) {
     constexpr int kSteps = Tile::kDims / 16;
-    TileC odd[kTiles][kTilesOf16];
+    TileC odd[kTilesOf16];
 #pragma unroll
     for (int begin = 0; begin < kSteps; begin += kAhead) {
       arch::steps_part();
@@ -150,122 +133,109 @@ class WavePart {
       for (int j = 0; j < kAhead && begin + j < kSteps; ++j) arch::load_b(b[j], keys, begin + j);
 #pragma unroll
       for (int j = 0; j < kAhead && begin + j < kSteps; ++j) {
+        const int k = begin + j;
+        TileA<T> loaded;
+        if constexpr (!Tile::kQueryInRegisters) load_query(loaded, k);
+        const TileA<T>& a = Tile::kQueryInRegisters ? q_tiles_[Tile::kQueryInRegisters ? k : 0] : loaded;
 #pragma unroll
-        for (int r = 0; r < kTiles; ++r) {
-          const int k = begin + j;
-          TileA<T> loaded;
-          if constexpr (!Tile::kQueryInRegisters) load_query(loaded, r, k);
-          const TileA<T>& a = Tile::kQueryInRegisters ? q_tiles_[r][Tile::kQueryInRegisters ? k : 0] : loaded;
-#pragma unroll
-          for (int t = 0; t < kTilesOf16; ++t) arch::mma(k % 2 == 0 ? scores[r][t] : odd[r][t], a, b[j][t]);
-        }
+        for (int t = 0; t < kTilesOf16; ++t) arch::mma(k % 2 == 0 ? scores[t] : odd[t], a, b[j][t]);
       }
     }
-    for_each_score([&](int r, int t, int i) { scores[r][t].v[i] += odd[r][t].v[i]; });
+    for_each_score([&](int t, int i) { scores[t].v[i] += odd[t].v[i]; });
   }
 
   // Products to logits: NaN where they are not finite, -infinity where a row does not see the key.
-  __device__ __forceinline__ void to_logits(TileC (&scores)[kTiles][kTilesOf16], int key_begin) {
+  __device__ __forceinline__ void to_logits(TileC (&scores)[kTilesOf16], int key_begin) {
     const bool plain = p_.softcap <= 0.f && !p_.alibi_slopes;
     const bool full = key_begin >= common_begin_ && key_begin + kGroup <= common_end_;
-    for_each_score([&](int r, int t, int i) {
-      const float x = scores[r][t].v[i] * scale_;
-      scores[r][t].v[i] = is_finite(x) ? x : kNaN;
+    for_each_score([&](int t, int i) {
+      const float x = scores[t].v[i] * scale_;
+      scores[t].v[i] = is_finite(x) ? x : kNaN;
     });
     if (plain && full) return;
-    for_each_score([&](int r, int t, int i) {
+    for_each_score([&](int t, int i) {
       const int s = TileC::slot(i), key = key_begin + t * arch::kTileN + TileC::col(i);
-      float x = scores[r][t].v[i];
-      if (!plain) x = logit(p_, x, slope_[r][s], last_[r][s] - key);
-      scores[r][t].v[i] = key >= first_[r][s] && key <= last_[r][s] ? (is_finite(x) ? x : kNaN) : -kInfinity;
+      float x = scores[t].v[i];
+      if (!plain) x = logit(p_, x, slope_[s], last_[s] - key);
+      scores[t].v[i] = key >= first_[s] && key <= last_[s] ? (is_finite(x) ? x : kNaN) : -kInfinity;
     });
   }
 
   // Logits to weights.
-  __device__ __forceinline__ void weigh(TileC (&scores)[kTiles][kTilesOf16]) {
+  __device__ __forceinline__ void weigh(TileC (&scores)[kTilesOf16]) {
     if constexpr (Policy::kUnified) {
       bool outside = !settled_;
-      for_each_score([&](int r, int t, int i) {
+      for_each_score([&](int t, int i) {
         const int s = TileC::slot(i);
-        max_[r][s] = fmaxf(max_[r][s], scores[r][t].v[i]);  // passes over NaN
-        outside |= exponent<Policy>(scores[r][t].v[i], ref_[r][s]) > Policy::kHigh;
+        max_[s] = fmaxf(max_[s], scores[t].v[i]);  // passes over NaN
+        outside |= exponent<Policy>(scores[t].v[i], ref_[s]) > Policy::kHigh;
       });
       if (arch::wave_any(outside)) rebase(scores);
     } else {
       rebase(scores);
     }
-    for_each_score([&](int r, int t, int i) {
+    for_each_score([&](int t, int i) {
       const int s = TileC::slot(i);
-      const float weight = arch::exp2_approx(exponent<Policy>(scores[r][t].v[i], ref_[r][s]));
-      sum_[r][s] += weight;
-      scores[r][t].v[i] = weight;
+      const float weight = arch::exp2_approx(exponent<Policy>(scores[t].v[i], ref_[s]));
+      sum_[s] += weight;
+      scores[t].v[i] = weight;
     });
   }
 
-  // f(row tile, key tile, value).
+  // f(key tile, value).
   template <class F>
   static __device__ __forceinline__ void for_each_score(F f) {
 #pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
+    for (int t = 0; t < kTilesOf16; ++t) {
 #pragma unroll
-      for (int t = 0; t < kTilesOf16; ++t) {
-#pragma unroll
-        for (int i = 0; i < TileC::kValues; ++i) f(r, t, i);
-      }
+      for (int i = 0; i < TileC::kValues; ++i) f(t, i);
     }
   }
 
   // New references for the rows that need one, before the weights of these logits are taken.
-  __device__ __forceinline__ void rebase(const TileC (&scores)[kTiles][kTilesOf16]) {
-    float shrink[kTiles][kSlots];
+  __device__ __forceinline__ void rebase(const TileC (&scores)[kTilesOf16]) {
+    float shrink[kSlots];
     bool changed = false, unsettled = false;
 #pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
+    for (int s = 0; s < kSlots; ++s) {
+      float top = -kInfinity;
 #pragma unroll
-      for (int s = 0; s < kSlots; ++s) {
-        float top = -kInfinity;
+      for (int t = 0; t < kTilesOf16; ++t) {
 #pragma unroll
-        for (int t = 0; t < kTilesOf16; ++t) {
-#pragma unroll
-          for (int i = 0; i < TileC::kValues; ++i) {
-            if (TileC::slot(i) == s) top = fmaxf(top, scores[r][t].v[i]);
-          }
+        for (int i = 0; i < TileC::kValues; ++i) {
+          if (TileC::slot(i) == s) top = fmaxf(top, scores[t].v[i]);
         }
-        top = arch::row_reduce(top, [](float a, float b) { return fmaxf(a, b); });
-        if constexpr (!Policy::kUnified) max_[r][s] = fmaxf(max_[r][s], top);
-        shrink[r][s] = 1.f;
-        if (top > -kInfinity) {
-          const float e = exponent<Policy>(top, ref_[r][s]);
-          if (e > Policy::kHigh || (!seen_[r][s] && e < Policy::kLow)) {
-            const float ref = rebased<Policy>(top);
-            if (seen_[r][s]) shrink[r][s] = share(ref_[r][s], ref);
-            ref_[r][s] = ref;
-            changed = true;
-          }
-          seen_[r][s] = true;
-        }
-        unsettled |= !seen_[r][s];
       }
+      top = arch::row_reduce(top, [](float a, float b) { return fmaxf(a, b); });
+      if constexpr (!Policy::kUnified) max_[s] = fmaxf(max_[s], top);
+      shrink[s] = 1.f;
+      if (top > -kInfinity) {
+        const float e = exponent<Policy>(top, ref_[s]);
+        if (e > Policy::kHigh || (!seen_[s] && e < Policy::kLow)) {
+          const float ref = rebased<Policy>(top);
+          if (seen_[s]) shrink[s] = share(ref_[s], ref);
+          ref_[s] = ref;
+          changed = true;
+        }
+        seen_[s] = true;
+      }
+      unsettled |= !seen_[s];
     }
     settled_ = !arch::wave_any(unsettled);
     if (!arch::wave_any(changed)) return;
 #pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
+    for (int s = 0; s < kSlots; ++s) sum_[s] *= shrink[s];
 #pragma unroll
-      for (int s = 0; s < kSlots; ++s) sum_[r][s] *= shrink[r][s];
+    for (int n = 0; n < Tile::kColumnTiles; ++n) {
 #pragma unroll
-      for (int n = 0; n < Tile::kColumnTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < TileC::kValues; ++i) o_[r][n].v[i] *= shrink[r][TileC::slot(i)];
-      }
+      for (int i = 0; i < TileC::kValues; ++i) o_[n].v[i] *= shrink[TileC::slot(i)];
     }
   }
 
   template <class Rows>
-  __device__ __forceinline__ void add_values(const Rows& values, const TileC (&weights)[kTiles][kTilesOf16]) {
-    TileA<T> a[kTiles];
-#pragma unroll
-    for (int r = 0; r < kTiles; ++r) arch::as_a(a[r], weights[r]);
+  __device__ __forceinline__ void add_values(const Rows& values, const TileC (&weights)[kTilesOf16]) {
+    TileA<T> a;
+    arch::as_a(a, weights);
 #pragma unroll
     for (int begin = 0; begin < Tile::kDims / 16; begin += kAhead) {
       arch::steps_part();
@@ -277,10 +247,7 @@ class WavePart {
 #pragma unroll
       for (int j = 0; j < kAhead && begin + j < Tile::kDims / 16; ++j) {
 #pragma unroll
-        for (int r = 0; r < kTiles; ++r) {
-#pragma unroll
-          for (int t = 0; t < kTilesOf16; ++t) arch::mma(o_[r][(begin + j) * kTilesOf16 + t], a[r], b[j][t]);
-        }
+        for (int t = 0; t < kTilesOf16; ++t) arch::mma(o_[(begin + j) * kTilesOf16 + t], a, b[j][t]);
       }
     }
   }
@@ -298,25 +265,22 @@ class WavePart {
   // O += P V, key by key and row by row, for a group with a V that is not finite and that not all rows see: 0 * V would
   // be NaN.
   template <class Rows>
-  __device__ __forceinline__ void add_values_selected(const Rows& values, const TileC (&weights)[kTiles][kTilesOf16],
+  __device__ __forceinline__ void add_values_selected(const Rows& values, const TileC (&weights)[kTilesOf16],
                                                       int key_begin, T* scratch) {
+    arch::wave_sync();
 #pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
-      arch::wave_sync();
-#pragma unroll
-      for (int t = 0; t < kTilesOf16; ++t) arch::store(scratch + t * arch::kTileN, kGroup, weights[r][t]);
-      arch::wave_sync();
+    for (int t = 0; t < kTilesOf16; ++t) arch::store(scratch + t * arch::kTileN, kGroup, weights[t]);
+    arch::wave_sync();
 #pragma unroll 1
-      for (int j = 0; j < kGroup; ++j) {
+    for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
-        for (int i = 0; i < TileC::kValues; ++i) {
-          const int s = TileC::slot(i);
-          if (key_begin + j < first_[r][s] || key_begin + j > last_[r][s]) continue;
-          const float weight = arch::to_float(scratch[TileC::row(i) * kGroup + j]);
+      for (int i = 0; i < TileC::kValues; ++i) {
+        const int s = TileC::slot(i);
+        if (key_begin + j < first_[s] || key_begin + j > last_[s]) continue;
+        const float weight = arch::to_float(scratch[TileC::row(i) * kGroup + j]);
 #pragma unroll
-          for (int n = 0; n < Tile::kColumnTiles; ++n) {
-            o_[r][n].v[i] += weight * arch::to_float(values.at(j, Tile::column(n, i)));
-          }
+        for (int n = 0; n < Tile::kColumnTiles; ++n) {
+          o_[n].v[i] += weight * arch::to_float(values.at(j, Tile::column(n, i)));
         }
       }
     }
@@ -325,13 +289,13 @@ class WavePart {
   const AttentionParams& p_;
   float scale_;
   const T* q_;
-  TileA<T> q_tiles_[kTiles][Tile::kQueryInRegisters ? Tile::kDims / 16 : 1];
-  int first_[kTiles][kSlots], last_[kTiles][kSlots];  // the keys that a row sees
-  float slope_[kTiles][kSlots];
-  float ref_[kTiles][kSlots], max_[kTiles][kSlots], sum_[kTiles][kSlots];  // max and sum: over this lane's keys
-  bool seen_[kTiles][kSlots], settled_ = false;  // whether the row, whether all rows have seen a key
-  int common_begin_, common_end_;                // the keys that every row sees
-  TileC o_[kTiles][Tile::kColumnTiles];
+  TileA<T> q_tiles_[Tile::kQueryInRegisters ? Tile::kDims / 16 : 1];
+  int first_[kSlots], last_[kSlots];  // the keys that a row sees
+  float slope_[kSlots];
+  float ref_[kSlots], max_[kSlots], sum_[kSlots];  // max and sum: over this lane's keys
+  bool seen_[kSlots], settled_ = false;            // whether the row, whether all rows have seen a key
+  int common_begin_, common_end_;                  // the keys that every row sees
+  TileC o_[Tile::kColumnTiles];
 };
 
 }  // namespace flashdecpp

@@ -3,14 +3,14 @@
 //
 // The q_len * group query rows that share a KV head are packed, token by token, into tiles of 16: one side of the
 // matrix tile. A wave takes 16 keys at a time, from Q K^T over the softmax to P V, in its own registers and out of its
-// own ring of stages: waves meet only when a unit (a KV head of a sequence) is done.
-//   tile          16 (or 32) rows x 16 keys x head_dim a wave
+// own ring of stages: waves meet only when a unit (16 rows of a KV head of a sequence) is done.
+//   tile          16 rows x 16 keys x head_dim a wave
 //   stages        K and V of 16 keys each, as many as the shared memory of BlockShape holds
-//   shared        head_dim 128 in half on Hopper: 8.5 KiB a stage; and 17 KiB of queries and scratch
+//   shared        head_dim 128 in half on Hopper: 8 waves of 2 stages of 8 KiB, and 8.5 KiB of queries and scratch each
 //   S = Q K^T     to the softmax policy in registers, whose result is the left factor of
 //   O += P V      without a way through shared memory
-// attention_schedule.cuh cuts the work into equal shares for a grid that just fills the machine; blocks that share a
-// unit leave their parts in global memory and the one with the unit's end merges them, in order, in this launch.
+// attention_schedule.cuh cuts the work for a grid that fills the machine; blocks that share a unit leave their parts in
+// global memory and the one with the unit's end merges them, in order, in this launch.
 //
 // What is never read: keys that no row sees, and so anything beyond seq_len; their place holds zeros. A key that some
 // rows see and others do not (new tokens among themselves, the edge of the window) is in the tile for all of them: its
@@ -18,7 +18,7 @@
 // taken key by key.
 //
 // Under programmatic dependent launch the block starts while the previous kernel is still running. Until that one is
-// done nothing is read but the descriptions of the cache.
+// done nothing is read but the descriptions of the cache; all that needs no more than the launch's arguments is done.
 //
 // attention_tile.cuh (what a block is), attention_schedule.cuh (who does what), attention_ring.cuh (loads),
 // attention_walk.cuh (arithmetic) and attention_merge.cuh (parts and output) hold the steps; here they become the
@@ -29,17 +29,23 @@
 
 namespace flashdecpp {
 
-// A wave's queries of a pass, zeros for rows and columns that there are not; one group of copies. In a float8 cache's
-// order of columns where K is widened.
+// Zeros in the place of queries that there are not, in all units of a block the same.
+template <class Tile>
+__device__ __forceinline__ void clear_queries(int count, typename Tile::T* q) {
+  constexpr int kChunks = Tile::kDims / 8;
+#pragma unroll 1
+  for (int index = count * kChunks + arch::lane(); index < Tile::kRows * kChunks; index += arch::kWaveSize) {
+    *reinterpret_cast<uint4*>(q + index / kChunks * Tile::kQStride + index % kChunks * 8) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// A wave's queries of a unit, zeros for columns that there are not; one group of copies. In a float8 cache's order of
+// columns where K is widened.
 template <class Tile>
 __device__ __forceinline__ void load_queries(const AttentionLaunch& launch, const RowBlock& rows, typename Tile::T* q) {
   using T = typename Tile::T;
   const AttentionParams& p = launch.p;
   constexpr int kChunks = Tile::kDims / 8;
-  for (int index = rows.count * kChunks + arch::recomputed(arch::lane()); index < Tile::kRows * kChunks;
-       index += arch::kWaveSize) {
-    *reinterpret_cast<uint4*>(q + index / kChunks * Tile::kQStride + index % kChunks * 8) = make_uint4(0, 0, 0, 0);
-  }
 #pragma unroll 1
   for (int index = arch::recomputed(arch::lane()); index < rows.count * kChunks; index += arch::kWaveSize) {
     const int row = index / kChunks, dim = index % kChunks * 8;
@@ -64,27 +70,6 @@ __device__ __forceinline__ void load_queries(const AttentionLaunch& launch, cons
   arch::copy_commit();
 }
 
-// The passes of a block: over the keys of a segment for up to kRows of its rows, then of the next.
-template <class Tile>
-struct Pass {
-  const AttentionLaunch& launch;
-  Segment segment;
-  int left, begin = 0;  // groups; row
-
-  __device__ Pass(const AttentionLaunch& all, const Schedule& schedule)
-      : launch(all), segment(schedule.first), left(schedule.groups) {}
-
-  __device__ RowBlock rows() const {
-    return {segment.batch, segment.kv_head, begin, min(Tile::kRows, launch.rows() - begin), segment.sequence.length};
-  }
-  __device__ bool last_of_segment() const { return begin + Tile::kRows >= launch.rows(); }
-  __device__ bool next() {
-    const bool last = last_of_segment();
-    begin = last ? 0 : begin + Tile::kRows;
-    return !last || segment.next(launch.p, left);
-  }
-};
-
 template <class Tile, class Policy, class Ring>
 __device__ __forceinline__ void attend(const AttentionLaunch& launch, const typename Ring::Source& source) {
   __shared__ MergeMemory<Tile> merge_memory;
@@ -94,34 +79,37 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
 
   arch::allow_next_kernel();
   Ring ring(shared.ring(arch::wave()), reinterpret_cast<unsigned char*>(barriers), p, source);
+  typename Tile::T* q = shared.q(arch::wave());
+  Schedule schedule(launch, Tile::kWaves);
+  clear_queries<Tile>(schedule.first.rows(launch).count, q);
+  KeyValueStream<Tile, Ring> stream(p, ring);
+  stream.aim(schedule);
   arch::wait_for_previous_kernel();
 
-  Schedule schedule(launch, Tile::kWaves);
-  KeyValueStream<Tile, Ring> stream(p, (launch.rows() + Tile::kRows - 1) / Tile::kRows, ring);
-  if (Ring::kPreviews && p.window == 0) stream.preview(schedule);
+  schedule.load(launch);
+  stream.preview();
   schedule.finish(launch);
   if (schedule.groups == 0) return;
-  typename Tile::T* q = shared.q(arch::wave());
-  Pass<Tile> pass(launch, schedule);
+  Segment next = schedule.first;
+  int left = schedule.groups;
   References<Tile, Policy> references;
-  load_queries<Tile>(launch, pass.rows(), q);
-  references.load(launch, pass.rows());
+  load_queries<Tile>(launch, next.rows(launch), q);
+  references.load(launch, next.rows(launch));
   stream.start(schedule);
 
   int slot = schedule.first_slot, taken = Tile::kStages;
   for (bool more = true; more;) {
-    const Segment segment = pass.segment;
-    const RowBlock rows = pass.rows();
-    const bool last = pass.last_of_segment();
+    const Segment segment = next;
+    const RowBlock rows = segment.rows(launch);
     WavePart<Tile, Policy> part(launch, rows, references, p.scale * (p.k_scale ? p.k_scale[rows.kv_head] : 1.f));
     ring.wait_for_others(taken);
     arch::wave_sync();
     part.take_queries(q);
-    more = pass.next();
-    if (more) references.load(launch, pass.rows());
+    more = next.next(p, left);
+    if (more) references.load(launch, next.rows(launch));
     if (Tile::kQueryInRegisters && more) {
       arch::wave_sync();
-      load_queries<Tile>(launch, pass.rows(), q);
+      load_queries<Tile>(launch, next.rows(launch), q);
     }
 
     taken = 0;
@@ -135,22 +123,18 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
     }
     if (!Tile::kQueryInRegisters && more) {
       arch::wave_sync();
-      load_queries<Tile>(launch, pass.rows(), q);
+      load_queries<Tile>(launch, next.rows(launch), q);
       taken = 0;
     }
 
     merge_waves(launch, rows, segment.whole ? -1 : slot, part, shared, merge_memory);
     __syncthreads();
-    if (last) {
-      if (!segment.whole && threadIdx.x == 0) arch::publish(launch.ready + slot, launch.nonce);
-      slot = schedule.first_slot + 1;
-    }
+    if (!segment.whole && threadIdx.x == 0) arch::publish(launch.ready + slot, launch.nonce);
+    slot = schedule.first_slot + 1;
   }
 
   if (schedule.merge.count > 0) {
-    const Segment& unit = schedule.first;
-    merge_slots<Tile, Policy>(launch, schedule.merge,
-                              {unit.batch, unit.kv_head, 0, launch.rows(), unit.sequence.length});
+    merge_slots<Tile, Policy>(launch, schedule.merge, schedule.first.rows(launch));
   }
 }
 

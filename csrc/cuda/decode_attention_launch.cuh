@@ -9,6 +9,7 @@
 namespace flashdecpp {
 
 constexpr int64_t kWorkspaceBytes = 16 << 20;  // an explicit number of splits may exceed it
+constexpr int64_t kBytesUnderWay = 6 << 20;    // that keep the memory of any machine busy
 
 // A number that no launch had before it: flags that another launch left behind are not this one's.
 inline uint64_t new_nonce(const void* workspace) {
@@ -19,17 +20,17 @@ inline uint64_t new_nonce(const void* workspace) {
   return (x ^ (x >> 31)) | 1;  // not zero, which a flag is reset to
 }
 
-// The ring and the block that go with a way of copying, and how many row tiles a wave's registers hold. Here those of
-// staged copies, which must do with the 99 KiB of a block on the smallest NVIDIA machine from Ampere on;
-// decode_attention_tensor.cuh and csrc/hip/decode_attention_amd.h have the others.
-template <CopyKind kind, int dims, int row_tiles>
+// The ring and the block that go with a way of copying. Here those of staged copies, which must do with the 99 KiB of a
+// block on the smallest NVIDIA machine from Ampere on; decode_attention_tensor.cuh and csrc/hip/decode_attention_amd.h
+// have the others.
+template <CopyKind kind, class KV, int dims>
 struct Machine;
-template <int dims, int row_tiles>
-struct Machine<CopyKind::kStaged, dims, row_tiles> {
+template <class KV, int dims>
+struct Machine<CopyKind::kStaged, KV, dims> {
   template <class Tile>
   using Ring = StagedRing<Tile>;
-  using Shape = BlockShape<(dims * row_tiles <= 128 ? 4 : 2), 2, 1, 4>;
-  static constexpr int kSharedBytes = 99 * 1024, kMostRowTiles = dims <= 128 ? 2 : 1;
+  using Shape = BlockShape<(dims <= 128 ? 4 : 2), 2, 1, 4>;
+  static constexpr int kSharedBytes = 99 * 1024;
 };
 
 template <class Tile>
@@ -37,41 +38,43 @@ typename StagedRing<Tile>::Source ring_source(const AttentionParams&, StagedRing
   return {};
 }
 
-template <class T, class KV, int dims, int row_tiles, CopyKind kind, class Policy>
+template <class T, class KV, int dims, CopyKind kind, class Policy>
 void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device device) {
-  using M = Machine<kind, dims, row_tiles>;
-  using Tile = AttentionTile<T, KV, dims, row_tiles, typename M::Shape>;
+  using M = Machine<kind, KV, dims>;
+  using Tile = AttentionTile<T, KV, dims, typename M::Shape>;
   using Ring = typename M::template Ring<Tile>;
   const AttentionParams& p = launch.p;
-  launch.group = p.group();
-  launch.group_reciprocal = ((1 << 16) + launch.group - 1) / launch.group;
-  const int64_t units = int64_t{p.batch} * p.kv_heads;
-  const int64_t slot_bytes = launch.rows() * (p.head_dim * sizeof(float) + sizeof(RowPart)) + sizeof(uint64_t);
+  using Shared = SharedMemory<Tile, Ring>;
+  launch.cut_rows(Tile::kRows);
+  const int64_t units = int64_t{p.batch} * launch.sequence_units();
+  const int64_t slot_bytes = launch.slot_rows * (p.head_dim * sizeof(float) + sizeof(RowPart)) + sizeof(uint64_t);
   // More splits than there are groups for would not change a bit of the result.
   const int64_t groups = std::max<int64_t>(p.num_blocks > 0 ? (p.capacity() + kGroup - 1) / kGroup : 0, 1);
   launch.p.num_splits =
       static_cast<int32_t>(std::min<int64_t>(p.num_splits, (groups + Tile::kWaves - 1) / Tile::kWaves));
   const int64_t resident = int64_t{launcher.properties().multiprocessors} * Tile::kBlocks;
-  const AttentionGrid grid = choose_attention_grid(resident, p.batch, p.kv_heads, launch.p.num_splits, groups,
-                                                   kMinGroups, kWorkspaceBytes / slot_bytes);
+  // What further row blocks read comes from L2, which wants all of the machine.
+  const int64_t enough = launch.row_blocks > 1 ? resident : kBytesUnderWay / (Tile::kWaves * Shared::kRingBytes);
+  const AttentionGrid grid = choose_attention_grid(resident, p.batch, launch.sequence_units(), launch.p.num_splits,
+                                                   groups, kMinGroups, enough, kWorkspaceBytes / slot_bytes);
   FLASHDECPP_REQUIRE(std::max(grid.blocks, units * groups) <= INT32_MAX, "decode_attention",
-                     "q, k_cache and block_table must have batch * kv_heads * max_len / 16 and batch * kv_heads * ",
-                     "num_splits below 2^31, got ", p.batch, " * ", p.kv_heads, " * ", p.capacity(), " / 16 and ",
+                     "q, k_cache and block_table must have batch * units * max_len / 16 and batch * units * ",
+                     "num_splits below 2^31, where units is kv_heads * ceil(q_len * q_heads / kv_heads / ", Tile::kRows,
+                     "); got ", p.batch, " * ", launch.sequence_units(), " * ", p.capacity(), " / 16 and ",
                      p.num_splits, " splits");
 
   launch.unit_blocks = static_cast<int32_t>(grid.unit_blocks);
   launch.shares = static_cast<uint32_t>(grid.shares);
   launch.most_shares = static_cast<uint32_t>(grid.most_shares);
-  launch.least_by_unit = static_cast<uint32_t>(grid.least_by_unit);
+  launch.least_by_unit = static_cast<float>(grid.least_by_unit) * kGroup;
   Tensor workspace;
   if (grid.slots > 0) {
     workspace = new_tensor({(grid.slots * slot_bytes + 16 + 3) / 4}, DType::kFloat32, device);
     launch.ready = static_cast<uint64_t*>(View(workspace).data);
     launch.part_out = reinterpret_cast<float*>(launch.ready + (grid.slots + 1) / 2 * 2);  // 16-byte aligned
-    launch.part_state = reinterpret_cast<RowPart*>(launch.part_out + grid.slots * launch.rows() * p.head_dim);
+    launch.part_state = reinterpret_cast<RowPart*>(launch.part_out + grid.slots * launch.slot_rows * p.head_dim);
     launch.nonce = new_nonce(launch.ready);
   }
-  using Shared = SharedMemory<Tile, Ring>;
   static_assert(Shared::kBytes + sizeof(MergeMemory<Tile>) + Ring::kBarrierBytes + 1024 <=
                 M::kSharedBytes);  // and 1 KiB to start on a multiple of that
   const auto kernel = decode_attention_kernel<Tile, Policy, Ring>;
@@ -80,31 +83,23 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
                        Shared::kBytes, launch, ring_source(p, static_cast<Ring*>(nullptr)));
 }
 
-template <class T, class KV, int dims, CopyKind kind, int row_tiles>
+template <class T, class KV, int dims, CopyKind kind>
 void launch_policy(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
   if (launch.p.phi) {
-    launch_kernel<T, KV, dims, row_tiles, kind, UnifiedMax<T>>(launcher, launch, device);
+    launch_kernel<T, KV, dims, kind, UnifiedMax<T>>(launcher, launch, device);
   } else {
-    launch_kernel<T, KV, dims, row_tiles, kind, OnlineMax>(launcher, launch, device);
+    launch_kernel<T, KV, dims, kind, OnlineMax>(launcher, launch, device);
   }
-}
-
-template <class T, class KV, int dims, CopyKind kind>
-void launch_rows(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
-  if constexpr (Machine<kind, dims, 1>::kMostRowTiles > 1) {
-    if (launch.rows() > 16) return launch_policy<T, KV, dims, kind, 2>(launcher, launch, device);
-  }
-  launch_policy<T, KV, dims, kind, 1>(launcher, launch, device);
 }
 
 template <class T, class KV, CopyKind kind>
 void launch_dims(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
   const int dims = launch.p.head_dim;
-  if (dims <= 64) return launch_rows<T, KV, 64, kind>(launcher, launch, device);
-  if (dims <= 96) return launch_rows<T, KV, 96, kind>(launcher, launch, device);
-  if (dims <= 128) return launch_rows<T, KV, 128, kind>(launcher, launch, device);
-  if (dims <= 192) return launch_rows<T, KV, 192, kind>(launcher, launch, device);
-  return launch_rows<T, KV, 256, kind>(launcher, launch, device);
+  if (dims <= 64) return launch_policy<T, KV, 64, kind>(launcher, launch, device);
+  if (dims <= 96) return launch_policy<T, KV, 96, kind>(launcher, launch, device);
+  if (dims <= 128) return launch_policy<T, KV, 128, kind>(launcher, launch, device);
+  if (dims <= 192) return launch_policy<T, KV, 192, kind>(launcher, launch, device);
+  return launch_policy<T, KV, 256, kind>(launcher, launch, device);
 }
 
 template <class T, CopyKind kind>

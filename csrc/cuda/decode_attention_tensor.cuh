@@ -1,4 +1,5 @@
-// Decode attention by tensor copies, which exist on Hopper alone: its shared memory is known.
+// Decode attention by tensor copies, which exist on Hopper alone: its shared memory is known. A unit in float8 is
+// short: two smaller blocks hide each other's ends.
 #pragma once
 
 #include "attention_ring_sm90.cuh"
@@ -7,14 +8,14 @@
 
 namespace flashdecpp {
 
-template <int dims, int row_tiles>
-struct Machine<CopyKind::kTensor, dims, row_tiles> {
+template <class KV, int dims>
+struct Machine<CopyKind::kTensor, KV, dims> {
   template <class Tile>
   using Ring = TensorRing<Tile>;
-  static constexpr int kWaves = dims * row_tiles <= 128 ? 8 : 4;
-  static constexpr int kStages = dims <= 64 ? 4 : dims <= 128 ? (row_tiles == 1 ? 2 : 4) : dims <= 192 ? 3 : 2;
-  using Shape = BlockShape<kWaves, kStages, 1, 8>;
-  static constexpr int kSharedBytes = 227 * 1024, kMostRowTiles = dims <= 128 ? 2 : 1;
+  static constexpr int kWide = dims <= 128 ? 8 : 4, kDeep = dims <= 64 ? 4 : dims <= 128 ? 2 : dims <= 192 ? 3 : 2;
+  using Shape =
+      std::conditional_t<sizeof(KV) == 1 && dims <= 128, BlockShape<4, 3, 2, 8>, BlockShape<kWide, kDeep, 1, 8>>;
+  static constexpr int kSharedBytes = 227 * 1024 / Shape::kBlocks;
 };
 
 template <class Tile>

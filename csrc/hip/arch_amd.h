@@ -350,8 +350,7 @@ __device__ __forceinline__ void store(T* p, int stride, const TileC& c) {
 // ---- decode attention -----------------------------------------------------------------------------------------------
 // A wave of 32 needs twice the registers for a tile, and four times for a factor, which both halves have whole.
 struct Walk {
-  static constexpr int kQueryColumns = kWaveSize == 64 ? 192 : 0;
-  static constexpr int ahead(int /*row_tiles*/) { return kWaveSize == 64 ? 4 : 2; }
+  static constexpr int kQueryColumns = kWaveSize == 64 ? 192 : 0, kAhead = kWaveSize == 64 ? 4 : 2;
   static constexpr int run(int head_dim) { return kWaveSize == 64 && head_dim % 64 == 0 ? 4 : 2; }
 };
 

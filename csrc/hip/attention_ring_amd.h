@@ -51,7 +51,8 @@ class RegisterRing {
     next.end = min(segment.sequence.length - first, kGroup);
     const int row = whole_groups_ ? 0 : arch::lane() % kGroup;
     if (whole_groups_ ? next.end > 0 : row >= next.begin && row < next.end) {
-      next.place.look_up(p_, segment.batch, first + row);
+      next.place.aim(p_, segment.batch, first + row);
+      next.place.look_up(p_, segment.batch);
     }
   }
 

@@ -7,12 +7,12 @@
 
 namespace flashdecpp {
 
-template <int dims, int row_tiles>
-struct Machine<CopyKind::kRegisters, dims, row_tiles> {
+template <class KV, int dims>
+struct Machine<CopyKind::kRegisters, KV, dims> {
   template <class Tile>
   using Ring = RegisterRing<Tile>;
-  using Shape = BlockShape<(dims * row_tiles <= 128 ? 4 : 2), 1, 1, 4>;
-  static constexpr int kSharedBytes = arch::kBlockSharedBytes, kMostRowTiles = 1;
+  using Shape = BlockShape<(dims <= 128 ? 4 : 2), 1, 1, 4>;
+  static constexpr int kSharedBytes = arch::kBlockSharedBytes;
 };
 
 template <class Tile>

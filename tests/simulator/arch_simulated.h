@@ -274,8 +274,7 @@ void store(T* p, int stride, const TileC& c) {
 }
 
 struct Walk {
-  static constexpr int kQueryColumns = 192;
-  static constexpr int ahead(int row_tiles) { return row_tiles > 1 ? 2 : 4; }
+  static constexpr int kQueryColumns = 192, kAhead = 4;
   static constexpr int run(int /*head_dim*/) { return 1; }
 };
 

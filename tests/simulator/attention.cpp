@@ -88,9 +88,9 @@ void compare(const Case& c, const AttentionParams& p, const simulated::Tensor<T>
         name + ": off by " + std::to_string(worst) + ", lse by " + std::to_string(worst_lse));
 }
 
-template <class T, class KV, int dims, int row_tiles, class Policy>
+template <class T, class KV, int dims, class Policy>
 void run(const Case& c, const std::string& name) {
-  using Tile = AttentionTile<T, KV, dims, row_tiles, Shape>;
+  using Tile = AttentionTile<T, KV, dims, Shape>;
   using Ring = MachineRing<Tile>;
   const int batch = static_cast<int>(c.lengths.size());
   const int longest = std::max(*std::max_element(c.lengths.begin(), c.lengths.end()), 1);
@@ -150,16 +150,15 @@ void run(const Case& c, const std::string& name) {
   p.softcap = c.softcap;
   p.window = c.window;
 
-  launch.group = p.group();
-  launch.group_reciprocal = ((1 << 16) + launch.group - 1) / launch.group;
+  launch.cut_rows(Tile::kRows);
   const int64_t groups = std::max<int64_t>((p.capacity() + kGroup - 1) / kGroup, 1);
   const AttentionGrid grid =
-      choose_attention_grid(c.resident, batch, c.kv_heads, c.num_splits, groups, 2, int64_t{1} << 12);
+      choose_attention_grid(c.resident, batch, launch.sequence_units(), c.num_splits, groups, 2, 1, int64_t{1} << 12);
   launch.unit_blocks = static_cast<int32_t>(grid.unit_blocks);
   launch.shares = static_cast<uint32_t>(grid.shares);
   launch.most_shares = static_cast<uint32_t>(grid.most_shares);
-  launch.least_by_unit = static_cast<uint32_t>(grid.least_by_unit);
-  const size_t slots = std::max<int64_t>(grid.slots, 1), rows = launch.rows();
+  launch.least_by_unit = static_cast<float>(grid.least_by_unit) * kGroup;
+  const size_t slots = std::max<int64_t>(grid.slots, 1), rows = launch.slot_rows;
   simulated::Tensor<float> part_out(slots * rows * c.head_dim);
   simulated::Tensor<RowPart> part_state(slots * rows);
   simulated::Tensor<uint64_t> ready(slots);
@@ -175,15 +174,15 @@ void run(const Case& c, const std::string& name) {
   }
 }
 
-template <class T, class KV, int dims, int row_tiles>
+template <class T, class KV, int dims>
 void run_policies(const Case& c, const std::string& name) {
-  run<T, KV, dims, row_tiles, OnlineMax>(c, name + ", online");
-  run<T, KV, dims, row_tiles, UnifiedMax<T>>(c, name + ", unified");
+  run<T, KV, dims, OnlineMax>(c, name + ", online");
+  run<T, KV, dims, UnifiedMax<T>>(c, name + ", unified");
 }
 
 template <class T, class KV, int dims>
 void run_type(const std::string& type) {
-  const auto go = [&](const char* what, const Case& c) { run_policies<T, KV, dims, 1>(c, type + ", " + what); };
+  const auto go = [&](const char* what, const Case& c) { run_policies<T, KV, dims>(c, type + ", " + what); };
   go("one sequence, by unit, twice", {.lengths = {300}, .head_dim = dims, .graph = true});
   go("ragged, by line, twice", {.lengths = {400, 3, 17, 0, 90}, .head_dim = dims, .graph = true});
   go("even lengths", {.lengths = {100, 100, 97}, .head_dim = dims});
@@ -210,7 +209,7 @@ void run_random(int count) {
     const bool even = pick(0, 1);
     for (int& length : c.lengths) length = even ? common : pick(0, longest);
     c.kv_heads = pick(1, 3);
-    c.q_heads = c.kv_heads * pick(1, 16 / c.q_len);
+    c.q_heads = c.kv_heads * pick(1, 16);
     c.head_dim = 8 * pick(2, 8);
     c.block_size = pick(0, 1) ? 16 << pick(0, 1) : pick(1, 7);
     c.resident = pick(1, 24);
@@ -219,7 +218,7 @@ void run_random(int count) {
     c.paged = pick(1, 4) > 1;
     c.phi = pick(1, 4) == 1 ? 50.f : 1.f;
     c.graph = pick(1, 4) == 1;
-    run_policies<arch::half, arch::half, 64, 1>(c, "random shape " + std::to_string(i));
+    run_policies<arch::half, arch::half, 64>(c, "random shape " + std::to_string(i));
   }
 }
 
@@ -230,9 +229,9 @@ int main() {
 #if !defined(FLASHDECPP_SIMULATED_FEW)
   run_type<arch::bfloat16, arch::bfloat16, 64>("bfloat16");
   run_type<arch::half, arch::float8, 64>("half with float8");
-  run_policies<arch::half, arch::half, 64, 2>({.lengths = {90, 33}, .q_heads = 32, .kv_heads = 1, .q_len = 2},
-                                              "64 rows of a unit");
-  run_policies<arch::half, arch::half, 128, 1>({.lengths = {60, 200}, .q_heads = 14, .head_dim = 128}, "head_dim 128");
+  run_policies<arch::half, arch::half, 64>({.lengths = {90, 33}, .q_heads = 32, .kv_heads = 1, .q_len = 2},
+                                           "64 rows of a KV head");
+  run_policies<arch::half, arch::half, 128>({.lengths = {60, 200}, .q_heads = 14, .head_dim = 128}, "head_dim 128");
   run_random(24);
 #endif
   return check.report();
