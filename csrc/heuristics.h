@@ -41,10 +41,10 @@ struct InflectionPoints {
 // The rule for a shape that nobody has profiled, or not with so many rows.
 // Hopper, measured on an H100 (bench/results/linear_h100.json): the GEMV is ahead of cuBLAS on every shape for up to 8
 // rows, which are one tile of its matrix products; the flat GEMM is up to 64 rows, but for weights that are small.
-// AMD, not measured here: up to 16 rows are one matrix tile of the GEMV. The flat GEMM lives from loads that go on while
-// it multiplies, and these machines have none: double buffering does not pay on an MI210, with its 16 KB of L1 (the
-// paper). So what is more is the BLAS's, until `flashdecpp tune` finds another answer.
-// Older NVIDIA machines: the paper's range for an A100 (section 5: m1 of 2 to 3, m2 of 8 to 17), not measured here.
+// AMD, not measured here: up to 16 rows are one matrix tile of the GEMV. The flat GEMM lives from loads that go on
+// while it multiplies, and these machines have none: double buffering does not pay on an MI210, with its 16 KB of L1
+// (the paper). So what is more is the BLAS's, until `flashdecpp tune` finds another answer. Older NVIDIA machines: the
+// paper's range for an A100 (section 5: m1 of 2 to 3, m2 of 8 to 17), not measured here.
 inline InflectionPoints default_inflection_points(const DeviceProperties& device) {
   if (device.amd()) return {17, 17};
   return device.arch == 90 ? InflectionPoints{9, 65} : InflectionPoints{3, 9};

@@ -1,6 +1,7 @@
 """What the HIP library holds: its code objects, their kernels, what each needs of a machine.
 
-python tests/hip_code.py [LIBRARY]    writes the report that tests/test_hip_library.py compares
+python tests/hip_code.py            writes the report that tests/test_hip_library.py compares
+python tests/hip_code.py NAME ...   the loop of most loads or products in kernels whose names hold NAME
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,13 +87,11 @@ class Kernel:
 
 def dynamic_shared(name: str) -> int:
     """Bytes that the launch names: SharedMemory::kBytes of attention_tile.cuh, FlatGemm::kSharedBytes."""
-    if match := re.search(
-        r"AttentionTile<(\w+), (\w+), (\d+), (\d+), BlockShape<(\d+), (\d+), \d+, (\d+)>", name
-    ):
-        element = 1 if match[2] == "float8" else 2
-        dims, row_tiles, waves, stages, merge_rows = map(int, match.groups()[2:])
+    if match := re.search(r"AttentionTile<\w+, (\w+), (\d+), BlockShape<(\d+), (\d+), \d+, (\d+)>", name):
+        element = 1 if match[1] == "float8" else 2
+        dims, waves, stages, merge_rows = map(int, match.groups()[1:])
         ring = stages * 2 * 16 * (dims + 16 // element) * element
-        return waves * (ring + 16 * row_tiles * (dims + 8) * 2 + merge_rows * (dims + 8) * 4)
+        return waves * (ring + 16 * (dims + 8) * 2 + merge_rows * (dims + 8) * 4)
     if match := re.search(r"flat_gemm_kernel<\w+, (\d)>", name):
         text = (ROOT / "csrc/heuristics.h").read_text()
         table = re.search(r"kFlatTiles\[\] = \{(.*?)\n\};", text, re.DOTALL)[1]
@@ -190,6 +190,50 @@ def kernels_of(target: str, path: str) -> list[Kernel]:
     return result
 
 
+LOOP = {
+    "matrix": r"v_(mfma|wmma)",
+    "valu": r"v_(?!mfma|wmma)",
+    "salu": r"s_(?!waitcnt|nop|barrier)",
+    "load128": r"global_load_(dwordx4|b128)",
+    "other loads": r"global_load_(?!dwordx4|b128)",
+    "lds": r"ds_(?!b?permute)",
+    "permute": r"ds_b?permute",
+    "scratch": r"scratch_|buffer_",
+}
+
+
+def hot_loops(target: str, code: bytes, wanted: list[str]) -> Iterator[str]:
+    """What is issued once round, in branches that are seldom taken, too: an upper bound."""
+    with tempfile.NamedTemporaryFile(suffix=".co") as file:
+        file.write(code)
+        file.flush()
+        command = [tool("llvm-objdump"), "-d", f"--mcpu={target}", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"\n[0-9a-f]+ <(\w+)>:\n", listing)
+    for name, body in zip(short(parts[1::2]), parts[2::2], strict=True):
+        if not any(want in name for want in wanted):
+            continue
+        # instruction, its address, the place in the kernel that it may branch to
+        lines = re.findall(r"\t(\S+).*// ([0-9A-F]+):[^<\n]*(?:<\w+\+0x([0-9a-f]+)>)?", body)
+        code_at = [(int(address, 16), op, to) for op, address, to in lines]
+        begin = code_at[0][0]
+        back = [(begin + int(to, 16), at) for at, op, to in code_at if "branch" in op and to]
+        loops = []
+        for first, last in ((first, last) for first, last in back if first < last):
+            ops = [op for at, op, _ in code_at if first <= at <= last]
+            loops.append(
+                (
+                    Counter({key: sum(bool(re.match(p, op)) for op in ops) for key, p in LOOP.items()}),
+                    len(ops),
+                )
+            )
+        key = "matrix" if any(counts["matrix"] for counts, _ in loops) else "load128"
+        counts, size = max(loops, key=lambda loop: (loop[0][key], -loop[1]))
+        yield f"{target} {name}: {size} instructions, " + ", ".join(
+            f"{n} {k}" for k, n in counts.items() if n
+        )
+
+
 def compiler() -> str:
     command = [tool("llvm-objdump"), "--version"]
     version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -209,5 +253,11 @@ def report(found: list[Kernel]) -> str:
 
 
 if __name__ == "__main__":
-    REPORT.write_text(report(kernels(Path(sys.argv[1]) if len(sys.argv) > 1 else LIBRARY)))
-    print(f"wrote {REPORT}")
+    if wanted := sys.argv[1:]:
+        for target, objects in code_objects(LIBRARY).items():
+            for code in objects:
+                for line in hot_loops(target, code, wanted):
+                    print(line)
+    else:
+        REPORT.write_text(report(kernels()))
+        print(f"wrote {REPORT}")

@@ -44,7 +44,7 @@
 //                                          seen by whoever awaited the value, in any block
 //   exp2_approx(x)                         2^x in one instruction
 //   uniform(x)                             x, an int that is the same for all of the wave: as such, for the compiler
-//   recomputed(x)                          x, an int, worked out where this stands: what depends on it is not kept in
+//   recomputed(x)                          an integer, worked out where this stands: what depends on it is not kept in
 //                                          registers through loops that need those
 //   steps_part()                           loads that stand behind this are not begun before it
 //   wait_for_previous_kernel(), allow_next_kernel()   programmatic dependent launch; nothing where there is none

@@ -53,7 +53,10 @@ __device__ __forceinline__ float exp2_approx(float x) {
 
 __device__ __forceinline__ void steps_part() {}
 __device__ __forceinline__ int uniform(int x) { return x; }
-__device__ __forceinline__ int recomputed(int x) { return x; }  // the compiler knows best
+template <class Int>
+__device__ __forceinline__ Int recomputed(Int x) {
+  return x;  // the compiler knows best
+}
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ uint32_t shared_address(const void* p) {

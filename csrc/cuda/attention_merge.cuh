@@ -65,7 +65,7 @@ __device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const
                                             const WavePart<Tile, Policy>& part, const SharedMemory<Tile, Ring>& shared,
                                             MergeMemory<Tile>& memory) {
   constexpr int kRowThreads = Tile::kDims / 4;  // for the widest row; of a narrower one some are idle
-  const int thread = arch::recomputed(threadIdx.x);
+  const unsigned thread = arch::recomputed(unsigned{threadIdx.x});
   part.for_each_row([&](int row, const RowPart& state) { memory.parts[arch::wave()][row] = state; });
   __syncthreads();
   static_assert(Tile::kRows * Tile::kWaves <= Tile::kThreads);
@@ -118,7 +118,7 @@ __device__ __forceinline__ void merge_slots(const AttentionLaunch& launch, const
   for (int i = threadIdx.x; i < slots.count; i += Tile::kThreads) launch.ready[slots[i]] = 0;
 
 #pragma unroll 1
-  for (int item = arch::recomputed(threadIdx.x); item < rows.count * kRowThreads; item += Tile::kThreads) {
+  for (int item = arch::recomputed(unsigned{threadIdx.x}); item < rows.count * kRowThreads; item += Tile::kThreads) {
     const int row = item / kRowThreads, column = item % kRowThreads * 4;
     if (column >= p.head_dim) continue;
     WholeRow whole;

@@ -89,7 +89,8 @@ __device__ __forceinline__ void steps_part() {
 }
 
 // Addresses of 8 KiB of copies and of whole tiles are not worth the registers that the compiler would give them.
-__device__ __forceinline__ int recomputed(int x) {
+template <class Int>
+__device__ __forceinline__ Int recomputed(Int x) {
 #if defined(__HIP_DEVICE_COMPILE__)
   asm volatile("" : "+v"(x));
 #endif

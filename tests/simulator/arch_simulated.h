@@ -113,7 +113,10 @@ inline int uniform(int x) {
   if (take_from(x, 0, "uniform") != x) simulated::fail("uniform: lanes differ");
   return x;
 }
-inline int recomputed(int x) { return x; }
+template <class Int>
+Int recomputed(Int x) {
+  return x;
+}
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 
