@@ -42,6 +42,13 @@ def test_kernels_agree_with_their_definition(source: str, machine: str, tmp_path
     assert result.stdout.endswith(" cases, 0 failures\n")
 
 
+def test_matrix_units(tmp_path: Path) -> None:
+    """Kernels that are NVIDIA's alone."""
+    result = run("linear_units", ROOT / "csrc", tmp_path / "linear_units", "-O2", *MACHINES["simulated"])
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.endswith(" cases, 0 failures\n")
+
+
 # What is planted: which test must notice it, the file (of csrc/cuda; of csrc/hip after a machine), the text
 # and what takes its place.
 FAULTS = {
@@ -105,11 +112,18 @@ FAULTS = {
         "mine += parts[wave() + other]",
         "mine += parts[other]",
     ),
-    "a block that does not wait for the last part": (
+    "a gate that goes with another row": (
         "linear",
-        "arch.h",
-        "== expected - 1;",
-        "== expected - 2;",
+        "gemv_kernel.cuh",
+        "exchange_xor(mine, rows / 2)",
+        "exchange_xor(mine, 1)",
+    ),
+    "a norm of another row": ("linear", "gemv_kernel.cuh", "v, factors[i],", "v, factors[0],"),
+    "a part that is not added": (
+        "linear",
+        "flat_gemm_kernel.cuh",
+        "for (int s = 0; s < others; ++s)",
+        "for (int s = 0; s < others - 1; ++s)",
     ),
     "words of weights that go to the wrong lanes": (
         "quantized",

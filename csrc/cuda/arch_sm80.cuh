@@ -36,6 +36,7 @@ __device__ __forceinline__ T* from_lane(T* value, int source) {
 }
 
 __device__ __forceinline__ int from_lane(int value, int source) { return __shfl_sync(0xffffffffu, value, source); }
+__device__ __forceinline__ float from_lane(float value, int source) { return __shfl_sync(0xffffffffu, value, source); }
 
 __device__ __forceinline__ uint32_t exchange_xor(uint32_t value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);

@@ -1,5 +1,6 @@
 #include "flat_gemm_kernel.cuh"
 #include "linear.h"
+#include "nonce.h"
 
 namespace flashdecpp {
 namespace {
@@ -7,22 +8,22 @@ namespace {
 template <class T, int tile_index>
 void launch(const Launcher& launcher, const LinearParams& p, Device device) {
   using G = FlatGemm<T, tile_index>;
-  const int64_t tiles = (p.m + G::kBlockM - 1) / G::kBlockM * ((p.n + G::kBlockN - 1) / G::kBlockN);
+  const int64_t tiles = (p.m + G::kBlockM - 1) / G::kBlockM * ((p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
   const int64_t k_tiles = (p.k + G::kBlockK - 1) / G::kBlockK;
   const int64_t wanted = choose_k_splits(launcher.properties(), G::kTile, tiles, k_tiles);
 
   SplitK split{};
   split.k_tiles_per_split = static_cast<int32_t>((k_tiles + wanted - 1) / wanted);
   split.splits = static_cast<int32_t>((k_tiles + split.k_tiles_per_split - 1) / split.k_tiles_per_split);
-  OptionalTensor workspace;  // the parts, then the counters; lives until the launch is in the stream
+  OptionalTensor workspace;  // the parts, then their flags; lives until the launch is in the stream
   if (split.splits > 1) {
-    const int64_t parts = tiles * split.splits * G::kBlockM * G::kBlockN;
-    workspace = new_tensor({parts + tiles}, DType::kFloat32, device);
+    const int64_t flags = tiles * (split.splits - 1), parts = flags * G::kBlockM * G::kBlockN;
+    workspace = new_tensor({parts + 2 * flags}, DType::kFloat32, device);
     split.parts = static_cast<float*>(View(*workspace).data);
-    split.arrived = reinterpret_cast<unsigned int*>(split.parts + parts);
-    launcher.zero(split.arrived, tiles * sizeof(unsigned int));
+    split.ready = reinterpret_cast<uint64_t*>(split.parts + parts);
+    split.nonce = new_nonce(split.parts);
   }
-  const auto kernel = flat_gemm_kernel<T, tile_index>;
+  const auto kernel = p.fusion.any() ? flat_gemm_kernel<T, tile_index, true> : flat_gemm_kernel<T, tile_index, false>;
   launcher.allow_shared_memory(kernel, G::kSharedBytes);
   const dim3 grid(static_cast<unsigned>(tiles), split.splits);
   const int waves = G::kTile.waves_m * G::kTile.waves_n;
@@ -43,27 +44,25 @@ void launch(const Launcher& launcher, const LinearParams& p, Device device, int 
 Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
   contract::Linear call = contract::linear("flat_gemm", x, weight, bias);
   require_vector_rows("flat_gemm", call);
-  return run_flat_gemm(Launcher("flat_gemm", call.x_view.device), call);
+  const Launcher launcher("flat_gemm", call.x_view.device);
+  Tensor out = allocate(call);
+  run_flat_gemm(launcher, call.params, call.x_view.device);
+  return out;
 }
 
 }  // namespace
 
-Tensor run_flat_gemm(const Launcher& launcher, const contract::Linear& call) {
-  LinearParams p = call.params;
-  Tensor result = contract::new_like_rows(call.x_view, p.n);
-  if (p.m == 0 || p.n == 0) return result;
-  p.out = View(result).data;
-
+void run_flat_gemm(const Launcher& launcher, const LinearParams& p, Device device) {
+  if (p.m == 0 || p.n == 0) return;
   if constexpr (arch::kHasHopperKernels) {
-    if (launcher.hopper_kernels() && launch_flat_gemm_sm90(launcher, p)) return result;
+    if (launcher.hopper_kernels() && launch_flat_gemm_sm90(launcher, p)) return;
   }
   const int32_t shared_bytes = std::min(arch::kBlockSharedBytes, launcher.shared_bytes());
   const int32_t tile = choose_flat_tile(p.m, shared_bytes, arch::kTileN);
   arch::with_half_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch<T>(launcher, p, call.x_view.device, tile);
+    launch<T>(launcher, p, device, tile);
   });
-  return result;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)

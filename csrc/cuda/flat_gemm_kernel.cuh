@@ -3,8 +3,8 @@
 // The weight is the A operand: its rows fill the long side of the 16 x kTileN x 16 tile, and x, the B operand, is
 // padded to kTileN rows only. A block computes block_n x block_m outputs with K sequential (tiles: kFlatTiles of
 // heuristics.h); staged copies run stages - 1 tiles ahead of the multiplies. Where N alone has too few blocks, several
-// share a tile along K: each leaves a float32 part in the workspace, and the last to arrive adds them in the order of
-// K, so the result does not depend on who that was.
+// share a tile along K: each but the last leaves a float32 part in the workspace and a flag, and the last adds them to
+// its own, in order. It waits for blocks with smaller numbers only, which are started before it.
 //
 // Floor: the bytes of the weight over the memory bandwidth. Shared memory 63 to 108 KiB, two or three blocks a
 // multiprocessor of an H100: 64 to 120 KiB in flight there.
@@ -16,8 +16,9 @@
 namespace flashdecpp {
 
 struct SplitK {
-  float* parts;           // [tiles, splits, block_m, block_n], or null: one split
-  unsigned int* arrived;  // [tiles], zero
+  float* parts;     // [tiles, splits - 1, block_m, block_n], or null: one split
+  uint64_t* ready;  // [tiles, splits - 1]: which parts are there; zero once they are added
+  uint64_t nonce;   // what a flag is set to: a number that no other launch uses, so whatever was there before means no
   int32_t splits, k_tiles_per_split;
 };
 
@@ -69,7 +70,7 @@ struct FlatGemm {
 };
 
 // Grid: (m tiles x n tiles, the m tiles of one n tile side by side so that they share its weights in L2; splits).
-template <class T, int tile_index>
+template <class T, int tile_index, bool fused = false>
 __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
     flat_gemm_kernel(LinearParams p, SplitK split) {
   using namespace arch;
@@ -78,7 +79,8 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
 
   const int m_tiles = static_cast<int>((p.m + G::kBlockM - 1) / G::kBlockM);
   const int64_t first_m = blockIdx.x % m_tiles * int64_t{G::kBlockM};
-  const int64_t first_n = blockIdx.x / m_tiles * int64_t{G::kBlockN};
+  const bool gated = is_gated<fused>(p);  // half of a tile are gates, half what goes up with them
+  const int64_t first_n = blockIdx.x / m_tiles * int64_t{G::kBlockN} / (gated ? 2 : 1);
   const int k_tiles = static_cast<int>((p.k + G::kBlockK - 1) / G::kBlockK);
   const int first_tile = blockIdx.y * split.k_tiles_per_split;
   const int tiles = min(split.k_tiles_per_split, k_tiles - first_tile);
@@ -88,7 +90,14 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
   const auto load_stage = [&](int tile) {
     T* const stage = shared + tile % G::kStages * G::kStageElements;
     const int64_t k = (first_tile + tile) * int64_t{G::kBlockK};
-    G::template load_rows<G::kBlockN>(stage, weight + k, p.weight_stride, p.n - first_n, p.k - k);
+    if (gated) {
+      constexpr int half = G::kBlockN / 2;
+      G::template load_rows<half>(stage, weight + k, p.weight_stride, p.n - first_n, p.k - k);
+      G::template load_rows<half>(stage + half * G::kStride, weight + p.n * p.weight_stride + k, p.weight_stride,
+                                  p.n - first_n, p.k - k);
+    } else {
+      G::template load_rows<G::kBlockN>(stage, weight + k, p.weight_stride, p.n - first_n, p.k - k);
+    }
     G::template load_rows<G::kBlockM>(stage + G::kBlockN * G::kStride, x + k, p.x_stride, p.m - first_m, p.k - k);
   };
 
@@ -138,19 +147,26 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
   }
   if (split.parts) {
     constexpr int64_t part_stride = G::kBlockM * G::kBlockN;
-    float* const parts = split.parts + blockIdx.x * (split.splits * part_stride);
+    const int others = split.splits - 1;
+    float* const parts = split.parts + blockIdx.x * (others * part_stride);
+    uint64_t* const ready = split.ready + blockIdx.x * int64_t{others};
+    const int me = static_cast<int>(blockIdx.y);
+    if (me < others) {
 #pragma unroll
-    for (int j = 0; j < vectors; ++j) {
-      const int i = j * G::kThreads + threadIdx.x;
-      if (i < count) store_vector(parts + blockIdx.y * part_stride + i * 8, v[j]);
+      for (int j = 0; j < vectors; ++j) {
+        const int i = j * G::kThreads + threadIdx.x;
+        if (i < count) store_vector(parts + me * part_stride + i * 8, v[j]);
+      }
+      __syncthreads();
+      if (threadIdx.x == 0) publish(ready + me, split.nonce);
+      return;
     }
-    if (!last_block_to_arrive(split.arrived + blockIdx.x, split.splits)) return;
-#pragma unroll
-    for (int j = 0; j < vectors; ++j) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) v[j][e] = 0.f;
+    if (threadIdx.x < others) {
+      await(ready + threadIdx.x, split.nonce);
+      ready[threadIdx.x] = 0;  // a graph launches this with the same nonce again
     }
-    for (int s = 0; s < split.splits; ++s) {
+    __syncthreads();
+    for (int s = 0; s < others; ++s) {
 #pragma unroll
       for (int j = 0; j < vectors; ++j) {
         const int i = j * G::kThreads + threadIdx.x;
@@ -162,11 +178,29 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
       }
     }
   }
+  if (gated) {
+    if (split.parts) {  // the two halves of a pair are with different threads
+#pragma unroll
+      for (int j = 0; j < vectors; ++j) {
+        const int i = j * G::kThreads + threadIdx.x;
+        if (i < count) store_vector(outputs + i / row_vectors * G::kOutStride + i % row_vectors * 8, v[j]);
+      }
+      __syncthreads();
+    }
+    constexpr int columns = G::kBlockN / 2;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count / row_vectors * columns; i += G::kThreads) {
+      const int m = i / columns, column = i % columns;
+      const float* const row = outputs + m * G::kOutStride + column;
+      if (first_n + column < p.n) write_output<T, fused>(p, first_m + m, first_n + column, row[0], row[columns]);
+    }
+    return;
+  }
 #pragma unroll
   for (int j = 0; j < vectors; ++j) {
     const int i = j * G::kThreads + threadIdx.x;
     const int64_t n = first_n + i % row_vectors * 8;
-    if (i < count && n < p.n) write_outputs<T>(p, first_m + i / row_vectors, n, v[j]);
+    if (i < count && n < p.n) write_outputs<T, fused>(p, first_m + i / row_vectors, n, v[j]);
   }
 }
 

@@ -13,17 +13,18 @@ FlatLaunch flat_launch(const DeviceProperties& device, int64_t n, int64_t k) {
   return {cluster, fills ? INT32_MAX : late_stages};
 }
 
-template <class T, int rows>
+template <class T, int m_rows>
 void launch_ring(const Launcher& launcher, const LinearParams& p) {
-  using R = FlatRing<rows>;
-  const CUtensorMap weight_map =
-      matrix_map("flat_gemm", p.weight, p.n, p.k, p.weight_stride, R::kBlockN, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+  using R = FlatRing<m_rows>;
+  const int64_t rows = p.weight_rows();
+  const CUtensorMap weight_map = matrix_map("flat_gemm", p.weight, rows, p.k, p.weight_stride,
+                                            R::kBlockN / (p.fusion.gated ? 2 : 1), CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
   const CUtensorMap x_map =
       matrix_map("flat_gemm", p.x, p.m, p.k, p.x_stride, static_cast<int>(p.m), CU_TENSOR_MAP_L2_PROMOTION_NONE);
-  const FlatLaunch launch = flat_launch(launcher.properties(), p.n, p.k);
-  const auto kernel = flat_ring_kernel<T, R>;
+  const FlatLaunch launch = flat_launch(launcher.properties(), rows, p.k);
+  const auto kernel = p.fusion.any() ? flat_ring_kernel<T, R, true> : flat_ring_kernel<T, R, false>;
   launcher.allow_shared_memory(kernel, R::kSharedBytes);
-  const auto blocks = static_cast<unsigned>((p.n + R::kBlockN - 1) / R::kBlockN * launch.cluster);
+  const auto blocks = static_cast<unsigned>((rows + R::kBlockN - 1) / R::kBlockN * launch.cluster);
   launcher.overlapping_clusters(kernel, launch.cluster, blocks, R::kThreads, R::kSharedBytes, p, weight_map, x_map,
                                 launch);
 }
@@ -50,7 +51,7 @@ struct FlatRings {
 }  // namespace
 
 bool launch_flat_gemm_sm90(const Launcher& launcher, const LinearParams& p) {
-  if (!fits_matrix_map(p.weight, p.n, p.k, p.weight_stride) || !fits_matrix_map(p.x, p.m, p.k, p.x_stride))
+  if (!fits_matrix_map(p.weight, p.weight_rows(), p.k, p.weight_stride) || !fits_matrix_map(p.x, p.m, p.k, p.x_stride))
     return false;
   launch_parts<FlatRings>(launcher, p);
   return true;

@@ -30,7 +30,7 @@ void launch_norm(const Launcher& launcher, const NormParams& p) {
     const int64_t wave_size = launcher.wave_size();
     const int64_t wanted = (p.cols + vector - 1) / vector;
     const int64_t threads = std::min<int64_t>((wanted + wave_size - 1) / wave_size * wave_size, kNormMaxThreads);
-    launcher(kernel, static_cast<unsigned>(p.rows), static_cast<unsigned>(threads), 0, p);
+    launcher.overlapping(kernel, static_cast<unsigned>(p.rows), static_cast<unsigned>(threads), 0, p);
   };
   constexpr int vector = kVector<T>;
   const bool fits = vectors_fit(p.x, sizeof(T), vector, {p.cols, p.x_stride, p.outer_stride}) &&

@@ -6,13 +6,14 @@ namespace {
 
 template <class T, int m>
 void launch_generic(const Launcher& launcher, const LinearParams& p) {
-  const int64_t groups = (p.n + kGemvRows - 1) / kGemvRows;
+  const int64_t groups = (p.weight_rows() + kGemvRows - 1) / kGemvRows;
   const int32_t wave_size = launcher.wave_size();
   const int64_t loads_per_lane = (p.k / 8 + wave_size - 1) / wave_size;
   const int32_t waves = choose_gemv_waves(launcher.properties(), m, groups, loads_per_lane);
   const int64_t groups_per_block = kGemvThreads / wave_size / waves;
   const int64_t blocks = std::min<int64_t>((groups + groups_per_block - 1) / groups_per_block, INT32_MAX);
-  launcher(gemv_kernel<T, m>, static_cast<unsigned>(blocks), kGemvThreads, 0, p, static_cast<int>(waves));
+  const auto kernel = p.fusion.any() ? gemv_kernel<T, m, true> : gemv_kernel<T, m, false>;
+  launcher(kernel, static_cast<unsigned>(blocks), kGemvThreads, 0, p, static_cast<int>(waves));
 }
 
 // The CUDA cores, up to 8 rows of x.
@@ -37,19 +38,17 @@ struct GenericGemv {
 Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
   contract::Linear call = contract::linear("gemv", x, weight, bias);
   require_vector_rows("gemv", call);
-  return run_gemv(Launcher("gemv", call.x_view.device), call);
+  const Launcher launcher("gemv", call.x_view.device);
+  Tensor out = allocate(call);
+  run_gemv(launcher, call.params);
+  return out;
 }
 
 }  // namespace
 
-Tensor run_gemv(const Launcher& launcher, const contract::Linear& call) {
-  LinearParams p = call.params;
-  Tensor result = contract::new_like_rows(call.x_view, p.n);
-  if (p.m == 0 || p.n == 0) return result;
-  p.out = View(result).data;
-
+void run_gemv(const Launcher& launcher, const LinearParams& p) {
+  if (p.m == 0 || p.n == 0) return;
   if (!launch_matrix_gemv(launcher, p)) launch_parts<GenericGemv>(launcher, p);
-  return result;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)

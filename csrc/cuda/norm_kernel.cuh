@@ -15,6 +15,8 @@ inline constexpr int kNormMaxThreads = 1024;
 template <class T, class W, int vector>
 __global__ void __launch_bounds__(kNormMaxThreads) norm_kernel(NormParams p) {
   using namespace arch;
+  allow_next_kernel();  // a linear's, which asks for its first weights meanwhile
+  wait_for_previous_kernel();
   __shared__ float scratch[kNormMaxThreads / kWaveSize];
   const auto block_sum = [&](float value) {
     return block_reduce(value, 0.f, scratch, [](float a, float b) { return a + b; });

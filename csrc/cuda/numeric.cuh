@@ -80,13 +80,12 @@ __device__ __forceinline__ void store_vector(T* p, const float (&values)[n]) {
   }
 }
 
-// The eight values of a 16-byte load.
-template <class T>
-__device__ __forceinline__ void unpack(float (&values)[8], const uint4& bits) {
-  static_assert(sizeof(T) == 2);
+// The values of some bits: eight of a 16-byte load.
+template <class T, class Bits>
+__device__ __forceinline__ void unpack(float (&values)[sizeof(Bits) / sizeof(T)], const Bits& bits) {
   const T* packed = reinterpret_cast<const T*>(&bits);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = to_float(packed[i]);
+  for (int i = 0; i < static_cast<int>(sizeof(Bits) / sizeof(T)); ++i) values[i] = to_float(packed[i]);
 }
 
 // Host: calls f with a null pointer of the device type that a dtype names, f([](auto* type) { using T = ...; }).

@@ -1,17 +1,17 @@
 // quantized_linear on a GPU: few rows of x stream the quantised weights, more have them dequantised for the BLAS.
+#include "../linear_parts.h"
 #include "dequantize_kernel.cuh"
 #include "linear.h"
 
 namespace flashdecpp {
 namespace {
 
-constexpr const char* kOp = "quantized_linear";
 // Beyond, reading the weights once for every 16 rows costs more than writing and reading them in x's dtype once.
 constexpr int64_t kStreamedRows = 48;
 
 bool can_stream(const QuantizedLinearParams& p) {
   return (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && p.m <= kStreamedRows && p.k % 16 == 0 &&
-         rows_are_aligned(p.weight, p.n, p.weight_stride, DType::kUInt8);
+         rows_are_aligned(p.weight, p.weight_rows(), p.weight_stride, DType::kUInt8);
 }
 
 Tensor dequantize(const Launcher& launcher, const QuantizedLinearParams& p, Device device) {
@@ -27,17 +27,52 @@ Tensor dequantize(const Launcher& launcher, const QuantizedLinearParams& p, Devi
   return weight;
 }
 
-Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
-  contract::QuantizedLinear call = contract::quantized_linear(x, weight, scales, offsets, bias);
-  QuantizedLinearParams& p = call.params;
-  const Launcher launcher(kOp, call.x_view.device);
-  if (!can_stream(p)) return blas_linear(x, dequantize(launcher, p, call.x_view.device), bias);
+// Whether the call could be streamed, into its out.
+bool run_streamed(const Launcher& launcher, contract::QuantizedLinear& call) {
+  const QuantizedLinearParams& p = call.params;
+  if (!can_stream(p)) return false;
   align_rows(call);
-  Tensor result = contract::new_like_rows(call.x_view, p.n);
-  if (p.m == 0 || p.n == 0) return result;
-  p.out = View(result).data;
-  launch_quantized_gemv(launcher, p);
-  return result;
+  return p.m == 0 || p.n == 0 || launch_quantized_gemv(launcher, p);
+}
+
+OptionalTensor streamed(const Launcher& launcher, contract::QuantizedLinear& call) {
+  Tensor out = allocate(call);
+  return run_streamed(launcher, call) ? OptionalTensor(out) : std::nullopt;
+}
+
+Tensor run_blas(const Launcher& launcher, const contract::QuantizedLinear& call, const OptionalTensor& bias) {
+  return blas_linear(call.x, dequantize(launcher, product_alone(call.params), call.x_view.device), bias);
+}
+
+Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+  contract::QuantizedLinear call = contract::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
+  const Launcher launcher("quantized_linear", call.x_view.device);
+  if (const auto out = streamed(launcher, call)) return *out;
+  return run_blas(launcher, call, bias);
+}
+
+constexpr const char* kFused = "quantized_linear_fused";
+
+Tensor quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
+                              OptionalTensor norm_weight, double norm_eps, std::optional<std::string> activation) {
+  contract::QuantizedLinear call = contract::quantized_linear(kFused, x, weight, scales, offsets, bias);
+  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
+  contract::fuse_activation(kFused, call, activation);
+  const Launcher launcher(kFused, call.x_view.device);
+  normalise(call, norm_weight, norm_eps);
+  if (const auto out = streamed(launcher, call)) return *out;
+  return activate(run_blas(launcher, call, bias), activation);
+}
+
+void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets,
+                                     OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
+                                     double norm_eps) {
+  contract::QuantizedLinear call = contract::quantized_linear(kFused, x, weight, scales, offsets, bias);
+  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
+  contract::fuse_residual(kFused, call, x, residual);
+  const Launcher launcher(kFused, call.x_view.device);
+  normalise(call, norm_weight, norm_eps);
+  if (!run_streamed(launcher, call)) add_rows(launcher, call.params, run_blas(launcher, call, bias));
 }
 
 }  // namespace
@@ -45,6 +80,8 @@ Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor o
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
+  m.impl("quantized_linear_fused", TORCH_BOX(&quantized_linear_fused));
+  m.impl("quantized_linear_fused.residual", TORCH_BOX(&quantized_linear_fused_residual));
 }
 
 }  // namespace flashdecpp

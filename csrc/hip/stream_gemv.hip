@@ -48,11 +48,15 @@ void launch_rows(const Launcher& launcher, const QuantizedLinearParams& p) {
 
 }  // namespace
 
-void launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) { launch_rows(launcher, p); }
+bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
+  if (p.fusion.any()) return false;
+  launch_rows(launcher, p);
+  return true;
+}
 
 bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
   constexpr int64_t least_rows = 3;
-  if (p.m < least_rows) return false;
+  if (p.m < least_rows || p.fusion.any()) return false;
   QuantizedLinearParams plain{p};
   plain.bits = 16;
   plain.group = p.k;
