@@ -265,8 +265,75 @@ def test_blocks_grow_with_the_answer(folder):
     for piece in stream:
         if piece.token_id is not None:
             used.append(llm._engine.pool.used_blocks)
-    # After token i, tokens 10 + i - 1 are in the cache; at the end all is given back.
-    assert used == [blocks_for(10 + i) for i in range(99)] + [0]
+    # When token i is read, the step that puts it into the cache is under way; at the end all is given back.
+    assert used == [blocks_for(11 + i) for i in range(99)] + [0]
+
+
+def test_tokens_are_read_one_step_behind(folder, monkeypatch):
+    llm = load(folder, max_batch=2)
+    calls, take = spy_on(llm, monkeypatch), llm._engine._take_token
+
+    def spied_take(request, token):
+        calls.append(("read", request.length, token))
+        take(request, token)
+
+    monkeypatch.setattr(llm._engine, "_take_token", spied_take)
+    llm.generate([random_tokens(10)], SamplingParams(max_tokens=5, ignore_eos=True))
+    names = [name for name, *_ in calls]
+    assert names == [
+        "prefill",
+        "decode",
+        "read",
+        "decode",
+        "read",
+        "decode",
+        "read",
+        "decode",
+        "read",
+        "read",
+    ]
+    assert [length for name, length, _ in calls if name == "read"] == [10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("rows", [5, 8])
+def test_rows_without_a_sequence_change_nothing(folder, alone, rows, monkeypatch):
+    """As where a CUDA graph is for more rows than there are sequences."""
+    llm = load(folder, max_batch=8, cache_tokens=BLOCK_SIZE * 30)
+    prompts = [random_tokens(10 + 7 * i, seed=i) for i in range(12)]
+    params = [
+        SamplingParams(
+            max_tokens=5 + 3 * i,
+            temperature=float(i % 2),
+            seed=i,
+            repetition_penalty=1.0 + i % 3 / 4,
+            ignore_eos=i % 5 > 0,
+        )
+        for i in range(12)
+    ]
+    expected = token_ids(alone, prompts, params)
+    llm.generate(prompts[0], GREEDY)
+    llm._engine._batch.buckets = [rows, 8]
+    calls = spy_on(llm, monkeypatch)
+    assert token_ids(llm, prompts, params) == expected
+    assert {batch for name, batch, _ in calls if name == "decode"} == {rows, 8}
+    assert llm._engine.pool.used_blocks == 0
+
+
+def test_a_sequence_that_ends_by_itself_wastes_nothing_of_others(folder, monkeypatch):
+    """The device ends it: the step that is under way when the host learns of it computes no row for it."""
+    prompts = [random_tokens(9, seed=1), random_tokens(30, seed=2), random_tokens(5, seed=3)]
+    params = SamplingParams(max_tokens=30)
+    llm = load(folder)
+    endless = SamplingParams(max_tokens=30, ignore_eos=True)
+    first = token_ids(llm, prompts, endless)
+    ending = first[1][12]
+    stops = load(folder)
+    stops._engine.eos_ids = frozenset([ending])
+    answers = token_ids(stops, prompts, params)
+    assert answers == [a[: a.index(ending)] if ending in a else a for a in first]
+    steps = sum(min(len(answer) + 1, 30) - 1 for answer in answers)
+    assert stops.stats.softmax_rows == steps * 3 * 4
+    assert stops._engine.pool.used_blocks == 0
 
 
 def test_streams_at_once_are_one_batch(folder, alone, monkeypatch):

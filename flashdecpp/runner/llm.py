@@ -99,6 +99,8 @@ class LLM:
         so an lm_head that is tied to it; tensors that a GGUF file has quantised so stay as they are. Weights
         whose rows are not a multiple of 32 stay in dtype with "int4". On a GPU quantised weights are decoded
         in registers for up to 48 rows; for more, in prefill, they are dequantised first.
+    cuda_graphs: on a GPU, decode steps are captured at first use, one for each power of two of sequences, and
+        replayed; False launches every kernel of every step, to debug or profile.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class LLM:
         prefix_cache: bool = True,
         phi: Phi = "auto",
         quantize: str = "auto",
+        cuda_graphs: bool = True,
     ) -> None:
         if quantize not in QUANTIZE:
             raise ModelError(f"quantize must be one of {', '.join(QUANTIZE)}, got {quantize}")
@@ -153,6 +156,7 @@ class LLM:
             carry,
             prefill_chunk,
             prefix_cache,
+            cuda_graphs,
         )
         self.stats: Stats | None = None
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from flashdecpp import ops
 
@@ -127,7 +128,7 @@ class Decoder:
         cos_sin = [b if a is None else a for a, b in zip(own, self._cos_sin, strict=True)]
         for first in range(start, end, PREFILL_CHUNK):
             stop = min(first + PREFILL_CHUNK, end)
-            seq_lens = torch.tensor([stop], dtype=torch.int32, device=self.device)
+            seq_lens = torch.full((1,), stop, dtype=torch.int32, device=self.device)  # no copy to wait for
             attend = self._prompt_attention(cache, block_table, first, stop, observe)
             chunk = tokens[None, first - start : stop - start]
             x = self._layers(chunk, cache, seq_lens, block_table, cos_sin, attend)
@@ -161,8 +162,7 @@ class Decoder:
             k_cache, v_cache = cache.layers[index]
             q, k, v = _linear(x, layer.qkv, layer.qkv_bias).view(packed_shape).split(self._heads, dim=2)
             if layer.q_norm is not None:
-                q = ops.rms_norm(q.contiguous(), layer.q_norm, eps=eps)
-                k = ops.rms_norm(k.contiguous(), layer.k_norm, eps=eps)
+                q, k = ops.rms_norm(q, layer.q_norm, eps=eps), ops.rms_norm(k, layer.k_norm, eps=eps)
             place = (k_cache, v_cache, seq_lens, block_table)
             ops.rotary_append(q, k, v, *place, cos_sin=cos_sin[index], interleaved=interleaved)
             x = _linear(attend(index, q, k, v).reshape(attended_shape), layer.o, layer.o_bias)
@@ -225,7 +225,9 @@ class Decoder:
         masks: dict[int, torch.Tensor] = {}
         blocks = None if start == 0 else block_table[0, : -(-stop // cache.block_size)].long()
 
-        def mask_for(window: int) -> torch.Tensor:
+        def mask_for(window: int) -> torch.Tensor | CausalBias:
+            if not 0 < window < stop and self.device.type == "cuda":
+                return causal_lower_right(stop - start, stop)  # without a mask in memory
             if window not in masks:
                 query = torch.arange(start, stop, device=self.device)[:, None]
                 key = torch.arange(stop, device=self.device)
