@@ -71,9 +71,7 @@ class Batch:
         self._phi: torch.Tensor | None = None  # carried along: NaN where a sequence is new
         if carry_phi:
             self._phi = torch.full((config.layers, max_batch, config.q_heads), torch.nan, device=device)
-        self._seen: torch.Tensor | None = (
-            None  # bool [max_batch, vocab], once a repetition penalty asks for it
-        )
+        self._seen: torch.Tensor | None = None  # bool [max_batch, vocab], once a penalty asks for it
         self._eos_ids = upload(sorted(eos_ids), torch.int64, device)
         # Where a request is its row, the dimension of the rows: what moves when requests leave.
         self._movable = [(self._fields, 1), (self._longs, 1), (self._block_table, 0)]

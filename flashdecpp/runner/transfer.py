@@ -6,7 +6,7 @@ import torch
 
 
 def upload(values: Sequence, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of these values on the device. On a GPU whatever is launched next sees it; the host goes on."""
+    """A tensor of these values on the device. What is launched next sees it; the host goes on at once."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
