@@ -291,7 +291,6 @@ class Subject:
                 self.carry,
                 1024,
                 prefix_cache=False,
-                cuda_graphs=True,
             )
             params = SamplingParams(max_tokens=count, ignore_eos=True)
             times = []

@@ -41,6 +41,7 @@ class Batch:
     """Up to `max_batch` requests, those of `requests`, in its first rows.
 
     `cuda_graphs`: replay the steps; else, and on the CPU, they are launched one kernel after the other.
+    `all_rows`: always compute `max_batch` rows, so that kernels aren't chosen by how many there are.
     """
 
     def __init__(
@@ -52,12 +53,15 @@ class Batch:
         max_batch: int,
         carry_phi: bool,
         cuda_graphs: bool,
+        all_rows: bool = False,
     ) -> None:
         self._decoder, self._cache, self._device = decoder, cache, decoder.device
         on_gpu = self._device.type == "cuda"
         self.requests: list[Request] = []
         # How many rows a step may have. On the CPU, where graphs don't count, no row is computed in vain.
         self.buckets = _powers_of_two(max_batch) if on_gpu else list(range(1, max_batch + 1))
+        if all_rows:
+            self.buckets = [max_batch]
         self._graphs: dict[tuple[int, SamplingFeatures], torch.cuda.CUDAGraph] | None = None
         if on_gpu and cuda_graphs:
             self._graphs, self._memory = {}, torch.cuda.graph_pool_handle()

@@ -55,11 +55,13 @@ class Engine:
         carry_phi: bool,
         prefill_chunk: int,
         prefix_cache: bool,
-        cuda_graphs: bool,
+        cuda_graphs: bool = True,
+        batch_invariant: bool = False,
     ) -> None:
         self.decoder, self.eos_ids = decoder, eos_ids
         self.max_len, self.max_batch, self.carry_phi = max_len, max_batch, carry_phi
-        self.prefill_chunk, self.prefix_cache, self.cuda_graphs = prefill_chunk, prefix_cache, cuda_graphs
+        self.prefill_chunk, self.prefix_cache = prefill_chunk, prefix_cache
+        self.cuda_graphs, self.batch_invariant = cuda_graphs, batch_invariant
         self.counts = Counts()
         self._fixed_blocks = None if cache_tokens is None else blocks_for(cache_tokens)
         self._wanted_blocks = 0  # of the cache, had there been memory for more
@@ -222,6 +224,7 @@ class Engine:
                 self.max_batch,
                 self.carry_phi,
                 self.cuda_graphs,
+                all_rows=self.batch_invariant,
             )
             if requests:
                 self._batch.join(requests)

@@ -43,15 +43,20 @@ class Decoder:
 
     `phi`: float32 [q_heads] per layer, the unified maximum of its softmax; None computes each row's own.
     Rows that had to be recomputed because their maximum was too far from phi, given or carried, are counted
-    in `fallbacks`.
+    in `fallbacks`. `num_splits`: as in ops.decode_attention.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, max_len: int, phi: Sequence[torch.Tensor] | None = None
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        max_len: int,
+        phi: Sequence[torch.Tensor] | None = None,
+        num_splits: int = 0,
     ) -> None:
         self.config, self.weights = config, weights
         self.device, self.dtype = weights.layers[0].attn_norm.device, weights.dtype
-        self.phi = phi
+        self.phi, self.num_splits = phi, num_splits
         self.fallbacks = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._cos_sin = self._rotations(lambda rope: rope.table(max_len))
         self._heads = [config.q_heads, config.kv_heads, config.kv_heads]
@@ -97,6 +102,7 @@ class Decoder:
                 phi=None if phi is None else phi[index],
                 softcap=config.attn_softcap,
                 window=config.windows[index],
+                num_splits=self.num_splits,
                 fallback_count=fallbacks,
                 carried_phi=None if carried_phi is None else carried_phi[index],
             )
