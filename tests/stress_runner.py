@@ -1,7 +1,7 @@
 """Thousands of prompts of random lengths through one model, in a block pool that is far too small for them.
 
-Every answer must be the one that its prompt gets alone, no block may leak and memory must stay flat. The model
-is a random one of a Llama's make, or a folder or file, or the demo model.
+Every answer must be the one that its prompt gets alone, no block may leak and memory must stay flat. The
+model is a random one of a Llama's make, or a folder or file, or the demo model.
 
     python tests/stress_runner.py [--device cuda] [--prompts 10000] [--model random|demo|PATH]
 """
@@ -107,7 +107,7 @@ def run(model: str | Path, options: argparse.Namespace) -> int:
     seconds, stats = time.perf_counter() - begin, llm.stats
     grown, used = held_bytes(llm) - before, llm._engine.pool.used_blocks
     print(
-        f"{len(prompts)} prompts, {stats.prompt_tokens} + {stats.generated_tokens} tokens in {seconds:.1f} s, "
+        f"{len(prompts)} prompts, {stats.prompt_tokens} + {stats.generated_tokens} tokens, {seconds:.1f} s, "
         f"{stats.preemptions} preemptions in a pool of {stats.cache_blocks} blocks; afterwards {used} are in "
         f"use, and memory grew by {grown} bytes",
         flush=True,
