@@ -2,9 +2,10 @@
 
 python bench/linear.py             time over M for decode's weight shapes
 python bench/linear.py --chain     also all 128 linears of a decode step of Llama-2-7B in one graph
+python bench/linear.py --fused     also these with norms, gates and residual sums, in the kernels and apart
 python bench/linear.py --quantized also int8 and int4 weights beside float16 ones
 
-[--dtypes float16,bfloat16] [--output bench/results/linear_h100.json]
+[--skip-shapes] [--dtypes float16,bfloat16] [--output bench/results/linear_h100.json]
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import measure
@@ -42,6 +44,7 @@ GEMV_ROWS = 16  # the most that gemv is timed for
 ROUNDS = 2  # each time is the best of so many medians, taken in turns
 LAYERS, LAYER = 32, [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]  # Llama-2-7B
 CHAIN_ROWS = [1, 8, 32]
+FUSED_ROWS = [1, 2, 4, 8, 12, 16, 32, 64]
 FORMATS = {  # of quantised weights
     "int8": {"bits": 8},
     "int8 g128": {"bits": 8, "group_size": 128},
@@ -111,6 +114,68 @@ def measure_chain(dtype: torch.dtype) -> list[dict]:
                 "us": {name: round(us, 1) for name, us in times.items()},
                 "auto_gbs": round(weight_bytes / times["auto"] / 1e3),
                 "blas_gbs": round(weight_bytes / times["blas"] / 1e3),
+            }
+        )
+    return results
+
+
+@dataclass
+class Layer:
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+    attention_norm: Tensor
+    ffn_norm: Tensor
+
+
+def run_apart(layers: list[Layer], residual: Tensor, linear: Linear) -> None:
+    """A decode step without attention, a launch for each part: 7 a layer."""
+    x = torch.zeros_like(residual)
+    for layer in layers:
+        qkv = linear(ops.rms_norm(x, layer.attention_norm, residual), layer.qkv)
+        x = linear(qkv[:, : layer.out.size(1)], layer.out)
+        gate_up = linear(ops.rms_norm(x, layer.ffn_norm, residual), layer.gate_up)
+        x = linear(ops.gated_activation(gate_up), layer.down)
+
+
+def run_fused(layers: list[Layer], residual: Tensor) -> None:
+    """The same by `linear_fused`: 4 launches a layer, 6 where the norm is not part of the kernel."""
+    for layer in layers:
+        qkv = ops.linear_fused(residual, layer.qkv, norm_weight=layer.attention_norm)
+        ops.linear_fused(qkv[:, : layer.out.size(1)], layer.out, residual=residual)
+        gated = ops.linear_fused(residual, layer.gate_up, norm_weight=layer.ffn_norm, activation="silu")
+        ops.linear_fused(gated, layer.down, residual=residual)
+
+
+def measure_fused(dtype: torch.dtype) -> list[dict]:
+    """Llama-2-7B's decode step without attention, norms and gates included."""
+    hidden = LAYER[0][1]
+    layers = [
+        Layer(
+            *(torch.randn(n, k, dtype=dtype, device="cuda") * k**-0.5 for n, k in LAYER),
+            *(torch.ones(hidden, dtype=dtype, device="cuda") for _ in range(2)),
+        )
+        for _ in range(LAYERS)
+    ]
+    weight_bytes = 2 * LAYERS * sum(n * k for n, k in LAYER)
+    results = []
+    for m in FUSED_ROWS:
+        residual = torch.randn(m, hidden, dtype=dtype, device="cuda")
+        times = best_us(
+            {
+                "blas": [partial(run_apart, layers, residual, F.linear)],
+                "apart": [partial(run_apart, layers, residual, ops.linear)],
+                "fused": [partial(run_fused, layers, residual)],
+            },
+            10,
+        )
+        results.append(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "m": m,
+                "us": {name: round(us, 1) for name, us in times.items()},
+                "gbs": {name: round(weight_bytes / us / 1e3) for name, us in times.items()},
             }
         )
     return results
@@ -209,13 +274,16 @@ def main() -> None:
     )
     parser.add_argument("--dtypes", default="float16,bfloat16")
     parser.add_argument("--chain", action="store_true")
+    parser.add_argument("--fused", action="store_true")
     parser.add_argument("--quantized", action="store_true")
+    parser.add_argument("--skip-shapes", action="store_true", help="only what the other options ask for")
     parser.add_argument("--output", default="bench/results/linear_h100.json")
     arguments = parser.parse_args()
     dtypes = [getattr(torch, name) for name in arguments.dtypes.split(",")]
     ceiling = measure.read_ceiling_gbs()
+    results: dict[str, object] = {"read_ceiling_gbs": round(ceiling)}
     rows = []
-    for dtype in dtypes:
+    for dtype in [] if arguments.skip_shapes else dtypes:
         for n, k in SHAPES:
             rows += measure_shape(n, k, dtype)
             for row in rows[-len(ROWS) :]:
@@ -224,22 +292,22 @@ def main() -> None:
                     f"{row['auto_gbs']} GB/s, {row['auto_over_blas']}",
                     flush=True,
                 )
-    results = {
-        "read_ceiling_gbs": round(ceiling),
-        "summary": summary(rows, ceiling),
-        "host_us": measure_host(),
-        "shapes": rows,
-    }
+    if rows:
+        results |= {"summary": summary(rows, ceiling), "host_us": measure_host(), "shapes": rows}
+        print(results["summary"], results["host_us"])
     if arguments.chain:
         results["chain"] = [row for dtype in dtypes for row in measure_chain(dtype)]
         for row in results["chain"]:
+            print(row)
+    if arguments.fused:
+        results["fused"] = [row for dtype in dtypes for row in measure_fused(dtype)]
+        for row in results["fused"]:
             print(row)
     if arguments.quantized:
         large = [(n, k) for n, k in SHAPES if 2 * n * k > 80e6 and 2 * n * k < 500e6]
         results["quantized"] = [row for n, k in large for row in measure_quantized(n, k, dtypes[0])]
         for row in results["quantized"]:
             print(row)
-    print(results["summary"], results["host_us"])
     measure.save(arguments.output, results)
 
 

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <string>
+#include <utility>
 
 #include "heuristics.h"
 #include "torch_api.h"
@@ -282,6 +283,14 @@ struct LinearCall {
   Tensor x;
   View x_view;
   Params params;
+
+  // Packed rows in place of x's.
+  void take(Tensor rows) {
+    x = std::move(rows);
+    x_view = View(x);
+    params.x = x_view.data;
+    params.x_stride = params.k;
+  }
 };
 using Linear = LinearCall<LinearParams>;
 using QuantizedLinear = LinearCall<QuantizedLinearParams>;
@@ -334,12 +343,12 @@ inline Linear linear(const char* op, const Tensor& x, const Tensor& weight, cons
   return call;
 }
 
-inline QuantizedLinear quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scales,
+inline QuantizedLinear quantized_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& scales,
                                         const OptionalTensor& offsets, const OptionalTensor& bias) {
   QuantizedLinear call{x, View(x), {}};
   const View& a = call.x_view;
   const View w(weight), s(scales);
-  const Checker check("quantized_linear", "x", a);
+  const Checker check(op, "x", a);
   FLASHDECPP_REQUIRE(a.dim >= 1, check.op, "x must be [..., K], got a scalar");
   check.float_dtype("x", a);
   const int64_t k = a.sizes[a.dim - 1];
@@ -405,6 +414,72 @@ inline Tensor new_like_rows(const View& x, int64_t last) {
   for (int64_t i = 0; i + 1 < x.dim; ++i) sizes[i] = x.sizes[i];
   sizes[x.dim - 1] = last;
   return new_tensor(sizes, x.dim, x.dtype, x.device);
+}
+
+inline Activation activation_named(const char* op, const std::string& activation) {
+  if (activation == "silu") return Activation::kSilu;
+  if (activation == "gelu") return Activation::kGelu;
+  if (activation == "gelu_tanh") return Activation::kGeluTanh;
+  if (activation == "relu") return Activation::kRelu;
+  fail(op, "activation must be silu, gelu, gelu_tanh or relu, got ", activation);
+}
+
+// ---- what the fused linears take beside a linear's arguments: call's fusion, and what follows from it
+
+template <class Params>
+void fuse_norm(const char* op, LinearCall<Params>& call, const OptionalTensor& norm_weight, double norm_eps) {
+  if (!norm_weight) return;
+  const View w(*norm_weight);
+  const Checker check(op, "x", call.x_view);
+  check.same_device("norm_weight", w);
+  FLASHDECPP_REQUIRE(w.dtype == call.x_view.dtype || w.dtype == DType::kFloat32, op, "norm_weight must be ",
+                     name(call.x_view.dtype), " as x or float32, got ", name(w.dtype));
+  check.shape("norm_weight", w, std::initializer_list<int64_t>{call.params.k});
+  check.contiguous("norm_weight", w);
+  LinearFusion& fusion = call.params.fusion;
+  fusion.norm_weight = w.data;
+  fusion.norm_dtype = w.dtype;
+  fusion.norm_eps = static_cast<float>(norm_eps);
+}
+
+template <class Params>
+void fuse_activation(const char* op, LinearCall<Params>& call, const std::optional<std::string>& activation) {
+  if (!activation) return;
+  Params& p = call.params;
+  FLASHDECPP_REQUIRE(p.n % 2 == 0, op, "weight must have an even number of rows, gate and up, got ", p.n);
+  p.fusion.gated = true;
+  p.fusion.activation = activation_named(op, *activation);
+  p.n /= 2;
+}
+
+// From the first byte to behind the last.
+inline std::pair<uintptr_t, uintptr_t> extent(const View& t) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim; ++i) {
+    if (t.sizes[i] == 0) return {0, 0};
+    last += (t.sizes[i] - 1) * t.strides[i];
+  }
+  const auto begin = reinterpret_cast<uintptr_t>(t.data);
+  return {begin, begin + (last + 1) * element_size(t.dtype)};
+}
+
+template <class Params>
+void fuse_residual(const char* op, LinearCall<Params>& call, const Tensor& x, const Tensor& residual) {
+  Params& p = call.params;
+  const View a(x), r(residual);
+  const Checker check(op, "x", a);
+  check.same_device("residual", r);
+  check.dtype("residual", r, a.dtype);
+  bool same = r.dim == a.dim && r.sizes[r.dim - 1] == p.n;
+  for (int64_t i = 0; same && i + 1 < a.dim; ++i) same = r.sizes[i] == a.sizes[i];
+  FLASHDECPP_REQUIRE(same, op, "residual must have shape [..., ", p.n, "] with the rows of x, ", a.shape(), ", got ",
+                     r.shape());
+  check.contiguous("residual", r);
+  const auto [x_begin, x_end] = extent(a);
+  const auto [begin, end] = extent(r);
+  FLASHDECPP_REQUIRE(end <= x_begin || x_end <= begin, op, "residual must share no memory with x, got one that does");
+  p.fusion.add = true;
+  p.out = r.data;
 }
 
 inline NormParams norm(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -548,17 +623,7 @@ inline GatedParams gated_activation(const Tensor& gate_up, const std::string& ac
   p.cols = a.sizes[a.dim - 1] / 2;
   p.rows = p.cols > 0 ? a.numel() / (2 * p.cols) : 0;
   p.dtype = a.dtype;
-  if (activation == "silu") {
-    p.activation = Activation::kSilu;
-  } else if (activation == "gelu") {
-    p.activation = Activation::kGelu;
-  } else if (activation == "gelu_tanh") {
-    p.activation = Activation::kGeluTanh;
-  } else if (activation == "relu") {
-    p.activation = Activation::kRelu;
-  } else {
-    fail(check.op, "activation must be silu, gelu, gelu_tanh or relu, got ", activation);
-  }
+  p.activation = activation_named(check.op, activation);
   return p;
 }
 

@@ -20,6 +20,19 @@ STABLE_TORCH_LIBRARY(flashdecpp, m)
   m.def("linear_choice(Tensor x, Tensor weight) -> str");
   m.def("quantized_linear(Tensor x, Tensor weight, Tensor scales, Tensor? offsets=None, Tensor? bias=None) -> Tensor");
 
+  m.def(
+      "linear_fused(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? norm_weight=None, float norm_eps=1e-6, "
+      "str? activation=None, str impl=\"auto\") -> Tensor");
+  m.def(
+      "linear_fused.residual(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor(a!) residual, "
+      "Tensor? norm_weight=None, float norm_eps=1e-6, str impl=\"auto\") -> ()");
+  m.def(
+      "quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, Tensor? offsets=None, Tensor? bias=None, *, "
+      "Tensor? norm_weight=None, float norm_eps=1e-6, str? activation=None) -> Tensor");
+  m.def(
+      "quantized_linear_fused.residual(Tensor x, Tensor weight, Tensor scales, Tensor? offsets=None, "
+      "Tensor? bias=None, *, Tensor(a!) residual, Tensor? norm_weight=None, float norm_eps=1e-6) -> ()");
+
   // What an op updates in place is an overload of its own: compilers cannot lower an optional argument that is mutated.
   m.def("rms_norm(Tensor x, Tensor weight, *, float eps=1e-6) -> Tensor");
   m.def("rms_norm.residual(Tensor x, Tensor weight, Tensor(a!) residual, *, float eps=1e-6) -> Tensor");

@@ -43,14 +43,31 @@ struct AttentionParams {
   constexpr int64_t capacity() const { return int64_t{max_blocks} * block_size; }
 };
 
+enum class Activation : int8_t { kSilu, kGelu, kGeluTanh, kRelu };
+
+// What a linear may do before and behind its product, where these would be launches of their own.
+struct LinearFusion {
+  const void* norm_weight;  // [k] or null: x / rms(x) * norm_weight, rounded to x's dtype, is what is multiplied
+  float norm_eps;
+  DType norm_dtype;
+  bool add;    // results are added to what `out` holds
+  bool gated;  // rows [0, n) of the weight are gates, rows [n, 2 n) go up: out = activation(gate) * up
+  Activation activation;
+
+  constexpr bool any() const { return norm_weight || add || gated; }
+};
+
 struct LinearParams {
   const void* x;       // [m, k], rows x_stride apart
-  const void* weight;  // [n, k], rows weight_stride apart
-  const void* bias;    // [n] or null
+  const void* weight;  // [weight_rows(), k], rows weight_stride apart
+  const void* bias;    // [weight_rows()] or null
   void* out;           // [m, n], contiguous
   int64_t m, n, k;
   int64_t x_stride, weight_stride;
   DType dtype;
+  LinearFusion fusion;
+
+  constexpr int64_t weight_rows() const { return fusion.gated ? 2 * n : n; }
 };
 
 // A linear whose weights are w = scale * q + offset, with one scale and offset for each `group` weights of a row.
@@ -108,8 +125,6 @@ struct RotaryParams {
 
   constexpr int64_t capacity() const { return int64_t{max_blocks} * block_size; }
 };
-
-enum class Activation : int8_t { kSilu, kGelu, kGeluTanh, kRelu };
 
 struct GatedParams {
   const void* gate_up;  // [rows, 2 * cols], contiguous: gate, then up

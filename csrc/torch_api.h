@@ -140,6 +140,7 @@ struct View {
     return product;
   }
   bool contiguous_from(int64_t first) const {  // dimensions first, first + 1, ... packed without gaps
+    if (numel() == 0) return true;
     int64_t expected = 1;
     for (int64_t i = dim - 1; i >= first; --i) {
       if (sizes[i] != 1 && strides[i] != expected) return false;
@@ -172,12 +173,17 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, DType dtype, Devi
   return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, device);
 }
 
+// Any op that returns a tensor, by its name, with all its arguments.
+template <class... Args>
+Tensor call_op(const char* name, const Args&... args) {
+  StableIValue stack[] = {torch::stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // torch's own linear: the vendor BLAS.
 inline Tensor blas_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  using torch::stable::detail::from;
-  StableIValue stack[3] = {from(x), from(weight), from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call_op("aten::linear", x, weight, bias);
 }
 
 }  // namespace flashdecpp

@@ -30,7 +30,9 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_choice",
+    "linear_fused",
     "quantized_linear",
+    "quantized_linear_fused",
     "rms_norm",
     "rotary_append",
     "sample",
@@ -43,7 +45,11 @@ _gemv = torch.ops.flashdecpp.gemv.default
 _flat_gemm = torch.ops.flashdecpp.flat_gemm.default
 _linear = torch.ops.flashdecpp.linear.default
 _linear_choice = torch.ops.flashdecpp.linear_choice.default
+_linear_fused = torch.ops.flashdecpp.linear_fused.default
+_linear_fused_residual = torch.ops.flashdecpp.linear_fused.residual
 _quantized_linear = torch.ops.flashdecpp.quantized_linear.default
+_quantized_linear_fused = torch.ops.flashdecpp.quantized_linear_fused.default
+_quantized_linear_fused_residual = torch.ops.flashdecpp.quantized_linear_fused.residual
 _rms_norm = torch.ops.flashdecpp.rms_norm.default
 _rms_norm_residual = torch.ops.flashdecpp.rms_norm.residual
 _layer_norm = torch.ops.flashdecpp.layer_norm.default
@@ -266,6 +272,88 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
         raise _translate(error) from None
 
 
+def linear_fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor | None:
+    """`linear` with what stands around it in a decoder layer, in one launch where there is a kernel for that.
+
+    h = rms_norm(x, norm_weight, eps=norm_eps), or x; y = h @ weight^T + bias; then
+    - gated_activation(y, activation) is returned, or y where there is no activation;
+    - or residual += y, in place, and nothing is returned.
+
+    h is rounded to x's dtype, as `rms_norm` gives it; the rest is float32 until the result is rounded once.
+    What runs as launches of its own instead (below) rounds y to x's dtype, too.
+
+    On a GPU the sum with the residual and the gate are part of `gemv` and `flat_gemm`, the norm is part of
+    `gemv`. A norm before `flat_gemm`, everything around `blas`, and whatever does not start on a multiple of
+    16 bytes (norm_weight, a residual whose N is a multiple of 8) are launches of their own. On the CPU norm
+    and gate are passes of their own, which cost little there.
+
+    Args:
+        x, bias, impl: as in `linear`.
+        weight: [N, K] as in `linear`; with an activation [2 * features, K], the rows of the gate, then those
+            of the up projection, and bias in the same order.
+        norm_weight: [K], contiguous, x's dtype or float32. None: no norm.
+        norm_eps: added to the mean of squares.
+        activation: "silu", "gelu" (erf), "gelu_tanh" or "relu"; not with a residual.
+        residual: [..., N] of x's dtype with x's rows, contiguous; shares no memory with x.
+
+    Returns:
+        [..., N] of x's dtype, [..., features] with an activation, None with a residual.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    try:
+        if residual is None:
+            return _linear_fused(
+                x,
+                weight,
+                bias,
+                norm_weight=norm_weight,
+                norm_eps=norm_eps,
+                activation=activation,
+                impl=impl,
+            )
+        _no_activation("linear_fused", activation)
+        _linear_fused_residual(
+            x, weight, bias, residual=residual, norm_weight=norm_weight, norm_eps=norm_eps, impl=impl
+        )
+    except RuntimeError as error:
+        raise _translate(error) from None
+    return None
+
+
+def _no_activation(op: str, activation: str | None) -> None:
+    if activation is not None:
+        raise ValueError(
+            f"flashdecpp::{op}: activation must be None where residual is given, got {activation}"
+        )
+
+
+@torch.library.register_fake("flashdecpp::linear_fused")
+def _(x, weight, bias=None, *, norm_weight=None, norm_eps=1e-6, activation=None, impl="auto"):
+    return _fused_output(x, weight, activation)
+
+
+@torch.library.register_fake("flashdecpp::linear_fused.residual")
+@torch.library.register_fake("flashdecpp::quantized_linear_fused.residual")
+def _(*_args, **_):
+    return None
+
+
+def _fused_output(x: Tensor, weight: Tensor, activation: str | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.size(0) // (1 if activation is None else 2)))
+
+
 def linear_choice(x: Tensor, weight: Tensor) -> str:
     """What `linear(x, weight)` takes, "gemv", "flat_gemm" or "blas": reads shapes, strides and the address.
 
@@ -334,6 +422,66 @@ def quantized_linear(
 @torch.library.register_fake("flashdecpp::quantized_linear")
 def _(x, weight, scales, offsets=None, bias=None):
     return x.new_empty((*x.shape[:-1], weight.size(0)))
+
+
+def quantized_linear_fused(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor | None:
+    """`linear_fused` with the weight of `quantized_linear`.
+
+    On a GPU all of it is one launch where the weight is streamed (`quantized_linear` says when).
+
+    Args:
+        x, weight, scales, offsets, bias: as in `quantized_linear`; with an activation the rows of the gate,
+            then those of the up projection.
+        norm_weight, norm_eps, activation, residual: as in `linear_fused`.
+
+    Returns:
+        What `linear_fused` returns.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    try:
+        if residual is None:
+            return _quantized_linear_fused(
+                x,
+                weight,
+                scales,
+                offsets,
+                bias,
+                norm_weight=norm_weight,
+                norm_eps=norm_eps,
+                activation=activation,
+            )
+        _no_activation("quantized_linear_fused", activation)
+        _quantized_linear_fused_residual(
+            x,
+            weight,
+            scales,
+            offsets,
+            bias,
+            residual=residual,
+            norm_weight=norm_weight,
+            norm_eps=norm_eps,
+        )
+    except RuntimeError as error:
+        raise _translate(error) from None
+    return None
+
+
+@torch.library.register_fake("flashdecpp::quantized_linear_fused")
+def _(x, weight, scales, offsets=None, bias=None, *, norm_weight=None, norm_eps=1e-6, activation=None):
+    return _fused_output(x, weight, activation)
 
 
 # ----------------------------------------------------------------------------------------------------- fused

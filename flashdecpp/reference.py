@@ -169,6 +169,57 @@ def quantized_linear(
     return linear(x, dense, bias, compute_dtype=compute_dtype)
 
 
+def linear_fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    impl: str = "auto",
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor | None:
+    """`linear` of normalised x, gated or added to the residual, with no rounding between."""
+    h = x.to(compute_dtype)
+    if norm_weight is not None:
+        h = rms_norm(h, norm_weight, eps=norm_eps, compute_dtype=compute_dtype)
+    y = linear(h, weight, bias, compute_dtype=compute_dtype)
+    if activation is not None:
+        y = gated_activation(y, activation=activation, compute_dtype=compute_dtype)
+    if residual is None:
+        return y.to(x.dtype)
+    _add_residual(y, residual, compute_dtype)
+    return None
+
+
+def quantized_linear_fused(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor | None:
+    """`linear_fused` with the weight that `dequantize` gives."""
+    return linear_fused(
+        x,
+        dequantize(weight, scales, offsets, compute_dtype=compute_dtype),
+        bias,
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+        activation=activation,
+        residual=residual,
+        compute_dtype=compute_dtype,
+    )
+
+
 def dequantize(
     weight: Tensor,
     scales: Tensor,

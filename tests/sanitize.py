@@ -27,7 +27,8 @@ from flashdecpp import ops, reference
 
 SHAPES = [(1, 17, 40), (3, 70, 136), (8, 33, 1032), (20, 130, 264), (70, 129, 72)]  # m, n, k: nothing round
 LENGTHS = [0, 1, 77, 200]
-GROUP_OF = {op: "linear" for op in ("gemv", "flat_gemm", "linear", "quantized_linear")}
+LINEARS = ("gemv", "flat_gemm", "linear", "linear_fused", "quantized_linear", "quantized_linear_fused")
+GROUP_OF = dict.fromkeys(LINEARS, "linear")
 GROUP_OF["decode_attention"] = "attention"
 
 Cases = Iterator[tuple[str, dict]]  # op, arguments
@@ -112,12 +113,22 @@ def linear_cases(place: Place, quick: bool) -> Cases:
         }
         for op in ("gemv", "flat_gemm", "linear"):
             yield op, arguments
+        norm = {"norm_weight": randn(place, k, seed=3)}
+        gated = {"x": arguments["x"], "weight": randn(place, 2 * n, k, seed=1) / k**0.5, "activation": "silu"}
+        for impl in ("gemv", "flat_gemm", "blas"):
+            yield "linear_fused", gated | norm | {"bias": randn(place, 2 * n, seed=2), "impl": impl}
+            yield "linear_fused", arguments | {"residual": randn(place, m, n, seed=5), "impl": impl}
 
 
 def quantized_cases(place: Place) -> Cases:
     for rows, n, k in ((1, 17, 384), (3, 70, 160), (8, 33, 1056), (20, 130, 5120), (70, 129, 96)):
         for bits, group in ((8, None), (8, 32), (4, 32)):
-            yield "quantized_linear", quantized(place, rows, n, k, bits=bits, group=group, offsets=True)
+            arguments = quantized(place, rows, n, k, bits=bits, group=group, offsets=True)
+            yield "quantized_linear", arguments
+            arguments["norm_weight"] = randn(place, k, seed=3)
+            yield "quantized_linear_fused", arguments | {"residual": randn(place, rows, n, seed=5)}
+            if n % 2 == 0:
+                yield "quantized_linear_fused", arguments | {"activation": "gelu"}
     yield "quantized_linear", quantized(place, 3, 17, 77, bits=8, group=None)
     yield "quantized_linear", quantized(place, 3, 17, 192, bits=4, group=64, bias=True)
     yield "quantized_linear", quantized(place, 3, 17, 384, bits=4, group=128)
@@ -175,12 +186,14 @@ def main() -> None:
             if GROUP_OF.get(op.partition(".")[0], "fused") in only:
                 check(op, arguments, options.device)
                 count += 1
-    if options.quick and "attention" in only:
-        with mock.patch.dict(os.environ, FLASHDECPP_GPU_KERNELS="generic"):
-            for place in places:
-                for op, arguments in quick_attention_cases(place, generic=True):
-                    check(op, arguments, options.device)
-                    count += 1
+    with mock.patch.dict(os.environ, FLASHDECPP_GPU_KERNELS="generic"):
+        for place in places:
+            generic = list(linear_cases(place, options.quick)) if "linear" in only else []
+            if options.quick and "attention" in only:
+                generic += quick_attention_cases(place, generic=True)
+            for op, arguments in generic:
+                check(op, arguments, options.device)
+                count += 1
     if options.device == "cuda":
         torch.cuda.synchronize()
     print(f"{count} cases, all within tolerance")

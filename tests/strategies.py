@@ -192,13 +192,23 @@ def every_op(place: Place) -> dict[str, dict]:
     heads = {name: torch.zeros(4, device=place.device) for name in ("phi", "sinks", "alibi_slopes")}
     decode = attention(place, [5, 33], q_len=2) | heads | {"window": 20, "fallback_count": int32(place, [0])}
     carried = {"carried_phi": torch.tensor([[0.0, NAN, 900.0, 1.0]] * 2, device=place.device)}
+    norm = {"norm_weight": randn(place, 64, seed=4), "norm_eps": 1e-5}
+    added = {"residual": randn(place, 3, 24, seed=5)}
     return {
         "decode_attention": decode,
         "decode_attention.carry": {name: x for name, x in decode.items() if name != "phi"} | carried,
         "gemv": _linear(place),
         "flat_gemm": _linear(place),
         "linear": _linear(place) | {"impl": "auto"},
+        "linear_fused": _linear(place) | norm | {"activation": "silu", "impl": "auto"},
+        "linear_fused.residual": _linear(place) | norm | added,
         "quantized_linear": quantized(place, 3, 24, 64, bits=4, offsets=True, bias=True),
+        "quantized_linear_fused": quantized(place, 3, 24, 64, bits=4, offsets=True, bias=True)
+        | norm
+        | {"activation": "gelu_tanh"},
+        "quantized_linear_fused.residual": quantized(place, 3, 24, 64, bits=8, offsets=True, bias=True)
+        | norm
+        | added,
         "rms_norm": {
             "x": randn(place, 3, 64),
             "weight": randn(place, 64),

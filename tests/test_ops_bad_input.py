@@ -48,6 +48,64 @@ CACHE = [
     ("block_table", lambda a: {"block_table": uneven(a["block_table"])}),
     ("k_scale", lambda a: {"k_scale": torch.ones(2, device=a["q"].device)}),
 ]
+# Of every linear, of the quantised ones, and of what the fused ones take besides.
+LINEAR = [
+    ("x", lambda a: {"x": a["x"].double()}),
+    ("x", lambda a: {"x": a["x"][:, :0], "weight": a["weight"][:, :0]}),
+    ("x", lambda a: {"x": a["x"][0, 0]}),
+    ("weight", lambda a: {"weight": a["weight"].double()}),
+    ("weight", lambda a: {"weight": a["weight"][0]}),
+    ("weight", lambda a: {"weight": a["weight"][:, :32]}),
+    ("weight", lambda a: {"weight": uneven(a["weight"])}),
+    ("bias", lambda a: {"bias": a["bias"].double()}),
+    ("bias", lambda a: {"bias": a["bias"][:5]}),
+    ("bias", lambda a: {"bias": a["bias"][None]}),
+]
+QUANTIZED = [
+    ("x", lambda a: {"x": a["x"].double()}),
+    ("x", lambda a: {"x": a["x"][:, :0], "weight": a["weight"][:, :0]}),
+    ("x", lambda a: {"x": a["x"][0, 0]}),
+    ("weight", lambda a: {"weight": a["weight"].int()}),
+    ("weight", lambda a: {"weight": a["weight"].view(torch.int8)}),
+    ("weight", lambda a: {"weight": a["weight"][0]}),
+    ("weight", lambda a: {"weight": a["weight"][:, :16]}),
+    ("weight", lambda a: {"weight": a["weight"].repeat(1, 2)}),
+    ("weight", lambda a: {"weight": uneven(a["weight"])}),
+    ("scales", lambda a: {"scales": a["scales"].double()}),
+    ("scales", lambda a: {"scales": a["scales"][:5]}),
+    ("scales", lambda a: {"scales": a["scales"][:, 0].contiguous()}),
+    ("scales", lambda a: {"scales": a["scales"].repeat(1, 2)}),
+    ("scales", lambda a: {"scales": a["scales"][:, :0]}),
+    ("scales", lambda a: {"scales": a["scales"].repeat(1, 2)[:, :3]}),
+    ("scales", lambda a: {"scales": uneven(a["scales"])}),
+    ("offsets", lambda a: {"offsets": a["offsets"].float()}),
+    ("offsets", lambda a: {"offsets": a["offsets"][:, :1]}),
+    ("offsets", lambda a: {"offsets": a["offsets"][:5]}),
+    ("offsets", lambda a: {"offsets": uneven(a["offsets"])}),
+    ("bias", lambda a: {"bias": a["bias"].double()}),
+    ("bias", lambda a: {"bias": a["bias"][:5]}),
+]
+FUSED = [
+    ("norm_weight", lambda a: {"norm_weight": a["norm_weight"].double()}),
+    ("norm_weight", lambda a: {"norm_weight": a["norm_weight"][:32]}),
+    ("norm_weight", lambda a: {"norm_weight": a["norm_weight"][None]}),
+    ("norm_weight", lambda a: {"norm_weight": a["norm_weight"].repeat_interleave(2)[::2]}),
+]
+GATED = [
+    ("activation", lambda a: {"activation": "swish"}),
+    (
+        "weight",
+        lambda a: {name: a[name][:23] for name in ("weight", "scales", "offsets", "bias") if name in a},
+    ),
+]
+ADDED = [
+    ("residual", lambda a: {"residual": a["residual"].double()}),
+    ("residual", lambda a: {"residual": a["residual"][:2]}),
+    ("residual", lambda a: {"residual": a["residual"][:, :12].contiguous()}),
+    ("residual", lambda a: {"residual": a["residual"][0]}),
+    ("residual", lambda a: {"residual": spaced(a["residual"])}),
+    ("residual", lambda a: {"residual": a["x"].view(-1)[8:80].view(3, 24)}),
+]
 BAD = {
     "decode_attention": [
         *CACHE,
@@ -85,46 +143,14 @@ BAD = {
         ("q", lambda a: {"q": a["q"][0]}),
         ("fallback_count", lambda a: {"fallback_count": a["fallback_count"].long()}),
     ],
-    "gemv": (
-        LINEAR := [
-            ("x", lambda a: {"x": a["x"].double()}),
-            ("x", lambda a: {"x": a["x"][:, :0], "weight": a["weight"][:, :0]}),
-            ("x", lambda a: {"x": a["x"][0, 0]}),
-            ("weight", lambda a: {"weight": a["weight"].double()}),
-            ("weight", lambda a: {"weight": a["weight"][0]}),
-            ("weight", lambda a: {"weight": a["weight"][:, :32]}),
-            ("weight", lambda a: {"weight": uneven(a["weight"])}),
-            ("bias", lambda a: {"bias": a["bias"].double()}),
-            ("bias", lambda a: {"bias": a["bias"][:5]}),
-            ("bias", lambda a: {"bias": a["bias"][None]}),
-        ]
-    ),
+    "gemv": LINEAR,
     "flat_gemm": LINEAR,
     "linear": [*LINEAR, ("impl", lambda a: {"impl": "fastest"})],
-    "quantized_linear": [
-        ("x", lambda a: {"x": a["x"].double()}),
-        ("x", lambda a: {"x": a["x"][:, :0], "weight": a["weight"][:, :0]}),
-        ("x", lambda a: {"x": a["x"][0, 0]}),
-        ("weight", lambda a: {"weight": a["weight"].int()}),
-        ("weight", lambda a: {"weight": a["weight"].view(torch.int8)}),
-        ("weight", lambda a: {"weight": a["weight"][0]}),
-        ("weight", lambda a: {"weight": a["weight"][:, :16]}),
-        ("weight", lambda a: {"weight": a["weight"].repeat(1, 2)}),
-        ("weight", lambda a: {"weight": uneven(a["weight"])}),
-        ("scales", lambda a: {"scales": a["scales"].double()}),
-        ("scales", lambda a: {"scales": a["scales"][:5]}),
-        ("scales", lambda a: {"scales": a["scales"][:, 0].contiguous()}),
-        ("scales", lambda a: {"scales": a["scales"].repeat(1, 2)}),
-        ("scales", lambda a: {"scales": a["scales"][:, :0]}),
-        ("scales", lambda a: {"scales": a["scales"].repeat(1, 2)[:, :3]}),
-        ("scales", lambda a: {"scales": uneven(a["scales"])}),
-        ("offsets", lambda a: {"offsets": a["offsets"].float()}),
-        ("offsets", lambda a: {"offsets": a["offsets"][:, :1]}),
-        ("offsets", lambda a: {"offsets": a["offsets"][:5]}),
-        ("offsets", lambda a: {"offsets": uneven(a["offsets"])}),
-        ("bias", lambda a: {"bias": a["bias"].double()}),
-        ("bias", lambda a: {"bias": a["bias"][:5]}),
-    ],
+    "linear_fused": [*LINEAR, *FUSED, *GATED, ("impl", lambda a: {"impl": "fastest"})],
+    "linear_fused.residual": [*LINEAR, *FUSED, *ADDED, ("impl", lambda a: {"impl": "fastest"})],
+    "quantized_linear_fused": [*QUANTIZED, *FUSED, *GATED],
+    "quantized_linear_fused.residual": [*FUSED, *ADDED],
+    "quantized_linear": QUANTIZED,
     "rms_norm": (
         NORM := [
             ("x", lambda a: {"x": a["x"].double()}),
@@ -209,6 +235,13 @@ def test_phi_is_given_or_carried(one_place):
     arguments = every_op(one_place)["decode_attention.carry"]
     with pytest.raises(ValueError, match=r"^flashdecpp::decode_attention: phi must be None where"):
         ops.decode_attention(**arguments, phi=torch.zeros(4, device=one_place.device))
+
+
+@pytest.mark.parametrize("op", ["linear_fused", "quantized_linear_fused"])
+def test_a_residual_is_not_gated(one_place, op):
+    arguments = every_op(one_place)[f"{op}.residual"]
+    with pytest.raises(ValueError, match=rf"^flashdecpp::{op}: activation must be None where residual"):
+        wrapper(op)(**arguments, activation="silu")
 
 
 def tensors(arguments: dict) -> dict[str, Tensor]:

@@ -104,6 +104,13 @@ FAULTS = {
         "mine += parts[wave() + other]",
         "mine += parts[other]",
     ),
+    "a gate that goes with another row": (
+        "linear",
+        "gemv_kernel.cuh",
+        "exchange_xor(mine, rows / 2)",
+        "exchange_xor(mine, 1)",
+    ),
+    "a norm of another row": ("linear", "gemv_kernel.cuh", "v, factors[i],", "v, factors[0],"),
     "a block that does not wait for the last part": (
         "linear",
         "arch.h",

@@ -81,6 +81,8 @@ def overload_for(op: str, arguments: dict) -> torch._ops.OpOverload:
         "rms_norm": ("residual", "residual"),
         "layer_norm": ("residual", "residual"),
         "sample": ("seen", "seen"),
+        "linear_fused": ("residual", "residual"),
+        "quantized_linear_fused": ("residual", "residual"),
     }.get(op, ("", ""))
     overload = overload if arguments.get(in_place) is not None else "default"
     return getattr(getattr(torch.ops.flashdecpp, op), overload)
@@ -90,13 +92,18 @@ def _size_of_terms(op: str, output: int | str, arguments: dict) -> float:
     """Of outputs that are sums of larger terms, how large these get: what float32 rounds on the way."""
     if op == "decode_attention" and output in (1, "carried_phi"):
         return 128  # lse is phi plus a logarithm, both small enough for exp in float32; logits are sums
-    if op in ("gemv", "flat_gemm", "linear"):
-        return _random_sum(arguments["x"], arguments["weight"])
-    if op == "quantized_linear":  # the sums of scale * q * x and of offset * x
-        weights = (arguments["weight"], arguments["scales"])
-        dense = reference.dequantize(*weights, arguments["offsets"])
-        return max(_random_sum(arguments["x"], w) for w in (dense, dense - reference.dequantize(*weights)))
-    return 0
+    if "linear" not in op and op not in ("gemv", "flat_gemm"):
+        return 0
+    x, weights = arguments["x"], [arguments["weight"]]
+    if arguments.get("norm_weight") is not None:
+        eps = arguments.get("norm_eps", 1e-6)
+        x = reference.rms_norm(x.float(), arguments["norm_weight"], eps=eps)
+    if "quantized" in op:  # the sums of scale * q * x and of offset * x
+        stored = (arguments["weight"], arguments["scales"])
+        dense = reference.dequantize(*stored, arguments["offsets"])
+        weights = [dense, dense - reference.dequantize(*stored)]
+    largest = max(_random_sum(x, weight) for weight in weights)
+    return largest**2 if arguments.get("activation") else largest  # gate times up
 
 
 def _random_sum(x: Tensor, weight: Tensor) -> float:

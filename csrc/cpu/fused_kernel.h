@@ -23,6 +23,23 @@ FLASHDECPP_INLINE void store_some(T* p, Vec x, int n) {
   n == kLanes ? store(p, x) : store(p, x, n);
 }
 
+template <class T>
+void add_typed(void* to, const void* from, int64_t begin, int64_t end) {
+  T* const sum = static_cast<T*>(to);
+  const T* const term = static_cast<const T*>(from);
+  for_each_vector(begin, end,
+                  [&](int64_t i, int n) { store_some(sum + i, load_some(sum + i, n) + load_some(term + i, n), n); });
+}
+
+static void add(void* to, const void* from, DType dtype, int64_t begin, int64_t end) {
+  switch (dtype) {
+    case DType::kFloat32: return add_typed<float>(to, from, begin, end);
+    case DType::kFloat16: return add_typed<fp16>(to, from, begin, end);
+    case DType::kBFloat16: return add_typed<bf16>(to, from, begin, end);
+    default: return;
+  }
+}
+
 // --- rms_norm, layer_norm
 // ---------------------------------------------------------------------------------------------
 

@@ -59,6 +59,8 @@ struct Kernels {
   // The weight rows [begin, end) as numbers of x's dtype, [end - begin, k].
   void (*dequantize)(const QuantizedLinearParams&, void* out, int64_t begin, int64_t end);
 
+  // to[begin, end) += from[begin, end), of one dtype.
+  void (*add)(void* to, const void* from, DType dtype, int64_t begin, int64_t end);
   void (*norm)(const NormParams&, int64_t row_begin, int64_t row_end);
   void (*rotary)(const RotaryParams&, int64_t token_begin, int64_t token_end);  // a token of batch * q_len
   void (*gated)(const GatedParams&, int64_t row, int64_t col_begin, int64_t col_end);

@@ -2,8 +2,9 @@
 #include <string>
 #include <utility>
 
-#include "contract.h"
+#include "add_rows.h"
 #include "kernels.h"
+#include "linear_parts.h"
 #include "linear_rule.h"
 #include "linear_split.h"
 #include "linear_table.h"
@@ -30,6 +31,8 @@ Tensor own_linear(contract::Linear call) {
   return out;
 }
 
+constexpr const char* kFused = "linear_fused";
+
 Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
   return own_linear(contract::linear("gemv", x, weight, bias));
 }
@@ -45,10 +48,36 @@ LinearImpl choose(const LinearParams& p) {
   return blas ? LinearImpl::kBlas : LinearImpl::kGemv;
 }
 
+LinearImpl choose(const char* op, const std::string& impl, const LinearParams& p) {
+  return impl == "auto" ? choose(p) : contract::linear_impl(op, impl);
+}
+
 Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, std::string impl) {
   contract::Linear call = contract::linear("linear", x, weight, bias);
-  const LinearImpl chosen = impl == "auto" ? choose(call.params) : contract::linear_impl("linear", impl);
+  const LinearImpl chosen = choose("linear", impl, call.params);
   return chosen == LinearImpl::kBlas ? blas_linear(x, weight, bias) : own_linear(std::move(call));
+}
+
+Tensor linear_fused(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, double norm_eps,
+                    std::optional<std::string> activation, std::string impl) {
+  contract::Linear call = contract::linear(kFused, x, weight, bias);
+  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
+  contract::fuse_activation(kFused, call, activation);
+  call.params = product_alone(call.params);
+  const LinearImpl chosen = choose(kFused, impl, call.params);
+  normalise(call, norm_weight, norm_eps);
+  const bool blas = chosen == LinearImpl::kBlas;
+  return activate(blas ? blas_linear(call.x, weight, bias) : own_linear(std::move(call)), activation);
+}
+
+void linear_fused_residual(Tensor x, Tensor weight, OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
+                           double norm_eps, std::string impl) {
+  contract::Linear call = contract::linear(kFused, x, weight, bias);
+  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
+  contract::fuse_residual(kFused, call, x, residual);
+  const LinearImpl chosen = choose(kFused, impl, call.params);
+  normalise(call, norm_weight, norm_eps);
+  chosen == LinearImpl::kBlas ? add_rows(call.params, blas_linear(call.x, weight, bias)) : run(call.params);
 }
 
 std::string linear_choice(Tensor x, Tensor weight) {
@@ -63,6 +92,8 @@ STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
   m.impl("gemv", TORCH_BOX(&flashdecpp::cpu::gemv));
   m.impl("flat_gemm", TORCH_BOX(&flashdecpp::cpu::flat_gemm));
   m.impl("linear", TORCH_BOX(&flashdecpp::cpu::linear));
+  m.impl("linear_fused", TORCH_BOX(&flashdecpp::cpu::linear_fused));
+  m.impl("linear_fused.residual", TORCH_BOX(&flashdecpp::cpu::linear_fused_residual));
   m.impl("linear_choice", TORCH_BOX(&flashdecpp::cpu::linear_choice));
 }
 

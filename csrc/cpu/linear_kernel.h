@@ -1,4 +1,5 @@
-// out[m, n] = x[m, :] . weight[n, :] + bias[n], streaming the weights once for up to 8 rows of x.
+// out[m, n] = x[m, :] . weight[n, :] + bias[n] (or +=, where p.fusion.add says so), streaming the weights once for up
+// to 8 rows of x.
 //
 // Every output is one vector accumulator that walks K from its start to its end, then one fixed tree over its lanes,
 // whatever the tile around it. So an output's bits depend on its row of x and its row of weights alone: not on M, nor
@@ -92,20 +93,24 @@ struct DenseWeights {
   FLASHDECPP_INLINE void finish(const DenseWeights&, Vec (&)[kM * kRows], int64_t, const Packed*, int64_t) {}
 };
 
-// The lanes of every accumulator added up, plus bias, into out[m][r].
+// The lanes of every accumulator added up, plus bias, into out[m][r]; or added to what that holds.
 template <class T, int kRows, int kM>
-FLASHDECPP_INLINE void linear_finish(const Vec (&acc)[kM * kRows], const T* bias, T* out, int64_t out_stride) {
+FLASHDECPP_INLINE void linear_finish(const Vec (&acc)[kM * kRows], const T* bias, bool add, T* out,
+                                     int64_t out_stride) {
   constexpr int kCount = kM * kRows, kPadded = (kCount + kLanes - 1) / kLanes * kLanes;
   float offsets[kPadded] = {};
   if (bias) {
     for (int i = 0; i < kCount; ++i) offsets[i] = to_float(bias[i % kRows]);
+  }
+  if (add) {
+    for (int i = 0; i < kCount; ++i) offsets[i] += to_float(out[i / kRows * out_stride + i % kRows]);
   }
   T values[kPadded];
   for (int i = 0; i < kPadded; i += kLanes) {
     Vec group[kLanes];
     for (int j = 0; j < kLanes; ++j) group[j] = i + j < kCount ? acc[i + j] : set1(0.0f);
     const Vec sums = sum_each(group);
-    store(values + i, bias ? sums + load(offsets + i) : sums);
+    store(values + i, bias || add ? sums + load(offsets + i) : sums);
   }
   for (int m = 0; m < kM; ++m) __builtin_memcpy(out + m * out_stride, values + m * kRows, sizeof(T) * kRows);
 }
@@ -157,7 +162,7 @@ void linear_tiles(const W& weights, const typename W::Packed* x, int64_t x_strid
           for (int i = 0; i < kM * kRows; ++i) kept[tile][i] = acc[i];
         } else {
           W::template finish<kRows, kM>(weights, acc, row, x, x_stride);
-          linear_finish<T, kRows, kM>(acc, bias ? bias + row : nullptr, out + row, p.n);
+          linear_finish<T, kRows, kM>(acc, bias ? bias + row : nullptr, p.fusion.add, out + row, p.n);
         }
       }
     }

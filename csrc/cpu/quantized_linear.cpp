@@ -1,6 +1,7 @@
 // quantized_linear on a CPU: few rows of x stream the quantised weights, more rows share strips of them dequantised.
-#include "contract.h"
+#include "add_rows.h"
 #include "kernels.h"
+#include "linear_parts.h"
 #include "linear_rule.h"
 #include "linear_split.h"
 #include "scratch.h"
@@ -58,18 +59,45 @@ Tensor run_blas(const QuantizedLinearParams& p, const Tensor& x, const OptionalT
   return blas_linear(x, weight, bias);
 }
 
-Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
-  contract::QuantizedLinear call = contract::quantized_linear(x, weight, scales, offsets, bias);
-  const QuantizedLinearParams& p = call.params;
-  if (linear_prefers_blas(p.dtype, p.m, p.k, kernels().bfloat16_dot)) return run_blas(p, x, bias);
+constexpr const char* kFused = "quantized_linear_fused";
+
+bool prefers_blas(const QuantizedLinearParams& p) {
+  return linear_prefers_blas(p.dtype, p.m, p.k, kernels().bfloat16_dot);
+}
+
+void run(const QuantizedLinearParams& p) { p.m < kDequantizeRows ? run_streamed(p) : run_dequantized(p); }
+
+Tensor run(contract::QuantizedLinear call, const OptionalTensor& bias) {
+  if (prefers_blas(call.params)) return run_blas(call.params, call.x, bias);
   Tensor out = contract::new_like_rows(call.x_view, call.params.n);
   call.params.out = View(out).data;
-  if (call.params.m < kDequantizeRows) {
-    run_streamed(call.params);
-  } else {
-    run_dequantized(call.params);
-  }
+  run(call.params);
   return out;
+}
+
+Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+  return run(contract::quantized_linear("quantized_linear", x, weight, scales, offsets, bias), bias);
+}
+
+Tensor quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
+                              OptionalTensor norm_weight, double norm_eps, std::optional<std::string> activation) {
+  contract::QuantizedLinear call = contract::quantized_linear(kFused, x, weight, scales, offsets, bias);
+  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
+  contract::fuse_activation(kFused, call, activation);
+  call.params = product_alone(call.params);
+  normalise(call, norm_weight, norm_eps);
+  return activate(run(std::move(call), bias), activation);
+}
+
+void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets,
+                                     OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
+                                     double norm_eps) {
+  contract::QuantizedLinear call = contract::quantized_linear(kFused, x, weight, scales, offsets, bias);
+  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
+  contract::fuse_residual(kFused, call, x, residual);
+  normalise(call, norm_weight, norm_eps);
+  const QuantizedLinearParams& p = call.params;
+  prefers_blas(p) ? add_rows(p, run_blas(p, call.x, bias)) : run(p);
 }
 
 }  // namespace
@@ -78,4 +106,6 @@ Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor o
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
   m.impl("quantized_linear", TORCH_BOX(&flashdecpp::cpu::quantized_linear));
+  m.impl("quantized_linear_fused", TORCH_BOX(&flashdecpp::cpu::quantized_linear_fused));
+  m.impl("quantized_linear_fused.residual", TORCH_BOX(&flashdecpp::cpu::quantized_linear_fused_residual));
 }

@@ -9,7 +9,7 @@ namespace {
 template <class T, int tile_index>
 void launch(const Launcher& launcher, const LinearParams& p, Device device) {
   using G = FlatGemm<T, tile_index>;
-  const int64_t tiles = (p.m + G::kBlockM - 1) / G::kBlockM * ((p.n + G::kBlockN - 1) / G::kBlockN);
+  const int64_t tiles = (p.m + G::kBlockM - 1) / G::kBlockM * ((p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
   const int64_t k_tiles = (p.k + G::kBlockK - 1) / G::kBlockK;
   const int64_t wanted = choose_k_splits(launcher.properties(), G::kTile, tiles, k_tiles);
 
@@ -24,7 +24,7 @@ void launch(const Launcher& launcher, const LinearParams& p, Device device) {
     split.arrived = reinterpret_cast<unsigned int*>(split.parts + parts);
     launcher.zero(split.arrived, tiles * sizeof(unsigned int));
   }
-  const auto kernel = flat_gemm_kernel<T, tile_index>;
+  const auto kernel = p.fusion.any() ? flat_gemm_kernel<T, tile_index, true> : flat_gemm_kernel<T, tile_index, false>;
   launcher.allow_shared_memory(kernel, G::kSharedBytes);
   const dim3 grid(static_cast<unsigned>(tiles), split.splits);
   const int waves = G::kTile.waves_m * G::kTile.waves_n;
@@ -49,17 +49,18 @@ FlatLaunch flat_launch(const DeviceProperties& device, int64_t n, int64_t k) {
   return {cluster, fills ? INT32_MAX : late_stages};
 }
 
-template <class T, int rows>
+template <class T, int m_rows>
 void launch_ring(const Launcher& launcher, const LinearParams& p) {
-  using R = FlatRing<rows>;
-  const CUtensorMap weight_map =
-      matrix_map("flat_gemm", p.weight, p.n, p.k, p.weight_stride, R::kBlockN, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+  using R = FlatRing<m_rows>;
+  const int64_t rows = p.weight_rows();
+  const CUtensorMap weight_map = matrix_map("flat_gemm", p.weight, rows, p.k, p.weight_stride,
+                                            R::kBlockN / (p.fusion.gated ? 2 : 1), CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
   const CUtensorMap x_map =
       matrix_map("flat_gemm", p.x, p.m, p.k, p.x_stride, static_cast<int>(p.m), CU_TENSOR_MAP_L2_PROMOTION_NONE);
-  const FlatLaunch launch = flat_launch(launcher.properties(), p.n, p.k);
-  const auto kernel = flat_ring_kernel<T, R>;
+  const FlatLaunch launch = flat_launch(launcher.properties(), rows, p.k);
+  const auto kernel = p.fusion.any() ? flat_ring_kernel<T, R, true> : flat_ring_kernel<T, R, false>;
   launcher.allow_shared_memory(kernel, R::kSharedBytes);
-  const auto blocks = static_cast<unsigned>((p.n + R::kBlockN - 1) / R::kBlockN * launch.cluster);
+  const auto blocks = static_cast<unsigned>((rows + R::kBlockN - 1) / R::kBlockN * launch.cluster);
   launcher.overlapping_clusters(kernel, launch.cluster, blocks, R::kThreads, R::kSharedBytes, p, weight_map, x_map,
                                 launch);
 }
@@ -89,30 +90,28 @@ void launch_rings(const Launcher& launcher, const LinearParams& p) {
 Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
   contract::Linear call = contract::linear("flat_gemm", x, weight, bias);
   require_vector_rows("flat_gemm", call);
-  return run_flat_gemm(Launcher("flat_gemm", call.x_view.device), call);
+  const Launcher launcher("flat_gemm", call.x_view.device);
+  Tensor out = allocate(call);
+  run_flat_gemm(launcher, call.params, call.x_view.device);
+  return out;
 }
 
 }  // namespace
 
-Tensor run_flat_gemm(const Launcher& launcher, const contract::Linear& call) {
-  LinearParams p = call.params;
-  Tensor result = contract::new_like_rows(call.x_view, p.n);
-  if (p.m == 0 || p.n == 0) return result;
-  p.out = View(result).data;
-
-  if (launcher.hopper_kernels() && fits_matrix_map(p.weight, p.n, p.k, p.weight_stride) &&
+void run_flat_gemm(const Launcher& launcher, const LinearParams& p, Device device) {
+  if (p.m == 0 || p.n == 0) return;
+  if (launcher.hopper_kernels() && fits_matrix_map(p.weight, p.weight_rows(), p.k, p.weight_stride) &&
       fits_matrix_map(p.x, p.m, p.k, p.x_stride)) {
     arch::with_half_type(p.dtype,
                          [&](auto* type) { launch_rings<std::remove_pointer_t<decltype(type)>>(launcher, p); });
-    return result;
+    return;
   }
   const int32_t shared_bytes = std::min(arch::kBlockSharedBytes, launcher.shared_bytes());
   const int32_t tile = choose_flat_tile(p.m, shared_bytes, arch::kTileN);
   arch::with_half_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch<T>(launcher, p, call.x_view.device, tile);
+    launch<T>(launcher, p, device, tile);
   });
-  return result;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)

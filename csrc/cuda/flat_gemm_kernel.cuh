@@ -68,7 +68,7 @@ struct FlatGemm {
 };
 
 // Grid: (m tiles x n tiles, the m tiles of one n tile side by side so that they share its weights in L2; splits).
-template <class T, int tile_index>
+template <class T, int tile_index, bool fused = false>
 __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
     flat_gemm_kernel(LinearParams p, SplitK split) {
   using namespace arch;
@@ -77,7 +77,8 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
 
   const int m_tiles = static_cast<int>((p.m + G::kBlockM - 1) / G::kBlockM);
   const int64_t first_m = blockIdx.x % m_tiles * int64_t{G::kBlockM};
-  const int64_t first_n = blockIdx.x / m_tiles * int64_t{G::kBlockN};
+  const bool gated = is_gated<fused>(p);  // half of a tile are gates, half what goes up with them
+  const int64_t first_n = blockIdx.x / m_tiles * int64_t{G::kBlockN} / (gated ? 2 : 1);
   const int k_tiles = static_cast<int>((p.k + G::kBlockK - 1) / G::kBlockK);
   const int first_tile = blockIdx.y * split.k_tiles_per_split;
   const int tiles = min(split.k_tiles_per_split, k_tiles - first_tile);
@@ -87,7 +88,14 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
   const auto load_stage = [&](int tile) {
     T* const stage = shared + tile % G::kStages * G::kStageElements;
     const int64_t k = (first_tile + tile) * int64_t{G::kBlockK};
-    G::template load_rows<G::kBlockN>(stage, weight + k, p.weight_stride, p.n - first_n, p.k - k);
+    if (gated) {
+      constexpr int half = G::kBlockN / 2;
+      G::template load_rows<half>(stage, weight + k, p.weight_stride, p.n - first_n, p.k - k);
+      G::template load_rows<half>(stage + half * G::kStride, weight + p.n * p.weight_stride + k, p.weight_stride,
+                                  p.n - first_n, p.k - k);
+    } else {
+      G::template load_rows<G::kBlockN>(stage, weight + k, p.weight_stride, p.n - first_n, p.k - k);
+    }
     G::template load_rows<G::kBlockM>(stage + G::kBlockN * G::kStride, x + k, p.x_stride, p.m - first_m, p.k - k);
   };
 
@@ -161,11 +169,30 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
       }
     }
   }
+  if (gated) {
+    if (split.parts) {  // the two halves of a pair are with different threads
+#pragma unroll
+      for (int j = 0; j < vectors; ++j) {
+        const int i = j * G::kThreads + threadIdx.x;
+        if (i < count) store_vector(outputs + i / row_vectors * G::kOutStride + i % row_vectors * 8, v[j]);
+      }
+      __syncthreads();
+    }
+    for (int i = threadIdx.x; i < count / 2; i += G::kThreads) {
+      const int m = i / (row_vectors / 2), column = i % (row_vectors / 2) * 8;
+      if (first_n + column >= p.n) continue;
+      float gates[8], up[8];
+      load_vector(gates, outputs + m * G::kOutStride + column);
+      load_vector(up, outputs + m * G::kOutStride + G::kBlockN / 2 + column);
+      write_gated<T>(p, first_m + m, first_n + column, gates, up);
+    }
+    return;
+  }
 #pragma unroll
   for (int j = 0; j < vectors; ++j) {
     const int i = j * G::kThreads + threadIdx.x;
     const int64_t n = first_n + i % row_vectors * 8;
-    if (i < count && n < p.n) write_outputs<T>(p, first_m + i / row_vectors, n, v[j]);
+    if (i < count && n < p.n) write_outputs<T, fused>(p, first_m + i / row_vectors, n, v[j]);
   }
 }
 

@@ -46,7 +46,7 @@ struct FlatRingBarriers {
   arch::ReleaseBarrier full, empty;
 };
 
-template <class T, class R>
+template <class T, class R, bool fused>
 __device__ __forceinline__ void flat_ring(const LinearParams& p, const CUtensorMap& weight_map,
                                           const CUtensorMap& x_map, FlatLaunch launch) {
   using namespace arch;
@@ -56,7 +56,8 @@ __device__ __forceinline__ void flat_ring(const LinearParams& p, const CUtensorM
   __shared__ FlatRingBarriers bars_w[R::kStagesW], bars_x[R::kStagesX];
 
   const int rank = blockIdx.x % cluster;
-  const int n = blockIdx.x / cluster * R::kBlockN;
+  const bool gated = is_gated<fused>(p);  // half of a tile are gates, half what goes up with them
+  const int n = blockIdx.x / cluster * R::kBlockN / (gated ? 2 : 1);
   const int all_steps = static_cast<int>((p.k + R::kStageK - 1) / R::kStageK);
   const int first = static_cast<int>(int64_t{all_steps} * rank / cluster);
   const int steps = static_cast<int>(int64_t{all_steps} * (rank + 1) / cluster) - first;
@@ -67,8 +68,13 @@ __device__ __forceinline__ void flat_ring(const LinearParams& p, const CUtensorM
     bars_w[stage].full.expect(R::kStageBytesW);
 #pragma unroll
     for (int box = 0; box < R::kBoxes; ++box) {
-      copy_tensor(ring_w + stage * R::kStageBytesW + box * R::kBoxBytesW, weight_map,
-                  (first + step) * R::kStageK + box * 64, n, bars_w[stage].full, Keep::kBriefly);
+      unsigned char* const to = ring_w + stage * R::kStageBytesW + box * R::kBoxBytesW;
+      const int k = (first + step) * R::kStageK + box * 64;
+      copy_tensor(to, weight_map, k, n, bars_w[stage].full, Keep::kBriefly);
+      if (gated) {  // boxes of half as many rows
+        copy_tensor(to + R::kBoxBytesW / 2, weight_map, k, static_cast<int>(p.n) + n, bars_w[stage].full,
+                    Keep::kBriefly);
+      }
     }
     if (step == max(steps - launch.late_stages, 0)) allow_next_kernel();
   };
@@ -158,37 +164,46 @@ __device__ __forceinline__ void flat_ring(const LinearParams& p, const CUtensorM
     wave_group_sync();
   }
   // Every block of the cluster adds and writes its share of the tile, eight neighbours a lane.
-  const int vectors = static_cast<int>(p.m) * (R::kBlockN / 8);
-  for (int i = vectors * rank / cluster + threadIdx.x; i < vectors * (rank + 1) / cluster; i += kWaveGroup) {
-    const int m = i / (R::kBlockN / 8), column = i % (R::kBlockN / 8) * 8;
-    const float* const mine = part + m * R::kSumStride + column;
-    float v[8] = {};
-    if (cluster == 1) {
-      load_vector(v, mine);
-    } else {
-      for (int other = 0; other < cluster; ++other) {
+  const auto total = [&](float (&v)[8], const float* mine) {
+    if (cluster == 1) return load_vector(v, mine);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float4 four = load_cluster(mine + half * 4, other);
-          v[half * 4] += four.x;
-          v[half * 4 + 1] += four.y;
-          v[half * 4 + 2] += four.z;
-          v[half * 4 + 3] += four.w;
-        }
+    for (int e = 0; e < 8; ++e) v[e] = 0.f;
+    for (int other = 0; other < cluster; ++other) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float4 four = load_cluster(mine + half * 4, other);
+        v[half * 4] += four.x;
+        v[half * 4 + 1] += four.y;
+        v[half * 4 + 2] += four.z;
+        v[half * 4 + 3] += four.w;
       }
     }
-    if (n + column < p.n) write_outputs<T>(p, m, n + column, v);
+  };
+  const int row_vectors = R::kBlockN / 8 / (gated ? 2 : 1);
+  const int vectors = static_cast<int>(p.m) * row_vectors;
+  for (int i = vectors * rank / cluster + threadIdx.x; i < vectors * (rank + 1) / cluster; i += kWaveGroup) {
+    const int m = i / row_vectors, column = i % row_vectors * 8;
+    const float* const mine = part + m * R::kSumStride + column;
+    float v[8];
+    total(v, mine);
+    if (gated) {
+      float up[8];
+      total(up, mine + R::kBlockN / 2);
+      if (n + column < p.n) write_gated<T>(p, m, n + column, v, up);
+    } else if (n + column < p.n) {
+      write_outputs<T, fused>(p, m, n + column, v);
+    }
   }
   if (cluster > 1) cluster_sync();  // until the others have read this block's part
 }
 
 // Grid: blocks of a cluster share a tile of 64 rows of the weight; p.m <= kRows. Launched on Hopper alone.
-template <class T, class R>
+template <class T, class R, bool fused>
 __global__ void __launch_bounds__(R::kThreads, 2)
     flat_ring_kernel(const __grid_constant__ LinearParams p, const __grid_constant__ CUtensorMap weight_map,
                      const __grid_constant__ CUtensorMap x_map, FlatLaunch launch) {
   if constexpr (R::kAvailable) {
-    flat_ring<T, R>(p, weight_map, x_map, launch);
+    flat_ring<T, R, fused>(p, weight_map, x_map, launch);
   } else {
     __trap();
   }

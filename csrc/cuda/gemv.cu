@@ -7,13 +7,14 @@ namespace {
 
 template <class T, int m>
 void launch_generic(const Launcher& launcher, const LinearParams& p) {
-  const int64_t groups = (p.n + kGemvRows - 1) / kGemvRows;
+  const int64_t groups = (p.weight_rows() + kGemvRows - 1) / kGemvRows;
   const int32_t wave_size = launcher.wave_size();
   const int64_t loads_per_lane = (p.k / 8 + wave_size - 1) / wave_size;
   const int32_t waves = choose_gemv_waves(launcher.properties(), m, groups, loads_per_lane);
   const int64_t groups_per_block = kGemvThreads / wave_size / waves;
   const int64_t blocks = std::min<int64_t>((groups + groups_per_block - 1) / groups_per_block, INT32_MAX);
-  launcher(gemv_kernel<T, m>, static_cast<unsigned>(blocks), kGemvThreads, 0, p, static_cast<int>(waves));
+  const auto kernel = p.fusion.any() ? gemv_kernel<T, m, true> : gemv_kernel<T, m, false>;
+  launcher(kernel, static_cast<unsigned>(blocks), kGemvThreads, 0, p, static_cast<int>(waves));
 }
 
 // The CUDA cores, up to 8 rows of x.
@@ -37,8 +38,9 @@ struct GenericGemv {
 
 template <class T, class G>
 void launch_tensor(const Launcher& launcher, const LinearParams& p) {
-  const auto blocks = static_cast<unsigned>((p.n + G::kBlockN - 1) / G::kBlockN);
-  launcher.overlapping(tensor_gemv_kernel<T, G>, blocks, G::kThreads, 0, p);
+  const auto blocks = static_cast<unsigned>((p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
+  const auto kernel = p.fusion.any() ? tensor_gemv_kernel<T, G, true> : tensor_gemv_kernel<T, G, false>;
+  launcher.overlapping(kernel, blocks, G::kThreads, 0, p);
 }
 
 // The matrix units, up to 16 rows of x. The loads that a block has in flight hold 1024 or 2048 columns of K: no more
@@ -74,23 +76,21 @@ void launch_parts(const Launcher& launcher, const LinearParams& p) {
 Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
   contract::Linear call = contract::linear("gemv", x, weight, bias);
   require_vector_rows("gemv", call);
-  return run_gemv(Launcher("gemv", call.x_view.device), call);
+  const Launcher launcher("gemv", call.x_view.device);
+  Tensor out = allocate(call);
+  run_gemv(launcher, call.params);
+  return out;
 }
 
 }  // namespace
 
-Tensor run_gemv(const Launcher& launcher, const contract::Linear& call) {
-  LinearParams p = call.params;
-  Tensor result = contract::new_like_rows(call.x_view, p.n);
-  if (p.m == 0 || p.n == 0) return result;
-  p.out = View(result).data;
-
+void run_gemv(const Launcher& launcher, const LinearParams& p) {
+  if (p.m == 0 || p.n == 0) return;
   if (launcher.hopper_kernels()) {
     launch_parts<TensorGemvs>(launcher, p);
   } else {
     launch_parts<GenericGemv>(launcher, p);
   }
-  return result;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)

@@ -7,7 +7,8 @@
 // on an H100 over six shapes from [1536, 1536] to [22016, 4096].
 #pragma once
 
-#include "numeric.cuh"
+#include "linear_epilogue.cuh"
+#include "linear_prologue.cuh"
 
 namespace flashdecpp {
 
@@ -16,11 +17,12 @@ inline constexpr int kGemvThreads = 256;
 // Rows of the weight a wave holds, loads in flight a row, and blocks a multiprocessor, by rows of x.
 constexpr int kGemvRows = 4;
 constexpr int gemv_loads(int m) { return m <= 2 ? 2 : 1; }
-constexpr int gemv_residency(int m) { return m == 1 ? 4 : m <= 4 ? 3 : 2; }
+constexpr int gemv_residency(int m, bool fused) { return (m == 1 ? 4 : m <= 4 ? 3 : 2) - (fused && m <= 4 ? 1 : 0); }
 
 // p.m == m. waves_per_row divides the waves of a block.
-template <class T, int m>
-__global__ void __launch_bounds__(kGemvThreads, gemv_residency(m)) gemv_kernel(LinearParams p, int waves_per_row) {
+template <class T, int m, bool fused = false>
+__global__ void __launch_bounds__(kGemvThreads, gemv_residency(m, fused))
+    gemv_kernel(LinearParams p, int waves_per_row) {
   using namespace arch;
   constexpr int rows = kGemvRows, loads = gemv_loads(m);
   constexpr int block_waves = kGemvThreads / kWaveSize;
@@ -33,13 +35,42 @@ __global__ void __launch_bounds__(kGemvThreads, gemv_residency(m)) gemv_kernel(L
   const int64_t block_rows = block_waves / waves_per_row * rows;
   const int chunks = static_cast<int>(p.k / 8);  // of 16 bytes
   const int step = waves_per_row * kWaveSize;
+  const bool gated = is_gated<fused>(p), norm = fused && p.fusion.norm_weight;
+  const int64_t all_rows = gated ? 2 * p.n : p.n;
+
+  float factors[m];
+  if (norm) {
+#pragma unroll
+    for (int i = 0; i < m; ++i) {
+      float sum = 0.f;
+      for (int c = threadIdx.x; c < chunks; c += kGemvThreads) {
+        float v[8];
+        load_vector(v, x + i * p.x_stride + c * int64_t{8});
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum = fmaf(v[e], v[e], sum);
+      }
+      sum = wave_sum(sum);
+      if (lane() == 0) parts[wave()][i] = sum;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < m; ++i) {
+      float sum = 0.f;
+      for (int w = 0; w < block_waves; ++w) sum += parts[w][i];
+      factors[i] = norm_factor(p, sum);
+    }
+  }
 
   // Every wave of a block goes round equally often: the block may meet at barriers.
-  for (int64_t base = blockIdx.x * block_rows; base < p.n; base += gridDim.x * block_rows) {
+  for (int64_t base = blockIdx.x * block_rows; base < all_rows; base += gridDim.x * block_rows) {
     const int64_t first_row = base + wave() / waves_per_row * rows;
     const T* row[rows];
 #pragma unroll
-    for (int r = 0; r < rows; ++r) row[r] = weight + min(first_row + r, p.n - 1) * p.weight_stride;
+    for (int r = 0; r < rows; ++r) {  // gated: half of them gates, half what goes up with them
+      const int64_t n =
+          gated ? min(first_row / 2 + r % (rows / 2), p.n - 1) + r / (rows / 2) * p.n : min(first_row + r, p.n - 1);
+      row[r] = weight + n * p.weight_stride;
+    }
 
     float sum[m][rows] = {};
     for (int c = part * kWaveSize + lane(); c < chunks; c += loads * step) {
@@ -63,6 +94,7 @@ __global__ void __launch_bounds__(kGemvThreads, gemv_residency(m)) gemv_kernel(L
         for (int i = 0; i < m; ++i) {
           float v[8];
           load_vector(v, x + i * p.x_stride + chunk * int64_t{8});
+          if (norm) normalise<T>(p, v, factors[i], chunk * int64_t{8});
 #pragma unroll
           for (int r = 0; r < rows; ++r) {
 #pragma unroll
@@ -90,10 +122,15 @@ __global__ void __launch_bounds__(kGemvThreads, gemv_residency(m)) gemv_kernel(L
         for (int other = 1; other < waves_per_row; ++other) mine += parts[wave() + other][lane()];
       }
     }
-    const int64_t n = first_row + lane() % rows;
-    if (part == 0 && lane() < m * rows && n < p.n) {
-      if (p.bias) mine += to_float(static_cast<const T*>(p.bias)[n]);
-      static_cast<T*>(p.out)[lane() / rows * p.n + n] = from_float<T>(mine);
+    const int r = lane() % rows;
+    if (gated) {
+      const float up = exchange_xor(mine, rows / 2);
+      const int64_t n = first_row / 2 + r;
+      if (part == 0 && lane() < m * rows && r < rows / 2 && n < p.n) {
+        write_output<T, fused>(p, lane() / rows, n, gate<T>(p, n, mine, up), false);
+      }
+    } else if (part == 0 && lane() < m * rows && first_row + r < p.n) {
+      write_output<T, fused>(p, lane() / rows, first_row + r, mine, true);
     }
   }
 }

@@ -12,6 +12,7 @@
 
 #include "linear_arch_sm90.cuh"
 #include "linear_epilogue.cuh"
+#include "linear_prologue.cuh"
 
 namespace flashdecpp {
 
@@ -24,7 +25,7 @@ struct TensorGemv {
   static constexpr int kMaxRows = row_tiles * arch::kTileN, kBlockN = 16 * tiles;
 };
 
-template <class T, class G>
+template <class T, class G, bool fused>
 __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParams p) {
   using namespace arch;
   constexpr int row_tiles = G::kRowTiles, tiles = G::kTiles, loads = G::kLoads;
@@ -39,14 +40,17 @@ __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParam
   for (int i = 0; i < tiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t n = min(first_n + i * 16 + half * 8 + row, p.n - 1);
+      const int64_t n = weight_row<fused>(p, first_n, i, half, row);
       weight[i][half] = static_cast<const T*>(p.weight) + n * p.weight_stride;
     }
   }
 
   TileC sums[tiles][row_tiles];
+  float factors[row_tiles];
+  const bool norm = fused && p.fusion.norm_weight;
   bool waited = false;
-  for (int base = wave() * loads * 32; base < k; base += G::kWaves * loads * 32) {
+  int base = wave() * loads * 32;
+  do {  // once at least: all waves wait
     uint4 w[loads][tiles][2];
 #pragma unroll
     for (int u = 0; u < loads; ++u) {
@@ -59,7 +63,10 @@ __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParam
         }
       }
     }
-    if (!waited) wait_for_previous_kernel();
+    if (!waited) {
+      wait_for_previous_kernel();
+      if (norm) column_factors<T, G>(p, factors);
+    }
     waited = true;
 #pragma unroll
     for (int u = 0; u < loads; ++u) {
@@ -67,7 +74,10 @@ __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParam
 #pragma unroll
       for (int j = 0; j < row_tiles; ++j) {
         uint4 v = make_uint4(0, 0, 0, 0);
-        if (j * 8 + row < p.m && at < k) v = *reinterpret_cast<const uint4*>(x + j * 8 * p.x_stride + at);
+        if (j * 8 + row < p.m && at < k) {
+          v = *reinterpret_cast<const uint4*>(x + j * 8 * p.x_stride + at);
+          if (norm) v = normalised<T>(p, v, factors[j], at);
+        }
 #pragma unroll
         for (int i = 0; i < tiles; ++i) {
           const uint4 &low = w[u][i][0], &high = w[u][i][1];
@@ -76,10 +86,10 @@ __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParam
         }
       }
     }
-  }
-  if (!waited) wait_for_previous_kernel();
+    base += G::kWaves * loads * 32;
+  } while (base < k);
 
-  write_wave_sums<T, G>(p, sums, first_n);
+  write_wave_sums<T, G, fused>(p, sums, first_n);
 }
 
 }  // namespace flashdecpp

@@ -2,8 +2,10 @@
 #include <string>
 #include <vector>
 
+#include "../linear_parts.h"
 #include "../linear_table.h"
 #include "linear.h"
+#include "numeric.cuh"
 
 namespace flashdecpp {
 namespace {
@@ -29,18 +31,81 @@ const std::string& device_name(int32_t index) {
 LinearImpl choose(const Launcher& launcher, const contract::Linear& call) {
   const LinearParams& p = call.params;
   const bool half = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
-  if (!half || !rows_are_aligned(p.weight, p.n, p.weight_stride, p.dtype)) return LinearImpl::kBlas;
-  const auto measured = linear_tables().find(device_name(call.x_view.device.index), p.dtype, p.n, p.k, p.m);
+  const int64_t rows = p.weight_rows();
+  if (!half || !rows_are_aligned(p.weight, rows, p.weight_stride, p.dtype)) return LinearImpl::kBlas;
+  const auto measured = linear_tables().find(device_name(call.x_view.device.index), p.dtype, rows, p.k, p.m);
   return choose_linear(measured ? *measured : default_inflection_points(launcher.properties()), p.m, p.k);
+}
+
+LinearImpl choose(const char* op, const std::string& impl, const Launcher& launcher, const contract::Linear& call) {
+  return impl == "auto" ? choose(launcher, call) : contract::linear_impl(op, impl);
+}
+
+void run(const Launcher& launcher, LinearImpl impl, const contract::Linear& call) {
+  impl == LinearImpl::kGemv ? run_gemv(launcher, call.params)
+                            : run_flat_gemm(launcher, call.params, call.x_view.device);
 }
 
 Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, std::string impl) {
   contract::Linear call = contract::linear("linear", x, weight, bias);
   const Launcher launcher("linear", call.x_view.device);
-  const LinearImpl chosen = impl == "auto" ? choose(launcher, call) : contract::linear_impl("linear", impl);
+  const LinearImpl chosen = choose("linear", impl, launcher, call);
   if (chosen == LinearImpl::kBlas) return blas_linear(x, weight, bias);
   require_vector_rows("linear", call);
-  return chosen == LinearImpl::kGemv ? run_gemv(launcher, call) : run_flat_gemm(launcher, call);
+  Tensor out = allocate(call);
+  run(launcher, chosen, call);
+  return out;
+}
+
+constexpr const char* kFused = "linear_fused";
+
+// What comes before the product of a call to linear_fused.
+void prepare(LinearImpl impl, contract::Linear& call, const OptionalTensor& norm_weight, double norm_eps) {
+  if (impl != LinearImpl::kBlas) require_vector_rows(kFused, call);
+  if (impl != LinearImpl::kGemv || !norm_fits(call.params)) normalise(call, norm_weight, norm_eps);
+}
+
+Tensor linear_fused(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, double norm_eps,
+                    std::optional<std::string> activation, std::string impl) {
+  contract::Linear call = contract::linear(kFused, x, weight, bias);
+  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
+  contract::fuse_activation(kFused, call, activation);
+  const Launcher launcher(kFused, call.x_view.device);
+  const LinearImpl chosen = choose(kFused, impl, launcher, call);
+  prepare(chosen, call, norm_weight, norm_eps);
+  if (chosen == LinearImpl::kBlas) return activate(blas_linear(call.x, weight, bias), activation);
+  Tensor out = allocate(call);
+  run(launcher, chosen, call);
+  return out;
+}
+
+void linear_fused_residual(Tensor x, Tensor weight, OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
+                           double norm_eps, std::string impl) {
+  contract::Linear call = contract::linear(kFused, x, weight, bias);
+  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
+  contract::fuse_residual(kFused, call, x, residual);
+  const Launcher launcher(kFused, call.x_view.device);
+  const LinearImpl chosen = choose(kFused, impl, launcher, call);
+  prepare(chosen, call, norm_weight, norm_eps);
+  if (chosen == LinearImpl::kBlas) {
+    add_rows(launcher, call.params, blas_linear(call.x, weight, bias));
+  } else if (!residual_fits(call.params)) {
+    contract::Linear product = call;
+    product.params.fusion.add = false;
+    const Tensor out = allocate(product);
+    run(launcher, chosen, product);
+    add_rows(launcher, call.params, out);
+  } else {
+    run(launcher, chosen, call);
+  }
+}
+
+template <class T>
+__global__ void add_kernel(T* sums, const T* terms, int64_t count) {
+  const int64_t step = gridDim.x * int64_t{blockDim.x};
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += step) {
+    sums[i] = arch::from_float<T>(arch::to_float(sums[i]) + arch::to_float(terms[i]));
+  }
 }
 
 std::string linear_choice(Tensor x, Tensor weight) {
@@ -50,9 +115,22 @@ std::string linear_choice(Tensor x, Tensor weight) {
 
 }  // namespace
 
+void add_rows(const Launcher& launcher, const LinearParams& p, const Tensor& rows) {
+  constexpr int64_t threads = 256, most_blocks = 4096;
+  const int64_t count = p.m * p.n;
+  if (count == 0) return;
+  const auto blocks = static_cast<unsigned>(std::min((count + threads - 1) / threads, most_blocks));
+  arch::with_float_type(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    launcher(add_kernel<T>, blocks, threads, 0, static_cast<T*>(p.out), static_cast<const T*>(View(rows).data), count);
+  });
+}
+
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_fused", TORCH_BOX(&linear_fused));
+  m.impl("linear_fused.residual", TORCH_BOX(&linear_fused_residual));
   m.impl("linear_choice", TORCH_BOX(&linear_choice));
 }
 

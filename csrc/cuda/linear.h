@@ -14,28 +14,46 @@ inline bool rows_are_aligned(const void* data, int64_t rows, int64_t stride, DTy
 // Rows of x that vector loads cannot start on are copied: x is small. A weight is not.
 template <class Params>
 void align_rows(contract::LinearCall<Params>& call) {
-  Params& p = call.params;
+  const Params& p = call.params;
   if (rows_are_aligned(p.x, p.m, p.x_stride, p.dtype)) return;
-  call.x = torch::stable::contiguous(torch::stable::clone(call.x));
-  call.x_view = View(call.x);
-  p.x = call.x_view.data;
-  p.x_stride = p.k;
+  call.take(torch::stable::contiguous(torch::stable::clone(call.x)));
 }
 
 // What gemv and flat_gemm ask of a call beyond the contract that the CPU shares.
 inline void require_vector_rows(const char* op, contract::Linear& call) {
-  LinearParams& p = call.params;
+  const LinearParams& p = call.params;
   FLASHDECPP_REQUIRE(p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16, op,
                      "x must be float16 or bfloat16 on this device, got ", name(p.dtype));
   FLASHDECPP_REQUIRE(p.k % 8 == 0, op, "x must have a K that is a multiple of 8 on this device, got ", p.k);
-  FLASHDECPP_REQUIRE(rows_are_aligned(p.weight, p.n, p.weight_stride, p.dtype), op,
+  FLASHDECPP_REQUIRE(rows_are_aligned(p.weight, p.weight_rows(), p.weight_stride, p.dtype), op,
                      "weight must have rows that start on multiples of 16 bytes, got address remainder ",
                      reinterpret_cast<uintptr_t>(p.weight) % 16, " and a row stride of ", p.weight_stride, " elements");
   align_rows(call);
 }
 
-// out [..., N] of a call that passed require_vector_rows.
-Tensor run_gemv(const Launcher& launcher, const contract::Linear& call);
-Tensor run_flat_gemm(const Launcher& launcher, const contract::Linear& call);
+// Memory for the call's result.
+template <class Params>
+Tensor allocate(contract::LinearCall<Params>& call) {
+  Tensor out = contract::new_like_rows(call.x_view, call.params.n);
+  call.params.out = View(out).data;
+  return out;
+}
+
+// Whether the kernels can do what comes before and behind the product: these are vector accesses, too.
+template <class Params>
+bool norm_fits(const Params& p) {
+  return reinterpret_cast<uintptr_t>(p.fusion.norm_weight) % 16 == 0;
+}
+template <class Params>
+bool residual_fits(const Params& p) {
+  return p.n % 8 != 0 || reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+}
+
+// out += rows, for a product that came from elsewhere.
+void add_rows(const Launcher& launcher, const LinearParams& p, const Tensor& rows);
+
+// Write p.out; the call passed require_vector_rows. Only the GEMV has a norm.
+void run_gemv(const Launcher& launcher, const LinearParams& p);
+void run_flat_gemm(const Launcher& launcher, const LinearParams& p, Device device);
 
 }  // namespace flashdecpp

@@ -1,34 +1,88 @@
-// How the linear kernels end: sums, bias, rounding, store.
+// How the linear kernels end: sums, bias, gate or residual, rounding, store. `fused`: p.fusion is looked at.
 #pragma once
 
-#include "numeric.cuh"
+#include "activation.cuh"
 
 namespace flashdecpp {
 
-// Adds the bias, rounds and writes eight neighbours of one output row, those that exist.
+template <bool fused>
+__device__ __forceinline__ bool is_gated(const LinearParams& p) {
+  return fused && p.fusion.gated;
+}
+
+// The row of the weight that one row of a tile of 16 stands for, `half` saying which eight: rows of the weight in
+// order, or eight gates and the eight that go up with them. `first` is the block's first row of all. Rows that there
+// are not are another's: nobody reads what becomes of them.
+template <bool fused>
+__device__ __forceinline__ int64_t weight_row(const LinearParams& p, int64_t first, int tile, int half, int row) {
+  if (is_gated<fused>(p)) return min(first / 2 + tile * 8 + row, p.n - 1) + half * p.n;
+  return min(first + tile * 16 + half * 8 + row, p.n - 1);
+}
+
 template <class T>
-__device__ __forceinline__ void write_outputs(const LinearParams& p, int64_t m, int64_t n, float (&v)[8]) {
+__device__ __forceinline__ float gate(const LinearParams& p, int64_t n, float gate, float up) {
+  const T* const bias = static_cast<const T*>(p.bias);
+  if (bias) {
+    gate += arch::to_float(bias[n]);
+    up += arch::to_float(bias[p.n + n]);
+  }
+  return activate(p.fusion.activation, gate) * up;
+}
+
+// One output: bias or, where it comes from a gate, none; what it is added to; rounded.
+template <class T, bool fused>
+__device__ __forceinline__ void write_output(const LinearParams& p, int64_t m, int64_t n, float value, bool with_bias) {
+  T* const out = static_cast<T*>(p.out) + m * p.n + n;
+  if (with_bias && p.bias) value += arch::to_float(static_cast<const T*>(p.bias)[n]);
+  if (fused && p.fusion.add) value += arch::to_float(*out);
+  *out = arch::from_float<T>(value);
+}
+
+// The same of eight neighbours of one output row, those that exist.
+template <class T, bool fused>
+__device__ __forceinline__ void write_outputs(const LinearParams& p, int64_t m, int64_t n, float (&v)[8],
+                                              bool with_bias = true) {
   const T* const bias = static_cast<const T*>(p.bias);
   T* const out = static_cast<T*>(p.out) + m * p.n + n;
   const int count = static_cast<int>(min(p.n - n, int64_t{8}));
-  if (bias) {
+  if (with_bias && bias) {
 #pragma unroll
     for (int e = 0; e < 8; ++e) v[e] += e < count ? arch::to_float(bias[n + e]) : 0.f;
   }
   if (p.n % 8 == 0) {
+    if (fused && p.fusion.add) {
+      float before[8];
+      arch::load_vector(before, out);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[e] += before[e];
+    }
     arch::store_vector(out, v);
   } else {
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      if (e < count) out[e] = arch::from_float<T>(v[e]);
+      if (e >= count) continue;
+      if (fused && p.fusion.add) v[e] += arch::to_float(out[e]);
+      out[e] = arch::from_float<T>(v[e]);
     }
   }
 }
 
-// Adds what every wave of a block has of the same sums, in the order of the waves, then the bias; all threads call it.
-template <class T, class G>
+// Eight neighbours of one output row from their gates and what goes up with them.
+template <class T>
+__device__ __forceinline__ void write_gated(const LinearParams& p, int64_t m, int64_t n, float (&gates)[8],
+                                            const float (&up)[8]) {
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    if (n + e < p.n) gates[e] = gate<T>(p, n + e, gates[e], up[e]);
+  }
+  write_outputs<T, true>(p, m, n, gates, false);
+}
+
+// Adds what every wave of a block has of the same sums, in the order of the waves, then ends the outputs; all threads
+// call it. `first` is the block's first row, as for weight_row.
+template <class T, class G, bool fused>
 __device__ __forceinline__ void write_wave_sums(const LinearParams& p,
-                                                const arch::TileC (&sums)[G::kTiles][G::kRowTiles], int64_t first_n) {
+                                                const arch::TileC (&sums)[G::kTiles][G::kRowTiles], int64_t first) {
   __shared__ float parts[G::kWaves][G::kMaxRows][G::kBlockN];
 #pragma unroll
   for (int i = 0; i < G::kTiles; ++i) {
@@ -41,16 +95,26 @@ __device__ __forceinline__ void write_wave_sums(const LinearParams& p,
     }
   }
   __syncthreads();
-  const T* const bias = static_cast<const T*>(p.bias);
-  for (int i = threadIdx.x; i < p.m * G::kBlockN; i += G::kThreads) {
-    const int m = i / G::kBlockN, column = i % G::kBlockN;
-    const int64_t n = first_n + column;
-    if (n >= p.n) continue;
+  const auto total = [&](int m, int column) {
     float sum = 0.f;
 #pragma unroll
     for (int w = 0; w < G::kWaves; ++w) sum += parts[w][m][column];
-    if (bias) sum += arch::to_float(bias[n]);
-    static_cast<T*>(p.out)[m * p.n + n] = arch::from_float<T>(sum);
+    return sum;
+  };
+  if (is_gated<fused>(p)) {
+    constexpr int columns = G::kBlockN / 2;
+    for (int i = threadIdx.x; i < p.m * columns; i += G::kThreads) {
+      const int m = i / columns, column = i % columns;
+      const int64_t n = first / 2 + column;
+      if (n >= p.n) continue;
+      const int place = column / 8 * 16 + column % 8;
+      write_output<T, fused>(p, m, n, gate<T>(p, n, total(m, place), total(m, place + 8)), false);
+    }
+    return;
+  }
+  for (int i = threadIdx.x; i < p.m * G::kBlockN; i += G::kThreads) {
+    const int m = i / G::kBlockN, column = i % G::kBlockN;
+    if (first + column < p.n) write_output<T, fused>(p, m, first + column, total(m, column), true);
   }
 }
 

@@ -1,19 +1,19 @@
 // quantized_linear on a GPU: few rows of x stream the quantised weights, more have them dequantised for the BLAS.
 #include <bit>
 
+#include "../linear_parts.h"
 #include "linear.h"
 #include "quantized_linear_kernel.cuh"
 
 namespace flashdecpp {
 namespace {
 
-constexpr const char* kOp = "quantized_linear";
 // Beyond, reading the weights once for every 16 rows costs more than writing and reading them in x's dtype once.
 constexpr int64_t kStreamedRows = 48;
 
 bool can_stream(const QuantizedLinearParams& p) {
   return (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && p.m <= kStreamedRows && p.k % 16 == 0 &&
-         rows_are_aligned(p.weight, p.n, p.weight_stride, DType::kUInt8);
+         rows_are_aligned(p.weight, p.weight_rows(), p.weight_stride, DType::kUInt8);
 }
 
 // Whether the 128 weights that four lanes decode together share a scale.
@@ -27,10 +27,11 @@ template <class T, int bits, int row_tiles, int tiles>
 void launch_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
   const int32_t blocks_a_group = steps_share_a_scale(p) ? 4 : static_cast<int32_t>(p.group / 32);
   const QuantizedLaunch launch{p.group == p.k ? 31 : std::countr_zero(static_cast<uint64_t>(p.group)), blocks_a_group};
-  const auto blocks = static_cast<unsigned>((p.n + 16 * tiles - 1) / (16 * tiles));
+  const auto blocks = static_cast<unsigned>((p.weight_rows() + 16 * tiles - 1) / (16 * tiles));
   const auto run = [&](auto* shape) {
     using G = std::remove_pointer_t<decltype(shape)>;
-    launcher.overlapping(quantized_gemv_kernel<T, G>, blocks, G::kThreads, 0, p, launch);
+    const auto kernel = p.fusion.any() ? quantized_gemv_kernel<T, G, true> : quantized_gemv_kernel<T, G, false>;
+    launcher.overlapping(kernel, blocks, G::kThreads, 0, p, launch);
   };
   if (blocks_a_group < 4) {
     run(static_cast<QuantizedGemv<bits, row_tiles, tiles, true>*>(nullptr));
@@ -42,8 +43,8 @@ void launch_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
 template <class T, int bits>
 void launch_rows(const Launcher& launcher, const QuantizedLinearParams& p) {
   if (p.m > 8) return launch_gemv<T, bits, 2, 1>(launcher, p);
-  choose_quantized_tiles(launcher.properties(), p.n) == 1 ? launch_gemv<T, bits, 1, 1>(launcher, p)
-                                                          : launch_gemv<T, bits, 1, 2>(launcher, p);
+  choose_quantized_tiles(launcher.properties(), p.weight_rows()) == 1 ? launch_gemv<T, bits, 1, 1>(launcher, p)
+                                                                      : launch_gemv<T, bits, 1, 2>(launcher, p);
 }
 
 template <class T>
@@ -71,18 +72,56 @@ Tensor dequantize(const Launcher& launcher, const QuantizedLinearParams& p, Devi
   return weight;
 }
 
-Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
-  contract::QuantizedLinear call = contract::quantized_linear(x, weight, scales, offsets, bias);
-  QuantizedLinearParams& p = call.params;
-  const Launcher launcher(kOp, call.x_view.device);
-  if (!can_stream(p)) return blas_linear(x, dequantize(launcher, p, call.x_view.device), bias);
-  align_rows(call);
-  Tensor result = contract::new_like_rows(call.x_view, p.n);
-  if (p.m == 0 || p.n == 0) return result;
-  p.out = View(result).data;
+// A call that can be streamed, into p.out.
+void run_streamed(const Launcher& launcher, const QuantizedLinearParams& p) {
+  if (p.m == 0 || p.n == 0) return;
   arch::with_half_type(p.dtype,
                        [&](auto* type) { launch_streamed<std::remove_pointer_t<decltype(type)>>(launcher, p); });
-  return result;
+}
+
+Tensor run_blas(const Launcher& launcher, const contract::QuantizedLinear& call, const OptionalTensor& bias) {
+  return blas_linear(call.x, dequantize(launcher, product_alone(call.params), call.x_view.device), bias);
+}
+
+Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+  contract::QuantizedLinear call = contract::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
+  const Launcher launcher("quantized_linear", call.x_view.device);
+  if (!can_stream(call.params)) return run_blas(launcher, call, bias);
+  align_rows(call);
+  Tensor out = allocate(call);
+  run_streamed(launcher, call.params);
+  return out;
+}
+
+constexpr const char* kFused = "quantized_linear_fused";
+
+Tensor quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
+                              OptionalTensor norm_weight, double norm_eps, std::optional<std::string> activation) {
+  contract::QuantizedLinear call = contract::quantized_linear(kFused, x, weight, scales, offsets, bias);
+  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
+  contract::fuse_activation(kFused, call, activation);
+  const Launcher launcher(kFused, call.x_view.device);
+  const bool streamed = can_stream(call.params);
+  if (!streamed || !norm_fits(call.params)) normalise(call, norm_weight, norm_eps);
+  if (!streamed) return activate(run_blas(launcher, call, bias), activation);
+  align_rows(call);
+  Tensor out = allocate(call);
+  run_streamed(launcher, call.params);
+  return out;
+}
+
+void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets,
+                                     OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
+                                     double norm_eps) {
+  contract::QuantizedLinear call = contract::quantized_linear(kFused, x, weight, scales, offsets, bias);
+  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
+  contract::fuse_residual(kFused, call, x, residual);
+  const Launcher launcher(kFused, call.x_view.device);
+  const bool streamed = can_stream(call.params);
+  if (!streamed || !norm_fits(call.params)) normalise(call, norm_weight, norm_eps);
+  if (!streamed) return add_rows(launcher, call.params, run_blas(launcher, call, bias));
+  align_rows(call);
+  run_streamed(launcher, call.params);
 }
 
 }  // namespace
@@ -90,6 +129,8 @@ Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor o
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
+  m.impl("quantized_linear_fused", TORCH_BOX(&quantized_linear_fused));
+  m.impl("quantized_linear_fused.residual", TORCH_BOX(&quantized_linear_fused_residual));
 }
 
 }  // namespace flashdecpp

@@ -15,6 +15,7 @@
 
 #include "linear_arch_sm80.cuh"
 #include "linear_epilogue.cuh"
+#include "linear_prologue.cuh"
 
 namespace flashdecpp {
 
@@ -173,7 +174,7 @@ __device__ __forceinline__ void multiply_half(arch::TileC& first, arch::TileC& s
   }
 }
 
-template <class T, class G>
+template <class T, class G, bool fused>
 __global__ void __launch_bounds__(G::kThreads, 2)
     quantized_gemv_kernel(QuantizedLinearParams p, QuantizedLaunch launch) {
   using namespace arch;
@@ -191,8 +192,10 @@ __global__ void __launch_bounds__(G::kThreads, 2)
   }
 
   TileC sums[tiles][row_tiles];
+  float factors[row_tiles];
+  const bool norm = fused && p.fusion.norm_weight;
   bool waited = false;
-  for (int base = wave() * G::kSteps; base < steps; base += G::kWaves * G::kSteps) {
+  for (int base = wave() * G::kSteps; base < steps || !waited; base += G::kWaves * G::kSteps) {
     QuantizedStep<G> loaded[G::kSteps][tiles][2];
 #pragma unroll
     for (int u = 0; u < G::kSteps; ++u) {
@@ -200,11 +203,14 @@ __global__ void __launch_bounds__(G::kThreads, 2)
       for (int i = 0; i < tiles; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          loaded[u][i][half].load(p, launch, min(first_n + i * 16 + half * 8 + row, p.n - 1), base + u);
+          loaded[u][i][half].load(p, launch, weight_row<fused>(p, first_n, i, half, row), base + u);
         }
       }
     }
-    if (!waited) wait_for_previous_kernel();
+    if (!waited) {
+      wait_for_previous_kernel();
+      if (norm) column_factors<T, G>(p, factors);
+    }
     waited = true;
 #pragma unroll
     for (int u = 0; u < G::kSteps; ++u) {
@@ -218,7 +224,10 @@ __global__ void __launch_bounds__(G::kThreads, 2)
 #pragma unroll
           for (int j = 0; j < row_tiles; ++j) {
             neighbours[block][half][j] = make_uint2(0, 0);
-            if (at < k) neighbours[block][half][j] = *reinterpret_cast<const uint2*>(x[j] + at);
+            if (at < k) {
+              neighbours[block][half][j] = *reinterpret_cast<const uint2*>(x[j] + at);
+              if (norm) neighbours[block][half][j] = normalised<T>(p, neighbours[block][half][j], factors[j], at);
+            }
           }
         }
       }
@@ -277,9 +286,8 @@ __global__ void __launch_bounds__(G::kThreads, 2)
       }
     }
   }
-  if (!waited) wait_for_previous_kernel();
 
-  write_wave_sums<T, G>(p, sums, first_n);
+  write_wave_sums<T, G, fused>(p, sums, first_n);
 }
 
 // out[n, k] of p.dtype: a weight for the BLAS. Grid: (K / 256, N).
