@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -448,8 +449,9 @@ def measure_model(
     return results
 
 
-def draw(results: dict, path: Path) -> None:
-    """A stacked bar for each profiled step, and its floor beside it."""
+def draw(results: dict, source: Path) -> None:
+    """A stacked bar for each profiled step, and its floor beside it; as a PNG beside the file of results."""
+    path = source.with_suffix(".png")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -491,8 +493,11 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--draw", help="only draw what a file of results holds")
     parser.add_argument("--output", help="default: bench/results/runner_h100.json; none of a dry run")
     options = parser.parse_args()
+    if options.draw:
+        return draw(json.loads(Path(options.draw).read_text())["results"], Path(options.draw))
     names, parts = options.models.split(","), set(options.parts.split(","))
     unknown = (set(names) - set(MODELS)) | (parts - set(PARTS))
     if unknown:
@@ -527,7 +532,7 @@ def main() -> None:
         if output:  # after every model, so that a run cut off keeps what it has
             measure.save(output, results)
     if output:
-        draw(results, Path(output).with_suffix(".png"))
+        draw(results, Path(output))
 
 
 def tiny(config: ModelConfig) -> ModelConfig:

@@ -77,6 +77,10 @@ class Batch:
             self._phi = torch.full((config.layers, max_batch, config.q_heads), torch.nan, device=device)
         self._seen: torch.Tensor | None = None  # bool [max_batch, vocab], once a penalty asks for it
         self._eos_ids = upload(sorted(eos_ids), torch.int64, device)
+        self._goes_on = torch.ones(
+            config.vocab, dtype=torch.int32, device=device
+        )  # 0 for the token that ends
+        self._goes_on[self._eos_ids] = 0
         # Where a request is its row, the dimension of the rows: what moves when requests leave.
         self._movable = [(self._fields, 1), (self._longs, 1), (self._block_table, 0)]
         if self._phi is not None:
@@ -193,10 +197,9 @@ class Batch:
         if features.penalised:
             sampling |= {"repetition_penalty": floats[PENALTY], "seen": self._seen[rows]}
         tokens.copy_(ops.sample(logits, **sampling))
-        running = lengths > 0
+        lengths.add_(lengths > 0)
         if self._eos_ids.numel():
-            running &= (tokens[:, None] != self._eos_ids).all(1)
-        lengths.add_(1).mul_(running)
+            lengths.mul_(self._goes_on.index_select(0, tokens))
 
     def _capture(self, rows: int, features: SamplingFeatures) -> torch.cuda.CUDAGraph:
         changed = [tensor for tensor in (self._fields, self._longs, self._seen) if tensor is not None]
