@@ -109,8 +109,8 @@ FORMATS = {
 
 # What a kernel is by its name: the first that is found in it
 KINDS = {
-    "linear": ("gemv", "flat_gemm", "gemm", "linear", "cutlass", "nvjet", "splitK", "cublas"),
-    "attention": ("decode_attention", "flash", "fmha"),
+    "linear": ("gemv", "flat_ring", "flat_gemm", "gemm", "quantized", "cutlass", "nvjet", "splitK", "cublas"),
+    "attention": ("decode_attention", "flash_fwd", "fmha"),
     "rotary": ("rotary",),
     "norm": ("norm_kernel",),
     "activation": ("gated", "relu", "clamp"),
