@@ -307,6 +307,21 @@ def test_rows_without_a_sequence_change_nothing(folder, alone, rows, monkeypatch
     assert llm._engine.pool.used_blocks == 0
 
 
+def test_batch_invariant_answers_in_half_precision(folder, monkeypatch):
+    settings = {"device": "cpu", "dtype": "bfloat16", "prefix_cache": False, "prefill_chunk": 32}
+    llm = LLM(folder, max_batch=6, cache_tokens=BLOCK_SIZE * 14, batch_invariant=True, **settings)
+    prompts = [random_tokens(4 + 9 * i % 70, seed=i) for i in range(14)]
+    params = [
+        SamplingParams(temperature=float(i % 2), seed=i, max_tokens=20 + 2 * i, ignore_eos=True)
+        for i in range(14)
+    ]
+    calls = spy_on(llm, monkeypatch)
+    together = token_ids(llm, prompts, params)
+    assert llm.stats.preemptions > 0
+    assert {rows for name, rows, _ in calls if name == "decode"} == {6}
+    assert together == [token_ids(llm, [p], s)[0] for p, s in zip(prompts, params, strict=True)]
+
+
 def test_a_sequence_that_ends_by_itself_wastes_nothing_of_others(folder, monkeypatch):
     """The device ends it: the step that is under way when the host learns of it computes no row for it."""
     prompts = [random_tokens(9, seed=1), random_tokens(30, seed=2), random_tokens(5, seed=3)]
