@@ -252,7 +252,7 @@ class Decoder:
         config = self.config
         gqa = config.q_heads != config.kv_heads
         masks: dict[int, torch.Tensor] = {}
-        blocks = None if start == 0 else block_table[0, : -(-stop // cache.block_size)].long()
+        blocks = None if start == 0 else block_table[0, : -(-stop // cache.block_size)]
 
         def mask_for(window: int) -> torch.Tensor | CausalBias:
             if not 0 < window < stop and self.device.type == "cuda":
@@ -266,7 +266,9 @@ class Decoder:
 
         def attend(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             if blocks is not None:  # the chunk's own keys are in the cache as well
-                k, v = (layer[blocks].flatten(0, 1)[None, :stop] for layer in cache.layers[index])
+                k, v = (
+                    layer.index_select(0, blocks).flatten(0, 1)[None, :stop] for layer in cache.layers[index]
+                )
             if observe is not None:
                 observe(index, q, k)
             window = config.windows[index]
