@@ -41,7 +41,7 @@ from flashdecpp.runner.weights import Layer, Matrix, Weights
 
 STEPS, ROUNDS, WARM_UP = 16, 5, 4  # a time is the median of rounds of so many steps
 ENDLESS = SamplingParams(max_tokens=None)
-PARTS = ("decode", "prefill", "engine", "breakdown", "ablations", "quantized")
+PARTS = ("decode", "prefill", "engine", "breakdown", "ablations", "quantized", "transformers")
 
 
 def model(
@@ -307,12 +307,21 @@ class Subject:
                     times.append(time.perf_counter() - begin)
             return min(times) * 1e3
 
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         one, many = run(1), run(tokens + 1)
+        cache = (
+            rows
+            * (context + 2 * BLOCK_SIZE + tokens)
+            * self.decoder.config.cache_bytes_per_token(self.decoder.dtype)
+        )
+        peak = torch.cuda.max_memory_allocated() if self.on_gpu else 0
         return {
             "batch": rows,
             "context": context,
             "first_tokens_ms": round(one, 2),
             "ms_per_step": round((many - one) / tokens, 3),
+            "peak_mb_beside_weights_and_cache": round((peak - self.decoder.weights.nbytes - cache) / 1e6),
         }
 
     def breakdown(self, rows: int, context: int) -> dict[str, object]:
@@ -438,6 +447,8 @@ def measure_model(
         results["breakdown"] = [subject.breakdown(*case) for case in cases(BREAKDOWN)]
     if main_model and "ablations" in parts:
         results["ablations"] = ablations(subject, cases(ABLATED))
+    if main_model and "transformers" in parts:
+        results["transformers"] = [transformers_ms(subject, *case) for case in cases([(1, 1024), (8, 1024)])]
     if main_model and "quantized" in parts:
         results["quantized"] = {}
         for form, arguments in FORMATS.items():
@@ -447,6 +458,67 @@ def measure_model(
             ]
             del lighter
     return results
+
+
+def transformers_ms(subject: Subject, rows: int, context: int) -> dict[str, float]:
+    """A step of transformers' own Llama with the same weights: static cache, torch.compile with CUDA graphs.
+
+    The host waits for every token; eagerly, launches alone take longer than that.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    config, weights, device = subject.decoder.config, subject.decoder.weights, subject.decoder.device
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=config.vocab,
+                hidden_size=config.hidden,
+                intermediate_size=config.ffn,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.q_heads,
+                num_key_value_heads=config.kv_heads,
+                max_position_embeddings=config.context,
+            )
+        )
+    state = {"model.embed_tokens.weight": weights.embed, "lm_head.weight": weights.lm_head}
+    state["model.norm.weight"] = weights.norm
+    for index, layer in enumerate(weights.layers):
+        parts = zip("qkv", layer.qkv.split(config.qkv_rows), strict=True)
+        tensors = {f"self_attn.{name}_proj": part for name, part in parts}
+        gate, up = layer.gate_up.chunk(2)
+        tensors |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": layer.down}
+        tensors |= {"self_attn.o_proj": layer.o, "input_layernorm": layer.attn_norm}
+        tensors["post_attention_layernorm"] = layer.ffn_norm
+        state |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in tensors.items()}
+    state = {name: tensor.to(weights.dtype) for name, tensor in state.items()}
+    theirs.load_state_dict(state, assign=True)
+    # The frequencies of the rope are no weights: made again, off the meta device.
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(device)
+    theirs.eval()
+
+    steps = WARM_UP + ROUNDS * STEPS
+    cache = StaticCache(config=theirs.config, max_cache_len=context + steps + 1)
+    prompt = torch.randint(0, config.vocab, (rows, context), device=device)
+    place = torch.arange(context, device=device)
+    arguments = {"past_key_values": cache, "use_cache": True}
+    token = theirs(prompt, cache_position=place, logits_to_keep=1, **arguments).logits[:, -1:].argmax(-1)
+
+    def step(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        places = place[None].expand(rows, 1)
+        return theirs(token, cache_position=place, position_ids=places, **arguments).logits[:, -1:].argmax(-1)
+
+    if subject.on_gpu:
+        step = torch.compile(step, mode="reduce-overhead")
+    times = []
+    for index in range(steps):
+        place = torch.tensor([context + index], device=device)
+        begin = time.perf_counter()
+        token = step(token.clone(), place)
+        if subject.on_gpu:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) * 1e3)
+    compiled = statistics.median(times[len(times) // 2 :])
+    return {"batch": rows, "context": context, "compiled_ms": round(compiled, 3)}
 
 
 def draw(results: dict, source: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from flashdecpp.runner import LLM, SamplingParams
 from flashdecpp.runner.cache import BLOCK_SIZE, blocks_for
 
-LONGEST_PROMPT, LONGEST_ANSWER = 300, 48
+LONGEST_PROMPT, LONGEST_ANSWER = 200, 100
 
 
 def workload(count: int, vocab: int) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -29,11 +29,11 @@ def workload(count: int, vocab: int) -> tuple[list[list[int]], list[SamplingPara
     rng = random.Random(0)
     prompts, params = [], []
     for number in range(count):
-        length = min(LONGEST_PROMPT, 1 + int(rng.expovariate(1 / 60)))
+        length = min(LONGEST_PROMPT, 1 + int(rng.expovariate(1 / 30)))
         prompts.append([rng.randrange(vocab) for _ in range(length)])
         params.append(
             SamplingParams(
-                max_tokens=min(LONGEST_ANSWER, 1 + int(rng.expovariate(1 / 12))),
+                max_tokens=min(LONGEST_ANSWER, 1 + int(rng.expovariate(1 / 24))),
                 temperature=rng.choice([0.0, 0.0, 0.8]),
                 top_k=rng.choice([0, 40]),
                 top_p=rng.choice([1.0, 0.95]),
@@ -87,7 +87,7 @@ def make_random(folder: Path, layers: int) -> None:
 
 
 def run(model: str | Path, options: argparse.Namespace) -> int:
-    pool = blocks_for(LONGEST_PROMPT + LONGEST_ANSWER) + 8  # one long sequence and two short ones fit
+    pool = blocks_for(LONGEST_PROMPT + LONGEST_ANSWER) + 4  # one long sequence and a short one fit
     llm = LLM(
         model,
         device=options.device,

@@ -83,10 +83,10 @@ def test_an_answer_is_what_its_prompt_gets_alone(folders, kind, dtype, phi):
     prompts, params = workload(40, seed=7)
     settings = {"dtype": dtype, "phi": phi, "prefix_cache": False, "prefill_chunk": 32, "max_batch": 8}
     longest = max(blocks_for(len(p) + s.max_tokens) for p, s in zip(prompts, params, strict=True))
-    small = {"cache_tokens": BLOCK_SIZE * (longest + 4)}
+    small = {"cache_tokens": BLOCK_SIZE * (longest + 1)}
     llm = load(folders(kind), batch_invariant=True, **settings, **small)
     together = answers(llm, prompts, params)
-    assert llm.stats.preemptions > 10 and llm.stats.peak_blocks == longest + 4
+    assert llm.stats.preemptions > 0 and llm.stats.peak_blocks == longest + 1
     assert llm._engine.pool.used_blocks == 0
     alone = [answer for p, s in zip(prompts, params, strict=True) for answer in answers(llm, [p], s)]
     assert together == alone

@@ -153,6 +153,7 @@ class Batch:
             self._graphs[key].replay()
         return self._send(slice(0, len(self.requests)))
 
+    @torch.inference_mode()
     def place(self, rows: Sequence[int], columns: Sequence[int], blocks: Sequence[int]) -> None:
         """Changes single blocks of the table."""
         changes = upload([rows, columns, blocks], torch.int64, self._device)
