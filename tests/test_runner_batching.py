@@ -14,6 +14,7 @@ import torch
 from runner_models import random_tokens, save_model
 
 from flashdecpp.runner import LLM, ModelError, OutOfMemory, SamplingParams
+from flashdecpp.runner.batch import Batch
 from flashdecpp.runner.cache import BLOCK_SIZE, blocks_for
 
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -375,9 +376,11 @@ def test_an_error_in_a_step_leaves_nothing_behind(folder, alone, monkeypatch):
     long = SamplingParams(temperature=1.0, seed=4, max_tokens=200, ignore_eos=True)
     other = llm.stream(prompts[0], long)
     tokens = [next(other).token_id for _ in range(5)]
-    for part in ("decode", "prefill", "_logits"):
+    parts = [(llm.decoder, name) for name in ("decode", "prefill", "_logits")]
+    parts += [(Batch, name) for name in ("step", "choose_first", "join", "retain", "read")]
+    for owner, part in parts:
         with monkeypatch.context() as patched:
-            patched.setattr(llm.decoder, part, fail)
+            patched.setattr(owner, part, fail)
             with pytest.raises(RuntimeError, match="out of luck"):
                 llm.generate(prompts, SAMPLED)
         (running,) = llm._engine._running

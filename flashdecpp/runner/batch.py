@@ -77,9 +77,8 @@ class Batch:
             self._phi = torch.full((config.layers, max_batch, config.q_heads), torch.nan, device=device)
         self._seen: torch.Tensor | None = None  # bool [max_batch, vocab], once a penalty asks for it
         self._eos_ids = upload(sorted(eos_ids), torch.int64, device)
-        self._goes_on = torch.ones(
-            config.vocab, dtype=torch.int32, device=device
-        )  # 0 for the token that ends
+        # int32 [vocab]: 0 for a token that ends a sequence, 1 for others
+        self._goes_on = torch.ones(config.vocab, dtype=torch.int32, device=device)
         self._goes_on[self._eos_ids] = 0
         # Where a request is its row, the dimension of the rows: what moves when requests leave.
         self._movable = [(self._fields, 1), (self._longs, 1), (self._block_table, 0)]

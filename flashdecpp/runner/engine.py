@@ -14,7 +14,9 @@ chunked prefill: Sarathi, Agrawal et al. 2023.)
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 
 import torch
@@ -63,6 +65,8 @@ class Engine:
         self.prefill_chunk, self.prefix_cache = prefill_chunk, prefix_cache
         self.cuda_graphs, self.batch_invariant = cuda_graphs, batch_invariant
         self.counts = Counts()
+        on_gpu = decoder.device.type == "cuda"
+        self._on_device = partial(torch.cuda.device, decoder.device) if on_gpu else nullcontext
         self._fixed_blocks = None if cache_tokens is None else blocks_for(cache_tokens)
         self._wanted_blocks = 0  # of the cache, had there been memory for more
         self.cache: KVCache | None = None
@@ -92,7 +96,8 @@ class Engine:
         for request in requests:
             request.events, request.started_at = events, now
         with self._lock:
-            self._read()  # nothing is left under way that would keep the cache from being replaced
+            with self._recovering():
+                self._read()  # nothing is left under way that would keep the cache from being replaced
             self._provide_cache(requests)
             self.pool.peak_blocks = self.pool.used_blocks
             self._waiting.extend(request for request in requests if request.sample == 0)
@@ -112,13 +117,18 @@ class Engine:
                     self._forget(requests)
 
     def _step(self) -> None:
-        try:
+        with self._recovering(), self._on_device():
             self._prefill()
             self._grow()
             launched = self._decode()
             self._read(leave=1 if launched else 0)
+
+    @contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """An error ends the run that it comes up in. Requests of other runs go on with what is certain."""
+        try:
+            yield
         except BaseException:
-            # It ends the run that asked for the step. Requests of other runs go on with what is certain.
             self._recover()
             raise
 
@@ -126,6 +136,7 @@ class Engine:
         """Forgets what the host hasn't read; it is computed again, and comes out the same."""
         self._unread.clear()
         self._batch = None
+        self._drop_finished()
         begun = [request for request in self._running if request.token_ids]
         again = [request for request in self._running if not request.token_ids]
         if self._prefilling is not None:
@@ -306,9 +317,7 @@ class Engine:
                 self.counts.decoded_tokens += bool(request.token_ids)
                 self._advance(request, request.length)
                 self._take_token(request, token)
-                if request.finish_reason is not None:
-                    self._release(request)
-        self._running = [request for request in self._running if request.finish_reason is None]
+        self._drop_finished()
 
     def _advance(self, request: Request, cached: int) -> None:
         """Notes that tokens are in the cache, and publishes the blocks that they filled."""
@@ -351,6 +360,12 @@ class Engine:
             if request.text.stopped:  # the held back text completed a stop string
                 request.finish_reason = "stop"
             request.events.append((request, None, rest))
+
+    def _drop_finished(self) -> None:
+        for request in self._running:
+            if request.finish_reason is not None:
+                self._release(request)
+        self._running = [request for request in self._running if request.finish_reason is None]
 
     def _forget(self, requests: Sequence[Request]) -> None:
         gone = set(requests)
