@@ -64,6 +64,12 @@ inline int32_t choose_gemv_waves(const DeviceProperties& device, int64_t m, int6
   return waves;
 }
 
+// Whether the GEMV on Hopper normalises x itself, which each of its blocks does again. Against a launch of rms_norm
+// this was faster for [1536, 576] and [3072, 576] with 1 to 8 rows on an H100 (3.0 against 3.7 us, 3.5 against 5.9),
+// and slower from [6144, 4096] on, by a first version that took five times the instructions. Between the two, and with
+// the present kernel, nothing is measured.
+inline bool gemv_takes_norm(int64_t n, int64_t k) { return n * k <= int64_t{1} << 22; }
+
 // ---- flat GEMM: which tile, and how often K is split ---------------------------------------------------------------
 // A block multiplies block_n rows of the weight by block_m rows of x, block_k at a time through `stages` buffers in
 // shared memory, by waves_n x waves_m waves. By itself it loads at `rate` times a multiprocessor's even share of the
@@ -101,8 +107,8 @@ inline int32_t choose_flat_tile(int64_t m, int32_t shared_bytes, int32_t tile_n)
 
 // Time is counted in KiB of weight that a multiprocessor loads at its even share of the bandwidth: 23 in a microsecond
 // of an H100. Rounds of blocks take what the bandwidth allows, but no less than one block after the other needs at its
-// own rate. Filling the buffers and ending a block costs `start`; a split clears its counters and waits for the last
-// block, which costs `reduce`, and its parts pass through L2 twice. Another split must win by more than the model is
+// own rate. Filling the buffers and ending a block costs `start`; a split waits for the others'
+// parts, which costs `reduce`, and its parts pass through L2 twice. Another split must win by more than the model is
 // worth.
 inline int32_t choose_k_splits(const DeviceProperties& device, const FlatTile& tile, int64_t tiles, int64_t k_tiles) {
   constexpr double blocks_per_multiprocessor = 2, start = 58, reduce = 90, margin = 0.97;

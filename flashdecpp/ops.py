@@ -290,12 +290,15 @@ def linear_fused(
     - or residual += y, in place, and nothing is returned.
 
     h is rounded to x's dtype, as `rms_norm` gives it; the rest is float32 until the result is rounded once.
-    What runs as launches of its own instead (below) rounds y to x's dtype, too.
+    What runs as launches of its own instead (below) rounds y to x's dtype, too. On Hopper, where the norm is
+    part of `gemv`, x * norm_weight is what is rounded (scaled by a power of two, so that float16 holds it),
+    and 1 / rms multiplies the float32 sum: as many roundings, in another place.
 
     On a GPU the sum with the residual and the gate are part of `gemv` and `flat_gemm`, the norm is part of
-    `gemv`. A norm before `flat_gemm`, everything around `blas`, and whatever does not start on a multiple of
-    16 bytes (norm_weight, a residual whose N is a multiple of 8) are launches of their own. On the CPU norm
-    and gate are passes of their own, which cost little there.
+    `gemv`; on Hopper only for weights of up to 2^22 numbers, where a launch costs more than doing it in every
+    block, and for a norm_weight of x's dtype. Other norms, everything around `blas`, and whatever does not
+    start on a multiple of 16 bytes (norm_weight, a residual whose N is a multiple of 8) are launches of their
+    own. On the CPU norm and gate are passes of their own: they cost little there.
 
     Args:
         x, bias, impl: as in `linear`.
@@ -438,7 +441,8 @@ def quantized_linear_fused(
 ) -> Tensor | None:
     """`linear_fused` with the weight of `quantized_linear`.
 
-    On a GPU all of it is one launch where the weight is streamed (`quantized_linear` says when).
+    On a GPU gate and sum are part of the launch where the weight is streamed (`quantized_linear` says when);
+    a norm is a launch of its own.
 
     Args:
         x, weight, scales, offsets, bias: as in `quantized_linear`; with an activation the rows of the gate,

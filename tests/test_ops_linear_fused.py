@@ -116,15 +116,13 @@ def test_no_rows(place, impl):
 @pytest.mark.parametrize("impl", ["gemv", "flat_gemm"])
 @pytest.mark.parametrize("rows", [1, 8, 20])
 def test_the_norm_is_that_of_rms_norm(place, rows, impl):
-    """Rounded as rms_norm rounds: a weight that reads rows out shows the same numbers, or the next ones."""
+    """A weight that reads rows out shows rms_norm's numbers, but for where they are rounded."""
     x = randn(place, rows, 128) * 3
     norm = randn(place, 128, seed=3)
     eye = torch.eye(128, device=place.device, dtype=place.dtype)
-    actual = ops.linear_fused(x, eye, norm_weight=norm, impl=impl)
-    expected = ops.rms_norm(x, norm)
-    eps = torch.finfo(place.dtype).eps
-    assert ((actual - expected).abs() <= eps * expected.abs()).all()
-    assert (actual != expected).sum() <= actual.numel() // 20
+    actual = ops.linear_fused(x, eye, norm_weight=norm, impl=impl).double()
+    expected = ops.rms_norm(x, norm).double()
+    assert ((actual - expected).abs() <= 2 * torch.finfo(place.dtype).eps * expected.abs()).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -124,19 +124,4 @@ __device__ __forceinline__ T block_reduce(T value, std::type_identity_t<T> ident
   return total;
 }
 
-// True in every thread of the last block to arrive at `counter` of `expected` blocks: what the others wrote is visible
-// to it. The counter is zero before the launch and zero again after it.
-__device__ __forceinline__ bool last_block_to_arrive(unsigned int* counter, unsigned int expected) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(counter, 1u) == expected - 1;
-    if (last) *counter = 0;
-  }
-  __syncthreads();
-  if (last) __threadfence();
-  return last;
-}
-
 }  // namespace flashdecpp::arch

@@ -1,6 +1,7 @@
 #include "flat_gemm_kernel.cuh"
 #include "flat_gemm_sm90.cuh"
 #include "linear.h"
+#include "nonce.h"
 #include "weight_map.h"
 
 namespace flashdecpp {
@@ -16,13 +17,13 @@ void launch(const Launcher& launcher, const LinearParams& p, Device device) {
   SplitK split{};
   split.k_tiles_per_split = static_cast<int32_t>((k_tiles + wanted - 1) / wanted);
   split.splits = static_cast<int32_t>((k_tiles + split.k_tiles_per_split - 1) / split.k_tiles_per_split);
-  OptionalTensor workspace;  // the parts, then the counters; lives until the launch is in the stream
+  OptionalTensor workspace;  // the parts, then their flags; lives until the launch is in the stream
   if (split.splits > 1) {
-    const int64_t parts = tiles * split.splits * G::kBlockM * G::kBlockN;
-    workspace = new_tensor({parts + tiles}, DType::kFloat32, device);
+    const int64_t flags = tiles * (split.splits - 1), parts = flags * G::kBlockM * G::kBlockN;
+    workspace = new_tensor({parts + 2 * flags}, DType::kFloat32, device);
     split.parts = static_cast<float*>(View(*workspace).data);
-    split.arrived = reinterpret_cast<unsigned int*>(split.parts + parts);
-    launcher.zero(split.arrived, tiles * sizeof(unsigned int));
+    split.ready = reinterpret_cast<uint64_t*>(split.parts + parts);
+    split.nonce = new_nonce(split.parts);
   }
   const auto kernel = p.fusion.any() ? flat_gemm_kernel<T, tile_index, true> : flat_gemm_kernel<T, tile_index, false>;
   launcher.allow_shared_memory(kernel, G::kSharedBytes);

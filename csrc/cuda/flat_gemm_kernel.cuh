@@ -3,8 +3,8 @@
 // The weight is the A operand: its rows fill the long side of the 16 x kTileN x 16 tile, and x, the B operand, is
 // padded to kTileN rows only. A block computes block_n x block_m outputs with K sequential (tiles: kFlatTiles of
 // heuristics.h); staged copies run stages - 1 tiles ahead of the multiplies. Where N alone has too few blocks, several
-// share a tile along K: each leaves a float32 part in the workspace, and the last to arrive adds them in the order of
-// K, so the result does not depend on who that was.
+// share a tile along K: each but the last leaves a float32 part in the workspace and a flag, and the last adds them to
+// its own, in order. It waits for blocks with smaller numbers only, which are started before it.
 //
 // Floor: the bytes of the weight over the memory bandwidth. Shared memory 63 to 108 KiB, two or three blocks a
 // multiprocessor of an H100: 64 to 120 KiB in flight there.
@@ -16,8 +16,9 @@
 namespace flashdecpp {
 
 struct SplitK {
-  float* parts;           // [tiles, splits, block_m, block_n], or null: one split
-  unsigned int* arrived;  // [tiles], zero
+  float* parts;     // [tiles, splits - 1, block_m, block_n], or null: one split
+  uint64_t* ready;  // [tiles, splits - 1]: which parts are there; zero once they are added
+  uint64_t nonce;   // what a flag is set to: a number that no other launch uses, so whatever was there before means no
   int32_t splits, k_tiles_per_split;
 };
 
@@ -145,19 +146,26 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
   }
   if (split.parts) {
     constexpr int64_t part_stride = G::kBlockM * G::kBlockN;
-    float* const parts = split.parts + blockIdx.x * (split.splits * part_stride);
+    const int others = split.splits - 1;
+    float* const parts = split.parts + blockIdx.x * (others * part_stride);
+    uint64_t* const ready = split.ready + blockIdx.x * int64_t{others};
+    const int me = static_cast<int>(blockIdx.y);
+    if (me < others) {
 #pragma unroll
-    for (int j = 0; j < vectors; ++j) {
-      const int i = j * G::kThreads + threadIdx.x;
-      if (i < count) store_vector(parts + blockIdx.y * part_stride + i * 8, v[j]);
+      for (int j = 0; j < vectors; ++j) {
+        const int i = j * G::kThreads + threadIdx.x;
+        if (i < count) store_vector(parts + me * part_stride + i * 8, v[j]);
+      }
+      __syncthreads();
+      if (threadIdx.x == 0) publish(ready + me, split.nonce);
+      return;
     }
-    if (!last_block_to_arrive(split.arrived + blockIdx.x, split.splits)) return;
-#pragma unroll
-    for (int j = 0; j < vectors; ++j) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) v[j][e] = 0.f;
+    if (threadIdx.x < others) {
+      await(ready + threadIdx.x, split.nonce);
+      ready[threadIdx.x] = 0;  // a graph launches this with the same nonce again
     }
-    for (int s = 0; s < split.splits; ++s) {
+    __syncthreads();
+    for (int s = 0; s < others; ++s) {
 #pragma unroll
       for (int j = 0; j < vectors; ++j) {
         const int i = j * G::kThreads + threadIdx.x;
@@ -178,13 +186,12 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
       }
       __syncthreads();
     }
-    for (int i = threadIdx.x; i < count / 2; i += G::kThreads) {
-      const int m = i / (row_vectors / 2), column = i % (row_vectors / 2) * 8;
-      if (first_n + column >= p.n) continue;
-      float gates[8], up[8];
-      load_vector(gates, outputs + m * G::kOutStride + column);
-      load_vector(up, outputs + m * G::kOutStride + G::kBlockN / 2 + column);
-      write_gated<T>(p, first_m + m, first_n + column, gates, up);
+    constexpr int columns = G::kBlockN / 2;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count / row_vectors * columns; i += G::kThreads) {
+      const int m = i / columns, column = i % columns;
+      const float* const row = outputs + m * G::kOutStride + column;
+      if (first_n + column < p.n) write_output<T, fused>(p, first_m + m, first_n + column, row[0], row[columns]);
     }
     return;
   }

@@ -163,35 +163,43 @@ __device__ __forceinline__ void flat_ring(const LinearParams& p, const CUtensorM
   } else {
     wave_group_sync();
   }
-  // Every block of the cluster adds and writes its share of the tile, eight neighbours a lane.
-  const auto total = [&](float (&v)[8], const float* mine) {
-    if (cluster == 1) return load_vector(v, mine);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) v[e] = 0.f;
-    for (int other = 0; other < cluster; ++other) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float4 four = load_cluster(mine + half * 4, other);
-        v[half * 4] += four.x;
-        v[half * 4 + 1] += four.y;
-        v[half * 4 + 2] += four.z;
-        v[half * 4 + 3] += four.w;
+  // Every block of the cluster adds and writes its share of the tile: one output a lane where it has a gate, else eight
+  // neighbours.
+  if (gated) {
+    constexpr int columns = R::kBlockN / 2;
+    const int count = static_cast<int>(p.m) * columns;
+#pragma unroll 1
+    for (int i = count * rank / cluster + threadIdx.x; i < count * (rank + 1) / cluster; i += kWaveGroup) {
+      const int m = i / columns, column = i % columns;
+      const float* const mine = part + m * R::kSumStride + column;
+      float value = 0.f, up = 0.f;
+      for (int other = 0; other < cluster; ++other) {
+        value += load_cluster<float>(mine, other);
+        up += load_cluster<float>(mine + columns, other);
       }
+      if (n + column < p.n) write_output<T, fused>(p, m, n + column, value, up);
     }
-  };
-  const int row_vectors = R::kBlockN / 8 / (gated ? 2 : 1);
-  const int vectors = static_cast<int>(p.m) * row_vectors;
-  for (int i = vectors * rank / cluster + threadIdx.x; i < vectors * (rank + 1) / cluster; i += kWaveGroup) {
-    const int m = i / row_vectors, column = i % row_vectors * 8;
-    const float* const mine = part + m * R::kSumStride + column;
-    float v[8];
-    total(v, mine);
-    if (gated) {
-      float up[8];
-      total(up, mine + R::kBlockN / 2);
-      if (n + column < p.n) write_gated<T>(p, m, n + column, v, up);
-    } else if (n + column < p.n) {
-      write_outputs<T, fused>(p, m, n + column, v);
+  } else {
+    const int vectors = static_cast<int>(p.m) * (R::kBlockN / 8);
+    for (int i = vectors * rank / cluster + threadIdx.x; i < vectors * (rank + 1) / cluster; i += kWaveGroup) {
+      const int m = i / (R::kBlockN / 8), column = i % (R::kBlockN / 8) * 8;
+      const float* const mine = part + m * R::kSumStride + column;
+      float v[8] = {};
+      if (cluster == 1) {
+        load_vector(v, mine);
+      } else {
+        for (int other = 0; other < cluster; ++other) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const auto four = load_cluster<float4>(mine + half * 4, other);
+            v[half * 4] += four.x;
+            v[half * 4 + 1] += four.y;
+            v[half * 4 + 2] += four.z;
+            v[half * 4 + 3] += four.w;
+          }
+        }
+      }
+      if (n + column < p.n) write_outputs<T, fused>(p, m, n + column, v);
     }
   }
   if (cluster > 1) cluster_sync();  // until the others have read this block's part

@@ -39,7 +39,9 @@ struct GenericGemv {
 template <class T, class G>
 void launch_tensor(const Launcher& launcher, const LinearParams& p) {
   const auto blocks = static_cast<unsigned>((p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
-  const auto kernel = p.fusion.any() ? tensor_gemv_kernel<T, G, true> : tensor_gemv_kernel<T, G, false>;
+  const auto kernel = p.fusion.norm_weight ? tensor_gemv_kernel<T, G, true, true>
+                      : p.fusion.any()     ? tensor_gemv_kernel<T, G, true, false>
+                                           : tensor_gemv_kernel<T, G, false, false>;
   launcher.overlapping(kernel, blocks, G::kThreads, 0, p);
 }
 

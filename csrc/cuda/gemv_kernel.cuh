@@ -127,10 +127,10 @@ __global__ void __launch_bounds__(kGemvThreads, gemv_residency(m, fused))
       const float up = exchange_xor(mine, rows / 2);
       const int64_t n = first_row / 2 + r;
       if (part == 0 && lane() < m * rows && r < rows / 2 && n < p.n) {
-        write_output<T, fused>(p, lane() / rows, n, gate<T>(p, n, mine, up), false);
+        write_output<T, fused>(p, lane() / rows, n, mine, up);
       }
     } else if (part == 0 && lane() < m * rows && first_row + r < p.n) {
-      write_output<T, fused>(p, lane() / rows, first_row + r, mine, true);
+      write_output<T, fused>(p, lane() / rows, first_row + r, mine);
     }
   }
 }

@@ -25,7 +25,108 @@ struct TensorGemv {
   static constexpr int kMaxRows = row_tiles * arch::kTileN, kBlockN = 16 * tiles;
 };
 
-template <class T, class G, bool fused>
+// x's columns of one wave on their way through an RMSNorm. A product with them is right but for a factor of its row,
+// which multiplies the sum in the end: 1 / rms, whose squares the matrix units add up as they go, the diagonal of x
+// times itself. Rounded is x * weight. A half could overflow there, or lose bits at the low end: a power of two, which
+// the wave finds before its first product, brings its largest below 2^15.
+template <class T, class G>
+struct NormedColumns {
+  arch::TileC squares[G::kRowTiles];
+  float scale[G::kRowTiles];  // of row lane / 4 + 8 j
+
+  static constexpr bool kScaled = std::is_same_v<T, arch::half>;
+
+  static __device__ __forceinline__ const uint4& weight(const LinearParams& p, int column) {
+    return *reinterpret_cast<const uint4*>(static_cast<const T*>(p.fusion.norm_weight) + column);
+  }
+
+  static __device__ __forceinline__ uint32_t pair_of(float v) {
+    const T element = arch::from_float<T>(v);
+    uint16_t bits;
+    memcpy(&bits, &element, sizeof(bits));
+    return bits * 0x10001u;
+  }
+  static __device__ __forceinline__ uint32_t larger(uint32_t largest, const uint4& v) {
+    using arch::larger_halves;
+    return larger_halves(larger_halves(largest, larger_halves(v.x, v.y)), larger_halves(v.z, v.w));
+  }
+  static __device__ __forceinline__ float larger_of_pair(uint32_t pair) {
+    float v[2];
+    arch::unpack<T>(v, pair);
+    return fmaxf(v[0], v[1]);
+  }
+
+  // A row's columns are shared out among the lanes that p.m rows leave over.
+  __device__ __forceinline__ void find_scales(const LinearParams& p) {
+    using namespace arch;
+    if constexpr (kScaled) {
+      constexpr int loads = G::kLoads;
+      const int rows_shift = p.m <= 1 ? 0 : p.m <= 2 ? 1 : p.m <= 4 ? 2 : 3, parts = 8 >> rows_shift;
+      const int row = lane() / 4 & ((1 << rows_shift) - 1), part = lane() / 4 >> rows_shift;
+      const int k = static_cast<int>(p.k);
+#pragma unroll
+      for (int j = 0; j < G::kRowTiles; ++j) {
+        const T* const x = static_cast<const T*>(p.x) + min(int64_t{j * 8 + row}, p.m - 1) * p.x_stride;
+        uint32_t largest_x = 0, largest_weight = 0;
+        for (int base = wave() * loads * 32; base < k; base += G::kWaves * loads * 32) {
+#pragma unroll 2
+          for (int u = part; u < loads; u += parts) {
+            const int at = base + u * 32 + lane() % 4 * 8;
+            if (at >= k) break;
+            largest_x = larger(largest_x, *reinterpret_cast<const uint4*>(x + at));
+            largest_weight = larger(largest_weight, weight(p, at));
+          }
+        }
+        float of_x = larger_of_pair(largest_x), of_weight = larger_of_pair(largest_weight);
+#pragma unroll
+        for (int mask = 1; mask < kWaveSize; mask *= 2) {
+          const float other_x = exchange_xor(of_x, mask), other_weight = exchange_xor(of_weight, mask);
+          if (mask >= 4 && mask < 4 << rows_shift) continue;  // another row's
+          of_x = fmaxf(of_x, other_x);
+          of_weight = fmaxf(of_weight, other_weight);
+        }
+        const auto exponent = [](float v) { return static_cast<int>(__float_as_uint(v) >> 23) - 127; };
+        const int e = min(13 - exponent(of_x) - max(exponent(of_weight), -1), 15);
+        scale[j] = __uint_as_float(static_cast<uint32_t>(max(e, -24) + 127) << 23);
+      }
+    }
+  }
+
+  // Eight columns of row lane / 4 + 8 j.
+  __device__ __forceinline__ void take(const LinearParams& p, int j, uint4& v, int column) {
+    arch::mma(squares[j], arch::TileA<T>{{v.x, 0, v.y, 0}}, arch::TileB<T>{{v.x, v.y}});
+    arch::mma(squares[j], arch::TileA<T>{{v.z, 0, v.w, 0}}, arch::TileB<T>{{v.z, v.w}});
+    if (column >= p.k) return;
+    const uint4 w = weight(p, column);
+    const uint32_t pair = pair_of(scale[j]);
+    const auto times = [&](uint32_t x, uint32_t weight) {
+      if constexpr (kScaled) x = arch::multiply_pairs<T>(x, pair);
+      return arch::multiply_pairs<T>(x, weight);
+    };
+    v = {times(v.x, w.x), times(v.y, w.y), times(v.z, w.z), times(v.w, w.w)};
+  }
+
+  // The scale off a wave's sums, and its squares to where the block adds them.
+  __device__ __forceinline__ void finish(arch::TileC (&sums)[G::kTiles][G::kRowTiles],
+                                         float (&all_squares)[G::kWaves][G::kMaxRows]) {
+    using namespace arch;
+#pragma unroll
+    for (int j = 0; j < G::kRowTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < TileC::kValues; ++e) {
+        if constexpr (kScaled) {
+          const float of_column = from_lane(scale[j], TileC::col(e) * 4);
+#pragma unroll
+          for (int i = 0; i < G::kTiles; ++i) sums[i][j].v[e] /= of_column;
+        }
+        if (TileC::row(e) == TileC::col(e)) all_squares[wave()][j * 8 + TileC::col(e)] = squares[j].v[e];
+      }
+    }
+  }
+};
+
+// fused: p.fusion is looked at; norm: there is one, whose weight is of T.
+template <class T, class G, bool fused, bool norm>
 __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParams p) {
   using namespace arch;
   constexpr int row_tiles = G::kRowTiles, tiles = G::kTiles, loads = G::kLoads;
@@ -46,11 +147,13 @@ __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParam
   }
 
   TileC sums[tiles][row_tiles];
-  float factors[row_tiles];
-  const bool norm = fused && p.fusion.norm_weight;
+  NormedColumns<T, G> normed;
+  if constexpr (norm) {
+#pragma unroll
+    for (float& scale : normed.scale) scale = 1.f;
+  }
   bool waited = false;
-  int base = wave() * loads * 32;
-  do {  // once at least: all waves wait
+  for (int base = wave() * loads * 32; base < k; base += G::kWaves * loads * 32) {
     uint4 w[loads][tiles][2];
 #pragma unroll
     for (int u = 0; u < loads; ++u) {
@@ -65,7 +168,7 @@ __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParam
     }
     if (!waited) {
       wait_for_previous_kernel();
-      if (norm) column_factors<T, G>(p, factors);
+      if constexpr (norm) normed.find_scales(p);
     }
     waited = true;
 #pragma unroll
@@ -74,10 +177,8 @@ __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParam
 #pragma unroll
       for (int j = 0; j < row_tiles; ++j) {
         uint4 v = make_uint4(0, 0, 0, 0);
-        if (j * 8 + row < p.m && at < k) {
-          v = *reinterpret_cast<const uint4*>(x + j * 8 * p.x_stride + at);
-          if (norm) v = normalised<T>(p, v, factors[j], at);
-        }
+        if (j * 8 + row < p.m && at < k) v = *reinterpret_cast<const uint4*>(x + j * 8 * p.x_stride + at);
+        if constexpr (norm) normed.take(p, j, v, at);
 #pragma unroll
         for (int i = 0; i < tiles; ++i) {
           const uint4 &low = w[u][i][0], &high = w[u][i][1];
@@ -86,10 +187,21 @@ __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParam
         }
       }
     }
-    base += G::kWaves * loads * 32;
-  } while (base < k);
+  }
+  if (!waited) wait_for_previous_kernel();
 
-  write_wave_sums<T, G, fused>(p, sums, first_n);
+  if constexpr (norm) {
+    __shared__ float squares[G::kWaves][G::kMaxRows];
+    normed.finish(sums, squares);
+    write_wave_sums<T, G, fused>(p, sums, first_n, [&](int m) {
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < G::kWaves; ++w) sum += squares[w][m];
+      return norm_factor(p, sum);
+    });
+  } else {
+    write_wave_sums<T, G, fused>(p, sums, first_n);
+  }
 }
 
 }  // namespace flashdecpp

@@ -89,10 +89,6 @@ class Launcher {
     check_cuda(op_, cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "the launch");
   }
 
-  void zero(void* data, size_t bytes) const {
-    check_cuda(op_, cudaMemsetAsync(data, 0, bytes, stream_), "clearing the workspace");
-  }
-
  private:
   int32_t attribute(cudaDeviceAttr which) const {
     int value = 0;

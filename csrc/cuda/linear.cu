@@ -60,9 +60,10 @@ Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, std::string impl) {
 constexpr const char* kFused = "linear_fused";
 
 // What comes before the product of a call to linear_fused.
-void prepare(LinearImpl impl, contract::Linear& call, const OptionalTensor& norm_weight, double norm_eps) {
+void prepare(const Launcher& launcher, LinearImpl impl, contract::Linear& call, const OptionalTensor& norm_weight,
+             double norm_eps) {
   if (impl != LinearImpl::kBlas) require_vector_rows(kFused, call);
-  if (impl != LinearImpl::kGemv || !norm_fits(call.params)) normalise(call, norm_weight, norm_eps);
+  if (impl != LinearImpl::kGemv || !norm_fits(launcher, call.params)) normalise(call, norm_weight, norm_eps);
 }
 
 Tensor linear_fused(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, double norm_eps,
@@ -72,7 +73,7 @@ Tensor linear_fused(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor
   contract::fuse_activation(kFused, call, activation);
   const Launcher launcher(kFused, call.x_view.device);
   const LinearImpl chosen = choose(kFused, impl, launcher, call);
-  prepare(chosen, call, norm_weight, norm_eps);
+  prepare(launcher, chosen, call, norm_weight, norm_eps);
   if (chosen == LinearImpl::kBlas) return activate(blas_linear(call.x, weight, bias), activation);
   Tensor out = allocate(call);
   run(launcher, chosen, call);
@@ -86,7 +87,7 @@ void linear_fused_residual(Tensor x, Tensor weight, OptionalTensor bias, Tensor 
   contract::fuse_residual(kFused, call, x, residual);
   const Launcher launcher(kFused, call.x_view.device);
   const LinearImpl chosen = choose(kFused, impl, launcher, call);
-  prepare(chosen, call, norm_weight, norm_eps);
+  prepare(launcher, chosen, call, norm_weight, norm_eps);
   if (chosen == LinearImpl::kBlas) {
     add_rows(launcher, call.params, blas_linear(call.x, weight, bias));
   } else if (!residual_fits(call.params)) {

@@ -39,13 +39,14 @@ Tensor allocate(contract::LinearCall<Params>& call) {
   return out;
 }
 
-// Whether the kernels can do what comes before and behind the product: these are vector accesses, too.
-template <class Params>
-bool norm_fits(const Params& p) {
-  return reinterpret_cast<uintptr_t>(p.fusion.norm_weight) % 16 == 0;
+// Whether the GEMV takes x through the call's norm: where that pays on Hopper, and where its weight can be loaded in
+// vectors, there as x's dtype.
+inline bool norm_fits(const Launcher& launcher, const LinearParams& p) {
+  const bool aligned = reinterpret_cast<uintptr_t>(p.fusion.norm_weight) % 16 == 0;
+  if (!launcher.hopper_kernels()) return aligned;
+  return aligned && p.fusion.norm_dtype == p.dtype && gemv_takes_norm(p.weight_rows(), p.k);
 }
-template <class Params>
-bool residual_fits(const Params& p) {
+inline bool residual_fits(const LinearParams& p) {
   return p.n % 8 != 0 || reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
 }
 

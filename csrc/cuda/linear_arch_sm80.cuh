@@ -3,6 +3,10 @@
 
 #include "arch.h"
 
+#if defined(FLASHDECPP_SIMULATED)
+#include "linear_arch_simulated.h"
+#else
+
 namespace flashdecpp::arch {
 
 // The 2 bytes at p, or the 4 where they are `wide`, which is the same for the whole wave. Nothing waits for the load
@@ -21,4 +25,8 @@ __device__ __forceinline__ uint32_t load_2_or_4_bytes(const void* p, bool wide) 
   return bits;
 }
 
+__device__ __forceinline__ float from_lane(float value, int source) { return __shfl_sync(0xffffffffu, value, source); }
+
 }  // namespace flashdecpp::arch
+
+#endif

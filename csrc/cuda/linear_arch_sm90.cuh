@@ -4,7 +4,9 @@
 
 #include <type_traits>
 
-#include "arch.h"
+#include "linear_arch_sm80.cuh"
+
+#if !defined(FLASHDECPP_SIMULATED)
 
 namespace flashdecpp::arch {
 
@@ -24,6 +26,23 @@ __device__ __forceinline__ uint4 load_weight(const void* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
   return v;
+}
+
+// ---- two numbers of a half type in 32 bits --------------------------------------------------------------------------
+
+// Each product rounded.
+template <class T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  using Pair = std::conditional_t<std::is_same_v<T, half>, __half2, __nv_bfloat162>;
+  const Pair product = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
+  return reinterpret_cast<const uint32_t&>(product);
+}
+
+// The larger magnitudes of halves; of a NaN and a number the number.
+__device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
+  const __half2 larger =
+      __hmax2(__habs2(reinterpret_cast<const __half2&>(a)), __habs2(reinterpret_cast<const __half2&>(b)));
+  return reinterpret_cast<const uint32_t&>(larger);
 }
 
 // A barrier that a consumer arrives at, too: what a ring's producer waits for.
@@ -122,16 +141,23 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Four floats at the place in the shared memory of the cluster's block `rank` that `p` is in this block's.
-__device__ __forceinline__ float4 load_cluster(const float* p, int rank) {
+// What the shared memory of the cluster's block `rank` has at the place that `p` is in this block's: a float or four.
+template <class V>
+__device__ __forceinline__ V load_cluster(const float* p, int rank) {
   uint32_t remote;
-  float4 v;
+  V v;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(p)), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(remote)
-               : "memory");
+  if constexpr (std::is_same_v<V, float>) {
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
+  } else {
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(remote)
+                 : "memory");
+  }
   return v;
 }
 
 }  // namespace flashdecpp::arch
+
+#endif

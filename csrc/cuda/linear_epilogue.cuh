@@ -19,33 +19,28 @@ __device__ __forceinline__ int64_t weight_row(const LinearParams& p, int64_t fir
   return min(first + tile * 16 + half * 8 + row, p.n - 1);
 }
 
-template <class T>
-__device__ __forceinline__ float gate(const LinearParams& p, int64_t n, float gate, float up) {
-  const T* const bias = static_cast<const T*>(p.bias);
-  if (bias) {
-    gate += arch::to_float(bias[n]);
-    up += arch::to_float(bias[p.n + n]);
-  }
-  return activate(p.fusion.activation, gate) * up;
-}
-
-// One output: bias or, where it comes from a gate, none; what it is added to; rounded.
+// One output: what the product came to, and with a gate what goes up with it; bias, what it is added to; rounded. A
+// gate is computed in loops that are not unrolled: instructions that run once cost as much as they are long.
 template <class T, bool fused>
-__device__ __forceinline__ void write_output(const LinearParams& p, int64_t m, int64_t n, float value, bool with_bias) {
+__device__ __forceinline__ void write_output(const LinearParams& p, int64_t m, int64_t n, float value, float up = 0.f) {
+  const T* const bias = static_cast<const T*>(p.bias);
   T* const out = static_cast<T*>(p.out) + m * p.n + n;
-  if (with_bias && p.bias) value += arch::to_float(static_cast<const T*>(p.bias)[n]);
+  if (bias) value += arch::to_float(bias[n]);
+  if (is_gated<fused>(p)) {
+    if (bias) up += arch::to_float(bias[p.n + n]);
+    value = activate(p.fusion.activation, value) * up;
+  }
   if (fused && p.fusion.add) value += arch::to_float(*out);
   *out = arch::from_float<T>(value);
 }
 
 // The same of eight neighbours of one output row, those that exist.
 template <class T, bool fused>
-__device__ __forceinline__ void write_outputs(const LinearParams& p, int64_t m, int64_t n, float (&v)[8],
-                                              bool with_bias = true) {
+__device__ __forceinline__ void write_outputs(const LinearParams& p, int64_t m, int64_t n, float (&v)[8]) {
   const T* const bias = static_cast<const T*>(p.bias);
   T* const out = static_cast<T*>(p.out) + m * p.n + n;
   const int count = static_cast<int>(min(p.n - n, int64_t{8}));
-  if (with_bias && bias) {
+  if (bias) {
 #pragma unroll
     for (int e = 0; e < 8; ++e) v[e] += e < count ? arch::to_float(bias[n + e]) : 0.f;
   }
@@ -67,22 +62,16 @@ __device__ __forceinline__ void write_outputs(const LinearParams& p, int64_t m, 
   }
 }
 
-// Eight neighbours of one output row from their gates and what goes up with them.
-template <class T>
-__device__ __forceinline__ void write_gated(const LinearParams& p, int64_t m, int64_t n, float (&gates)[8],
-                                            const float (&up)[8]) {
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    if (n + e < p.n) gates[e] = gate<T>(p, n + e, gates[e], up[e]);
-  }
-  write_outputs<T, true>(p, m, n, gates, false);
-}
+struct NoFactor {
+  __device__ __forceinline__ float operator()(int) const { return 1.f; }
+};
 
 // Adds what every wave of a block has of the same sums, in the order of the waves, then ends the outputs; all threads
-// call it. `first` is the block's first row, as for weight_row.
-template <class T, class G, bool fused>
+// call it. `first` is the block's first row, as for weight_row. factor(m), of a row of x, is called behind a barrier.
+template <class T, class G, bool fused, class Factor = NoFactor>
 __device__ __forceinline__ void write_wave_sums(const LinearParams& p,
-                                                const arch::TileC (&sums)[G::kTiles][G::kRowTiles], int64_t first) {
+                                                const arch::TileC (&sums)[G::kTiles][G::kRowTiles], int64_t first,
+                                                Factor factor = {}) {
   __shared__ float parts[G::kWaves][G::kMaxRows][G::kBlockN];
 #pragma unroll
   for (int i = 0; i < G::kTiles; ++i) {
@@ -99,22 +88,21 @@ __device__ __forceinline__ void write_wave_sums(const LinearParams& p,
     float sum = 0.f;
 #pragma unroll
     for (int w = 0; w < G::kWaves; ++w) sum += parts[w][m][column];
-    return sum;
+    return std::is_same_v<Factor, NoFactor> ? sum : sum * factor(m);
   };
   if (is_gated<fused>(p)) {
     constexpr int columns = G::kBlockN / 2;
+#pragma unroll 1
     for (int i = threadIdx.x; i < p.m * columns; i += G::kThreads) {
-      const int m = i / columns, column = i % columns;
+      const int m = i / columns, column = i % columns, place = column / 8 * 16 + column % 8;
       const int64_t n = first / 2 + column;
-      if (n >= p.n) continue;
-      const int place = column / 8 * 16 + column % 8;
-      write_output<T, fused>(p, m, n, gate<T>(p, n, total(m, place), total(m, place + 8)), false);
+      if (n < p.n) write_output<T, fused>(p, m, n, total(m, place), total(m, place + 8));
     }
     return;
   }
   for (int i = threadIdx.x; i < p.m * G::kBlockN; i += G::kThreads) {
     const int m = i / G::kBlockN, column = i % G::kBlockN;
-    if (first + column < p.n) write_output<T, fused>(p, m, first + column, total(m, column), true);
+    if (first + column < p.n) write_output<T, fused>(p, m, first + column, total(m, column));
   }
 }
 

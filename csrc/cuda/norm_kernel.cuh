@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kNormMaxThreads) norm_kernel(NormParams p) {
   const W* const bias = static_cast<const W*>(p.bias);
   const T* const h = residual ? residual : x;  // what is normalised
 
-  allow_next_kernel();
-  float w[vector];  // of the columns that this thread comes to first
+  allow_next_kernel();  // a linear's, which asks for its first weights meanwhile
+  float w[vector];      // of the columns that this thread comes to first
   if (weight && first < p.cols) load_vector(w, weight + first);
   wait_for_previous_kernel();
 

@@ -80,24 +80,12 @@ __device__ __forceinline__ void store_vector(T* p, const float (&values)[n]) {
   }
 }
 
-// The values of W, a uint2 or uint4.
-template <class T, class W>
-__device__ __forceinline__ void unpack(float (&values)[sizeof(W) / 2], const W& bits) {
-  static_assert(sizeof(T) == 2);
+// The values of some bits: eight of a 16-byte load.
+template <class T, class Bits>
+__device__ __forceinline__ void unpack(float (&values)[sizeof(Bits) / sizeof(T)], const Bits& bits) {
   const T* packed = reinterpret_cast<const T*>(&bits);
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(W)) / 2; ++i) values[i] = to_float(packed[i]);
-}
-
-// W, a uint2 or uint4, of as many values as it holds: the reverse.
-template <class T, class W>
-__device__ __forceinline__ W pack(const float (&values)[sizeof(W) / 2]) {
-  static_assert(sizeof(T) == 2);
-  W bits;
-  T* packed = reinterpret_cast<T*>(&bits);
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(W)) / 2; ++i) packed[i] = from_float<T>(values[i]);
-  return bits;
+  for (int i = 0; i < static_cast<int>(sizeof(Bits) / sizeof(T)); ++i) values[i] = to_float(packed[i]);
 }
 
 // Host: calls f with a null pointer of the device type that a dtype names, f([](auto* type) { using T = ...; }).

@@ -19,10 +19,6 @@ bool can_stream(const QuantizedLinearParams& p) {
 // Whether the 128 weights that four lanes decode together share a scale.
 bool steps_share_a_scale(const QuantizedLinearParams& p) { return p.group >= 128 || p.group == p.k; }
 
-// Rows of x that one launch takes. 4 bit weights in large groups take so little time with 8 that reading them twice is
-// faster than 16 at once (22016 x 4096 on an H100: 27 us each against 64).
-int64_t rows_a_launch(const QuantizedLinearParams& p) { return p.bits == 4 && steps_share_a_scale(p) ? 8 : 16; }
-
 template <class T, int bits, int row_tiles, int tiles>
 void launch_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
   const int32_t blocks_a_group = steps_share_a_scale(p) ? 4 : static_cast<int32_t>(p.group / 32);
@@ -31,25 +27,27 @@ void launch_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
   const auto run = [&](auto* shape) {
     using G = std::remove_pointer_t<decltype(shape)>;
     const auto kernel = p.fusion.any() ? quantized_gemv_kernel<T, G, true> : quantized_gemv_kernel<T, G, false>;
-    launcher.overlapping(kernel, blocks, G::kThreads, 0, p, launch);
+    launcher.allow_shared_memory(kernel, G::kSharedBytes);
+    launcher.overlapping(kernel, blocks, G::kThreads, G::kSharedBytes, p, launch);
   };
-  if (blocks_a_group < 4) {
-    run(static_cast<QuantizedGemv<bits, row_tiles, tiles, true>*>(nullptr));
-  } else if constexpr (bits == 8 || row_tiles == 1) {
-    run(static_cast<QuantizedGemv<bits, row_tiles, tiles, false>*>(nullptr));
-  }
+  blocks_a_group < 4 ? run(static_cast<QuantizedGemv<bits, row_tiles, tiles, true>*>(nullptr))
+                     : run(static_cast<QuantizedGemv<bits, row_tiles, tiles, false>*>(nullptr));
+}
+
+template <class T, int bits, int row_tiles>
+void launch_tiles(const Launcher& launcher, const QuantizedLinearParams& p) {
+  choose_quantized_tiles(launcher.properties(), p.weight_rows()) == 1 ? launch_gemv<T, bits, row_tiles, 1>(launcher, p)
+                                                                      : launch_gemv<T, bits, row_tiles, 2>(launcher, p);
 }
 
 template <class T, int bits>
 void launch_rows(const Launcher& launcher, const QuantizedLinearParams& p) {
-  if (p.m > 8) return launch_gemv<T, bits, 2, 1>(launcher, p);
-  choose_quantized_tiles(launcher.properties(), p.weight_rows()) == 1 ? launch_gemv<T, bits, 1, 1>(launcher, p)
-                                                                      : launch_gemv<T, bits, 1, 2>(launcher, p);
+  p.m <= 8 ? launch_tiles<T, bits, 1>(launcher, p) : launch_tiles<T, bits, 2>(launcher, p);
 }
 
 template <class T>
 void launch_streamed(const Launcher& launcher, const QuantizedLinearParams& p) {
-  const int64_t rows = rows_a_launch(p);
+  constexpr int64_t rows = 16;
   for (int64_t first = 0; first < p.m; first += rows) {
     QuantizedLinearParams part = p;
     part.m = std::min(rows, p.m - first);
@@ -101,9 +99,8 @@ Tensor quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, OptionalTe
   contract::fuse_norm(kFused, call, norm_weight, norm_eps);
   contract::fuse_activation(kFused, call, activation);
   const Launcher launcher(kFused, call.x_view.device);
-  const bool streamed = can_stream(call.params);
-  if (!streamed || !norm_fits(call.params)) normalise(call, norm_weight, norm_eps);
-  if (!streamed) return activate(run_blas(launcher, call, bias), activation);
+  normalise(call, norm_weight, norm_eps);
+  if (!can_stream(call.params)) return activate(run_blas(launcher, call, bias), activation);
   align_rows(call);
   Tensor out = allocate(call);
   run_streamed(launcher, call.params);
@@ -117,9 +114,8 @@ void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, Opt
   contract::fuse_norm(kFused, call, norm_weight, norm_eps);
   contract::fuse_residual(kFused, call, x, residual);
   const Launcher launcher(kFused, call.x_view.device);
-  const bool streamed = can_stream(call.params);
-  if (!streamed || !norm_fits(call.params)) normalise(call, norm_weight, norm_eps);
-  if (!streamed) return add_rows(launcher, call.params, run_blas(launcher, call, bias));
+  normalise(call, norm_weight, norm_eps);
+  if (!can_stream(call.params)) return add_rows(launcher, call.params, run_blas(launcher, call, bias));
   align_rows(call);
   run_streamed(launcher, call.params);
 }

@@ -15,7 +15,6 @@
 
 #include "linear_arch_sm80.cuh"
 #include "linear_epilogue.cuh"
-#include "linear_prologue.cuh"
 
 namespace flashdecpp {
 
@@ -32,10 +31,13 @@ struct QuantizedGemv {
   static constexpr bool kExchange = exchange;  // of words, for groups of less than kStepK
   static constexpr int kStepK = 128;           // of K: what four lanes decode at a time
   static constexpr int kBlocks = kStepK / 32;
-  static constexpr int kStepLoads = bits / 4;                        // of 16 bytes, a row
-  static constexpr int kSteps = 4 / kStepLoads / tiles / row_tiles;  // in flight
+  static constexpr bool kStaged = row_tiles > 1;  // x passes through shared memory
+  static constexpr int kStepLoads = bits / 4;     // of 16 bytes, a row
+  static constexpr int kSteps = 4 / kStepLoads / tiles / (kStaged && bits == 4 ? 2 : 1);  // in flight
   static constexpr int kWaves = 8, kThreads = kWaves * arch::kWaveSize;
   static constexpr int kMaxRows = row_tiles * arch::kTileN, kBlockN = 16 * tiles;
+  static constexpr int kStageBytes = kMaxRows * kStepK * 2;
+  static constexpr int kSharedBytes = kStaged ? kWaves * 2 * kStageBytes : 0;
 };
 
 // How a half type holds integers: q = kUnit * (kFirst * a + b) - kZero, where a and b come from two products. Words
@@ -148,6 +150,71 @@ struct QuantizedStep {
   }
 };
 
+// The columns of x that a step multiplies, in shared memory, a wave's own: one stage is read while the next arrives.
+// Lanes want pieces of rows that lie in many lines: taken from L1 as they are, these would cost more than the weights.
+// Chunks of 16 bytes are swapped so that the lanes that read together find all banks, whatever the kind of step.
+template <class T, class G>
+struct StagedColumns {
+  const T* x;
+  int64_t stride;
+  int m, k;
+  unsigned char* stages;  // [2][kMaxRows][kStepK]
+
+  __device__ __forceinline__ StagedColumns(const LinearParams& p, unsigned char* shared)
+      : x(static_cast<const T*>(p.x)),
+        stride(p.x_stride),
+        m(static_cast<int>(p.m)),
+        k(static_cast<int>(p.k)),
+        stages(shared + arch::wave() * 2 * G::kStageBytes) {}
+
+  static __device__ __forceinline__ int place(int row, int chunk) {
+    const int swapped = chunk ^ (row & 3) << 1 ^ (row & 1) ^ (chunk >> 3 & 1);
+    return row * (G::kStepK * 2) + swapped * 16;
+  }
+
+  // Asks for a step; the one before the last that was asked for is overwritten.
+  __device__ __forceinline__ void load(int turn, int step) {
+    constexpr int chunks = G::kStepK / 8, rows = 2 * arch::kWaveSize / chunks;  // of two copies: places repeat then
+    static_assert(rows == 4);
+    unsigned char* const stage = stages + turn % 2 * G::kStageBytes;
+    const int row = arch::lane() / chunks, chunk = arch::lane() % chunks, at = step * G::kStepK + chunk * 8;
+    const T* from = x + row * stride + at;
+#pragma unroll 1  // addresses would fill the registers
+    for (int i = 0; i < G::kMaxRows; i += rows, from += rows * stride) {
+      unsigned char* const to = stage + i * (G::kStepK * 2);
+      arch::copy_async(to + place(row, chunk), from, i + row < m && at < k);
+      arch::copy_async(to + place(row + rows / 2, chunk), from + rows / 2 * stride, i + row + rows / 2 < m && at < k);
+    }
+  }
+
+  // What this lane multiplies of rows lane / 4 + 8 j in the blocks first_block and its neighbour.
+  __device__ __forceinline__ void read(int turn, int first_block,
+                                       uint2 (&neighbours)[G::kBlocks][2][G::kRowTiles]) const {
+    const unsigned char* const stage = stages + turn % 2 * G::kStageBytes;
+    const auto at = [&](int block, int half, int j) {
+      const int column = QuantizedStep<G>::place(block, half);
+      return stage + place(arch::lane() / 4 + j * 8, column / 8) + column % 8 * 2;
+    };
+#pragma unroll
+    for (int j = 0; j < G::kRowTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (G::kExchange) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            neighbours[first_block + i][half][j] = *reinterpret_cast<const uint2*>(at(first_block + i, half, j));
+          }
+        } else {  // two neighbours of four make 16 bytes: those of both blocks, or of both halves of one
+          const int block = G::kBits == 4 ? first_block : first_block + i, half = G::kBits == 4 ? i : 0;
+          const uint4 both = *reinterpret_cast<const uint4*>(at(block, half, j));
+          neighbours[block][half][j] = {both.x, both.y};
+          neighbours[G::kBits == 4 ? block + 1 : block][G::kBits == 4 ? half : 1][j] = {both.z, both.w};
+        }
+      }
+    }
+  }
+};
+
 template <class T>
 __device__ __forceinline__ void mma_rows(arch::TileC& sums, const uint2& low, const uint2& high,
                                          const arch::TileB<T>& b) {
@@ -192,10 +259,10 @@ __global__ void __launch_bounds__(G::kThreads, 2)
   }
 
   TileC sums[tiles][row_tiles];
-  float factors[row_tiles];
-  const bool norm = fused && p.fusion.norm_weight;
+  StagedColumns<T, G> staged(p, dynamic_shared());
+  int turn = 0;
   bool waited = false;
-  for (int base = wave() * G::kSteps; base < steps || !waited; base += G::kWaves * G::kSteps) {
+  for (int base = wave() * G::kSteps; base < steps; base += G::kWaves * G::kSteps) {
     QuantizedStep<G> loaded[G::kSteps][tiles][2];
 #pragma unroll
     for (int u = 0; u < G::kSteps; ++u) {
@@ -209,24 +276,32 @@ __global__ void __launch_bounds__(G::kThreads, 2)
     }
     if (!waited) {
       wait_for_previous_kernel();
-      if (norm) column_factors<T, G>(p, factors);
+      if constexpr (G::kStaged) {
+        staged.load(0, base);
+        copy_commit();
+      }
     }
     waited = true;
 #pragma unroll
     for (int u = 0; u < G::kSteps; ++u) {
       if (base + u >= steps) break;
-      uint2 neighbours[G::kBlocks][2][row_tiles];  // of x; asked for before anything waits for weights
+      uint2 neighbours[G::kBlocks][2][row_tiles];  // of x
+      if constexpr (G::kStaged) {
+        wave_sync();  // nobody reads what is overwritten
+        staged.load(turn + 1, u + 1 < G::kSteps && base + u + 1 < steps ? base + u + 1 : base + G::kWaves * G::kSteps);
+        copy_commit();
+        copy_wait<1>();
+        wave_sync();
+      } else {  // asked for before anything waits for weights
 #pragma unroll
-      for (int block = 0; block < G::kBlocks; ++block) {
+        for (int block = 0; block < G::kBlocks; ++block) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int at = (base + u) * G::kStepK + QuantizedStep<G>::place(block, half);
+          for (int half = 0; half < 2; ++half) {
+            const int at = (base + u) * G::kStepK + QuantizedStep<G>::place(block, half);
 #pragma unroll
-          for (int j = 0; j < row_tiles; ++j) {
-            neighbours[block][half][j] = make_uint2(0, 0);
-            if (at < k) {
-              neighbours[block][half][j] = *reinterpret_cast<const uint2*>(x[j] + at);
-              if (norm) neighbours[block][half][j] = normalised<T>(p, neighbours[block][half][j], factors[j], at);
+            for (int j = 0; j < row_tiles; ++j) {
+              neighbours[block][half][j] = make_uint2(0, 0);
+              if (at < k) neighbours[block][half][j] = *reinterpret_cast<const uint2*>(x[j] + at);
             }
           }
         }
@@ -247,6 +322,9 @@ __global__ void __launch_bounds__(G::kThreads, 2)
       TileC first[tiles][row_tiles], second[tiles][row_tiles], x_sums[row_tiles];
 #pragma unroll
       for (int block = 0; block < G::kBlocks; ++block) {
+        if constexpr (G::kStaged) {
+          if (block % 2 == 0) staged.read(turn, block, neighbours);
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -268,8 +346,8 @@ __global__ void __launch_bounds__(G::kThreads, 2)
           for (int half = 0; half < 2; ++half) {
             float of_sums = unit[i][half], of_x = from_x[i][half];
             if constexpr (G::kExchange) {
-              of_sums = __shfl_sync(0xffffffffu, of_sums, lane() / 4 * 4 + block);
-              of_x = __shfl_sync(0xffffffffu, of_x, lane() / 4 * 4 + block);
+              of_sums = from_lane(of_sums, lane() / 4 * 4 + block);
+              of_x = from_lane(of_x, lane() / 4 * 4 + block);
             }
 #pragma unroll
             for (int j = 0; j < row_tiles; ++j) {
@@ -284,9 +362,12 @@ __global__ void __launch_bounds__(G::kThreads, 2)
 #pragma unroll
         for (int j = 0; j < row_tiles; ++j) x_sums[j] = TileC();
       }
+      ++turn;
     }
   }
 
+  if (!waited) wait_for_previous_kernel();
+  if constexpr (G::kStaged) copy_wait<0>();
   write_wave_sums<T, G, fused>(p, sums, first_n);
 }
 

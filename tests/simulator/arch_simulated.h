@@ -136,11 +136,17 @@ inline void allow_next_kernel() {}
 // ---- matrix tiles --------------------------------------------------------------------------------------------------
 template <class T>
 struct TileA {
-  T v[Layout::kA];
+  union {
+    uint32_t registers[Layout::kA / 2];  // as NVIDIA's instructions take the values, two in each
+    T v[Layout::kA];
+  };
 };
 template <class T>
 struct TileB {
-  T v[Layout::kB];
+  union {
+    uint32_t registers[Layout::kB / 2];
+    T v[Layout::kB];
+  };
 };
 struct TileC {
   static constexpr int kValues = Layout::kC;
