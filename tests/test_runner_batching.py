@@ -14,6 +14,7 @@ import torch
 from runner_models import random_tokens, save_model
 
 from flashdecpp.runner import LLM, ModelError, OutOfMemory, SamplingParams
+from flashdecpp.runner.batch import Batch
 from flashdecpp.runner.cache import BLOCK_SIZE, blocks_for
 
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -265,8 +266,78 @@ def test_blocks_grow_with_the_answer(folder):
     for piece in stream:
         if piece.token_id is not None:
             used.append(llm._engine.pool.used_blocks)
-    # After token i, tokens 10 + i - 1 are in the cache; at the end all is given back.
-    assert used == [blocks_for(10 + i) for i in range(99)] + [0]
+    # When token i is read, the step that puts it into the cache is under way; at the end all is given back.
+    assert used == [blocks_for(11 + i) for i in range(99)] + [0]
+
+
+def test_tokens_are_read_one_step_behind(folder, monkeypatch):
+    llm = load(folder, max_batch=2)
+    calls, take = spy_on(llm, monkeypatch), llm._engine._take_token
+
+    def spied_take(request, token):
+        calls.append(("read", request.length, token))
+        take(request, token)
+
+    monkeypatch.setattr(llm._engine, "_take_token", spied_take)
+    llm.generate([random_tokens(10)], SamplingParams(max_tokens=5, ignore_eos=True))
+    assert [name for name, *_ in calls] == ["prefill", *["decode", "read"] * 4, "read"]
+    assert [length for name, length, _ in calls if name == "read"] == [10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("rows", [5, 8])
+def test_rows_without_a_sequence_change_nothing(folder, alone, rows, monkeypatch):
+    """As where a CUDA graph is for more rows than there are sequences."""
+    llm = load(folder, max_batch=8, cache_tokens=BLOCK_SIZE * 30)
+    prompts = [random_tokens(10 + 7 * i, seed=i) for i in range(12)]
+    params = [
+        SamplingParams(
+            max_tokens=5 + 3 * i,
+            temperature=float(i % 2),
+            seed=i,
+            repetition_penalty=1.0 + i % 3 / 4,
+            ignore_eos=i % 5 > 0,
+        )
+        for i in range(12)
+    ]
+    expected = token_ids(alone, prompts, params)
+    llm.generate(prompts[0], GREEDY)
+    llm._engine._batch.buckets = [rows, 8]
+    calls = spy_on(llm, monkeypatch)
+    assert token_ids(llm, prompts, params) == expected
+    assert {batch for name, batch, _ in calls if name == "decode"} == {rows, 8}
+    assert llm._engine.pool.used_blocks == 0
+
+
+def test_batch_invariant_answers_in_half_precision(folder, monkeypatch):
+    settings = {"device": "cpu", "dtype": "bfloat16", "prefix_cache": False, "prefill_chunk": 32}
+    llm = LLM(folder, max_batch=6, cache_tokens=BLOCK_SIZE * 14, batch_invariant=True, **settings)
+    prompts = [random_tokens(4 + 9 * i % 70, seed=i) for i in range(14)]
+    params = [
+        SamplingParams(temperature=float(i % 2), seed=i, max_tokens=20 + 2 * i, ignore_eos=True)
+        for i in range(14)
+    ]
+    calls = spy_on(llm, monkeypatch)
+    together = token_ids(llm, prompts, params)
+    assert llm.stats.preemptions > 0
+    assert {rows for name, rows, _ in calls if name == "decode"} == {6}
+    assert together == [token_ids(llm, [p], s)[0] for p, s in zip(prompts, params, strict=True)]
+
+
+def test_a_sequence_that_ends_by_itself_wastes_nothing_of_others(folder, monkeypatch):
+    """The device ends it: the step that is under way when the host learns of it computes no row for it."""
+    prompts = [random_tokens(9, seed=1), random_tokens(30, seed=2), random_tokens(5, seed=3)]
+    params = SamplingParams(max_tokens=30)
+    llm = load(folder)
+    endless = SamplingParams(max_tokens=30, ignore_eos=True)
+    first = token_ids(llm, prompts, endless)
+    ending = first[1][12]
+    stops = load(folder)
+    stops._engine.eos_ids = frozenset([ending])
+    answers = token_ids(stops, prompts, params)
+    assert answers == [a[: a.index(ending)] if ending in a else a for a in first]
+    steps = sum(min(len(answer) + 1, 30) - 1 for answer in answers)
+    assert stops.stats.softmax_rows == steps * 3 * 4
+    assert stops._engine.pool.used_blocks == 0
 
 
 def test_streams_at_once_are_one_batch(folder, alone, monkeypatch):
@@ -305,9 +376,11 @@ def test_an_error_in_a_step_leaves_nothing_behind(folder, alone, monkeypatch):
     long = SamplingParams(temperature=1.0, seed=4, max_tokens=200, ignore_eos=True)
     other = llm.stream(prompts[0], long)
     tokens = [next(other).token_id for _ in range(5)]
-    for part in ("decode", "prefill", "_logits"):
+    parts = [(llm.decoder, name) for name in ("decode", "prefill", "_logits")]
+    parts += [(Batch, name) for name in ("step", "choose_first", "join", "retain", "read")]
+    for owner, part in parts:
         with monkeypatch.context() as patched:
-            patched.setattr(llm.decoder, part, fail)
+            patched.setattr(owner, part, fail)
             with pytest.raises(RuntimeError, match="out of luck"):
                 llm.generate(prompts, SAMPLED)
         (running,) = llm._engine._running

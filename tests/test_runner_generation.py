@@ -53,19 +53,17 @@ def test_token_ids_are_prompts_too(llm):
     assert llm.generate([]) == []
 
 
-def test_end_of_sequence_ends_and_ignore_eos_goes_on(llm):
+def test_end_of_sequence_ends_and_ignore_eos_goes_on(folder, llm):
     greedy = llm.generate("hello", SamplingParams(max_tokens=40, ignore_eos=True))[0].token_ids
-    engine = llm._engine
-    usual, engine.eos_ids = engine.eos_ids, frozenset([greedy[5]])
-    try:
-        (stopped,) = llm.generate("hello", SamplingParams(max_tokens=40))
-        assert stopped.token_ids == greedy[: greedy.index(greedy[5])]
+    for ending in (greedy[0], greedy[5]):  # chosen from the prompt, and by a decode step
+        stops = LLM(folder, device="cpu", dtype="float32")
+        stops._engine.eos_ids = frozenset([ending])
+        (stopped,) = stops.generate("hello", SamplingParams(max_tokens=40))
+        assert stopped.token_ids == greedy[: greedy.index(ending)]
         assert stopped.finish_reason == "stop"
-        (endless,) = llm.generate("hello", SamplingParams(max_tokens=40, ignore_eos=True))
+        (endless,) = stops.generate("hello", SamplingParams(max_tokens=40, ignore_eos=True))
         assert len(endless.token_ids) == 40
-        assert greedy[5] not in endless.token_ids
-    finally:
-        engine.eos_ids = usual
+        assert ending not in endless.token_ids
 
 
 def test_stop_strings_end_the_text_before_them(llm):

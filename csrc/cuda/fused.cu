@@ -79,7 +79,7 @@ void launch_rotary(const Launcher& launcher, const RotaryParams& p) {
     const int64_t parts = (items + kRotaryThreads - 1) / kRotaryThreads;
     check_grid_y("rotary_append", "q", parts);
     const dim3 grid(static_cast<unsigned>(int64_t{p.batch} * p.q_len), static_cast<unsigned>(parts));
-    if (parts > 0) launcher(kernel, grid, kRotaryThreads, 0, p);
+    if (parts > 0) launcher.overlapping(kernel, grid, kRotaryThreads, 0, p);
   };
   constexpr int vector = kVector<T>;
   const int64_t kv_bytes = contract::element_size(p.kv_dtype);
@@ -116,7 +116,8 @@ void launch_gated(const Launcher& launcher, const GatedParams& p) {
   const auto start = [&](auto* kernel, int vector) {
     const int64_t parts = (p.cols + kGatedThreads * vector - 1) / (kGatedThreads * vector);
     check_grid_y("gated_activation", "gate_up", parts);
-    launcher(kernel, dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(parts)), kGatedThreads, 0, p);
+    launcher.overlapping(kernel, dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(parts)), kGatedThreads, 0,
+                         p);
   };
   constexpr int vector = kVector<T>;
   vectors_fit(p.gate_up, sizeof(T), vector, {p.cols}) ? start(gated_activation_kernel<T, vector>, vector)

@@ -11,6 +11,8 @@ inline constexpr int kGatedThreads = 256;
 template <class T, int vector>
 __global__ void __launch_bounds__(kGatedThreads) gated_activation_kernel(GatedParams p) {
   using namespace arch;
+  allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t row = blockIdx.x;
   const int64_t c = (blockIdx.y * int64_t{kGatedThreads} + threadIdx.x) * vector;
   if (c >= p.cols) return;

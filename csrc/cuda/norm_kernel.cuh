@@ -2,7 +2,8 @@
 //
 // One block a row, `vector` neighbours a thread at a time, no shared memory but the sums. The row is read again for
 // each pass (mean, squares, output): from L1, which holds it since the first. Floor: the bytes of x, residual and out;
-// in decode, the latency of one pass.
+// in decode, the latency of one pass. The weight is asked for while the kernel ahead still runs: it does not depend on
+// that one.
 #pragma once
 
 #include "numeric.cuh"
@@ -15,8 +16,6 @@ inline constexpr int kNormMaxThreads = 1024;
 template <class T, class W, int vector>
 __global__ void __launch_bounds__(kNormMaxThreads) norm_kernel(NormParams p) {
   using namespace arch;
-  allow_next_kernel();  // a linear's, which asks for its first weights meanwhile
-  wait_for_previous_kernel();
   __shared__ float scratch[kNormMaxThreads / kWaveSize];
   const auto block_sum = [&](float value) {
     return block_reduce(value, 0.f, scratch, [](float a, float b) { return a + b; });
@@ -29,6 +28,11 @@ __global__ void __launch_bounds__(kNormMaxThreads) norm_kernel(NormParams p) {
   const W* const weight = static_cast<const W*>(p.weight);
   const W* const bias = static_cast<const W*>(p.bias);
   const T* const h = residual ? residual : x;  // what is normalised
+
+  allow_next_kernel();  // a linear's, which asks for its first weights meanwhile
+  float w[vector];      // of the columns that this thread comes to first
+  if (weight && first < p.cols) load_vector(w, weight + first);
+  wait_for_previous_kernel();
 
   float sum = 0.f;
   for (int64_t c = first; c < p.cols; c += step) {
@@ -70,8 +74,7 @@ __global__ void __launch_bounds__(kNormMaxThreads) norm_kernel(NormParams p) {
 #pragma unroll
     for (int i = 0; i < vector; ++i) v[i] = (v[i] - mean - rest) * scale;
     if (weight) {
-      float w[vector];
-      load_vector(w, weight + c);
+      if (c != first) load_vector(w, weight + c);
 #pragma unroll
       for (int i = 0; i < vector; ++i) v[i] *= w[i];
     }

@@ -96,6 +96,8 @@ __host__ __device__ __forceinline__ int64_t rotary_items(const RotaryParams& p) 
 // Grid: (batch * q_len, items of a token / threads).
 template <class T, int vector>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_append_kernel(RotaryParams p) {
+  arch::allow_next_kernel();
+  arch::wait_for_previous_kernel();
   const int64_t sequence = blockIdx.x / p.q_len, token = blockIdx.x % p.q_len;
   const int64_t position = int64_t{p.seq_lens[sequence]} - p.q_len + token;
   if (position < 0) return;  // left padding

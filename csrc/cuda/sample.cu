@@ -14,7 +14,7 @@ Tensor run_sample(const Tensor& logits, SampleParams p) {
   p.out = static_cast<int64_t*>(View(result).data);
   arch::with_float_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launcher(sample_kernel<T>, static_cast<unsigned>(p.batch), kSampleThreads, 0, p);
+    launcher.overlapping(sample_kernel<T>, static_cast<unsigned>(p.batch), kSampleThreads, 0, p);
   });
   return result;
 }

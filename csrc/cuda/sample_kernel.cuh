@@ -191,6 +191,8 @@ __device__ uint32_t draw(const SampleRow<T>& row, uint64_t* scratch, uint32_t u2
 template <class T>
 __global__ void __launch_bounds__(kSampleThreads) sample_kernel(SampleParams p) {
   using namespace arch;
+  allow_next_kernel();
+  wait_for_previous_kernel();
   __shared__ DigitSums sums;
   __shared__ uint64_t scratch[kSampleThreads / kWaveSize];
   const int64_t r = blockIdx.x;

@@ -1,6 +1,9 @@
 """Continuous batching: requests join the batch and leave it between decode steps.
 
 A step is at most a chunk of prompts, one prompt after the other, then one token of every running sequence.
+The host only launches it: what the device needs for the next step it has itself (batch.py). While it works,
+the host reads the tokens of the step before. So it learns one step late that a sequence has ended; what was
+launched for that one in the meantime is dropped.
 Blocks of the cache are taken as sequences grow. When none is left, the youngest sequence gives its own back
 and goes on later. What was in them waits in the host's memory: computed again, as part of a prompt, it would
 differ in the last bits.
@@ -11,7 +14,9 @@ chunked prefill: Sarathi, Agrawal et al. 2023.)
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 
 import torch
@@ -22,6 +27,7 @@ from .errors import OutOfMemory
 from .memory import available_bytes
 from .model import Decoder
 from .request import Event, Request
+from .transfer import upload
 
 # What a cache that isn't given a size leaves free at least: a share of a CPU's memory, where saved sequences
 # go too; on a GPU room for activations and for torch's allocator.
@@ -51,11 +57,16 @@ class Engine:
         carry_phi: bool,
         prefill_chunk: int,
         prefix_cache: bool,
+        cuda_graphs: bool = True,
+        batch_invariant: bool = False,
     ) -> None:
         self.decoder, self.eos_ids = decoder, eos_ids
         self.max_len, self.max_batch, self.carry_phi = max_len, max_batch, carry_phi
         self.prefill_chunk, self.prefix_cache = prefill_chunk, prefix_cache
+        self.cuda_graphs, self.batch_invariant = cuda_graphs, batch_invariant
         self.counts = Counts()
+        on_gpu = decoder.device.type == "cuda"
+        self._on_device = partial(torch.cuda.device, decoder.device) if on_gpu else nullcontext
         self._fixed_blocks = None if cache_tokens is None else blocks_for(cache_tokens)
         self._wanted_blocks = 0  # of the cache, had there been memory for more
         self.cache: KVCache | None = None
@@ -65,7 +76,8 @@ class Engine:
         self._running: list[Request] = []
         self._prefilling: Request | None = None
         self._waiting: deque[Request] = deque()
-        self._batch: Batch | None = None  # the running ones; None after one has joined or left
+        self._batch: Batch | None = None  # of this cache; None: to be made of the running ones
+        self._unread: deque[Choice] = deque()  # tokens on their way here, oldest first
         self._lock = Lock()
         self._unscaled = min(
             (rope.unscaled_positions for rope in decoder.config.ropes if rope is not None), default=max_len
@@ -84,6 +96,8 @@ class Engine:
         for request in requests:
             request.events, request.started_at = events, now
         with self._lock:
+            with self._recovering():
+                self._read()  # nothing is left under way that would keep the cache from being replaced
             self._provide_cache(requests)
             self.pool.peak_blocks = self.pool.used_blocks
             self._waiting.extend(request for request in requests if request.sample == 0)
@@ -103,22 +117,38 @@ class Engine:
                     self._forget(requests)
 
     def _step(self) -> None:
-        try:
+        with self._recovering(), self._on_device():
             self._prefill()
             self._grow()
-            if self._running:
-                self._decode()
+            launched = self._decode()
+            self._read(leave=1 if launched else 0)
+
+    @contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """An error ends the run that it comes up in. Requests of other runs go on with what is certain."""
+        try:
+            yield
         except BaseException:
-            # It ends the run that asked for the step. Requests of other runs go on with what is certain.
-            self._drop_finished()
-            self._batch = None
-            if self._prefilling is not None:
-                self._release(self._prefilling)
-                if self._prefilling.saved is None:
-                    self._prefilling.cached = 0
-                self._waiting.appendleft(self._prefilling)
-                self._prefilling = None
+            self._recover()
             raise
+
+    def _recover(self) -> None:
+        """Forgets what the host hasn't read; it is computed again, and comes out the same."""
+        self._unread.clear()
+        self._batch = None
+        self._drop_finished()
+        begun = [request for request in self._running if request.token_ids]
+        again = [request for request in self._running if not request.token_ids]
+        if self._prefilling is not None:
+            again.append(self._prefilling)
+        for request in again:
+            self._release(request)
+            if request.saved is None:
+                request.cached = 0
+        for request in (*begun, *again):
+            request.unread = 0
+        self._waiting.extendleft(reversed(again))
+        self._running, self._prefilling = begun, None
 
     def _prefill(self) -> None:
         """A chunk of tokens of prompts. A prompt is cut where it would be cut without others."""
@@ -136,7 +166,8 @@ class Engine:
 
     def _admit(self) -> bool:
         """Takes the oldest waiting request, once there's a place in the batch and room in the cache."""
-        if not self._waiting or len(self._running) >= self.max_batch:
+        active = len(self._active())
+        if not self._waiting or active >= self.max_batch:
             return False
         request, pool = self._waiting[0], self.pool
         # A prompt's last token is left to compute at least, for its logits.
@@ -144,7 +175,7 @@ class Engine:
         found = pool.share(pool.find(self._keys(request, findable)))
         missing = blocks_for(request.prefill_length) - len(found)
         # Those that run may each need a block soon, and would preempt the newcomer for it.
-        if missing + len(self._running) > pool.free_blocks:
+        if missing + active > pool.free_blocks:
             pool.give_back(found)
             return False
         self._prefilling = self._waiting.popleft()
@@ -163,8 +194,8 @@ class Engine:
     def _compute(self, request: Request, stop: int) -> torch.Tensor:
         """Puts tokens up to `stop` into the cache; the logits of the last of them, [1, vocab]."""
         device, start = self.decoder.device, request.cached
-        tokens = torch.tensor(request.history[start:stop], device=device)
-        table = torch.tensor([request.blocks], dtype=torch.int32, device=device)
+        tokens = upload(request.history[start:stop], torch.int64, device)
+        table = upload([request.blocks], torch.int32, device)
         prompt_length = len(request.prompt_ids)
         logits = self.decoder.prefill(tokens, self.cache, table, start=start, prompt_length=prompt_length)
         self._advance(request, stop)
@@ -172,39 +203,66 @@ class Engine:
 
     def _start_decoding(self, request: Request, logits: torch.Tensor | None) -> None:
         """Takes up a request whose tokens are in the cache, with its siblings where the prompt was new."""
-        joining = [request]
+        joining, active = [request], self._active()
         if not request.token_ids:
-            places = self.max_batch - len(self._running) - 1
+            places = self.max_batch - len(active) - 1
             joining += request.siblings[:places]
-            choice = Choice(joining, self.decoder, self.eos_ids)
-            tokens = choice.tokens(logits.repeat(len(joining), 1)).tolist()
             # The others come with the next places, and find the prompt's full blocks.
             self._waiting.extendleft(reversed(request.siblings[places:]))
             request.siblings = []
             for sibling in joining[1:]:
                 sibling.blocks, sibling.cached = self.pool.share(request.blocks), request.cached
-            for started, token in zip(joining, tokens, strict=True):
-                self._take_token(started, token)
+        batch = self._batch_of(active)
+        batch.join(joining)
+        if not request.token_ids:
+            self._note_chosen(batch.choose_first(joining, logits))
         self._running += joining
-        self._prefilling = self._batch = None
-        self._drop_finished()
+        self._prefilling = None
+
+    def _active(self) -> list[Request]:
+        """The running requests that need another token, as far as the host knows: without those whose last
+        token is chosen already, by their count."""
+        return [r for r in self._running if r.chosen_length < r.final_length(self.max_len)]
+
+    def _batch_of(self, requests: Sequence[Request]) -> Batch:
+        """The batch with these requests in its rows, and no others."""
+        if self._batch is None:
+            self._batch = Batch(
+                self.decoder,
+                self.cache,
+                self.eos_ids,
+                self.max_len,
+                self.max_batch,
+                self.carry_phi,
+                self.cuda_graphs,
+                all_rows=self.batch_invariant,
+            )
+            if requests:
+                self._batch.join(requests)
+        self._batch.retain(requests)
+        return self._batch
 
     def _grow(self) -> None:
         """Gives every running sequence a block of its own for its next token, at the cost of the youngest."""
-        pool, rows, columns, blocks = self.pool, [], [], []
+        pool, active = self.pool, self._active()
+        if sum(map(self._needs_block, active)) > pool.free_blocks:
+            # Who has ended gives its blocks back, and who has to give way must be known to its last token.
+            self._read()
+            active = self._active()
+        rows, columns, blocks = [], [], []
         row = 0
-        while row < len(self._running):
-            request = self._running[row]
-            column = request.cached // BLOCK_SIZE
-            has_block = column < len(request.blocks)
-            if has_block and not pool.is_shared(request.blocks[column]):
+        while row < len(active):
+            request = active[row]
+            if not self._needs_block(request):
                 row += 1
                 continue
             if not pool.free_blocks:
                 self._preempt()
+                active = self._active()
                 continue
+            column = _next_column(request)
             (block,) = pool.take(1)
-            if has_block:  # copy on write
+            if column < len(request.blocks):  # copy on write
                 shared = request.blocks[column]
                 self.cache.copy(shared, block)
                 pool.give_back([shared])
@@ -214,8 +272,12 @@ class Engine:
             rows.append(row)
             columns.append(column)
             blocks.append(block)
-        if blocks and self._batch is not None:
-            self._batch.place(rows, columns, blocks)
+        if blocks:
+            self._batch_of(active).place(rows, columns, blocks)
+
+    def _needs_block(self, request: Request) -> bool:
+        column = _next_column(request)
+        return column == len(request.blocks) or self.pool.is_shared(request.blocks[column])
 
     def _preempt(self) -> None:
         """The youngest sequence is saved and gives back its blocks; it's the next to be admitted."""
@@ -226,20 +288,35 @@ class Engine:
             self._prefilling = None
         else:
             self._running.pop()
-            self._batch = None
+            if self._batch is not None:
+                victim.carried_phi = self._batch.phi_of(victim)
         self._release(victim)
         self._waiting.appendleft(victim)
         self.counts.preemptions += 1
 
-    def _decode(self) -> None:
-        """One token of every running sequence."""
-        if self._batch is None:
-            self._batch = Batch(self._running, self.decoder, self.eos_ids, self.max_len, self.carry_phi)
-        tokens = self._batch.step(self.decoder, self.cache)
-        self.counts.decoded_tokens += len(tokens)
-        for request, token in zip(self._running, tokens, strict=True):
-            self._advance(request, request.cached + 1)
-            self._take_token(request, token)
+    def _decode(self) -> bool:
+        """Launches one token of every running sequence; False where there is none."""
+        active = self._active()
+        if active:
+            self._note_chosen(self._batch_of(active).step())
+        return bool(active)
+
+    def _note_chosen(self, choice: Choice) -> None:
+        self._unread.append(choice)
+        for request in choice.requests:
+            request.unread += 1
+
+    def _read(self, leave: int = 0) -> None:
+        """Takes the tokens that were chosen, all but those of the last `leave` times."""
+        while len(self._unread) > leave:
+            choice = self._unread.popleft()
+            for request, token in zip(choice.requests, self._batch.read(choice), strict=True):
+                request.unread -= 1
+                if request.finish_reason is not None:  # launched before its end was known
+                    continue
+                self.counts.decoded_tokens += bool(request.token_ids)
+                self._advance(request, request.length)
+                self._take_token(request, token)
         self._drop_finished()
 
     def _advance(self, request: Request, cached: int) -> None:
@@ -288,7 +365,6 @@ class Engine:
         for request in self._running:
             if request.finish_reason is not None:
                 self._release(request)
-                self._batch = None
         self._running = [request for request in self._running if request.finish_reason is None]
 
     def _forget(self, requests: Sequence[Request]) -> None:
@@ -297,8 +373,8 @@ class Engine:
         self._waiting = deque(request for request in self._waiting if request not in gone)
         if self._prefilling in gone:
             self._prefilling = None
-        self._batch = None
         for request in requests:
+            request.finish_reason = request.finish_reason or "abandoned"
             self._release(request)
 
     def _release(self, request: Request) -> None:
@@ -319,7 +395,7 @@ class Engine:
             return
         idle = not (self._running or self._prefilling or self._waiting)
         if self._fixed_blocks is None and idle:
-            self.cache = None  # before the new one is made
+            self.cache = self._batch = None  # before the new one is made
             self.cache = self._new_cache(max(min(wanted, self._affordable_blocks()), least))
             self._wanted_blocks = wanted
         elif not fits:
@@ -335,3 +411,8 @@ class Engine:
 
     def _new_cache(self, num_blocks: int) -> KVCache:
         return KVCache(self.decoder.config, num_blocks, self.decoder.device, self.decoder.dtype)
+
+
+def _next_column(request: Request) -> int:
+    """Which of its blocks a decode step writes to: the newest token's."""
+    return (request.chosen_length - 1) // BLOCK_SIZE

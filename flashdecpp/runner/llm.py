@@ -25,6 +25,8 @@ from .weights import load_weights
 
 Prompt = str | Sequence[int]
 
+INVARIANT_SPLITS = 8  # of every sequence's keys, where the number mustn't depend on the batch
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -99,6 +101,11 @@ class LLM:
         so an lm_head that is tied to it; tensors that a GGUF file has quantised so stay as they are. Weights
         whose rows are not a multiple of 32 stay in dtype with "int4". On a GPU quantised weights are decoded
         in registers for up to 48 rows; for more, in prefill, they are dequantised first.
+    cuda_graphs: on a GPU, decode steps are captured at first use, one for each power of two of sequences, and
+        replayed; False launches every kernel of every step, to debug or profile.
+    batch_invariant: the bits of an answer don't depend on what else is decoded, at the price of steps that
+        always compute max_batch rows and split keys alike. Together with prefix_cache=False a prompt then
+        gets the same answer always, in half precision too.
     """
 
     def __init__(
@@ -114,6 +121,8 @@ class LLM:
         prefix_cache: bool = True,
         phi: Phi = "auto",
         quantize: str = "auto",
+        cuda_graphs: bool = True,
+        batch_invariant: bool = False,
     ) -> None:
         if quantize not in QUANTIZE:
             raise ModelError(f"quantize must be one of {', '.join(QUANTIZE)}, got {quantize}")
@@ -143,7 +152,13 @@ class LLM:
         carry = isinstance(unified_maximum, str)
         unified = "carried phi" if carry else "fixed phi"
         self._softmax = "online softmax" if unified_maximum is None else unified
-        self.decoder = Decoder(self.config, weights, self.max_len, None if carry else unified_maximum)
+        self.decoder = Decoder(
+            self.config,
+            weights,
+            self.max_len,
+            None if carry else unified_maximum,
+            INVARIANT_SPLITS if batch_invariant else 0,
+        )
         self._engine = Engine(
             self.decoder,
             checkpoint.eos_ids,
@@ -153,6 +168,8 @@ class LLM:
             carry,
             prefill_chunk,
             prefix_cache,
+            cuda_graphs,
+            batch_invariant,
         )
         self.stats: Stats | None = None
 

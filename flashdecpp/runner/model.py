@@ -5,13 +5,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from flashdecpp import ops
 
 from .cache import KVCache
 from .config import ModelConfig
 from .rope import Rope
-from .weights import Matrix, Weights
+from .weights import Layer, Matrix, Weights
 
 # Tokens of a prompt that go through the layers at once: bounds the memory of their activations.
 PREFILL_CHUNK = 1024
@@ -42,27 +43,23 @@ class Decoder:
 
     `phi`: float32 [q_heads] per layer, the unified maximum of its softmax; None computes each row's own.
     Rows that had to be recomputed because their maximum was too far from phi, given or carried, are counted
-    in `fallbacks`.
+    in `fallbacks`. `num_splits`: as in ops.decode_attention.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, max_len: int, phi: Sequence[torch.Tensor] | None = None
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        max_len: int,
+        phi: Sequence[torch.Tensor] | None = None,
+        num_splits: int = 0,
     ) -> None:
         self.config, self.weights = config, weights
         self.device, self.dtype = weights.layers[0].attn_norm.device, weights.dtype
-        self.phi = phi
+        self.phi, self.num_splits = phi, num_splits
         self.fallbacks = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._cos_sin = self._rotations(lambda rope: rope.table(max_len))
         self._heads = [config.q_heads, config.kv_heads, config.kv_heads]
-        # Each norm with its bias: the first, and those that follow on attention and on the feed-forward part.
-        attn_norms = [(layer.attn_norm, layer.attn_norm_bias) for layer in weights.layers]
-        ffn_norms = [(layer.ffn_norm, layer.ffn_norm_bias) for layer in weights.layers]
-        if config.norm_after:
-            self._first_norm, following = None, (attn_norms, ffn_norms)
-        else:
-            final_norm = (weights.norm, weights.norm_bias)
-            self._first_norm, following = attn_norms[0], (ffn_norms, [*attn_norms[1:], final_norm])
-        self._following_norms = list(zip(*following, strict=True))
         # Rounded as Gemma's authors do it
         scale = torch.tensor(config.hidden**0.5, dtype=self.dtype).item()
         self._embed_scale = scale if config.architecture.scaled_embedding else None
@@ -96,13 +93,14 @@ class Decoder:
                 phi=None if phi is None else phi[index],
                 softcap=config.attn_softcap,
                 window=config.windows[index],
+                num_splits=self.num_splits,
                 fallback_count=fallbacks,
                 carried_phi=None if carried_phi is None else carried_phi[index],
             )
             return out
 
-        x = self._layers(tokens.unsqueeze(1), cache, seq_lens, block_table, self._cos_sin, attend)
-        return self._logits(x)
+        stream = self._layers(tokens.unsqueeze(1), cache, seq_lens, block_table, self._cos_sin, attend)
+        return self._logits(stream)
 
     @torch.inference_mode()
     def prefill(
@@ -127,11 +125,11 @@ class Decoder:
         cos_sin = [b if a is None else a for a, b in zip(own, self._cos_sin, strict=True)]
         for first in range(start, end, PREFILL_CHUNK):
             stop = min(first + PREFILL_CHUNK, end)
-            seq_lens = torch.tensor([stop], dtype=torch.int32, device=self.device)
+            seq_lens = torch.full((1,), stop, dtype=torch.int32, device=self.device)  # no copy to wait for
             attend = self._prompt_attention(cache, block_table, first, stop, observe)
             chunk = tokens[None, first - start : stop - start]
-            x = self._layers(chunk, cache, seq_lens, block_table, cos_sin, attend)
-        return self._logits(x[-1:])
+            stream = self._layers(chunk, cache, seq_lens, block_table, cos_sin, attend)
+        return self._logits(stream[-1:])
 
     def _rotations(self, table: Callable[[Rope], torch.Tensor | None]) -> list[torch.Tensor | None]:
         """A table of each layer's rope, on the device; layers that share a rope share it."""
@@ -149,28 +147,34 @@ class Decoder:
         cos_sin: Sequence[torch.Tensor | None],
         attend: Attend,
     ) -> torch.Tensor:
-        """The normalised hidden state [batch * q_len, hidden] after the last layer."""
-        config, eps = self.config, self.config.norm_eps
+        """The residual stream [batch * q_len, hidden] after the last layer."""
+        config, norm_after = self.config, self.config.norm_after
         interleaved = config.architecture.rotary == "pairs"
         packed_shape = (*tokens.shape, sum(self._heads), config.head_dim)
         attended_shape = (tokens.numel(), config.q_heads * config.head_dim)
-        residual = self._embed(tokens, seq_lens)
-        x = residual if self._first_norm is None else self._norm(residual, self._first_norm)
+        stream = self._embed(tokens, seq_lens)
         for index, layer in enumerate(self.weights.layers):
-            after_attention, after_ffn = self._following_norms[index]
+            attn_norm = layer.attn_norm, layer.attn_norm_bias
+            ffn_norm = layer.ffn_norm, layer.ffn_norm_bias
             k_cache, v_cache = cache.layers[index]
-            q, k, v = _linear(x, layer.qkv, layer.qkv_bias).view(packed_shape).split(self._heads, dim=2)
+            qkv = self._linear(stream, layer.qkv, layer.qkv_bias, norm=None if norm_after else attn_norm)
+            q, k, v = qkv.view(packed_shape).split(self._heads, dim=2)
             if layer.q_norm is not None:
-                q = ops.rms_norm(q.contiguous(), layer.q_norm, eps=eps)
-                k = ops.rms_norm(k.contiguous(), layer.k_norm, eps=eps)
+                q, k = (
+                    ops.rms_norm(x, norm, eps=config.norm_eps)
+                    for x, norm in ((q, layer.q_norm), (k, layer.k_norm))
+                )
             place = (k_cache, v_cache, seq_lens, block_table)
             ops.rotary_append(q, k, v, *place, cos_sin=cos_sin[index], interleaved=interleaved)
-            x = _linear(attend(index, q, k, v).reshape(attended_shape), layer.o, layer.o_bias)
-            x, residual = self._add(x, layer.attn_out_norm, residual, after_attention)
-            x = self._activate(_linear(x, layer.gate_up, layer.gate_up_bias))
-            x = _linear(x, layer.down, layer.down_bias)
-            x, residual = self._add(x, layer.ffn_out_norm, residual, after_ffn)
-        return x
+            attended = attend(index, q, k, v).reshape(attended_shape)
+            self._add(stream, attended, layer.o, layer.o_bias, layer.attn_out_norm)
+            if norm_after:
+                stream = self._norm(stream, attn_norm)
+            h = self._up(stream, layer, None if norm_after else ffn_norm)
+            self._add(stream, h, layer.down, layer.down_bias, layer.ffn_out_norm)
+            if norm_after:
+                stream = self._norm(stream, ffn_norm)
+        return stream
 
     def _embed(self, tokens: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
         """The residual stream [batch * q_len, hidden] that the first layer gets."""
@@ -186,31 +190,57 @@ class Decoder:
             x += _embedding(rows.flatten(), weights.positions, self.dtype)
         return x
 
-    def _norm(self, x: torch.Tensor, norm: Norm, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         weight, bias = norm
         if self.config.architecture.norm == "layer":
-            return ops.layer_norm(x, weight, bias, residual, eps=self.config.norm_eps)
-        return ops.rms_norm(x, weight, residual, eps=self.config.norm_eps)
+            return ops.layer_norm(x, weight, bias, eps=self.config.norm_eps)
+        return ops.rms_norm(x, weight, eps=self.config.norm_eps)
+
+    def _linear(
+        self,
+        x: torch.Tensor,
+        weight: Matrix,
+        bias: torch.Tensor | None = None,
+        norm: Norm | None = None,
+        activation: str | None = None,
+    ) -> torch.Tensor:
+        """A linear layer of x or of its norm, and a gated activation of that.
+
+        The norm is a launch of its own, 1.5 us in a decode step on an H100: less than it took so far as a
+        part of the linear (bench/NOTES.md).
+        """
+        if norm is not None:
+            x = self._norm(x, norm)
+        return _linear(x, weight, bias, activation=activation)
+
+    def _up(self, x: torch.Tensor, layer: Layer, norm: Norm | None) -> torch.Tensor:
+        """What the feed-forward part multiplies with its down projection."""
+        activation = self.config.activation
+        if self.config.architecture.gated:
+            return self._linear(x, layer.gate_up, layer.gate_up_bias, norm, activation)
+        return ACTIVATIONS[activation](self._linear(x, layer.gate_up, layer.gate_up_bias, norm))
 
     def _add(
-        self, x: torch.Tensor, out_norm: torch.Tensor | None, residual: torch.Tensor, following: Norm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds a sublayer's output to the residual stream; the next sublayer's input, and the stream."""
-        if out_norm is not None:
-            x = ops.rms_norm(x, out_norm, eps=self.config.norm_eps)
-        x = self._norm(x, following, residual)  # adds x to the residual first
-        return x, x if self.config.norm_after else residual
+        self,
+        stream: torch.Tensor,
+        x: torch.Tensor,
+        weight: Matrix,
+        bias: torch.Tensor | None,
+        out_norm: torch.Tensor | None,
+    ) -> None:
+        """Adds a sublayer's last projection to the residual stream."""
+        if out_norm is None:
+            _linear(x, weight, bias, residual=stream)
+        else:
+            stream += ops.rms_norm(_linear(x, weight, bias), out_norm, eps=self.config.norm_eps)
 
-    def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        if self.config.architecture.gated:
-            return ops.gated_activation(gate_up, activation=self.config.activation)
-        return ACTIVATIONS[self.config.activation](gate_up)
-
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, vocab] of hidden states [rows, hidden]."""
-        if self.weights.project_out is not None:
-            x = _linear(x, self.weights.project_out)
-        logits, cap = _linear(x, self.weights.lm_head), self.config.logit_softcap
+    def _logits(self, stream: torch.Tensor) -> torch.Tensor:
+        """[rows, vocab] of the residual stream [rows, hidden] after the last layer."""
+        weights, cap = self.weights, self.config.logit_softcap
+        norm = None if self.config.norm_after else (weights.norm, weights.norm_bias)
+        if weights.project_out is not None:
+            stream, norm = self._linear(stream, weights.project_out, norm=norm), None
+        logits = self._linear(stream, weights.lm_head, norm=norm)
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
     def _prompt_attention(
@@ -223,9 +253,11 @@ class Decoder:
         config = self.config
         gqa = config.q_heads != config.kv_heads
         masks: dict[int, torch.Tensor] = {}
-        blocks = None if start == 0 else block_table[0, : -(-stop // cache.block_size)].long()
+        blocks = None if start == 0 else block_table[0, : -(-stop // cache.block_size)]
 
-        def mask_for(window: int) -> torch.Tensor:
+        def mask_for(window: int) -> torch.Tensor | CausalBias:
+            if not 0 < window < stop and self.device.type == "cuda":
+                return causal_lower_right(stop - start, stop)  # without a mask in memory
             if window not in masks:
                 query = torch.arange(start, stop, device=self.device)[:, None]
                 key = torch.arange(stop, device=self.device)
@@ -235,7 +267,9 @@ class Decoder:
 
         def attend(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             if blocks is not None:  # the chunk's own keys are in the cache as well
-                k, v = (layer[blocks].flatten(0, 1)[None, :stop] for layer in cache.layers[index])
+                k, v = (
+                    layer.index_select(0, blocks).flatten(0, 1)[None, :stop] for layer in cache.layers[index]
+                )
             if observe is not None:
                 observe(index, q, k)
             window = config.windows[index]
@@ -281,8 +315,13 @@ class Decoder:
         return out.flatten(0, 1)[None, padding:]
 
 
-def _linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return ops.linear(x, weight, bias) if isinstance(weight, torch.Tensor) else weight.linear(x, bias)
+def _linear(
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None, **around
+) -> torch.Tensor | None:
+    """ops.linear_fused, or its twin for quantised weights."""
+    if isinstance(weight, torch.Tensor):
+        return ops.linear_fused(x, weight, bias, **around)
+    return ops.quantized_linear_fused(x, weight.weight, weight.scales, weight.offsets, bias, **around)
 
 
 def _embedding(tokens: torch.Tensor, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:

@@ -29,7 +29,8 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose keys and values are in the blocks, or saved
     saved: torch.Tensor | None = None  # what was in the blocks of a preempted sequence
-    carried_phi: torch.Tensor | None = None  # float32 [layers, q_heads], since the first decode step
+    carried_phi: torch.Tensor | None = None  # float32 [layers, q_heads], of a preempted sequence
+    unread: int = 0  # tokens that were chosen and that the host hasn't seen
     started_at: float = 0.0
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -59,6 +60,11 @@ class Request:
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def chosen_length(self) -> int:
+        """The tokens that the host hasn't seen included. All but the newest are in the cache, or will be."""
+        return self.length + self.unread
 
     @property
     def prefill_length(self) -> int:

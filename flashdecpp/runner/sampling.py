@@ -3,9 +3,7 @@
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-
-import torch
+from dataclasses import dataclass
 
 from .errors import ModelError
 
@@ -54,62 +52,26 @@ class SamplingParams:
             all(isinstance(s, str) and s for s in self.stop), "stop", "strings that aren't empty", self.stop
         )
 
-    @property
-    def plain_greedy(self) -> bool:
-        return self.temperature == 0 and self.repetition_penalty == 1
-
 
 def fresh_seed() -> int:
     return secrets.randbits(63)
 
 
 @dataclass(frozen=True)
-class BatchSampling:
-    """The parameters of a batch as the tensors of ops.sample; None where no row uses one."""
+class SamplingFeatures:
+    """What some row of a batch makes use of, and a step therefore computes."""
 
-    temperature: torch.Tensor | None = None  # float32 [batch], and so on
-    top_k: torch.Tensor | None = None
-    top_p: torch.Tensor | None = None
-    min_p: torch.Tensor | None = None
-    seed: torch.Tensor | None = None
-    repetition_penalty: torch.Tensor | None = None
-    seen: torch.Tensor | None = None  # bool [batch, vocab]
+    drawn: bool = False  # a temperature
+    penalised: bool = False
+    endless: bool = False  # ignore_eos
 
     @classmethod
-    def build(
-        cls,
-        params: Sequence[SamplingParams],
-        seeds: Sequence[int],
-        histories: Sequence[Sequence[int]],
-        vocab: int,
-        device: torch.device,
-    ) -> "BatchSampling":
-        """`histories`: each row's tokens so far, prompt included, which the repetition penalty is for."""
-        if all(p.plain_greedy for p in params):
-            return cls()
-
-        def column(name: str, dtype: torch.dtype, off: float) -> torch.Tensor | None:
-            values = [getattr(p, name) for p in params]
-            return None if all(v == off for v in values) else torch.tensor(values, dtype=dtype, device=device)
-
-        penalty = column("repetition_penalty", torch.float32, 1.0)
-        seen = None
-        if penalty is not None:
-            seen = torch.zeros(len(params), vocab, dtype=torch.bool, device=device)
-            for row, history in enumerate(histories):
-                seen[row, torch.tensor(history, device=device)] = True
+    def of(cls, params: Sequence[SamplingParams]) -> "SamplingFeatures":
         return cls(
-            temperature=column("temperature", torch.float32, 0.0),
-            top_k=column("top_k", torch.int32, 0),
-            top_p=column("top_p", torch.float32, 1.0),
-            min_p=column("min_p", torch.float32, 0.0),
-            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
-            repetition_penalty=penalty,
-            seen=seen,
+            drawn=any(p.temperature > 0 for p in params),
+            penalised=any(p.repetition_penalty != 1 for p in params),
+            endless=any(p.ignore_eos for p in params),
         )
-
-    def arguments(self) -> dict[str, torch.Tensor]:
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
 
 def _require(holds: bool, name: str, what: str, value: object) -> None:

@@ -1,0 +1,631 @@
+"""The model runner on one GPU: random weights of real shapes, made on the device.
+
+A decode step is what LLM replays for it (CUDA graph, sampling, and the copy of the tokens to the host
+included): steps launched one after the other, CUDA events around them. Beside it the floor: the bytes of
+weights, keys and values over the read rate that is measured in the same run.
+
+    python bench/runner.py                         # everything, into bench/results/runner_h100.json and .png
+    python bench/runner.py --models llama-2-7b --parts decode,breakdown
+    python bench/runner.py --dry-run               # tiny shapes on the CPU: does the script hold together?
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import measure
+import torch
+from tqdm import tqdm
+
+from flashdecpp import ops
+from flashdecpp.quantization import quantize
+from flashdecpp.runner.architectures import find_architecture
+from flashdecpp.runner.batch import Batch
+from flashdecpp.runner.cache import BLOCK_SIZE, KVCache, blocks_for
+from flashdecpp.runner.config import ModelConfig
+from flashdecpp.runner.engine import Engine
+from flashdecpp.runner.model import Decoder
+from flashdecpp.runner.request import Request
+from flashdecpp.runner.rope import Rope
+from flashdecpp.runner.sampling import SamplingParams
+from flashdecpp.runner.weights import Layer, Matrix, Weights
+
+STEPS, ROUNDS, WARM_UP = 16, 5, 4  # a time is the median of rounds of so many steps
+ENDLESS = SamplingParams(max_tokens=None)
+PARTS = ("decode", "prefill", "engine", "breakdown", "ablations", "quantized", "transformers")
+
+
+def model(
+    architecture: str,
+    hidden: int,
+    heads: tuple[int, int],
+    ffn: int,
+    vocab: int,
+    layers: int = 32,
+    rotary: float | None = 1.0,
+    **settings,
+) -> ModelConfig:
+    q_heads, kv_heads = heads
+    head_dim = hidden // q_heads
+    rope = None if rotary is None else Rope(int(head_dim * rotary), 10000.0, 16384)
+    return ModelConfig(
+        architecture=find_architecture([architecture]),
+        hidden=hidden,
+        layers=layers,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=ffn,
+        vocab=vocab,
+        embed_dim=hidden,
+        norm_eps=1e-5,
+        context=16384 if rope else 2048,
+        ropes=(rope,) * layers,
+        tied_embeddings=settings.pop("tied_embeddings", False),
+        windows=(-1,) * layers,
+        **settings,
+    )
+
+
+LLAMA, ALL_BIASES = "LlamaForCausalLM", {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+MODELS = {
+    "llama-2-7b": model(LLAMA, 4096, (32, 32), 11008, 32000),
+    "llama-3-8b": model(LLAMA, 4096, (32, 8), 14336, 128256),
+    "qwen2.5-7b": model("Qwen2ForCausalLM", 3584, (28, 4), 18944, 152064, layers=28, qkv_bias=True),
+    "opt-6.7b": model(
+        "OPTForCausalLM",
+        4096,
+        (32, 32),
+        16384,
+        50272,
+        rotary=None,
+        activation="relu",
+        tied_embeddings=True,
+        **ALL_BIASES,
+    ),
+    "chatglm2-6b": model("ChatGLMModel", 4096, (32, 2), 13696, 65024, layers=28, rotary=0.5, qkv_bias=True),
+    "llama-2-13b": model(LLAMA, 5120, (40, 40), 13824, 32000, layers=40),
+}
+# batch and context of decode steps; prompts and their length
+DECODE = {"llama-2-7b": [(1, 128), (1, 1024), (1, 8192), (8, 1024), (32, 1024)]}
+PREFILL = {"llama-2-7b": [(1, 128), (1, 1024), (1, 8192), (8, 1024)]}
+OTHER_DECODE, OTHER_PREFILL = [(1, 1024), (8, 1024)], [(1, 1024)]
+BREAKDOWN = [(1, 1024), (8, 1024), (32, 1024)]
+ABLATED = [(1, 1024), (8, 1024), (1, 8192)]
+FORMATS = {
+    "int8": {"bits": 8},
+    "int4 g32": {"bits": 4, "group_size": 32},
+    "int4 g128": {"bits": 4, "group_size": 128},
+}
+
+# What a kernel is by its name: the first that is found in it
+KINDS = {
+    "linear": ("gemv", "flat_ring", "flat_gemm", "gemm", "quantized", "cutlass", "nvjet", "splitK", "cublas"),
+    "attention": ("decode_attention", "flash_fwd", "fmha"),
+    "rotary": ("rotary",),
+    "norm": ("norm_kernel",),
+    "activation": ("gated", "relu", "clamp"),
+    "sampling": ("sample",),
+}
+
+
+class Words:
+    """In place of a tokenizer: every token is a letter."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "x" * len(ids)
+
+
+def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> Weights:
+    def tensor(*shape: int, std: float = 0.02) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(std=std)
+
+    def norm(field: str) -> dict[str, torch.Tensor]:
+        found = {field: torch.ones(config.hidden, device=device)}
+        if config.architecture.norm == "layer":
+            found[field + "_bias"] = torch.zeros(config.hidden, device=device)
+        return found
+
+    def linear(field: str, rows: int, columns: int, bias: bool) -> dict[str, torch.Tensor]:
+        return {field: tensor(rows, columns)} | ({field + "_bias": tensor(rows)} if bias else {})
+
+    up = config.ffn * (2 if config.architecture.gated else 1)
+    layers = tuple(
+        Layer(
+            **norm("attn_norm"),
+            **linear("qkv", sum(config.qkv_rows), config.hidden, config.qkv_bias),
+            **linear("o", config.hidden, config.qkv_rows[0], config.o_bias),
+            **norm("ffn_norm"),
+            **linear("gate_up", up, config.hidden, config.mlp_bias),
+            **linear("down", config.hidden, config.ffn, config.mlp_bias),
+        )
+        for _ in range(config.layers)
+    )
+    embed = tensor(config.vocab, config.hidden)
+    learned = config.context + config.architecture.position_offset
+    return Weights(
+        embed=embed,
+        lm_head=embed if config.tied_embeddings else tensor(config.vocab, config.hidden),
+        layers=layers,
+        dtype=dtype,
+        positions=None if config.ropes[0] else tensor(learned, config.hidden),
+        **norm("norm"),
+    )
+
+
+def quantized(weights: Weights, form: dict[str, int]) -> Weights:
+    """What LLM(quantize=...) makes of them: everything but the embedding."""
+
+    def rounded(weight: Matrix) -> Matrix:
+        return quantize(weight, **form, scales_dtype=torch.float16)
+
+    def layer(one: Layer) -> Layer:
+        return replace(one, **{name: rounded(getattr(one, name)) for name in ("qkv", "o", "gate_up", "down")})
+
+    return replace(weights, layers=tuple(map(layer, weights.layers)), lm_head=rounded(weights.lm_head))
+
+
+@dataclass
+class Subject:
+    """A model, and how its time is taken."""
+
+    decoder: Decoder
+    max_len: int
+    ceiling: float  # bytes a second
+    carry: bool = True
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.decoder.device.type == "cuda"
+
+    def batch(self, rows: int, context: int) -> Batch:
+        """Sequences of `context` tokens, whose blocks lie anywhere in the cache."""
+        each = blocks_for(context + 1 + ROUNDS * STEPS + WARM_UP + PROFILED)
+        cache = KVCache(self.decoder.config, rows * each, self.decoder.device, self.decoder.dtype)
+        for pair in cache.layers:
+            for part in pair:
+                part.normal_()
+        max_len = max(self.max_len, each * BLOCK_SIZE)
+        batch = Batch(self.decoder, cache, frozenset([2]), max_len, rows, self.carry, cuda_graphs=True)
+        order = torch.randperm(rows * each).view(rows, each).tolist()
+        requests = [
+            Request("", [5] * context, ENDLESS, Words(), token_ids=[7], seed=0, blocks=blocks)
+            for blocks in order
+        ]
+        # Random logits might end a sequence
+        for request in requests:
+            request.params = replace(ENDLESS, ignore_eos=True)
+        batch.join(requests)
+        return batch
+
+    def step_ms(self, rows: int, context: int) -> dict[str, float]:
+        batch = self.batch(rows, context)
+
+        def steps() -> None:
+            for _ in range(STEPS):
+                batch.read(batch.step())
+
+        def launched() -> None:
+            choices = [batch.step() for _ in range(STEPS)]
+            for choice in choices:
+                batch.read(choice)
+
+        for _ in range(WARM_UP):
+            batch.read(batch.step())
+        rounds = [self.elapsed_ms(launched) / STEPS for _ in range(ROUNDS - 1)]
+        waited = self.elapsed_ms(steps) / STEPS
+        floor = self.floor_ms(rows, context)
+        ms = statistics.median(rounds)
+        return {
+            "batch": rows,
+            "context": context,
+            "ms": round(ms, 3),
+            "floor_ms": round(floor, 3),
+            "of_floor": round(floor / ms, 3),
+            "ms_when_each_is_waited_for": round(waited, 3),
+        }
+
+    def weight_bytes(self) -> dict[str, int]:
+        """What a step reads of the weights, by kind of kernel."""
+        weights = self.decoder.weights
+        norms = sum(layer.attn_norm.nbytes + layer.ffn_norm.nbytes for layer in weights.layers)
+        matrices = sum(
+            m.nbytes for layer in weights.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        )
+        return {"linear": matrices + weights.lm_head.nbytes, "norm": norms}
+
+    def floor_ms(self, rows: int, context: int) -> float:
+        return sum(self.floors_ms(rows, context).values())
+
+    def floors_ms(self, rows: int, context: int) -> dict[str, float]:
+        keys = self.decoder.config.cache_bytes_per_token(self.decoder.dtype) * rows * (context + 1)
+        amounts = self.weight_bytes() | {"attention": keys}
+        return {kind: amount / self.ceiling * 1e3 for kind, amount in amounts.items()}
+
+    def prefill_ms(self, prompts: int, length: int) -> dict[str, float]:
+        """`prompts` of `length` tokens, computed one after the other as the engine does."""
+        config, device = self.decoder.config, self.decoder.device
+        cache = KVCache(config, blocks_for(length), device, self.decoder.dtype)
+        tokens = torch.randint(0, config.vocab, (length,), device=device)
+        table = torch.arange(cache.num_blocks, dtype=torch.int32, device=device)[None]
+
+        def run() -> None:
+            for _ in range(prompts):
+                self.decoder.prefill(tokens, cache, table)
+
+        run()
+        ms = statistics.median(self.elapsed_ms(run) for _ in range(3))
+        matrices = sum(
+            m.shape[0] * m.shape[1]
+            for layer in self.decoder.weights.layers
+            for m in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        )
+        flops = (
+            prompts * length * (2 * matrices + 2 * config.layers * length * config.q_heads * config.head_dim)
+        )
+        return {
+            "prompts": prompts,
+            "length": length,
+            "ms": round(ms, 2),
+            "tflops": round(flops / ms / 1e9),
+        }
+
+    def engine_ms(self, rows: int, context: int, tokens: int) -> dict[str, float]:
+        """All of it: requests in, tokens out, as (time of many tokens - time of one) / steps."""
+
+        def run(count: int) -> float:
+            engine = Engine(
+                self.decoder,
+                frozenset([2]),
+                self.max_len,
+                rows,
+                rows * (context + 2 * BLOCK_SIZE + tokens),
+                self.carry,
+                1024,
+                prefix_cache=False,
+            )
+            params = SamplingParams(max_tokens=count, ignore_eos=True)
+            times = []
+            for turn in range(3):
+                requests = [
+                    Request("", torch.randint(3, 1000, (context,)).tolist(), params, Words())
+                    for _ in range(rows)
+                ]
+                begin = time.perf_counter()
+                for _ in engine.run(requests):
+                    pass
+                if turn:
+                    times.append(time.perf_counter() - begin)
+            return min(times) * 1e3
+
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        one, many = run(1), run(tokens + 1)
+        cache = (
+            rows
+            * (context + 2 * BLOCK_SIZE + tokens)
+            * self.decoder.config.cache_bytes_per_token(self.decoder.dtype)
+        )
+        peak = torch.cuda.max_memory_allocated() if self.on_gpu else 0
+        return {
+            "batch": rows,
+            "context": context,
+            "first_tokens_ms": round(one, 2),
+            "ms_per_step": round((many - one) / tokens, 3),
+            "peak_mb_beside_weights_and_cache": round((peak - self.decoder.weights.nbytes - cache) / 1e6),
+        }
+
+    def breakdown(self, rows: int, context: int) -> dict[str, object]:
+        """Where a step's time goes.
+
+        A kernel's time is from the end of the one before it to its own end, so that the sum is the step's and
+        what overlaps counts once.
+        """
+        batch = self.batch(rows, context)
+        for _ in range(WARM_UP):
+            batch.read(batch.step())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(PROFILED):
+                batch.step()
+            torch.cuda.synchronize()
+        events = [
+            (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
+            for event in profiler.profiler.kineto_results.events()
+            if event.device_type() == torch.autograd.DeviceType.CUDA
+        ]
+        events.sort()
+        spent: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        names: dict[str, str] = {}
+        gaps = idle = 0.0
+        end_before = None
+        for start, end, name in events:
+            kind = kind_of(name)
+            counts[kind] = counts.get(kind, 0) + 1
+            names.setdefault(name[:90], kind)
+            if end_before is not None:
+                gap = max(0, start - end_before)
+                gaps += gap > 0
+                idle += gap
+                spent[kind] = spent.get(kind, 0.0) + max(0, end - max(start, end_before))
+            end_before = end if end_before is None else max(end, end_before)
+        per_step = {kind: round(ns / PROFILED / 1e6, 4) for kind, ns in spent.items()}
+        return {
+            "batch": rows,
+            "context": context,
+            "launches": round(len(events) / PROFILED, 1),
+            "launches_by_kind": {kind: round(count / PROFILED, 1) for kind, count in counts.items()},
+            "ms": per_step,
+            "gaps": round(gaps / PROFILED, 1),
+            "gaps_ms": round(idle / PROFILED / 1e6, 4),
+            "floor_ms": {kind: round(ms, 4) for kind, ms in self.floors_ms(rows, context).items()},
+            "kernels": names,
+        }
+
+    def elapsed_ms(self, run: Callable[[], None]) -> float:
+        if not self.on_gpu:
+            begin = time.perf_counter()
+            run()
+            return (time.perf_counter() - begin) * 1e3
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+PROFILED = 8  # steps
+
+
+def kind_of(kernel: str) -> str:
+    return next((kind for kind, parts in KINDS.items() if any(part in kernel for part in parts)), "other")
+
+
+@contextlib.contextmanager
+def linear_by(impl: str) -> Iterator[None]:
+    """Every linear layer through one implementation."""
+    usual = ops.linear_fused
+    ops.linear_fused = partial(usual, impl=impl)
+    try:
+        yield
+    finally:
+        ops.linear_fused = usual
+
+
+def ablations(subject: Subject, cases: list[tuple[int, int]]) -> list[dict]:
+    """The paper's three ideas, one taken away at a time."""
+    rows = []
+    for batch, context in cases:
+        variants = {"all": subject.step_ms(batch, context)["ms"]}
+        variants["online softmax"] = replace(subject, carry=False).step_ms(batch, context)["ms"]
+        for impl in ("blas", "gemv", "flat_gemm"):
+            with linear_by(impl):
+                variants[f"linear: {impl} alone"] = subject.step_ms(batch, context)["ms"]
+        rows.append({"batch": batch, "context": context, "ms": variants})
+    return rows
+
+
+def measure_model(
+    name: str,
+    config: ModelConfig,
+    parts: set[str],
+    device: str,
+    dtype: torch.dtype,
+    ceiling: float,
+    shrink: Callable,
+) -> dict:
+    weights = random_weights(config, dtype, device)
+    max_len = min(config.context, 9216)
+    subject = Subject(Decoder(config, weights, config.context), max_len, ceiling)
+    results: dict[str, object] = {"weight_bytes": weights.nbytes, "dtype": str(dtype).removeprefix("torch.")}
+
+    def cases(found: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [shrink(*case) for case in found]
+
+    main_model = name == "llama-2-7b"
+    if "decode" in parts:
+        results["decode"] = [subject.step_ms(*case) for case in cases(DECODE.get(name, OTHER_DECODE))]
+    if "prefill" in parts:
+        results["prefill"] = [subject.prefill_ms(*case) for case in cases(PREFILL.get(name, OTHER_PREFILL))]
+    if main_model and "engine" in parts:
+        results["engine"] = [
+            subject.engine_ms(*case, tokens=64 if subject.on_gpu else 4)
+            for case in cases([(1, 1024), (8, 1024), (32, 1024)])
+        ]
+    if main_model and "breakdown" in parts and subject.on_gpu:
+        results["breakdown"] = [subject.breakdown(*case) for case in cases(BREAKDOWN)]
+    if main_model and "ablations" in parts:
+        results["ablations"] = ablations(subject, cases(ABLATED))
+    if main_model and "transformers" in parts:
+        results["transformers"] = [transformers_ms(subject, *case) for case in cases([(1, 1024), (8, 1024)])]
+    if main_model and "quantized" in parts:
+        results["quantized"] = {}
+        for form, arguments in FORMATS.items():
+            lighter = Decoder(config, quantized(weights, arguments), config.context)
+            results["quantized"][form] = [
+                replace(subject, decoder=lighter).step_ms(*case) for case in cases([(1, 1024), (8, 1024)])
+            ]
+            del lighter
+    return results
+
+
+def transformers_ms(subject: Subject, rows: int, context: int) -> dict[str, float]:
+    """A step of transformers' own Llama with the same weights: static cache, torch.compile with CUDA graphs.
+
+    The host waits for every token; eagerly, launches alone take longer than that.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    config, weights, device = subject.decoder.config, subject.decoder.weights, subject.decoder.device
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=config.vocab,
+                hidden_size=config.hidden,
+                intermediate_size=config.ffn,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.q_heads,
+                num_key_value_heads=config.kv_heads,
+                max_position_embeddings=config.context,
+            )
+        )
+    state = {"model.embed_tokens.weight": weights.embed, "lm_head.weight": weights.lm_head}
+    state["model.norm.weight"] = weights.norm
+    for index, layer in enumerate(weights.layers):
+        parts = zip("qkv", layer.qkv.split(config.qkv_rows), strict=True)
+        tensors = {f"self_attn.{name}_proj": part for name, part in parts}
+        gate, up = layer.gate_up.chunk(2)
+        tensors |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": layer.down}
+        tensors |= {"self_attn.o_proj": layer.o, "input_layernorm": layer.attn_norm}
+        tensors["post_attention_layernorm"] = layer.ffn_norm
+        state |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in tensors.items()}
+    state = {name: tensor.to(weights.dtype) for name, tensor in state.items()}
+    theirs.load_state_dict(state, assign=True)
+    # The frequencies of the rope are no weights: made again, off the meta device.
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(device)
+    theirs.eval()
+
+    steps = WARM_UP + ROUNDS * STEPS
+    cache = StaticCache(config=theirs.config, max_cache_len=context + steps + 1)
+    prompt = torch.randint(0, config.vocab, (rows, context), device=device)
+    place = torch.arange(context, device=device)
+    arguments = {"past_key_values": cache, "use_cache": True}
+    token = theirs(prompt, cache_position=place, logits_to_keep=1, **arguments).logits[:, -1:].argmax(-1)
+
+    def step(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        places = place[None].expand(rows, 1)
+        return theirs(token, cache_position=place, position_ids=places, **arguments).logits[:, -1:].argmax(-1)
+
+    if subject.on_gpu:
+        step = torch.compile(step, mode="reduce-overhead")
+    times = []
+    for index in range(steps):
+        place = torch.tensor([context + index], device=device)
+        begin = time.perf_counter()
+        token = step(token.clone(), place)
+        if subject.on_gpu:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) * 1e3)
+    compiled = statistics.median(times[len(times) // 2 :])
+    return {"batch": rows, "context": context, "compiled_ms": round(compiled, 3)}
+
+
+def draw(results: dict, source: Path) -> None:
+    """A stacked bar for each profiled step, and its floor beside it; as a PNG beside the file of results."""
+    path = source.with_suffix(".png")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [step for found in results["models"].values() for step in found.get("breakdown", [])]
+    if not steps:
+        return
+    kinds = [*KINDS, "other", "gaps"]
+    colours = dict(zip(kinds, pyplot.get_cmap("tab10").colors, strict=False))
+    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(steps), 4.5))
+    for index, step in enumerate(steps):
+        bars = [(2 * index, step["ms"] | {"gaps": step["gaps_ms"]}), (2 * index + 0.8, step["floor_ms"])]
+        for place, parts in bars:
+            bottom = 0.0
+            for kind in kinds:
+                if kind in parts:
+                    axes.bar(place, parts[kind], 0.7, bottom, color=colours[kind], label=kind)
+                    bottom += parts[kind]
+            axes.text(place, bottom, f"{bottom:.2f}", ha="center", va="bottom", fontsize=8)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), fontsize=8)
+    axes.set_xticks(
+        [place for index in range(len(steps)) for place in (2 * index, 2 * index + 0.8)],
+        [label for step in steps for label in (f"{step['batch']} x {step['context']}", "floor")],
+        fontsize=8,
+    )
+    axes.set_ylabel("ms per decode step")
+    axes.set_title("Llama-2-7B, fp16: where a decode step's time goes")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--draw", help="only draw what a file of results holds")
+    parser.add_argument("--output", help="default: bench/results/runner_h100.json; none of a dry run")
+    options = parser.parse_args()
+    if options.draw:
+        return draw(json.loads(Path(options.draw).read_text())["results"], Path(options.draw))
+    names, parts = options.models.split(","), set(options.parts.split(","))
+    unknown = (set(names) - set(MODELS)) | (parts - set(PARTS))
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    output = options.output or (None if options.dry_run else "bench/results/runner_h100.json")
+
+    torch.manual_seed(0)
+    device, dtype = ("cpu", torch.bfloat16) if options.dry_run else ("cuda", torch.float16)
+    ceiling = 1e9 if options.dry_run else measure.read_ceiling_gbs() * 1e9
+    print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
+    results: dict = {"read_ceiling_gbs": round(ceiling / 1e9), "models": {}}
+    for name in tqdm(names, disable=None):
+        config, shrink = MODELS[name], lambda *case: case
+        if options.dry_run:
+            config, shrink = tiny(config), lambda batch, context: (min(batch, 2), min(context, 40))
+        with torch.inference_mode():
+            found = measure_model(name, config, parts, device, dtype, ceiling, shrink)
+        results["models"][name] = found
+        for part, rows in found.items():
+            for row in rows if isinstance(rows, list) else [rows]:
+                print(
+                    name,
+                    part,
+                    {key: value for key, value in row.items() if key != "kernels"}
+                    if isinstance(row, dict)
+                    else row,
+                    flush=True,
+                )
+        gc.collect()
+        if not options.dry_run:
+            torch.cuda.empty_cache()
+        if output:  # after every model, so that a run cut off keeps what it has
+            measure.save(output, results)
+    if output:
+        draw(results, Path(output))
+
+
+def tiny(config: ModelConfig) -> ModelConfig:
+    """The same kind of model, for a CPU."""
+    kv_heads = max(1, 4 * config.kv_heads // config.q_heads)
+    rope = config.ropes[0] and replace(config.ropes[0], dim=config.ropes[0].dim * 32 // config.head_dim)
+    return replace(
+        config,
+        hidden=128,
+        embed_dim=128,
+        layers=2,
+        q_heads=4,
+        kv_heads=kv_heads,
+        head_dim=32,
+        ffn=256,
+        vocab=1024,
+        context=512,
+        ropes=(rope,) * 2,
+        windows=(-1,) * 2,
+    )
+
+
+if __name__ == "__main__":
+    main()
