@@ -31,13 +31,15 @@ hip: $(VENV)/.packages
 	  -DFLASHDECPP_HIP=ON -DFLASHDECPP_HIP_TOOLCHAIN=$(CURDIR)/build/hip-toolchain $(HIP_OPTIONS)
 	$(BIN)/cmake --build build/hip --target flashdecpp_hip
 
+CXX_FILES = $$(git ls-files csrc "tests/*.h" "tests/*.cpp" | grep -v -E "\.(py|sh)$$")
+
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc "tests/*.h" "tests/*.cpp")
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.lint-tools
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files csrc "tests/*.h" "tests/*.cpp")
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 $(VENV)/.packages: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "flashdecpp: $(PYTHON) was not found; install Python 3.10 or newer"; exit 1; }

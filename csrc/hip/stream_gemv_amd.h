@@ -166,6 +166,7 @@ __device__ __forceinline__ void multiply_step(const QuantizedLinearParams& p, St
   for (int i = 0; i < G::kTiles; ++i) step[i].prepare();
 #pragma unroll
   for (int j = 0; j < G::kProducts; ++j) {
+    steps_part();
     const int place = StreamStep<G>::place(j);
     const TileB<T> b = load_x<T, whole>(x + at + place, left - place);
     if (G::kBits < 16 && p.offsets) mma(x_sums, ones, b);
