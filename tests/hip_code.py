@@ -92,7 +92,7 @@ def dynamic_shared(name: str) -> int:
         dims, waves, stages, merge_rows = map(int, match.groups()[1:])
         ring = stages * 2 * 16 * (dims + 16 // element) * element
         return waves * (ring + 16 * (dims + 8) * 2 + merge_rows * (dims + 8) * 4)
-    if match := re.search(r"flat_gemm_kernel<\w+, (\d)>", name):
+    if match := re.search(r"flat_gemm_kernel<\w+, (\d), \w+>", name):
         text = (ROOT / "csrc/heuristics.h").read_text()
         table = re.search(r"kFlatTiles\[\] = \{(.*?)\n\};", text, re.DOTALL)[1]
         tile = re.findall(r"\{([^}]*)\}", table)[int(match[1])].split(",")
@@ -137,7 +137,9 @@ def short(names: list[str]) -> list[str]:
     ).stdout.splitlines()
     short_names = []
     for line in text:
-        line = re.sub(r"flashdecpp::|arch::|^void ", "", line).replace("__half", "half")
+        line = re.sub(r"flashdecpp::|arch::|\(anonymous namespace\)::|^void ", "", line).replace(
+            "__half", "half"
+        )
         line = line.replace("__hip_bfloat16", "bfloat16").replace("(DType)", "")
         line = re.sub(r", \w+Ring<.*>>$", ">", re.sub(r"\([^()]*\)$", "", line))  # it repeats the tile
         short_names.append(line)

@@ -1,24 +1,14 @@
 // From an AttentionLaunch to the one kernel that serves it.
 #pragma once
 
-#include <chrono>
-
 #include "decode_attention.h"
 #include "decode_attention_kernel.cuh"
+#include "nonce.h"
 
 namespace flashdecpp {
 
 constexpr int64_t kWorkspaceBytes = 16 << 20;  // an explicit number of splits may exceed it
 constexpr int64_t kBytesUnderWay = 6 << 20;    // that keep the memory of any machine busy
-
-// A number that no launch had before it: flags that another launch left behind are not this one's.
-inline uint64_t new_nonce(const void* workspace) {
-  uint64_t x = static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count()) ^
-               reinterpret_cast<uint64_t>(workspace) << 20;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;  // splitmix64's finaliser
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return (x ^ (x >> 31)) | 1;  // not zero, which a flag is reset to
-}
 
 // The ring and the block that go with a way of copying. Here those of staged copies, which must do with the 99 KiB of a
 // block on the smallest NVIDIA machine from Ampere on; decode_attention_tensor.cuh and csrc/hip/decode_attention_amd.h

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(G::kThreads, 2) stream_gemv_kernel(QuantizedLi
       }
     }
   }
-  write_wave_sums<T, G>(p, sums, first_n);
+  write_wave_sums<T, G, false>(p, sums, first_n);
 }
 
 }  // namespace flashdecpp
