@@ -35,9 +35,10 @@
 //   store_wide(p, v)                       16 bytes in one access, also where the compiler would take them apart
 //   load_2_or_4_bytes(p, wide)             the 2 bytes at p, or the 4 where they are wide: for all of the wave or none
 //   exchange_xor(v, mask)                  the value of lane ^ mask; v is float, uint32_t or uint64_t
-//   from_lane(v, lane)                     the value of that lane; v is a pointer, an int or, on NVIDIA machines, a
-//   float first_lane(b)                          the first lane for which b is true wave_any(b) whether b is true for
-//   some lane wave_sync()                            the wave's lanes meet; what they wrote to memory, all of them see
+//   from_lane(v, lane)                     the value of that lane; v is a pointer, an int, and on NVIDIA a float
+//   first_lane(b)                          the first lane for which b is true
+//   wave_any(b)                            whether b is true for some lane
+//   wave_sync()                            the wave's lanes meet; what they wrote to memory, all of them see
 //   load_fresh(p)                          an int32 from L2: what another kernel wrote since this one started, too
 //   publish(flag, value), await(flag, value)   what was written before publish, and before a barrier before it, is
 //                                          seen by whoever awaited the value, in any block
