@@ -6,7 +6,9 @@
 
 #include "arch.h"
 
-#if !defined(FLASHDECPP_SIMULATED)
+#if defined(FLASHDECPP_SIMULATED)
+#include "linear_arch_simulated.h"
+#else
 
 namespace flashdecpp::arch {
 

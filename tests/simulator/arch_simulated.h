@@ -93,6 +93,7 @@ T* from_lane(T* value, int source) {
   return take_from(value, source, "from_lane");
 }
 inline int from_lane(int value, int source) { return take_from(value, source, "from_lane"); }
+inline float from_lane(float value, int source) { return take_from(value, source, "from_lane"); }
 inline int first_lane(bool value) {
   const auto* lanes = simulated::machine().exchange(value, "first_lane");
   for (int i = 0; i < kWaveSize; ++i) {

@@ -1,25 +1,12 @@
 // What the GEMV and the quantised one take from linear_arch_sm90.cuh, on the simulated GPU.
 #pragma once
 
-#include <algorithm>
+#include <cmath>
 
 #include "arch.h"
 
-inline flashdecpp::arch::half __ushort_as_half(unsigned short bits) {
-  flashdecpp::arch::half x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
-  const uint64_t bytes = uint64_t{b} << 32 | a;
-  uint32_t chosen = 0;
-  for (int i = 0; i < 4; ++i) chosen |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
-  return chosen;
-}
-
 namespace flashdecpp::arch {
 
-inline float from_lane(float value, int source) { return take_from(value, source, "from_lane"); }
 inline uint4 load_weight(const void* p) { return load_stream(p); }
 
 template <class T>

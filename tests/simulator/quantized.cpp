@@ -39,7 +39,8 @@ void launch(const QuantizedLinearParams& p) {
   const QuantizedLaunch launch{p.group == p.k ? 31 : std::countr_zero(static_cast<uint64_t>(p.group)), blocks_a_group};
   const auto run = [&](auto* shape) {
     using G = std::remove_pointer_t<decltype(shape)>;
-    simulated::machine().launch({blocks}, G::kThreads, 0, [&] { quantized_gemv_kernel<T, G>(p, launch); });
+    simulated::machine().launch({blocks}, G::kThreads, G::kSharedBytes,
+                                [&] { quantized_gemv_kernel<T, G, false>(p, launch); });
   };
   const auto rows = [&]<bool exchange>() {
     if (p.m <= 8) return run(static_cast<QuantizedGemv<bits, 1, tiles, exchange>*>(nullptr));
