@@ -37,7 +37,7 @@ def flashdecpp_contestant(llm: LLM) -> Contestant:
 
 
 def transformers_contestant(llm: LLM, dtype: torch.dtype) -> Contestant:
-    model = transformers_twin(llm, dtype)
+    model = transformers_twin(llm.decoder, dtype)
 
     @torch.inference_mode()
     def run(prompt: list[int], steps: int) -> tuple[float, float]:

@@ -465,36 +465,12 @@ def transformers_ms(subject: Subject, rows: int, context: int) -> dict[str, floa
 
     The host waits for every token; eagerly, launches alone take longer than that.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+    from transformers import StaticCache
 
-    config, weights, device = subject.decoder.config, subject.decoder.weights, subject.decoder.device
-    with torch.device("meta"):
-        theirs = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=config.vocab,
-                hidden_size=config.hidden,
-                intermediate_size=config.ffn,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.q_heads,
-                num_key_value_heads=config.kv_heads,
-                max_position_embeddings=config.context,
-            )
-        )
-    state = {"model.embed_tokens.weight": weights.embed, "lm_head.weight": weights.lm_head}
-    state["model.norm.weight"] = weights.norm
-    for index, layer in enumerate(weights.layers):
-        parts = zip("qkv", layer.qkv.split(config.qkv_rows), strict=True)
-        tensors = {f"self_attn.{name}_proj": part for name, part in parts}
-        gate, up = layer.gate_up.chunk(2)
-        tensors |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": layer.down}
-        tensors |= {"self_attn.o_proj": layer.o, "input_layernorm": layer.attn_norm}
-        tensors["post_attention_layernorm"] = layer.ffn_norm
-        state |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in tensors.items()}
-    state = {name: tensor.to(weights.dtype) for name, tensor in state.items()}
-    theirs.load_state_dict(state, assign=True)
-    # The frequencies of the rope are no weights: made again, off the meta device.
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(device)
-    theirs.eval()
+    from flashdecpp.runner.hf_twin import transformers_twin
+
+    config, device = subject.decoder.config, subject.decoder.device
+    theirs = transformers_twin(subject.decoder, subject.decoder.dtype)
 
     steps = WARM_UP + ROUNDS * STEPS
     cache = StaticCache(config=theirs.config, max_cache_len=context + steps + 1)

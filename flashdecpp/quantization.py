@@ -43,29 +43,6 @@ class QuantizedWeight:
         """x @ w^T + bias."""
         return ops.quantized_linear(x, self.weight, self.scales, self.offsets, bias)
 
-    def linear_fused(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        *,
-        norm_weight: Tensor | None = None,
-        norm_eps: float = 1e-6,
-        activation: str | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor | None:
-        """What stands around x @ w^T + bias with it: `ops.quantized_linear_fused`."""
-        return ops.quantized_linear_fused(
-            x,
-            self.weight,
-            self.scales,
-            self.offsets,
-            bias,
-            norm_weight=norm_weight,
-            norm_eps=norm_eps,
-            activation=activation,
-            residual=residual,
-        )
-
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows `index` of w, [len(index), K]: what an embedding looks up."""
         offsets = None if self.offsets is None else self.offsets[index]

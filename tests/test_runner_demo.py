@@ -36,7 +36,7 @@ def llm() -> LLM:
 @pytest.fixture(scope="module")
 def transformers_model(llm: LLM) -> LlamaForCausalLM:
     """transformers' Llama with the weights that the runner dequantised."""
-    return transformers_twin(llm, torch.float32)
+    return transformers_twin(llm.decoder, torch.float32)
 
 
 @demo
@@ -108,7 +108,7 @@ def test_bfloat16_agrees_within_its_error(llm, transformers_model):
     prompt, following = run["prompt_ids"], run["token_ids"][:24]
     exact = transformers_logits(transformers_model, prompt, following)
     ours = runner_logits(LLM("demo", device="cpu", dtype="bfloat16"), prompt, following)
-    half = transformers_twin(llm, torch.bfloat16)
+    half = transformers_twin(llm.decoder, torch.bfloat16)
     theirs = transformers_logits(half, prompt, following)
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
     assert (ours - exact).square().mean().sqrt() <= 1.5 * (theirs - exact).square().mean().sqrt()
@@ -124,7 +124,7 @@ def test_a_gpu_agrees_within_half_precision(llm, transformers_model, dtype, run)
     exact = transformers_logits(transformers_model, prompt, expected[:-1])
     gpu = LLM("demo", device="cuda", dtype=dtype)
     ours = runner_logits(gpu, prompt, expected[:-1])
-    theirs = transformers_logits(transformers_twin(gpu, dtype), prompt, expected[:-1])
+    theirs = transformers_logits(transformers_twin(gpu.decoder, dtype), prompt, expected[:-1])
     error = (ours - exact).abs().amax(-1)
     assert error.max() <= 2 * (theirs - exact).abs().max()
 

@@ -128,14 +128,14 @@ FAULTS = {
     "words of weights that go to the wrong lanes": (
         "quantized",
         "quantized_linear_kernel.cuh",
-        "swap(v.x, v.z, 2);",
-        "swap(v.x, v.z, 1);",
+        "exchange_words<1>(b)",
+        "exchange_words<2>(b)",
     ),
     "words of weights that go to the wrong lanes, AMD": (
         "quantized",
         "gfx942:stream_gemv_amd.h",
-        "swap(v.x, v.z, 32);",
-        "swap(v.x, v.z, 16);",
+        "exchange_words<16>(b)",
+        "exchange_words<8>(b)",
     ),
     "another group's scale": (
         "quantized",

@@ -323,7 +323,7 @@ def test_the_demo_model_gives_the_same_tokens():
     from flashdecpp.runner.hf_twin import transformers_twin
 
     llm = LLM("demo", device="cpu", dtype="float32")
-    model = transformers_twin(llm, torch.float32).eval()
+    model = transformers_twin(llm.decoder, torch.float32).eval()
     ids = [llm.tokenizer.encode(text) for text in ("The capital of France is", "def fibonacci(n):")]
     longest = max(map(len, ids))
     batch = {

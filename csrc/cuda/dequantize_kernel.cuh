@@ -16,6 +16,26 @@ __device__ __forceinline__ float parameter(uint32_t bits, DType dtype) {
   return __uint_as_float(dtype == DType::kBFloat16 ? bits << 16 : bits);
 }
 
+// i is a constant where this is inlined.
+__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// Of four lanes, `apart` from each other, the i-th has word i of what each of them loaded, lane j's as word j.
+template <int apart>
+__device__ __forceinline__ void exchange_words(uint4& v) {
+  const auto swap = [](uint32_t& low, uint32_t& high, int mask) {
+    const bool upper = arch::lane() & mask;
+    const uint32_t other = arch::exchange_xor(upper ? low : high, mask);
+    low = upper ? other : low;
+    high = upper ? high : other;
+  };
+  swap(v.x, v.y, apart);
+  swap(v.z, v.w, apart);
+  swap(v.x, v.z, 2 * apart);
+  swap(v.y, v.w, 2 * apart);
+}
+
 // out[n, k] of p.dtype: a weight for the BLAS. Grid: (K / 256, N).
 template <class T>
 __global__ void dequantize_kernel(QuantizedLinearParams p, T* out) {

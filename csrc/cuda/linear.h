@@ -33,12 +33,12 @@ inline void require_vector_rows(const char* op, contract::Linear& call) {
 }
 
 // Launches an implementation for as many rows of x at a time as it takes.
-template <class Kernels>
-void launch_parts(const Launcher& launcher, const LinearParams& p) {
+template <class Kernels, class Params>
+void launch_parts(const Launcher& launcher, const Params& p) {
   arch::with_half_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t first = 0; first < p.m; first += Kernels::kMaxRows) {
-      LinearParams part = p;
+      Params part = p;
       part.m = std::min<int64_t>(Kernels::kMaxRows, p.m - first);
       part.x = static_cast<const T*>(p.x) + first * p.x_stride;
       part.out = static_cast<T*>(p.out) + first * p.n;

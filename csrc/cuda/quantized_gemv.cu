@@ -35,23 +35,19 @@ void launch_rows(const Launcher& launcher, const QuantizedLinearParams& p) {
   p.m <= 8 ? launch_tiles<T, bits, 1>(launcher, p) : launch_tiles<T, bits, 2>(launcher, p);
 }
 
-template <class T>
-void launch_streamed(const Launcher& launcher, const QuantizedLinearParams& p) {
-  constexpr int64_t rows = 16;
-  for (int64_t first = 0; first < p.m; first += rows) {
-    QuantizedLinearParams part = p;
-    part.m = std::min(rows, p.m - first);
-    part.x = static_cast<const T*>(p.x) + first * p.x_stride;
-    part.out = static_cast<T*>(p.out) + first * p.n;
-    p.bits == 4 ? launch_rows<T, 4>(launcher, part) : launch_rows<T, 8>(launcher, part);
+struct QuantizedGemvs {
+  static constexpr int kMaxRows = 16;
+
+  template <class T>
+  static void launch(const Launcher& launcher, const QuantizedLinearParams& p) {
+    p.bits == 4 ? launch_rows<T, 4>(launcher, p) : launch_rows<T, 8>(launcher, p);
   }
-}
+};
 
 }  // namespace
 
 bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
-  arch::with_half_type(p.dtype,
-                       [&](auto* type) { launch_streamed<std::remove_pointer_t<decltype(type)>>(launcher, p); });
+  launch_parts<QuantizedGemvs>(launcher, p);
   return true;
 }
 

@@ -27,15 +27,15 @@ Tensor dequantize(const Launcher& launcher, const QuantizedLinearParams& p, Devi
   return weight;
 }
 
-// Whether the call could be streamed, into its out.
+// Whether a call that can be streamed was, into its out.
 bool run_streamed(const Launcher& launcher, contract::QuantizedLinear& call) {
-  const QuantizedLinearParams& p = call.params;
-  if (!can_stream(p)) return false;
   align_rows(call);
+  const QuantizedLinearParams& p = call.params;
   return p.m == 0 || p.n == 0 || launch_quantized_gemv(launcher, p);
 }
 
 OptionalTensor streamed(const Launcher& launcher, contract::QuantizedLinear& call) {
+  if (!can_stream(call.params)) return std::nullopt;
   Tensor out = allocate(call);
   return run_streamed(launcher, call) ? OptionalTensor(out) : std::nullopt;
 }
@@ -72,7 +72,8 @@ void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, Opt
   contract::fuse_residual(kFused, call, x, residual);
   const Launcher launcher(kFused, call.x_view.device);
   normalise(call, norm_weight, norm_eps);
-  if (!run_streamed(launcher, call)) add_rows(launcher, call.params, run_blas(launcher, call, bias));
+  if (!can_stream(call.params) || !run_streamed(launcher, call))
+    add_rows(launcher, call.params, run_blas(launcher, call, bias));
 }
 
 }  // namespace

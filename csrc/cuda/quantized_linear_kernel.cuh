@@ -78,25 +78,6 @@ struct Integers<arch::bfloat16, 8> : Integers<arch::bfloat16, 4> {
   static __device__ __forceinline__ uint32_t from_0(uint32_t word) { return word ^ 0x80808080; }
 };
 
-// i is a constant where this is inlined.
-__device__ __forceinline__ uint32_t component(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
-// Lane t of four neighbours has word t of what each of them loaded, lane i's as word i.
-__device__ __forceinline__ void exchange_words(uint4& v) {
-  const auto swap = [](uint32_t& low, uint32_t& high, int mask) {
-    const bool upper = arch::lane() & mask;
-    const uint32_t other = arch::exchange_xor(upper ? low : high, mask);
-    low = upper ? other : low;
-    high = upper ? high : other;
-  };
-  swap(v.x, v.y, 1);
-  swap(v.z, v.w, 1);
-  swap(v.x, v.z, 2);
-  swap(v.y, v.w, 2);
-}
-
 // What a lane has in flight of one row for one step: its part of 128 weights, and the scale and the offset of one
 // group.
 template <class G>
@@ -122,13 +103,13 @@ struct QuantizedStep {
   __device__ __forceinline__ void prepare() {
     if constexpr (G::kExchange) {
 #pragma unroll
-      for (uint4& b : bits) exchange_words(b);
+      for (uint4& b : bits) exchange_words<1>(b);
     }
   }
 
   // One word of 4 bit has weights of both halves of a block, one of 8 bit those of one half.
   __device__ __forceinline__ uint32_t word(int block, int half) const {
-    return G::kBits == 4 ? component(bits[0], block) : component(bits[block / 2], block % 2 * 2 + half);
+    return G::kBits == 4 ? word_of(bits[0], block) : word_of(bits[block / 2], block % 2 * 2 + half);
   }
 
   // Where in a step the four neighbours along K are that a lane has of each half of a block.

@@ -7,7 +7,7 @@ namespace flashdecpp {
 namespace {
 
 template <class T, int bits, int tiles, bool fine>
-void launch(const Launcher& launcher, const QuantizedLinearParams& p) {
+void launch_tile(const Launcher& launcher, const QuantizedLinearParams& p) {
   using G = StreamGemv<bits, tiles, fine>;
   const auto blocks = static_cast<unsigned>((p.n + G::kBlockN - 1) / G::kBlockN);
   launcher(stream_gemv_kernel<T, G>, blocks, G::kWaves * launcher.wave_size(), 0, p);
@@ -15,42 +15,31 @@ void launch(const Launcher& launcher, const QuantizedLinearParams& p) {
 
 template <class T, int bits, bool fine>
 void launch_tiles(const Launcher& launcher, const QuantizedLinearParams& p) {
-  choose_quantized_tiles(launcher.properties(), p.n) == 1 ? launch<T, bits, 1, fine>(launcher, p)
-                                                          : launch<T, bits, 2, fine>(launcher, p);
+  choose_quantized_tiles(launcher.properties(), p.n) == 1 ? launch_tile<T, bits, 1, fine>(launcher, p)
+                                                          : launch_tile<T, bits, 2, fine>(launcher, p);
 }
 
-template <class T>
-void launch_bits(const Launcher& launcher, const QuantizedLinearParams& p) {
-  const bool fine = p.group < 128 && p.group < p.k;
-  if (p.bits == 16) {
-    launch<T, 16, 1, false>(launcher, p);
-  } else if (p.bits == 8) {
-    fine ? launch_tiles<T, 8, true>(launcher, p) : launch_tiles<T, 8, false>(launcher, p);
-  } else {
-    fine ? launch_tiles<T, 4, true>(launcher, p) : launch_tiles<T, 4, false>(launcher, p);
-  }
-}
+struct StreamGemvs {
+  static constexpr int kMaxRows = 16;
 
-// Up to 16 rows of x at a time.
-void launch_rows(const Launcher& launcher, const QuantizedLinearParams& p) {
-  constexpr int64_t rows = 16;
-  arch::with_half_type(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t first = 0; first < p.m; first += rows) {
-      QuantizedLinearParams part = p;
-      part.m = std::min(rows, p.m - first);
-      part.x = static_cast<const T*>(p.x) + first * p.x_stride;
-      part.out = static_cast<T*>(p.out) + first * p.n;
-      launch_bits<T>(launcher, part);
+  template <class T>
+  static void launch(const Launcher& launcher, const QuantizedLinearParams& p) {
+    const bool fine = p.group < 128 && p.group < p.k;
+    if (p.bits == 16) {
+      launch_tile<T, 16, 1, false>(launcher, p);
+    } else if (p.bits == 8) {
+      fine ? launch_tiles<T, 8, true>(launcher, p) : launch_tiles<T, 8, false>(launcher, p);
+    } else {
+      fine ? launch_tiles<T, 4, true>(launcher, p) : launch_tiles<T, 4, false>(launcher, p);
     }
-  });
-}
+  }
+};
 
 }  // namespace
 
 bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
   if (p.fusion.any()) return false;
-  launch_rows(launcher, p);
+  launch_parts<StreamGemvs>(launcher, p);
   return true;
 }
 
@@ -60,7 +49,7 @@ bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
   QuantizedLinearParams plain{p};
   plain.bits = 16;
   plain.group = p.k;
-  launch_rows(launcher, plain);
+  launch_parts<StreamGemvs>(launcher, plain);
   return true;
 }
 

@@ -31,25 +31,6 @@ struct StreamGemv {
   static constexpr int kScales = bits == 16 ? 0 : fine ? kStepK / 32 : 1;
 };
 
-// i is a constant where this is inlined.
-__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
-// Of the four lanes of a row, 16 apart, the i-th has word i of what each of them loaded, lane j's as word j.
-__device__ __forceinline__ void exchange_row(uint4& v) {
-  const auto swap = [](uint32_t& low, uint32_t& high, int mask) {
-    const bool upper = arch::lane() & mask;
-    const uint32_t other = arch::exchange_xor(upper ? low : high, mask);
-    low = upper ? other : low;
-    high = upper ? high : other;
-  };
-  swap(v.x, v.y, 16);
-  swap(v.z, v.w, 16);
-  swap(v.x, v.z, 32);
-  swap(v.y, v.w, 32);
-}
-
 // Four bytes, less `middle`, as numbers.
 template <class T>
 __device__ __forceinline__ uint2 numbers(uint32_t bytes, int middle) {
@@ -102,7 +83,7 @@ struct StreamStep {
   __device__ __forceinline__ void prepare() {
     if constexpr (G::kBits < 16 && G::kRowLanes > 1) {
 #pragma unroll
-      for (uint4& b : bits) exchange_row(b);
+      for (uint4& b : bits) exchange_words<16>(b);
     }
   }
 

@@ -6,16 +6,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .errors import ModelError
-from .llm import LLM
+from .model import Decoder
 from .weights import Matrix
 
 
-def transformers_twin(llm: LLM, dtype: torch.dtype) -> LlamaForCausalLM:
-    """transformers' Llama with the weights of `llm` in `dtype`. Weights of that dtype are shared."""
-    config, weights = llm.config, llm.decoder.weights
+def transformers_twin(decoder: Decoder, dtype: torch.dtype) -> LlamaForCausalLM:
+    """transformers' Llama with the weights of `decoder` in `dtype`. Weights of that dtype are shared."""
+    config, weights = decoder.config, decoder.weights
     rope = config.ropes[0]
     if config.architecture.name != "LlamaForCausalLM" or rope.kind != "default" or config.qkv_bias:
-        raise ModelError(f"a twin is made of plain Llama models, not of {llm.name}")
+        raise ModelError(
+            f"a twin is made of plain Llama models, not of {config.architecture.name} with these settings"
+        )
     with torch.device("meta"):  # no memory for weights that are about to be replaced
         model = LlamaForCausalLM(
             LlamaConfig(
@@ -58,5 +60,5 @@ def transformers_twin(llm: LLM, dtype: torch.dtype) -> LlamaForCausalLM:
     if config.tied_embeddings:
         model.tie_weights()
     # The frequencies of the rope are no weights: made again, off the meta device, in float32.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(llm.device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(decoder.device)
     return model.eval()

@@ -324,10 +324,7 @@ def _linear(
     Each is a launch of its own: in a decode step on an H100 faster than the first ops.linear_fused, and its
     next version has not been timed (bench/NOTES.md).
     """
-    if isinstance(weight, torch.Tensor):
-        y = ops.linear(x, weight, bias)
-    else:
-        y = ops.quantized_linear(x, weight.weight, weight.scales, weight.offsets, bias)
+    y = ops.linear(x, weight, bias) if isinstance(weight, torch.Tensor) else weight.linear(x, bias)
     if activation is not None:
         y = ops.gated_activation(y, activation=activation)
     return y if residual is None else residual.add_(y)
