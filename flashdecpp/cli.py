@@ -47,6 +47,13 @@ Quantize = Annotated[
         "int8 or int4 (float weights rounded to the nearest)."
     ),
 ]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        help="Replay decode steps on a GPU as CUDA graphs; without, their kernels are launched one by one, "
+        "to debug or profile."
+    ),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens of an answer.", min=1)]
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="0 takes the most likely token.", min=0)
@@ -91,6 +98,15 @@ def generate(
     ignore_eos: IgnoreEos = False,
     phi: Phi = "auto",
     quantize: Quantize = "auto",
+    cuda_graphs: CudaGraphs = True,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant",
+            help="An answer doesn't depend on what it is batched with: every step computes a full batch, "
+            "and every prompt is computed anew.",
+        ),
+    ] = False,
 ) -> None:
     """Continue a prompt (or answer it, with --chat); the text streams to standard output."""
     from flashdecpp.runner import SamplingParams
@@ -108,7 +124,16 @@ def generate(
         ignore_eos=ignore_eos,
         n=samples,
     )
-    llm = _load(model, device, dtype, phi, quantize)
+    llm = _load(
+        model,
+        device,
+        dtype,
+        phi,
+        quantize=quantize,
+        cuda_graphs=cuda_graphs,
+        batch_invariant=batch_invariant,
+        prefix_cache=not batch_invariant,
+    )
     inputs = [_templated(llm, text) for text in prompts] if chat else prompts
     answers = len(inputs) * samples
     if answers == 1 and not as_json:
@@ -136,6 +161,7 @@ def chat(
     seed: Seed = None,
     phi: Phi = "auto",
     quantize: Quantize = "auto",
+    cuda_graphs: CudaGraphs = True,
 ) -> None:
     """Talk with a model. Ctrl-C ends an answer, Ctrl-D the conversation, /new forgets it."""
     from flashdecpp.runner import SamplingParams
@@ -149,7 +175,8 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    _converse(_load(model, device, dtype, phi, quantize), system, params)
+    llm = _load(model, device, dtype, phi, quantize=quantize, cuda_graphs=cuda_graphs)
+    _converse(llm, system, params)
 
 
 @app.command()
@@ -302,10 +329,10 @@ def _need_writable(*paths: Path | None) -> None:
             raise ValueError(f"{path} can't be written: {path.parent} is no folder that may be written to")
 
 
-def _load(model: str, device: str | None, dtype: str | None, phi: str, quantize: str = "auto") -> LLM:
+def _load(model: str, device: str | None, dtype: str | None, phi: str, **settings: str | bool) -> LLM:
     from flashdecpp.runner import LLM
 
-    return LLM(model, device=device, dtype=dtype, phi=phi, quantize=quantize)
+    return LLM(model, device=device, dtype=dtype, phi=phi, **settings)
 
 
 def _templated(llm: LLM, text: str) -> list[int]:
@@ -379,10 +406,12 @@ def _print_stats(llm: LLM) -> None:
         softmax += f": {stats.softmax_fallbacks} softmax fallbacks in {stats.softmax_rows} rows"
     found = f"{stats.found_tokens} tokens found in the cache, " if stats.found_tokens else ""
     preempted = f"{stats.preemptions} preemptions, " if stats.preemptions else ""
+    slower = "" if stats.cuda_graphs else "no CUDA graphs, "
+    slower += "batch-invariant, " if stats.batch_invariant else ""
     print(
         f"[{llm.name}, {dtype} on {llm.device}: {stats.prompt_tokens} + {stats.generated_tokens} tokens, "
         f"first after {stats.time_to_first_token:.2f} s, then {stats.tokens_per_second:.1f} tokens/s, "
         f"{stats.weights} weights {stats.weight_bytes / 2**20:.0f} MiB, "
-        f"peak memory {stats.peak_memory / 2**20:.0f} MiB, {found}{preempted}{softmax}]",
+        f"peak memory {stats.peak_memory / 2**20:.0f} MiB, {found}{preempted}{slower}{softmax}]",
         file=sys.stderr,
     )

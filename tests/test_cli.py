@@ -34,6 +34,17 @@ def test_help_explains_itself() -> None:
         assert command in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [("generate", ["--no-cuda-graphs", "--batch-invariant"]), ("chat", ["--no-cuda-graphs"])],
+)
+def test_help_of_a_command_has_the_settings_of_its_steps(command, settings) -> None:
+    result = flashdecpp(command, "--help", COLUMNS="200")
+    assert result.returncode == 0
+    for setting in settings:
+        assert setting in result.stdout
+
+
 def test_info_names_builds_devices_and_kernels() -> None:
     result = flashdecpp("info")
     assert result.returncode == 0, result.stderr
@@ -84,6 +95,27 @@ def test_generate_streams_the_answer_and_reports_on_stderr() -> None:
     report = result.stderr.strip().splitlines()[-1]
     for part in ("first after", "tokens/s", "int4 + int8 weights", "peak memory", "online softmax"):
         assert part in report
+    assert "CUDA graphs" not in report and "batch-invariant" not in report
+
+
+@pytest.mark.demo
+def test_steps_that_are_slower_by_choice_are_reported() -> None:
+    settings = ["--no-cuda-graphs", "--batch-invariant", "--device", "cpu"]
+    result = flashdecpp("generate", "The capital of France is", "-n", "3", *settings)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(" Paris.")
+    assert "no CUDA graphs, batch-invariant, " in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.demo
+def test_a_batch_invariant_answer_is_the_same_alone_and_beside_others() -> None:
+    """Others that begin like it included: their beginning isn't taken from the cache."""
+    prompt = "The capital of France is a city that lies on the river Seine, and the people who live there"
+    settings = ["--batch-invariant", "--lines", "--json", "-n", "8", "--device", "cpu"]
+    results = [flashdecpp("generate", *settings, stdin=f"{prompt}\n" * count) for count in (1, 3)]
+    alone, *beside = (json.loads(line)["token_ids"] for r in results for line in r.stdout.splitlines())
+    assert len(beside) == 3 and all(ids == alone for ids in beside)
+    assert not any("found in the cache" in result.stderr for result in results)
 
 
 @pytest.mark.demo

@@ -72,6 +72,8 @@ class Stats:
     preemptions: int  # how often a sequence gave its blocks of the cache to older ones, to go on later
     peak_blocks: int  # blocks of the cache in use at once, at most
     cache_blocks: int  # all there are, of 16 tokens each
+    cuda_graphs: bool  # the setting: False launched the kernels one by one, as the CPU does anyway
+    batch_invariant: bool  # the setting: True computed max_batch rows in every step
 
 
 class LLM:
@@ -288,6 +290,8 @@ class LLM:
             preemptions=counts.preemptions - before.preemptions,
             peak_blocks=0 if cache is None else cache.pool.peak_blocks,
             cache_blocks=0 if cache is None else cache.num_blocks,
+            cuda_graphs=self._engine.cuda_graphs,
+            batch_invariant=self._engine.batch_invariant,
         )
 
 
