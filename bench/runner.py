@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import measure
 import torch
@@ -39,7 +40,11 @@ from flashdecpp.runner.rope import Rope
 from flashdecpp.runner.sampling import SamplingParams
 from flashdecpp.runner.weights import Layer, Matrix, Weights
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 STEPS, ROUNDS, WARM_UP = 16, 5, 4  # a time is the median of rounds of so many steps
+GENERATED = 64  # tokens of transformers' generate
 ENDLESS = SamplingParams(max_tokens=None)
 PARTS = ("decode", "prefill", "engine", "breakdown", "ablations", "quantized", "transformers")
 
@@ -460,41 +465,98 @@ def measure_model(
     return results
 
 
-def transformers_ms(subject: Subject, rows: int, context: int) -> dict[str, float]:
-    """A step of transformers' own Llama with the same weights: static cache, torch.compile with CUDA graphs.
+def transformers_ms(subject: Subject, rows: int, context: int) -> dict[str, object]:
+    """Decoding with transformers' own Llama of the same weights, and with what `accelerate` makes of it.
 
-    The host waits for every token; eagerly, launches alone take longer than that.
+    "eager" and "compiled" (torch.compile with CUDA graphs) are a step of one loop; "generate" is a token of
+    transformers' own loop, eager. A ratio is what the drop-in gains. What can't be compiled says why.
     """
-    from transformers import StaticCache
-
+    from flashdecpp.integrations.transformers import accelerate, attention_calls
     from flashdecpp.runner.hf_twin import transformers_twin
 
     config, device = subject.decoder.config, subject.decoder.device
-    theirs = transformers_twin(subject.decoder, subject.decoder.dtype)
-
-    steps = WARM_UP + ROUNDS * STEPS
-    cache = StaticCache(config=theirs.config, max_cache_len=context + steps + 1)
+    model = transformers_twin(subject.decoder, subject.decoder.dtype)
+    model.set_attn_implementation("sdpa")
+    model.generation_config.eos_token_id = None  # which random logits might choose
     prompt = torch.randint(0, config.vocab, (rows, context), device=device)
-    place = torch.arange(context, device=device)
-    arguments = {"past_key_values": cache, "use_cache": True}
-    token = theirs(prompt, cache_position=place, logits_to_keep=1, **arguments).logits[:, -1:].argmax(-1)
+    ms: dict[str, float] = {}
+    errors: dict[str, str] = {}
+    compile_s: dict[str, float] = {}
 
-    def step(token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        places = place[None].expand(rows, 1)
-        return theirs(token, cache_position=place, position_ids=places, **arguments).logits[:, -1:].argmax(-1)
+    def measure_all(kind: str) -> None:
+        ms[f"{kind}eager"], _ = greedy_step_ms(model, prompt)
+        ms[f"{kind}generate"] = generate_ms(model, prompt)
+        if not subject.on_gpu:
+            return
+        name = f"{kind}compiled"
+        try:
+            ms[name], compile_s[name] = greedy_step_ms(model, prompt, mode="reduce-overhead")
+        except Exception as error:  # of whichever compiler; the other figures stand
+            errors[name] = f"{type(error).__name__}: {error}"[:1000]
+        finally:
+            torch.compiler.reset()
 
-    if subject.on_gpu:
-        step = torch.compile(step, mode="reduce-overhead")
+    measure_all("")
+    accelerate(model)
+    measure_all("drop-in ")
+    pairs = [(name, f"drop-in {name}") for name in ("eager", "generate", "compiled")]
+    pairs.append(("eager", "drop-in compiled"))
+    return {
+        "batch": rows,
+        "context": context,
+        "ms": {name: round(value, 3) for name, value in ms.items()},
+        "ratios": {
+            f"{stock} / {ours}": round(ms[stock] / ms[ours], 2)
+            for stock, ours in pairs
+            if stock in ms and ours in ms
+        },
+        "drop_in_attention_calls": dict(attention_calls(model)),
+        "compile_s": {name: round(value, 1) for name, value in compile_s.items()},
+        "errors": errors,
+    }
+
+
+def greedy_step_ms(
+    model: PreTrainedModel, prompt: torch.Tensor, mode: str | None = None
+) -> tuple[float, float]:
+    """Median ms of a greedy step on a static cache, and the seconds of the first, in which it is compiled.
+
+    The host waits for every token. mode: of torch.compile; None is eager.
+    """
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=prompt.size(1) + WARM_UP + STEPS)
+
+    def next_tokens(tokens: torch.Tensor) -> torch.Tensor:
+        logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1:].argmax(-1)
+
+    tokens = next_tokens(prompt)
+    step = next_tokens if mode is None else torch.compile(next_tokens, mode=mode)
     times = []
-    for index in range(steps):
-        place = torch.tensor([context + index], device=device)
+    for _ in range(WARM_UP + STEPS):
         begin = time.perf_counter()
-        token = step(token.clone(), place)
-        if subject.on_gpu:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) * 1e3)
-    compiled = statistics.median(times[len(times) // 2 :])
-    return {"batch": rows, "context": context, "compiled_ms": round(compiled, 3)}
+        tokens = step(tokens).clone()  # a graph's next replay overwrites what it gave
+        tokens.tolist()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[WARM_UP:]) * 1e3, times[0]
+
+
+def generate_ms(model: PreTrainedModel, prompt: torch.Tensor) -> float:
+    """A token of `generate`, as (time of many tokens - time of one) / steps."""
+
+    def run(count: int) -> float:
+        begin = time.perf_counter()
+        mask = torch.ones_like(prompt)
+        answer = model.generate(prompt, attention_mask=mask, max_new_tokens=count, do_sample=False).tolist()
+        elapsed = time.perf_counter() - begin
+        if len(answer[0]) != prompt.size(1) + count:
+            raise RuntimeError(f"{count} tokens were wanted, got {len(answer[0]) - prompt.size(1)}")
+        return elapsed * 1e3
+
+    run(WARM_UP)
+    one, many = run(1), run(GENERATED + 1)
+    return (many - one) / GENERATED
 
 
 def draw(results: dict, source: Path) -> None:

@@ -16,4 +16,7 @@ def test_runner_dry_run():
     assert done.returncode == 0, done.stderr
     for part in ("decode", "prefill", "engine", "ablations", "quantized", "transformers"):
         assert f"llama-2-7b {part} " in done.stdout
+    ratios = ("eager / drop-in eager", "generate / drop-in generate")
+    assert all(f"'{ratio}': " in done.stdout for ratio in ratios)
+    assert "'drop_in_attention_calls': {'prefill': " in done.stdout and "'errors': {}" in done.stdout
     assert "opt-6.7b decode " in done.stdout and "chatglm2-6b prefill " in done.stdout
