@@ -135,9 +135,9 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> Weig
         return torch.empty(shape, dtype=dtype, device=device).normal_(std=std)
 
     def norm(field: str) -> dict[str, torch.Tensor]:
-        found = {field: torch.ones(config.hidden, device=device)}
+        found = {field: torch.ones(config.hidden, dtype=dtype, device=device)}
         if config.architecture.norm == "layer":
-            found[field + "_bias"] = torch.zeros(config.hidden, device=device)
+            found[field + "_bias"] = torch.zeros(config.hidden, dtype=dtype, device=device)
         return found
 
     def linear(field: str, rows: int, columns: int, bias: bool) -> dict[str, torch.Tensor]:
@@ -400,12 +400,12 @@ def kind_of(kernel: str) -> str:
 @contextlib.contextmanager
 def linear_by(impl: str) -> Iterator[None]:
     """Every linear layer through one implementation."""
-    usual = ops.linear
-    ops.linear = partial(usual, impl=impl)
+    usual = ops.linear_fused
+    ops.linear_fused = partial(usual, impl=impl)
     try:
         yield
     finally:
-        ops.linear = usual
+        ops.linear_fused = usual
 
 
 def ablations(subject: Subject, cases: list[tuple[int, int]]) -> list[dict]:

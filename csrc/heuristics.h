@@ -70,11 +70,9 @@ inline int32_t choose_gemv_waves(const DeviceProperties& device, int64_t m, int6
   return waves;
 }
 
-// Whether the GEMV on Hopper normalises x itself, which each of its blocks does again. Against a launch of rms_norm
-// this was faster for [1536, 576] and [3072, 576] with 1 to 8 rows on an H100 (3.0 against 3.7 us, 3.5 against 5.9),
-// and slower from [6144, 4096] on, by a first version that took five times the instructions. Between the two, and with
-// the present kernel, nothing is measured.
-inline bool gemv_takes_norm(int64_t n, int64_t k) { return n * k <= int64_t{1} << 22; }
+// Whether the GEMV on Hopper normalises x itself, which each of its blocks does again: it has the norm's weight in
+// shared memory, of which it may take what every launch may.
+inline bool gemv_takes_norm(int64_t m, int64_t k) { return m <= 8 && k <= 20480; }
 
 // ---- flat GEMM: which tile, and how often K is split ---------------------------------------------------------------
 // A block multiplies block_n rows of the weight by block_m rows of x, block_k at a time through `stages` buffers in

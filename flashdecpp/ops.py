@@ -295,10 +295,10 @@ def linear_fused(
     and 1 / rms multiplies the float32 sum: as many roundings, in another place.
 
     On a GPU the sum with the residual and the gate are part of `gemv` and `flat_gemm`, the norm is part of
-    `gemv`; on Hopper only for weights of up to 2^22 numbers, where a launch costs more than doing it in every
-    block, and for a norm_weight of x's dtype. Other norms, everything around `blas`, and whatever does not
-    start on a multiple of 16 bytes (norm_weight, a residual whose N is a multiple of 8) are launches of their
-    own. On the CPU norm and gate are passes of their own: they cost little there.
+    `gemv`; on Hopper only for up to 8 rows and 20480 columns, and for a norm_weight of x's dtype. Other
+    norms, everything around `blas`, and whatever does not start on a multiple of 16 bytes (norm_weight, a
+    residual whose N is a multiple of 8) are launches of their own. On the CPU norm and gate are passes of
+    their own: they cost little there.
 
     Args:
         x, bias, impl: as in `linear`.

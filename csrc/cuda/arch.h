@@ -39,6 +39,7 @@
 //   first_lane(b)                          the first lane for which b is true
 //   wave_any(b)                            whether b is true for some lane
 //   wave_sync()                            the wave's lanes meet; what they wrote to memory, all of them see
+//   prefetch(p)                            what lies around p comes into L2, where memory can be asked for that
 //   load_fresh(p)                          an int32 from L2: what another kernel wrote since this one started, too
 //   publish(flag, value), await(flag, value)   what was written before publish, and before a barrier before it, is
 //                                          seen by whoever awaited the value, in any block

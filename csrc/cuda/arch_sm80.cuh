@@ -114,6 +114,8 @@ __device__ __forceinline__ uint32_t load_2_or_4_bytes(const void* p, bool wide) 
   return bits;
 }
 
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 __device__ __forceinline__ int32_t load_fresh(const int32_t* p) {
   int32_t v;
   asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");

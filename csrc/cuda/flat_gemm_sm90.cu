@@ -6,11 +6,12 @@
 namespace flashdecpp {
 namespace {
 
-FlatLaunch flat_launch(const DeviceProperties& device, int64_t n, int64_t k) {
+// A norm comes behind a residual sum: a small kernel that should be there when its x is.
+FlatLaunch flat_launch(const DeviceProperties& device, int64_t n, int64_t k, bool add) {
   constexpr int late_stages = 2;
   const int32_t cluster = choose_flat_cluster(device, n, k);
   const bool fills = (n + 63) / 64 * cluster > device.multiprocessors;
-  return {cluster, fills ? INT32_MAX : late_stages};
+  return {cluster, fills || add ? INT32_MAX : late_stages};
 }
 
 template <class T, int m_rows>
@@ -21,7 +22,7 @@ void launch_ring(const Launcher& launcher, const LinearParams& p) {
                                             R::kBlockN / (p.fusion.gated ? 2 : 1), CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
   const CUtensorMap x_map =
       matrix_map("flat_gemm", p.x, p.m, p.k, p.x_stride, static_cast<int>(p.m), CU_TENSOR_MAP_L2_PROMOTION_NONE);
-  const FlatLaunch launch = flat_launch(launcher.properties(), rows, p.k);
+  const FlatLaunch launch = flat_launch(launcher.properties(), rows, p.k, p.fusion.add);
   const auto kernel = p.fusion.any() ? flat_ring_kernel<T, R, true> : flat_ring_kernel<T, R, false>;
   launcher.allow_shared_memory(kernel, R::kSharedBytes);
   const auto blocks = static_cast<unsigned>((rows + R::kBlockN - 1) / R::kBlockN * launch.cluster);

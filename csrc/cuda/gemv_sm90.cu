@@ -8,10 +8,14 @@ namespace {
 template <class T, class G>
 void launch_tensor(const Launcher& launcher, const LinearParams& p) {
   const auto blocks = static_cast<unsigned>((p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
-  const auto kernel = p.fusion.norm_weight ? tensor_gemv_kernel<T, G, true, true>
-                      : p.fusion.any()     ? tensor_gemv_kernel<T, G, true, false>
-                                           : tensor_gemv_kernel<T, G, false, false>;
-  launcher.overlapping(kernel, blocks, G::kThreads, 0, p);
+  const auto launch = [&](auto* kernel, int shared_bytes) {
+    launcher.keep_l1(kernel, 2 * (kWaveSumsBytes<G> + shared_bytes));
+    launcher.overlapping(kernel, blocks, G::kThreads, shared_bytes, p);
+  };
+  if constexpr (G::kRowTiles == 1) {
+    if (p.fusion.norm_weight) return launch(tensor_gemv_kernel<T, G, true, true>, norm_bytes<G>(p.k));
+  }
+  launch(p.fusion.any() ? tensor_gemv_kernel<T, G, true, false> : tensor_gemv_kernel<T, G, false, false>, 0);
 }
 
 // The matrix units, up to 16 rows of x. The loads that a block has in flight hold 1024 or 2048 columns of K: no more

@@ -27,105 +27,122 @@ struct TensorGemv {
 
 // x's columns of one wave on their way through an RMSNorm. A product with them is right but for a factor of its row,
 // which multiplies the sum in the end: 1 / rms, whose squares the matrix units add up as they go, the diagonal of x
-// times itself. Rounded is x * weight. A half could overflow there, or lose bits at the low end: a power of two, which
-// the wave finds before its first product, brings its largest below 2^15.
+// times itself. Rounded is x * weight. A half could overflow there, or lose bits at the low end: a power of two, of a
+// pass over kLoads steps and a row, brings the largest below 2^15.
+//
+// Everything is asked for once, the norm's weight before the wait, into shared memory, and no wave waits for another:
+// with the memory busy, a load takes as long as all that is under way.
 template <class T, class G>
 struct NormedColumns {
-  arch::TileC squares[G::kRowTiles];
-  float scale[G::kRowTiles];  // of row lane / 4 + 8 j
-
+  static_assert(G::kRowTiles == 1);
   static constexpr bool kScaled = std::is_same_v<T, arch::half>;
+  static constexpr int kPassK = G::kLoads * 32;
 
-  static __device__ __forceinline__ const uint4& weight(const LinearParams& p, int column) {
-    return *reinterpret_cast<const uint4*>(static_cast<const T*>(p.fusion.norm_weight) + column);
+  unsigned char* weights;  // in shared memory, where its column is
+  arch::TileC squares;
+  float scale = 1.f;    // of row lane / 4
+  int weight_exponent;  // of the largest among the wave's
+
+  // The columns that this wave multiplies.
+  __device__ __forceinline__ explicit NormedColumns(const LinearParams& p) : weights(arch::dynamic_shared()) {
+    const int k = static_cast<int>(p.k), chunk = arch::lane() * 8;
+    const T* const from = static_cast<const T*>(p.fusion.norm_weight);
+    for (int base = arch::wave() * kPassK; base < k; base += G::kWaves * kPassK) {
+      const int at = base + chunk;
+      if (chunk < kPassK) arch::copy_async(weights + at * 2, from + at, at < k, from);
+    }
+    arch::copy_commit();
   }
 
-  static __device__ __forceinline__ uint32_t pair_of(float v) {
-    const T element = arch::from_float<T>(v);
-    uint16_t bits;
-    memcpy(&bits, &element, sizeof(bits));
-    return bits * 0x10001u;
-  }
-  static __device__ __forceinline__ uint32_t larger(uint32_t largest, const uint4& v) {
+  static __device__ __forceinline__ uint32_t largest(uint32_t so_far, const uint4& v) {
     using arch::larger_halves;
-    return larger_halves(larger_halves(largest, larger_halves(v.x, v.y)), larger_halves(v.z, v.w));
+    return larger_halves(larger_halves(so_far, larger_halves(v.x, v.y)), larger_halves(v.z, v.w));
   }
-  static __device__ __forceinline__ float larger_of_pair(uint32_t pair) {
+
+  __device__ __forceinline__ const uint4& weight(int column) const {
+    return *reinterpret_cast<const uint4*>(weights + column * 2);
+  }
+
+  // Of the largest magnitude that `lanes` neighbours have in `pair`.
+  template <int lanes>
+  static __device__ __forceinline__ int exponent(uint32_t pair) {
+#pragma unroll
+    for (int mask = 1; mask < lanes; mask *= 2) pair = arch::larger_halves(pair, arch::exchange_xor(pair, mask));
     float v[2];
     arch::unpack<T>(v, pair);
-    return fmaxf(v[0], v[1]);
+    return static_cast<int>(__float_as_uint(fmaxf(v[0], v[1])) >> 23) - 127;
   }
 
-  // A row's columns are shared out among the lanes that p.m rows leave over.
-  __device__ __forceinline__ void find_scales(const LinearParams& p) {
-    using namespace arch;
+  // Waits for the norm's weight.
+  __device__ __forceinline__ void arrive(const LinearParams& p) {
+    arch::copy_wait<0>();
+    arch::wave_sync();
     if constexpr (kScaled) {
-      constexpr int loads = G::kLoads;
-      const int rows_shift = p.m <= 1 ? 0 : p.m <= 2 ? 1 : p.m <= 4 ? 2 : 3, parts = 8 >> rows_shift;
-      const int row = lane() / 4 & ((1 << rows_shift) - 1), part = lane() / 4 >> rows_shift;
-      const int k = static_cast<int>(p.k);
-#pragma unroll
-      for (int j = 0; j < G::kRowTiles; ++j) {
-        const T* const x = static_cast<const T*>(p.x) + min(int64_t{j * 8 + row}, p.m - 1) * p.x_stride;
-        uint32_t largest_x = 0, largest_weight = 0;
-        for (int base = wave() * loads * 32; base < k; base += G::kWaves * loads * 32) {
-#pragma unroll 2
-          for (int u = part; u < loads; u += parts) {
-            const int at = base + u * 32 + lane() % 4 * 8;
-            if (at >= k) break;
-            largest_x = larger(largest_x, *reinterpret_cast<const uint4*>(x + at));
-            largest_weight = larger(largest_weight, weight(p, at));
-          }
-        }
-        float of_x = larger_of_pair(largest_x), of_weight = larger_of_pair(largest_weight);
-#pragma unroll
-        for (int mask = 1; mask < kWaveSize; mask *= 2) {
-          const float other_x = exchange_xor(of_x, mask), other_weight = exchange_xor(of_weight, mask);
-          if (mask >= 4 && mask < 4 << rows_shift) continue;  // another row's
-          of_x = fmaxf(of_x, other_x);
-          of_weight = fmaxf(of_weight, other_weight);
-        }
-        const auto exponent = [](float v) { return static_cast<int>(__float_as_uint(v) >> 23) - 127; };
-        const int e = min(13 - exponent(of_x) - max(exponent(of_weight), -1), 15);
-        scale[j] = __uint_as_float(static_cast<uint32_t>(max(e, -24) + 127) << 23);
+      const int chunk = arch::lane() * 8;
+      uint32_t of_weight = 0;
+      for (int base = arch::wave() * kPassK; base < p.k; base += G::kWaves * kPassK) {
+        if (chunk < kPassK) of_weight = largest(of_weight, weight(base + chunk));
       }
+      weight_exponent = max(exponent<arch::kWaveSize>(of_weight), -1);
     }
   }
 
-  // Eight columns of row lane / 4 + 8 j.
-  __device__ __forceinline__ void take(const LinearParams& p, int j, uint4& v, int column) {
-    arch::mma(squares[j], arch::TileA<T>{{v.x, 0, v.y, 0}}, arch::TileB<T>{{v.x, v.y}});
-    arch::mma(squares[j], arch::TileA<T>{{v.z, 0, v.w, 0}}, arch::TileB<T>{{v.z, v.w}});
-    if (column >= p.k) return;
-    const uint4 w = weight(p, column);
-    const uint32_t pair = pair_of(scale[j]);
-    const auto times = [&](uint32_t x, uint32_t weight) {
-      if constexpr (kScaled) x = arch::multiply_pairs<T>(x, pair);
-      return arch::multiply_pairs<T>(x, weight);
-    };
-    v = {times(v.x, w.x), times(v.y, w.y), times(v.z, w.z), times(v.w, w.w)};
+  __device__ __forceinline__ void begin_pass(const uint4 (&columns)[G::kLoads]) {
+    if constexpr (kScaled) {
+      uint32_t of_x = 0;
+#pragma unroll
+      for (int u = 0; u < G::kLoads; ++u) of_x = largest(of_x, columns[u]);
+      const int e = min(13 - exponent<4>(of_x) - weight_exponent, 15);
+      scale = __uint_as_float(static_cast<uint32_t>(max(e, -24) + 127) << 23);
+    }
   }
 
-  // The scale off a wave's sums, and its squares to where the block adds them.
-  __device__ __forceinline__ void finish(arch::TileC (&sums)[G::kTiles][G::kRowTiles],
-                                         float (&all_squares)[G::kWaves][G::kMaxRows]) {
+  // Eight columns of row lane / 4, those from `column` on.
+  __device__ __forceinline__ uint4 take(const uint4& v, int column) {
+    arch::mma(squares, arch::TileA<T>{{v.x, 0, v.y, 0}}, arch::TileB<T>{{v.x, v.y}});
+    arch::mma(squares, arch::TileA<T>{{v.z, 0, v.w, 0}}, arch::TileB<T>{{v.z, v.w}});
+    const uint4& w = weight(column);
+    const auto times = [&](uint32_t x, uint32_t weight) {
+      if constexpr (kScaled) x = arch::multiply_pairs<T>(x, arch::pair_of<T>(scale));
+      return arch::multiply_pairs<T>(x, weight);
+    };
+    return {times(v.x, w.x), times(v.y, w.y), times(v.z, w.z), times(v.w, w.w)};
+  }
+
+  // A pass's products to the sums, its scale taken off.
+  __device__ __forceinline__ void end_pass(arch::TileC (&sums)[G::kTiles][1],
+                                           const arch::TileC (&products)[G::kTiles][1]) const {
     using namespace arch;
 #pragma unroll
-    for (int j = 0; j < G::kRowTiles; ++j) {
+    for (int e = 0; e < TileC::kValues; ++e) {
+      const float of_column = kScaled ? from_lane(1.f / scale, TileC::col(e) * 4) : 1.f;
 #pragma unroll
-      for (int e = 0; e < TileC::kValues; ++e) {
-        if constexpr (kScaled) {
-          const float of_column = from_lane(scale[j], TileC::col(e) * 4);
+      for (int i = 0; i < G::kTiles; ++i) sums[i][0].v[e] += products[i][0].v[e] * of_column;
+    }
+  }
+
+  // This wave's squares to where the block adds them.
+  __device__ __forceinline__ void finish(float (&all_squares)[G::kWaves][G::kMaxRows]) const {
+    using namespace arch;
 #pragma unroll
-          for (int i = 0; i < G::kTiles; ++i) sums[i][j].v[e] /= of_column;
-        }
-        if (TileC::row(e) == TileC::col(e)) all_squares[wave()][j * 8 + TileC::col(e)] = squares[j].v[e];
-      }
+    for (int e = 0; e < TileC::kValues; ++e) {
+      if (TileC::row(e) == TileC::col(e)) all_squares[wave()][TileC::col(e)] = squares.v[e];
     }
   }
 };
 
-// fused: p.fusion is looked at; norm: there is one, whose weight is of T.
+// Shared memory of a launch with a norm.
+template <class G>
+int norm_bytes(int64_t k) {
+  constexpr int pass = G::kWaves * G::kLoads * 32;
+  return static_cast<int>((k + pass - 1) / pass * pass * 2);
+}
+
+struct NoNorm {
+  __device__ explicit NoNorm(const LinearParams&) {}
+};
+
+// fused: p.fusion is looked at; norm: there is one, whose weight is of T; for up to 8 rows of x.
 template <class T, class G, bool fused, bool norm>
 __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParams p) {
   using namespace arch;
@@ -146,12 +163,9 @@ __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParam
     }
   }
 
+  Addends<T, G, fused> addends(p, first_n);
   TileC sums[tiles][row_tiles];
-  NormedColumns<T, G> normed;
-  if constexpr (norm) {
-#pragma unroll
-    for (float& scale : normed.scale) scale = 1.f;
-  }
+  [[maybe_unused]] std::conditional_t<norm, NormedColumns<T, G>, NoNorm> normed(p);
   bool waited = false;
   for (int base = wave() * loads * 32; base < k; base += G::kWaves * loads * 32) {
     uint4 w[loads][tiles][2];
@@ -166,41 +180,59 @@ __global__ void __launch_bounds__(G::kThreads, 2) tensor_gemv_kernel(LinearParam
         }
       }
     }
-    if (!waited) {
+    const bool first_pass = !waited;
+    if (first_pass) {
       wait_for_previous_kernel();
-      if constexpr (norm) normed.find_scales(p);
+      addends.load_before(p, first_n);
     }
     waited = true;
-#pragma unroll
-    for (int u = 0; u < loads; ++u) {
+    const auto load_x = [&](int u, int j) {
       const int at = base + u * 32 + column;
+      return j * 8 + row < p.m && at < k ? *reinterpret_cast<const uint4*>(x + j * 8 * p.x_stride + at)
+                                         : make_uint4(0, 0, 0, 0);
+    };
+    const auto multiply = [&](TileC(&into)[tiles][row_tiles], int u, int j, const uint4& v) {
 #pragma unroll
-      for (int j = 0; j < row_tiles; ++j) {
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (j * 8 + row < p.m && at < k) v = *reinterpret_cast<const uint4*>(x + j * 8 * p.x_stride + at);
-        if constexpr (norm) normed.take(p, j, v, at);
+      for (int i = 0; i < tiles; ++i) {
+        const uint4 &low = w[u][i][0], &high = w[u][i][1];
+        mma(into[i][j], TileA<T>{{low.x, high.x, low.y, high.y}}, TileB<T>{{v.x, v.y}});
+        mma(into[i][j], TileA<T>{{low.z, high.z, low.w, high.w}}, TileB<T>{{v.z, v.w}});
+      }
+    };
+    if constexpr (norm) {
+      uint4 columns[loads];
 #pragma unroll
-        for (int i = 0; i < tiles; ++i) {
-          const uint4 &low = w[u][i][0], &high = w[u][i][1];
-          mma(sums[i][j], TileA<T>{{low.x, high.x, low.y, high.y}}, TileB<T>{{v.x, v.y}});
-          mma(sums[i][j], TileA<T>{{low.z, high.z, low.w, high.w}}, TileB<T>{{v.z, v.w}});
-        }
+      for (int u = 0; u < loads; ++u) columns[u] = load_x(u, 0);
+      if (first_pass) normed.arrive(p);  // x is under way by then
+      normed.begin_pass(columns);
+      TileC products[tiles][1];
+#pragma unroll
+      for (int u = 0; u < loads; ++u) multiply(products, u, 0, normed.take(columns[u], base + u * 32 + column));
+      normed.end_pass(sums, products);
+    } else {
+#pragma unroll
+      for (int u = 0; u < loads; ++u) {
+#pragma unroll
+        for (int j = 0; j < row_tiles; ++j) multiply(sums, u, j, load_x(u, j));
       }
     }
   }
-  if (!waited) wait_for_previous_kernel();
+  if (!waited) {
+    wait_for_previous_kernel();
+    addends.load_before(p, first_n);
+  }
 
   if constexpr (norm) {
     __shared__ float squares[G::kWaves][G::kMaxRows];
-    normed.finish(sums, squares);
-    write_wave_sums<T, G, fused>(p, sums, first_n, [&](int m) {
+    normed.finish(squares);
+    write_wave_sums<T, G, fused>(p, sums, first_n, addends, [&](int m) {
       float sum = 0.f;
 #pragma unroll
       for (int w = 0; w < G::kWaves; ++w) sum += squares[w][m];
       return norm_factor(p, sum);
     });
   } else {
-    write_wave_sums<T, G, fused>(p, sums, first_n);
+    write_wave_sums<T, G, fused>(p, sums, first_n, addends);
   }
 }
 

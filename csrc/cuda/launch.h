@@ -43,6 +43,14 @@ class Launcher {
                "asking for shared memory");
   }
 
+  // For kernels that load straight into registers: of what a multiprocessor shares out among shared memory and L1, its
+  // blocks need `shared_bytes` in all, and the rest is to be L1, for a load under way takes a line of that. Unasked, a
+  // multiprocessor stays with the split of the kernel ahead where the two overlap and it allows for both.
+  template <class Kernel>
+  void keep_l1(Kernel* kernel, size_t shared_bytes) const {
+    check_cuda(op_, arch::prefer_l1(reinterpret_cast<const void*>(kernel), shared_bytes, device_), "asking for L1");
+  }
+
   template <class... Params, class... Args>
   void operator()(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args&&... args) const {
     kernel<<<grid, block, shared_bytes, stream_>>>(std::forward<Args>(args)...);

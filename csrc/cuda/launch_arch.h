@@ -4,6 +4,7 @@
 //   arch::kCopiesGoThroughRegisters to shared memory: there is no copy that goes on by itself
 //   arch::number(device)            what DeviceProperties::arch says of a device
 //   arch::name_in_tables(device)    the name that tables of inflection points know a device by
+//   arch::prefer_l1(kernel, shared_bytes, device)   of the memory that L1 and shared memory have in common
 //   arch::launch_overlapping(kernel, cluster, grid, block, shared_bytes, stream, device, args...)
 //                                   a launch that may begin before what the stream runs ahead of it has ended, where
 //                                   there is such a thing, in clusters of so many blocks

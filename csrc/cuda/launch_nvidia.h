@@ -1,6 +1,7 @@
 // The names of launch_arch.h for NVIDIA machines.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,6 +26,12 @@ inline int32_t number(int32_t device) {
 inline const std::string& name_in_tables(int32_t device) {
   static const auto names = of_every_device([](const cudaDeviceProp& p) { return std::string(p.name); });
   return names.at(device);
+}
+
+inline cudaError_t prefer_l1(const void* kernel, size_t shared_bytes, int32_t device) {
+  const auto all = static_cast<size_t>(attribute(device, cudaDevAttrMaxSharedMemoryPerMultiprocessor));
+  const auto percent = static_cast<int>((100 * shared_bytes + all - 1) / all);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, std::min(percent, 100));
 }
 
 // Programmatic dependent launch: the kernel may start before what the stream runs ahead of it has ended, and must call

@@ -69,7 +69,7 @@ Tensor allocate(contract::LinearCall<Params>& call) {
 inline bool norm_fits(const Launcher& launcher, const LinearParams& p) {
   const bool aligned = reinterpret_cast<uintptr_t>(p.fusion.norm_weight) % 16 == 0;
   if (!launcher.hopper_kernels()) return aligned;
-  return aligned && p.fusion.norm_dtype == p.dtype && gemv_takes_norm(p.weight_rows(), p.k);
+  return aligned && p.fusion.norm_dtype == p.dtype && gemv_takes_norm(p.m, p.k);
 }
 inline bool residual_fits(const LinearParams& p) {
   return p.n % 8 != 0 || reinterpret_cast<uintptr_t>(p.out) % 16 == 0;

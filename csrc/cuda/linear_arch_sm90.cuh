@@ -21,12 +21,15 @@ inline constexpr bool kHasWaveGroups = false;
 
 inline constexpr int kWaveGroup = 4 * kWaveSize;  // threads that issue one matrix product together
 
-// A load of weights: past L1, and L2 asks memory for 256 bytes at a time.
+// How long L2 should keep what an access brings: the policies that createpolicy gives for all of it.
+enum class Keep : uint64_t { kBriefly = 0x12f0000000000000, kLong = 0x14f0000000000000 };
+
+// A load of weights: past L1, L2 asks memory for 256 bytes at a time, and lets go of them before all else.
 __device__ __forceinline__ uint4 load_weight(const void* p) {
   uint4 v;
-  asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
+               : "l"(p), "l"(static_cast<uint64_t>(Keep::kBriefly)));
   return v;
 }
 
@@ -38,6 +41,18 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   using Pair = std::conditional_t<std::is_same_v<T, half>, __half2, __nv_bfloat162>;
   const Pair product = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
   return reinterpret_cast<const uint32_t&>(product);
+}
+
+// v, rounded, twice.
+template <class T>
+__device__ __forceinline__ uint32_t pair_of(float v) {
+  if constexpr (std::is_same_v<T, half>) {
+    const __half2 pair = __float2half2_rn(v);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __nv_bfloat162 pair = __float2bfloat162_rn(v);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
 }
 
 // The larger magnitudes of halves; of a NaN and a number the number.
@@ -53,9 +68,6 @@ struct ReleaseBarrier : CopyBarrier {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
 };
-
-// How long L2 should keep what a copy brings: the policies that createpolicy gives for a whole access.
-enum class Keep : uint64_t { kBriefly = 0x12f0000000000000, kLong = 0x14f0000000000000 };
 
 // A box of a matrix, whose first element is [row, column].
 __device__ __forceinline__ void copy_tensor(void* shared, const CUtensorMap& map, int column, int row,

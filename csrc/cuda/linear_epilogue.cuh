@@ -62,6 +62,54 @@ __device__ __forceinline__ void write_outputs(const LinearParams& p, int64_t m, 
   }
 }
 
+// The outputs that a thread of a block writes in the end, where there is no gate, and what is added to them. That is
+// asked for early: in the end, while memory is busy with the weights of other blocks, it would be waited for.
+template <class T, class G, bool fused>
+struct Addends {
+  static constexpr int kCount = (G::kMaxRows * G::kBlockN + G::kThreads - 1) / G::kThreads;
+  T bias[kCount], before[kCount];
+
+  static __device__ __forceinline__ int row(int i) { return (threadIdx.x + i * G::kThreads) / G::kBlockN; }
+  static __device__ __forceinline__ int column(int i) { return (threadIdx.x + i * G::kThreads) % G::kBlockN; }
+  static __device__ __forceinline__ bool exists(const LinearParams& p, int64_t first, int i) {
+    return row(i) < p.m && first + column(i) < p.n && !is_gated<fused>(p);
+  }
+
+  // `first` is the block's first row, as for weight_row. Bias depends on no kernel.
+  __device__ __forceinline__ Addends(const LinearParams& p, int64_t first) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      bias[i] = before[i] = arch::from_float<T>(0.f);
+      if (p.bias && exists(p, first, i)) bias[i] = static_cast<const T*>(p.bias)[first + column(i)];
+    }
+  }
+
+  __device__ __forceinline__ void load_before(const LinearParams& p, int64_t first) {
+    if constexpr (fused) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (!p.fusion.add || !exists(p, first, i)) continue;
+        before[i] = static_cast<const T*>(p.out)[row(i) * p.n + first + column(i)];
+      }
+    }
+  }
+
+  // total(m, column) of the block.
+  template <class Total>
+  __device__ __forceinline__ void write(const LinearParams& p, int64_t first, Total total) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!exists(p, first, i)) continue;
+      const float value = total(row(i), column(i)) + arch::to_float(bias[i]) + arch::to_float(before[i]);
+      static_cast<T*>(p.out)[row(i) * p.n + first + column(i)] = arch::from_float<T>(value);
+    }
+  }
+};
+
+// Shared memory of a block whose waves add their sums, beside what its launch names, and what the system takes.
+template <class G>
+inline constexpr int kWaveSumsBytes = G::kWaves * G::kMaxRows * (G::kBlockN + 1) * 4 + 1024;
+
 struct NoFactor {
   __device__ __forceinline__ float operator()(int) const { return 1.f; }
 };
@@ -71,7 +119,7 @@ struct NoFactor {
 template <class T, class G, bool fused, class Factor = NoFactor>
 __device__ __forceinline__ void write_wave_sums(const LinearParams& p,
                                                 const arch::TileC (&sums)[G::kTiles][G::kRowTiles], int64_t first,
-                                                Factor factor = {}) {
+                                                const Addends<T, G, fused>& addends, Factor factor = {}) {
   __shared__ float parts[G::kWaves][G::kMaxRows][G::kBlockN];
 #pragma unroll
   for (int i = 0; i < G::kTiles; ++i) {
@@ -100,10 +148,7 @@ __device__ __forceinline__ void write_wave_sums(const LinearParams& p,
     }
     return;
   }
-  for (int i = threadIdx.x; i < p.m * G::kBlockN; i += G::kThreads) {
-    const int m = i / G::kBlockN, column = i % G::kBlockN;
-    if (first + column < p.n) write_output<T, fused>(p, m, first + column, total(m, column));
-  }
+  addends.write(p, first, total);
 }
 
 }  // namespace flashdecpp

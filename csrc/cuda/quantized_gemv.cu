@@ -18,6 +18,7 @@ void launch_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
     using G = std::remove_pointer_t<decltype(shape)>;
     const auto kernel = p.fusion.any() ? quantized_gemv_kernel<T, G, true> : quantized_gemv_kernel<T, G, false>;
     launcher.allow_shared_memory(kernel, G::kSharedBytes);
+    launcher.keep_l1(kernel, 2 * (kWaveSumsBytes<G> + G::kSharedBytes));
     launcher.overlapping(kernel, blocks, G::kThreads, G::kSharedBytes, p, launch);
   };
   blocks_a_group < 4 ? run(static_cast<QuantizedGemv<bits, row_tiles, tiles, true>*>(nullptr))

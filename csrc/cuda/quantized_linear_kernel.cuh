@@ -14,6 +14,7 @@
 #pragma once
 
 #include "dequantize_kernel.cuh"
+#include "linear_arch_sm90.cuh"
 #include "linear_epilogue.cuh"
 
 namespace flashdecpp {
@@ -92,7 +93,7 @@ struct QuantizedStep {
 #pragma unroll
     for (int i = 0; i < G::kStepLoads; ++i) {
       const int at = ((step * G::kStepLoads + i) * 4 + part) * 16;
-      bits[i] = at * (8 / G::kBits) < k ? arch::load_stream(row + at) : make_uint4(0, 0, 0, 0);
+      bits[i] = at * (8 / G::kBits) < k ? arch::load_weight(row + at) : make_uint4(0, 0, 0, 0);
     }
     // Without an exchange the whole step is one group's; with one, this lane's is that of block `part`.
     const int group = min(step * G::kStepK + (G::kExchange ? part * 32 : 0), k - 1) >> launch.group_shift;
@@ -228,30 +229,29 @@ __global__ void __launch_bounds__(G::kThreads, 2)
     x[j] = static_cast<const T*>(p.x) + min(int64_t{j * 8 + row}, p.m - 1) * p.x_stride;
   }
 
+  Addends<T, G, fused> addends(p, first_n);
   TileC sums[tiles][row_tiles];
   StagedColumns<T, G> staged(p, dynamic_shared());
-  int turn = 0;
-  bool waited = false;
-  for (int base = wave() * G::kSteps; base < steps; base += G::kWaves * G::kSteps) {
-    QuantizedStep<G> loaded[G::kSteps][tiles][2];
+  int turn = 0, base = wave() * G::kSteps;
+  QuantizedStep<G> loaded[G::kSteps][tiles][2];
+  const auto load = [&](int u, int step) {
 #pragma unroll
-    for (int u = 0; u < G::kSteps; ++u) {
+    for (int i = 0; i < tiles; ++i) {
 #pragma unroll
-      for (int i = 0; i < tiles; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          loaded[u][i][half].load(p, launch, weight_row<fused>(p, first_n, i, half, row), base + u);
-        }
+      for (int half = 0; half < 2; ++half) {
+        loaded[u][i][half].load(p, launch, weight_row<fused>(p, first_n, i, half, row), step);
       }
     }
-    if (!waited) {
-      wait_for_previous_kernel();
-      if constexpr (G::kStaged) {
-        staged.load(0, base);
-        copy_commit();
-      }
-    }
-    waited = true;
+  };
+#pragma unroll
+  for (int u = 0; u < G::kSteps; ++u) load(u, base + u);
+  wait_for_previous_kernel();
+  addends.load_before(p, first_n);
+  if constexpr (G::kStaged) {
+    staged.load(0, base);
+    copy_commit();
+  }
+  for (; base < steps; base += G::kWaves * G::kSteps) {
 #pragma unroll
     for (int u = 0; u < G::kSteps; ++u) {
       if (base + u >= steps) break;
@@ -333,12 +333,12 @@ __global__ void __launch_bounds__(G::kThreads, 2)
         for (int j = 0; j < row_tiles; ++j) x_sums[j] = TileC();
       }
       ++turn;
+      load(u, base + u + G::kWaves * G::kSteps);  // nothing, behind the last
     }
   }
 
-  if (!waited) wait_for_previous_kernel();
   if constexpr (G::kStaged) copy_wait<0>();
-  write_wave_sums<T, G, fused>(p, sums, first_n);
+  write_wave_sums<T, G, fused>(p, sums, first_n, addends);
 }
 
 }  // namespace flashdecpp

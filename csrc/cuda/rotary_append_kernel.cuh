@@ -97,11 +97,18 @@ __host__ __device__ __forceinline__ int64_t rotary_items(const RotaryParams& p) 
 template <class T, int vector>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_append_kernel(RotaryParams p) {
   arch::allow_next_kernel();
-  arch::wait_for_previous_kernel();
+  // No kernel that lets this one overlap with it writes lengths or tables.
   const int64_t sequence = blockIdx.x / p.q_len, token = blockIdx.x % p.q_len;
   const int64_t position = int64_t{p.seq_lens[sequence]} - p.q_len + token;
-  if (position < 0) return;  // left padding
   const CacheSlot at = find_slot(p, sequence, position);
+  // Attention is next and needs all of this sequence's table; weights that passed may have driven it out of L2.
+  constexpr int line = 32;
+  const int64_t entry = threadIdx.x * int64_t{line};
+  if (p.block_table && blockIdx.y == 0 && token == 0 && entry < p.max_blocks && entry <= position / p.block_size) {
+    arch::prefetch(p.block_table + sequence * p.table_stride + entry);
+  }
+  arch::wait_for_previous_kernel();
+  if (position < 0) return;  // left padding
   const bool turns = position < p.max_positions;
 
   const int rotations = p.rotary_dim / 2 / vector, rest = (p.head_dim - p.rotary_dim) / vector;

@@ -132,6 +132,7 @@ __device__ __forceinline__ uint32_t load_2_or_4_bytes(const void* p, bool wide) 
   return wide ? *static_cast<const uint32_t*>(p) : *static_cast<const uint16_t*>(p);
 }
 __device__ __forceinline__ void store_wide(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
+__device__ __forceinline__ void prefetch(const void* /*p*/) {}
 __device__ __forceinline__ int32_t load_fresh(const int32_t* p) {
   return __hip_atomic_load(p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }

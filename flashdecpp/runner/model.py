@@ -17,6 +17,9 @@ from .weights import Layer, Matrix, Weights
 # Tokens of a prompt that go through the layers at once: bounds the memory of their activations.
 PREFILL_CHUNK = 1024
 
+# From more rows than these on, every linear layer goes to the BLAS.
+BLAS_ROWS = 128
+
 # Tokens of a sequence that the decode op takes at once
 MAX_Q_LEN = 16
 
@@ -205,9 +208,12 @@ class Decoder:
         activation: str | None = None,
     ) -> torch.Tensor:
         """A linear layer of x or of its norm, and a gated activation of that."""
-        if norm is not None:
-            x = self._norm(x, norm)
-        return _linear(x, weight, bias, activation=activation)
+        if norm is None:
+            return _linear(x, weight, bias, activation=activation)
+        if self.config.architecture.norm == "layer":
+            return _linear(self._norm(x, norm), weight, bias, activation=activation)
+        norm_eps = self.config.norm_eps
+        return _linear(x, weight, bias, norm_weight=norm[0], norm_eps=norm_eps, activation=activation)
 
     def _up(self, x: torch.Tensor, layer: Layer, norm: Norm | None) -> torch.Tensor:
         """What the feed-forward part multiplies with its down projection."""
@@ -225,10 +231,12 @@ class Decoder:
         out_norm: torch.Tensor | None,
     ) -> None:
         """Adds a sublayer's last projection to the residual stream."""
-        if out_norm is None:
-            _linear(x, weight, bias, residual=stream)
-        else:
+        if out_norm is not None:
             stream += ops.rms_norm(_linear(x, weight, bias), out_norm, eps=self.config.norm_eps)
+        elif stream.is_cuda and stream.size(0) > BLAS_ROWS and bias is None and isinstance(weight, torch.Tensor):
+            stream.addmm_(x, weight.t())  # in one pass, which linear_fused needs two for
+        else:
+            _linear(x, weight, bias, residual=stream)
 
     def _logits(self, stream: torch.Tensor) -> torch.Tensor:
         """[rows, vocab] of the residual stream [rows, hidden] after the last layer."""
@@ -315,19 +323,12 @@ def _linear(
     x: torch.Tensor,
     weight: Matrix,
     bias: torch.Tensor | None = None,
-    *,
-    activation: str | None = None,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """A linear layer, the gated activation of it, or its sum with `residual`, in place.
-
-    Each is a launch of its own: in a decode step on an H100 faster than the first ops.linear_fused, and its
-    next version has not been timed (bench/NOTES.md).
-    """
-    y = ops.linear(x, weight, bias) if isinstance(weight, torch.Tensor) else weight.linear(x, bias)
-    if activation is not None:
-        y = ops.gated_activation(y, activation=activation)
-    return y if residual is None else residual.add_(y)
+    **around: torch.Tensor | float | str | None,
+) -> torch.Tensor | None:
+    """A linear layer and what is around it: `norm_weight` and more as in ops.linear_fused."""
+    if isinstance(weight, torch.Tensor):
+        return ops.linear_fused(x, weight, bias, **around)
+    return ops.quantized_linear_fused(x, weight.weight, weight.scales, weight.offsets, bias, **around)
 
 
 def _embedding(tokens: torch.Tensor, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:

@@ -55,10 +55,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Slot:
-    """One weight of the decoder: pieces stacked by rows. Norms stay float32: they are small."""
+    """One weight of the decoder: pieces stacked by rows."""
 
     pieces: tuple[Piece, ...]
-    float32: bool = False
+    float32: bool = False  # whatever the model's dtype
     offset: float = 0.0  # what is added to the stored values of a norm
     format: Format | None = None  # None: in the model's dtype
 
@@ -212,11 +212,11 @@ def plan_weights(
     root = next(known, names.roots[0])
 
     def norm(field: str, name: str, width: int) -> dict[str, Slot]:
-        slots = {
-            field: Slot((Piece(f"{name}.weight", (width,)),), float32=True, offset=architecture.norm_offset)
-        }
+        offset = architecture.norm_offset  # a sum, which the model's dtype might not hold
+        piece = Piece(f"{name}.weight", (width,))
+        slots = {field: Slot((piece,), float32=offset != 0, offset=offset)}
         if architecture.norm == "layer":
-            slots[field + "_bias"] = Slot((Piece(f"{name}.bias", (width,)),), float32=True)
+            slots[field + "_bias"] = Slot((Piece(f"{name}.bias", (width,)),))
         return slots
 
     def linear(

@@ -153,6 +153,7 @@ inline uint32_t load_2_or_4_bytes(const void* p, bool wide) {
   return wide ? *static_cast<const uint32_t*>(p) : *static_cast<const uint16_t*>(p);
 }
 inline void store_wide(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
+inline void prefetch(const void* /*p*/) {}
 inline int32_t load_fresh(const int32_t* p) { return *p; }
 inline void publish(uint64_t* flag, uint64_t value) { *flag = value; }
 inline void await(const uint64_t* flag, uint64_t value) {

@@ -14,10 +14,12 @@ void gemv(int m, int n, int k, Fusion fusion, float size = 1) {
   Call<T> call(m, n, k, fusion);
   for (int i = 0; i < m * k; ++i) call.x[i] = arch::from_float<T>(arch::to_float(call.x[i]) * size);
   const auto blocks = static_cast<unsigned>((call.p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
-  simulated::machine().launch({blocks}, G::kThreads, 0, [&] {
-    fusion.norm           ? tensor_gemv_kernel<T, G, true, true>(call.p)
-    : call.p.fusion.any() ? tensor_gemv_kernel<T, G, true, false>(call.p)
-                          : tensor_gemv_kernel<T, G, false, false>(call.p);
+  simulated::machine().launch({blocks}, G::kThreads, fusion.norm ? norm_bytes<G>(k) : 0, [&] {
+    if constexpr (G::kRowTiles == 1) {
+      if (fusion.norm) return tensor_gemv_kernel<T, G, true, true>(call.p);
+    }
+    call.p.fusion.any() ? tensor_gemv_kernel<T, G, true, false>(call.p)
+                        : tensor_gemv_kernel<T, G, false, false>(call.p);
   });
   call.compare("matrix units, loads of " + std::to_string(G::kLoads));
 }
@@ -76,8 +78,10 @@ void run() {
   gemv<T, TensorGemv<2, 1, 8>>(13, 24, 520, gated);
   for (const int m : {1, 2, 3, 4, 5, 8}) gemv<T, TensorGemv<1, 1, 8>>(m, 19, 2120, norm);
   gemv<T, TensorGemv<1, 2, 4>>(3, 40, 136, all);
-  gemv<T, TensorGemv<2, 2, 4>>(12, 21, 520, all);
-  gemv<T, TensorGemv<2, 1, 8>>(16, 21, 72, {.norm = true, .add = true});
+  gemv<T, TensorGemv<1, 2, 4>>(8, 21, 520, all);
+  gemv<T, TensorGemv<2, 2, 4>>(12, 21, 520, gated);
+  gemv<T, TensorGemv<2, 1, 8>>(16, 21, 72, {.bias = true, .add = true});
+  gemv<T, TensorGemv<1, 1, 8>>(8, 21, 72, {.norm = true, .add = true});
   for (const float size : {2e3f, 1e-3f}) gemv<T, TensorGemv<1, 1, 8>>(2, 19, 520, norm, size);
 
   quantized<T, QuantizedGemv<4, 1, 1, false>>(3, 21, 384, 128, {.bias = true}, false);
