@@ -231,10 +231,11 @@ class Decoder:
         out_norm: torch.Tensor | None,
     ) -> None:
         """Adds a sublayer's last projection to the residual stream."""
+        by_blas = stream.is_cuda and stream.size(0) > BLAS_ROWS
         if out_norm is not None:
             stream += ops.rms_norm(_linear(x, weight, bias), out_norm, eps=self.config.norm_eps)
-        elif stream.is_cuda and stream.size(0) > BLAS_ROWS and bias is None and isinstance(weight, torch.Tensor):
-            stream.addmm_(x, weight.t())  # in one pass, which linear_fused needs two for
+        elif by_blas and bias is None and isinstance(weight, torch.Tensor):
+            stream.addmm_(x, weight.t())  # one pass, where linear_fused takes two
         else:
             _linear(x, weight, bias, residual=stream)
 
