@@ -453,7 +453,7 @@ def measure_model(
     if main_model and "ablations" in parts:
         results["ablations"] = ablations(subject, cases(ABLATED))
     if main_model and "transformers" in parts:
-        results["transformers"] = [transformers_ms(subject, *case) for case in cases([(1, 1024), (8, 1024)])]
+        results["transformers"] = [transformers_ms(subject, *case) for case in cases([(1, 1024)])]
     if main_model and "quantized" in parts:
         results["quantized"] = {}
         for form, arguments in FORMATS.items():

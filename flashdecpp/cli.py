@@ -43,7 +43,7 @@ Phi = Annotated[
 Quantize = Annotated[
     str,
     typer.Option(
-        help="Weights: auto (on the CPU a GGUF's Q4_0, Q4_1 and Q8_0 as stored), none (all in --dtype), "
+        help="Weights: auto (a GGUF's Q4_0, Q4_1 and Q8_0 as stored), none (all in --dtype), "
         "int8 or int4 (float weights rounded to the nearest)."
     ),
 ]

@@ -98,7 +98,7 @@ class LLM:
         last step. "none" or None: online softmax. Else the path of such a file, or float32 [q_heads] for
         each layer. It changes the time, never the result.
     quantize: what the matrices are stored in. "auto": the Q4_0, Q4_1 and Q8_0 tensors of a GGUF file as they
-        are on the CPU, everything else in dtype. "none": everything in dtype. "int8" (a scale a row) and
+        are, everything else in dtype. "none": everything in dtype. "int8" (a scale a row) and
         "int4" (a scale for 32 weights): float weights are rounded to the nearest, but for the embedding, and
         so an lm_head that is tied to it; tensors that a GGUF file has quantised so stay as they are. Weights
         whose rows are not a multiple of 32 stay in dtype with "int4". On a GPU quantised weights are decoded
@@ -144,8 +144,6 @@ class LLM:
             raise ModelError(f"max_batch must be 1 or more, got {max_batch}")
         if prefill_chunk < 1:
             raise ModelError(f"prefill_chunk must be 1 or more, got {prefill_chunk}")
-        if quantize == "auto" and self.device.type != "cpu":
-            quantize = "none"
         plan = checkpoint.plan.quantized(quantize, checkpoint.source)
         if cache_tokens is not None:
             self._check_room(plan.nbytes(self.dtype), cache_tokens)

@@ -175,7 +175,7 @@ class Plan:
         return sum(slot.nbytes(dtype) for slot in self.slots)
 
     def quantized(self, quantize: str, source: WeightSource) -> "Plan":
-        """The plan with a format for every matrix that is quantised: `quantize` as in LLM, "auto" resolved.
+        """The plan with a format for every matrix that is quantised: `quantize` as in LLM.
 
         Where all pieces of a weight are stored in a format of the op, of the same bits, it stays what it is.
         Other weights are rounded where that is asked for and their columns fill whole groups, except for
