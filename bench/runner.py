@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import measure
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from flashdecpp import ops
@@ -34,7 +35,7 @@ from flashdecpp.runner.batch import Batch
 from flashdecpp.runner.cache import BLOCK_SIZE, KVCache, blocks_for
 from flashdecpp.runner.config import ModelConfig
 from flashdecpp.runner.engine import Engine
-from flashdecpp.runner.model import Decoder
+from flashdecpp.runner.model import MAX_Q_LEN, Decoder
 from flashdecpp.runner.request import Request
 from flashdecpp.runner.rope import Rope
 from flashdecpp.runner.sampling import SamplingParams
@@ -46,7 +47,16 @@ if TYPE_CHECKING:
 STEPS, ROUNDS, WARM_UP = 16, 5, 4  # a time is the median of rounds of so many steps
 GENERATED = 64  # tokens of transformers' generate
 ENDLESS = SamplingParams(max_tokens=None)
-PARTS = ("decode", "prefill", "engine", "breakdown", "ablations", "quantized", "transformers")
+PARTS = (
+    "decode",
+    "prefill",
+    "prefill attention",
+    "engine",
+    "breakdown",
+    "ablations",
+    "quantized",
+    "transformers",
+)
 
 
 def model(
@@ -103,6 +113,7 @@ MODELS = {
 # batch and context of decode steps; prompts and their length
 DECODE = {"llama-2-7b": [(1, 128), (1, 1024), (1, 8192), (8, 1024), (32, 1024)]}
 PREFILL = {"llama-2-7b": [(1, 128), (1, 1024), (1, 8192), (8, 1024)]}
+PREFILL_ATTENTION = [128, 512, 1024, 2048, 8192]
 OTHER_DECODE, OTHER_PREFILL = [(1, 1024), (8, 1024)], [(1, 1024)]
 BREAKDOWN = [(1, 1024), (8, 1024), (32, 1024)]
 ABLATED = [(1, 1024), (8, 1024), (1, 8192)]
@@ -284,6 +295,41 @@ class Subject:
             "tflops": round(flops / ms / 1e9),
         }
 
+    def prefill_attention_us(self, length: int) -> dict[str, object]:
+        """A layer's attention of a prompt: torch's SDPA, as the runner computes it, and the decode op.
+
+        The op takes pieces of MAX_Q_LEN tokens, with the unified maximum and without.
+        """
+        config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
+        cache = KVCache(config, blocks_for(length), device, dtype)
+        k_cache, v_cache = cache.layers[0]
+        q = torch.randn(length, config.q_heads, config.head_dim, dtype=dtype, device=device)
+        k, v = (part.normal_().flatten(0, 1)[None, :length].transpose(1, 2) for part in (k_cache, v_cache))
+        pieces = q.unflatten(0, (-1, MAX_Q_LEN))
+        ends = torch.arange(MAX_Q_LEN, length + 1, MAX_Q_LEN, dtype=torch.int32, device=device)
+        table = torch.arange(cache.num_blocks, dtype=torch.int32, device=device).repeat(len(pieces), 1)
+        gqa = config.q_heads != config.kv_heads
+
+        def sdpa() -> None:
+            F.scaled_dot_product_attention(q[None].transpose(1, 2), k, v, is_causal=True, enable_gqa=gqa)
+
+        def by_pieces(phi: torch.Tensor | None) -> None:
+            ops.decode_attention(pieces, k_cache, v_cache, ends, table, phi=phi)
+
+        phi = torch.full((config.q_heads,), 4.0, device=device)
+        ways = {"sdpa": sdpa, "pieces": partial(by_pieces, None), "pieces, unified": partial(by_pieces, phi)}
+        times = {}
+        for way, run in ways.items():
+            run()
+            times[way] = round(
+                1e3
+                * statistics.median(
+                    self.elapsed_ms(lambda run=run: [run() for _ in range(5)]) / 5 for _ in range(3)
+                ),
+                1,
+            )
+        return {"length": length, "us": times}
+
     def engine_ms(self, rows: int, context: int, tokens: int) -> dict[str, float]:
         """All of it: requests in, tokens out, as (time of many tokens - time of one) / steps."""
 
@@ -443,6 +489,9 @@ def measure_model(
         results["decode"] = [subject.step_ms(*case) for case in cases(DECODE.get(name, OTHER_DECODE))]
     if "prefill" in parts:
         results["prefill"] = [subject.prefill_ms(*case) for case in cases(PREFILL.get(name, OTHER_PREFILL))]
+    if main_model and "prefill attention" in parts:
+        lengths = PREFILL_ATTENTION if subject.on_gpu else PREFILL_ATTENTION[:1]
+        results["prefill attention"] = [subject.prefill_attention_us(length) for length in lengths]
     if main_model and "engine" in parts:
         results["engine"] = [
             subject.engine_ms(*case, tokens=64 if subject.on_gpu else 4)
