@@ -61,7 +61,7 @@ def gpu_library() -> Library:
 
 
 def cpu_instruction_set() -> str:
-    """The instruction set of the CPU kernels: "avx512_bf16", "avx512", "avx2", "neon" or "baseline"."""
+    """That of the CPU kernels: avx512_amx, avx512_bf16, avx512, avx2, neon or baseline."""
     function = ctypes.CDLL(str(LIBRARIES["cpu"].path)).flashdecpp_cpu_isa
     function.restype = ctypes.c_char_p
     return function().decode()

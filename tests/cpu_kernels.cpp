@@ -188,11 +188,15 @@ void attention_shapes(DType kv_dtype, DType q_dtype, float tolerance) {
 
 template <class T>
 void linear_shapes(DType dtype, float tolerance) {
-  for (int m : {1, 3, 20}) {
+  for (int m : {1, 3, 9, 20, 50}) {
     const int n = 37, k = 264;
+    const bool add = m == 20;
     const std::vector<T> x = normal<T>(static_cast<size_t>(m) * k), weight = normal<T>(static_cast<size_t>(n) * k);
-    std::vector<T> out(static_cast<size_t>(m) * n);
+    const std::vector<T> bias = normal<T>(n), before = normal<T>(static_cast<size_t>(m) * n);
+    std::vector<T> out = before;
     LinearParams p{};
+    p.bias = m == 9 ? bias.data() : nullptr;
+    p.fusion.add = add;
     p.x = x.data();
     p.weight = weight.data();
     p.out = out.data();
@@ -205,10 +209,12 @@ void linear_shapes(DType dtype, float tolerance) {
     const int64_t stride = (k + kPackAlign - 1) / kPackAlign * kPackAlign;
     std::vector<float> packed(static_cast<size_t>(m * stride));
     kernel.pack(p, packed.data(), stride, 0, m);
-    kernel.linear(p, packed.data(), stride, {0, m, 0, n});
+    for (const LinearPart& part : {LinearPart{0, m, 0, 16}, LinearPart{0, m, 16, n}}) {
+      kernel.linear(p, packed.data(), stride, part);
+    }
     for (int i = 0; i < m; ++i) {
       for (int j = 0; j < n; ++j) {
-        double expected = 0;
+        double expected = (p.bias ? to_float(bias[j]) : 0.f) + (add ? to_float(before[i * n + j]) : 0.f);
         for (int c = 0; c < k; ++c) expected += double{to_float(x[i * k + c])} * to_float(weight[j * k + c]);
         check(near(to_float(out[i * n + j]), expected, tolerance, 16 * tolerance), "linear", to_float(out[i * n + j]),
               expected);

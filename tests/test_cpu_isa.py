@@ -14,7 +14,7 @@ from flashdecpp._library import cpu_instruction_set
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "neon"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx", "neon"])
 def test_small_cases_of_every_op(isa: str) -> None:
     environment = {**os.environ, "FLASHDECPP_CPU_ISA": isa}
     ask = "from flashdecpp._library import cpu_instruction_set; print(cpu_instruction_set())"
@@ -31,10 +31,16 @@ def test_small_cases_of_every_op(isa: str) -> None:
     assert "all within tolerance" in result.stdout
 
 
-@pytest.mark.parametrize("define", [[], ["-DFLASHDECPP_PORTABLE"]], ids=["best", "portable"])
+DEFINITIONS = {"best": [], "portable": ["-DFLASHDECPP_PORTABLE"], "tiles": ["-DFLASHDECPP_SIMULATED_TILES"]}
+
+
+@pytest.mark.parametrize("define", DEFINITIONS.values(), ids=DEFINITIONS)
 @pytest.mark.parametrize("machine", sorted({platform.machine(), "aarch64"}))
 def test_kernels_without_torch(tmp_path: Path, machine: str, define: list[str]) -> None:
-    """Compiled for the machine, run there or emulated (Debian: g++-aarch64-linux-gnu, qemu-user)."""
+    """Compiled for the machine, run there or emulated (Debian: g++-aarch64-linux-gnu, qemu-user).
+
+    The tile registers are simulated: emulators have none.
+    """
     native = machine == platform.machine()
     compiler, emulator = ("c++", None) if native else (f"{machine}-linux-gnu-g++", f"qemu-{machine}")
     for program in filter(None, (compiler, emulator)):

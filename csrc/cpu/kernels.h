@@ -82,6 +82,9 @@ inline constexpr int64_t kSumBlock = 256, kMaxBlock = 64;
 extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+#if defined(FLASHDECPP_HAS_AMX)  // the compiler has it
+extern const Kernels kAvx512AmxKernels;
+#endif
 #elif defined(__aarch64__)
 extern const Kernels kNeonKernels;
 #endif

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "linear_tiles.h"
 #include "products.h"
 #include "simd.h"
 
@@ -205,6 +206,9 @@ void linear_typed(const LinearParams& p, const void* packed, int64_t packed_stri
 }
 
 static void linear(const LinearParams& p, const void* packed, int64_t packed_stride, const LinearPart& part) {
+#if defined(FLASHDECPP_TILES)
+  if (on_tiles(p)) return TiledLinear(p, packed, packed_stride).run(part);
+#endif
   switch (p.dtype) {
     case DType::kFloat32: return linear_typed<float>(p, packed, packed_stride, part);
     case DType::kFloat16: return linear_typed<fp16>(p, packed, packed_stride, part);
@@ -226,6 +230,9 @@ void pack_typed(const LinearParams& p, void* packed, int64_t packed_stride, int6
 }
 
 static void pack(const LinearParams& p, void* packed, int64_t packed_stride, int64_t begin, int64_t end) {
+#if defined(FLASHDECPP_TILES)
+  if (on_tiles(p)) return pack_tiles(p, packed, packed_stride, begin, end);
+#endif
   switch (p.dtype) {
     case DType::kFloat32: return pack_typed<float>(p, packed, packed_stride, begin, end);
     case DType::kFloat16: return pack_typed<fp16>(p, packed, packed_stride, begin, end);
