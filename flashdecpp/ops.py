@@ -221,7 +221,7 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             first rows are read while the kernel ahead in the stream still runs. That is safe after every
             kernel but one that lets its successor start (programmatic dependent launch) before it has
             written this weight.
-        bias: [N], x's dtype.
+        bias: [N], x's dtype; read as early.
 
     Returns:
         [..., N] of x's dtype, accumulated in float32.
@@ -304,7 +304,7 @@ def linear_fused(
         x, bias, impl: as in `linear`.
         weight: [N, K] as in `linear`; with an activation [2 * features, K], the rows of the gate, then those
             of the up projection, and bias in the same order.
-        norm_weight: [K], contiguous, x's dtype or float32. None: no norm.
+        norm_weight: [K], contiguous, x's dtype or float32; read as early as a weight (`gemv`). None: no norm.
         norm_eps: added to the mean of squares.
         activation: "silu", "gelu" (erf), "gelu_tanh" or "relu"; not with a residual.
         residual: [..., N] of x's dtype with x's rows, contiguous; shares no memory with x.
@@ -565,7 +565,8 @@ def rotary_append(
         k, v: [batch, q_len, kv_heads, head_dim], q's dtype. q, k and v may be views of one packed tensor.
         k_cache, v_cache, block_table, k_scale, v_scale: as in `decode_attention`. A float8_e4m3fn cache
             stores value / scale, saturated to +-448.
-        seq_lens: [batch] int32, the tokens of each sequence with the new ones counted.
+        seq_lens: [batch] int32, the tokens of each sequence with the new ones counted. These and the table
+            are read as early as a weight (`gemv`).
         cos_sin: [max_positions, rotary_dim] float32: the cosines of each position, then the sines. rotary_dim
             is even and at most head_dim; the rest of a head passes through. None: nothing is rotated.
         interleaved: the pairs are (2d, 2d + 1) as in GPT-J and GLM, not (d, d + rotary_dim / 2) as in NeoX
