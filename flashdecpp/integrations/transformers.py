@@ -362,13 +362,21 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool |
 # ------------------------------------------------------------------------------------------------- statistics
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs it itself, once, and leaves it out of the graph
 def _count(module: nn.Module, what: str) -> None:
     if what not in (OURS, PREFILL):
-        logger.warning_once(f"flashdecpp: attention falls back to transformers' own ({what})")
+        _warn(f"flashdecpp: attention falls back to transformers' own ({what})")
+    if torch.compiler.is_compiling():  # which would compile anew whenever the count has changed
+        return
     if not hasattr(module, "_flashdecpp_calls"):
         module._flashdecpp_calls = Counter()
     module._flashdecpp_calls[what] += 1
+
+
+# torch.compile runs it itself, once, and leaves it out of the graph. Only with constants: torch 2.11 knows no
+# way to hand a module to such a function.
+@torch.compiler.assume_constant_result
+def _warn(message: str) -> None:
+    logger.warning_once(message)
 
 
 def attention_calls(model: nn.Module) -> Counter[str]:
@@ -376,8 +384,8 @@ def attention_calls(model: nn.Module) -> Counter[str]:
 
     Returns:
         "flashdecpp": through `ops.decode_attention`; "prefill": more than 16 new tokens, transformers' own;
-        any other key: transformers' own too, for the reason that the key says. A call below torch.compile
-        counts once, when it is compiled.
+        any other key: transformers' own too, for the reason that the key says. Calls below torch.compile
+        are not counted; what falls back there is logged when it is compiled.
     """
     calls: Counter[str] = Counter()
     for module in model.modules():
