@@ -267,6 +267,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
         ValueError: an argument is not as described.
     """
     try:
+        if impl == "auto":  # the op's own default: a string takes half a microsecond to pass
+            return _linear(x, weight, bias)
         return _linear(x, weight, bias, impl=impl)
     except RuntimeError as error:
         raise _translate(error) from None

@@ -145,9 +145,15 @@ def test_the_cache_is_not_copied(kind, paddings, monkeypatch):
 @pytest.mark.parametrize("paddings", [None, (0, 5)], ids=["whole", "padded"])
 @torch.inference_mode()
 def test_compiled_whole(paddings):
-    """One graph for all steps on a static cache."""
+    """One graph for all steps on a static cache, with the op in every layer."""
     torch._dynamo.reset()
     model, batch = accelerate(make_model()), prompts(*(paddings or (0, 0)))
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        graphs.append(graph.graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
 
     def run(step: Callable) -> Tensor:
@@ -163,9 +169,24 @@ def test_compiled_whole(paddings):
 
     expected = run(model)
     before = attention_calls(model)
-    actual = run(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    actual = run(torch.compile(model, fullgraph=True, backend=backend))
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-    assert attention_calls(model) - before == {"flashdecpp": LAYERS, "prefill": LAYERS}
+    (graph,) = graphs
+    assert [node.target for node in graph.nodes].count(ops._decode_attention) == LAYERS
+    assert attention_calls(model) - before == {"prefill": LAYERS}
+
+
+@torch.inference_mode()
+def test_compiled_what_falls_back_is_logged(monkeypatch):
+    torch._dynamo.reset()
+    model, batch = accelerate(make_model("qwen3", head_dim=12)), prompts(0)
+    logged = []
+    monkeypatch.setattr(integration.logger, "warning_once", logged.append)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    step(batch["input_ids"][:, :1], past_key_values=cache)
+    reason = "flashdecpp: attention falls back to transformers' own (head_dim 12 of q, 12 of k and 12 of v)"
+    assert set(logged) == {reason}
 
 
 def test_half_precision_is_as_close_as_without(one_place):

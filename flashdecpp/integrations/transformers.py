@@ -66,12 +66,15 @@ MAX_GROUP = 16
 OURS = "flashdecpp"  # what attention_calls counts beside the reasons for falling back
 PREFILL = "prefill"
 
-# Device types that this build has the op for.
-DEVICES = tuple(
-    key.lower()
-    for key in ("CPU", "CUDA")
+# What the op takes, by the device types that this build has it for.
+DTYPES = {
+    key.lower(): dtypes
+    for key, dtypes in {
+        "CPU": (torch.float16, torch.bfloat16, torch.float32),
+        "CUDA": (torch.float16, torch.bfloat16),
+    }.items()
     if torch._C._dispatch_has_kernel_for_dispatch_key("flashdecpp::decode_attention", key)
-)
+}
 
 logger = logging.get_logger(__name__)
 
@@ -98,8 +101,8 @@ def _describe(seq_lens: Tensor, window: int = 0, visible_keys: Tensor | None = N
 
 def _described(mask: Tensor) -> tuple[Tensor, int, Tensor | None]:
     """seq_lens, window and visible_keys of `_describe`."""
-    rows = mask[:, :, 0, 0]
-    return rows[:, 0].contiguous(), mask.size(2) - 1, rows[:, 1:] if _has_keys(mask) else None
+    visible_keys = mask[:, 1:, 0, 0] if _has_keys(mask) else None
+    return mask[:, 0, 0, 0].contiguous(), mask.size(2) - 1, visible_keys
 
 
 def _is_description(mask: Tensor, kv_length: int) -> bool:
@@ -260,12 +263,13 @@ def _reason_to_fall_back(
     options: dict[str, object],
 ) -> str | None:
     """Why decode_attention cannot serve this call; None if it can."""
-    head_dim = query.size(3)
-    if query.size(2) > MAX_NEW_TOKENS:
+    _, q_heads, q_length, head_dim = query.shape
+    _, kv_heads, kv_length, key_dim = key.shape
+    if q_length > MAX_NEW_TOKENS:
         return PREFILL
     if attention_mask is None:
         return "not causal"
-    if not _is_description(attention_mask, key.size(2)):
+    if not _is_description(attention_mask, kv_length):
         return "mask: given by the caller, or padding with several new tokens"
     if dropout > 0:
         return "dropout"
@@ -274,15 +278,15 @@ def _reason_to_fall_back(
     for option in ("position_bias", "output_attentions", "cache"):  # the last is that of continuous batching
         if (given := options.get(option)) is not None and given is not False:
             return option
-    if query.device.type not in DEVICES:
-        return f"device {query.device.type}"
-    allowed = (torch.float16, torch.bfloat16, *((torch.float32,) if query.device.type == "cpu" else ()))
-    if query.dtype not in allowed or key.dtype != query.dtype or value.dtype != query.dtype:
-        return f"dtype {query.dtype} of q, {key.dtype} of k and {value.dtype} of v"
-    if head_dim % 8 or head_dim > MAX_HEAD_DIM or key.size(3) != head_dim or value.size(3) != head_dim:
-        return f"head_dim {head_dim} of q, {key.size(3)} of k and {value.size(3)} of v"
-    if query.size(1) % key.size(1) or query.size(1) > MAX_GROUP * key.size(1):
-        return f"{query.size(1)} query heads over {key.size(1)} KV heads"
+    device, dtype = query.device.type, query.dtype
+    if device not in DTYPES:
+        return f"device {device}"
+    if dtype not in DTYPES[device] or key.dtype != dtype or value.dtype != dtype:
+        return f"dtype {dtype} of q, {key.dtype} of k and {value.dtype} of v"
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM or key_dim != head_dim or value.size(3) != head_dim:
+        return f"head_dim {head_dim} of q, {key_dim} of k and {value.size(3)} of v"
+    if q_heads % kv_heads or q_heads > MAX_GROUP * kv_heads:
+        return f"{q_heads} query heads over {kv_heads} KV heads"
     if _has_keys(attention_mask) and (_pitch(key) is None or _pitch(key) != _pitch(value)):
         return "padding, and sequences that are not the same whole number of keys apart in k and v"
     return None
@@ -362,13 +366,21 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool |
 # ------------------------------------------------------------------------------------------------- statistics
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs it itself, once, and leaves it out of the graph
 def _count(module: nn.Module, what: str) -> None:
     if what not in (OURS, PREFILL):
-        logger.warning_once(f"flashdecpp: attention falls back to transformers' own ({what})")
+        _warn(f"flashdecpp: attention falls back to transformers' own ({what})")
+    if torch.compiler.is_compiling():  # which would compile anew whenever the count has changed
+        return
     if not hasattr(module, "_flashdecpp_calls"):
         module._flashdecpp_calls = Counter()
     module._flashdecpp_calls[what] += 1
+
+
+# torch.compile runs it itself, once, and leaves it out of the graph. Only with constants: torch 2.11 knows no
+# way to hand a module to such a function.
+@torch.compiler.assume_constant_result
+def _warn(message: str) -> None:
+    logger.warning_once(message)
 
 
 def attention_calls(model: nn.Module) -> Counter[str]:
@@ -376,8 +388,8 @@ def attention_calls(model: nn.Module) -> Counter[str]:
 
     Returns:
         "flashdecpp": through `ops.decode_attention`; "prefill": more than 16 new tokens, transformers' own;
-        any other key: transformers' own too, for the reason that the key says. A call below torch.compile
-        counts once, when it is compiled.
+        any other key: transformers' own too, for the reason that the key says. Calls below torch.compile
+        are not counted; what falls back there is logged when it is compiled.
     """
     calls: Counter[str] = Counter()
     for module in model.modules():
@@ -446,21 +458,23 @@ def restore(model: Model) -> Model:
 
 
 def _linear(self: nn.Linear, input: Tensor) -> Tensor:
-    if _needs_torch(self, input):
+    weight = self.weight  # once: a module looks its parameters up in Python
+    if _needs_torch(weight, input):
         return type(self).forward(self, input)
-    return ops.linear(input, self.weight, self.bias)
+    return ops.linear(input, weight, self.bias)
 
 
 def _rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    if _needs_torch(self, hidden_states):
+    weight = self.weight
+    if _needs_torch(weight, hidden_states):
         return type(self).forward(self, hidden_states)
-    return ops.rms_norm(hidden_states.contiguous(), self.weight, eps=self.variance_epsilon)
+    return ops.rms_norm(hidden_states.contiguous(), weight, eps=self.variance_epsilon)
 
 
-def _needs_torch(module: nn.Module, x: Tensor) -> bool:
+def _needs_torch(weight: Tensor, x: Tensor) -> bool:
     """Whether gradients are needed, or the dtypes are those of autocast."""
-    needs_gradients = torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad)
-    return needs_gradients or x.dtype != module.weight.dtype
+    needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return needs_gradients or x.dtype != weight.dtype
 
 
 def _is_llama_norm(module: nn.Module) -> bool:
