@@ -39,9 +39,11 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.weight, self.scales, self.offsets) if part is not None)
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x @ w^T + bias."""
-        return ops.quantized_linear(x, self.weight, self.scales, self.offsets, bias)
+    def linear(
+        self, x: Tensor, bias: Tensor | None = None, **around: Tensor | float | str | None
+    ) -> Tensor | None:
+        """x @ w^T + bias, with `norm_weight` and more around it as in ops.quantized_linear_fused."""
+        return ops.quantized_linear_fused(x, self.weight, self.scales, self.offsets, bias, **around)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows `index` of w, [len(index), K]: what an embedding looks up."""

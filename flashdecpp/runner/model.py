@@ -329,7 +329,7 @@ def _linear(
     """A linear layer and what is around it: `norm_weight` and more as in ops.linear_fused."""
     if isinstance(weight, torch.Tensor):
         return ops.linear_fused(x, weight, bias, **around)
-    return ops.quantized_linear_fused(x, weight.weight, weight.scales, weight.offsets, bias, **around)
+    return weight.linear(x, bias, **around)
 
 
 def _embedding(tokens: torch.Tensor, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:
