@@ -178,7 +178,6 @@ __global__ void __launch_bounds__(G::kThreads, 2) stream_gemv_kernel(QuantizedLi
   const int k = static_cast<int>(p.k), steps = (k + G::kStepK - 1) / G::kStepK;
   const T* const x = static_cast<const T*>(p.x) + min(int64_t{outer()}, p.m - 1) * p.x_stride;
 
-  const Addends<T, G, false> addends(p, first_n);
   TileC sums[tiles][1];
   for (int base = wave() * G::kSteps; base < steps; base += G::kWaves * G::kSteps) {
     StreamStep<G> loaded[G::kSteps][tiles];
@@ -197,7 +196,8 @@ __global__ void __launch_bounds__(G::kThreads, 2) stream_gemv_kernel(QuantizedLi
       }
     }
   }
-  write_wave_sums<T, G, false>(p, sums, first_n, addends);
+  // Asked for here: registers are full while weights are under way.
+  write_wave_sums<T, G, false>(p, sums, first_n, Addends<T, G, false>(p, first_n));
 }
 
 }  // namespace flashdecpp
