@@ -33,7 +33,7 @@ Call = Callable[[torch.Tensor], torch.Tensor]
 
 def dense(n: int, k: int, dtype: torch.dtype, linear: Callable) -> tuple[Call, int]:
     weight = torch.randn(n, k, dtype=torch.bfloat16).to(dtype)
-    return lambda x: linear(x.to(dtype), weight), weight.nbytes
+    return lambda x: linear(x, weight), weight.nbytes
 
 
 def quantized(n: int, k: int, bits: int, group: int | None) -> tuple[Call, int]:
