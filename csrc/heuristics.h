@@ -175,8 +175,17 @@ struct AttentionGrid {
   int64_t blocks, slots;
 };
 
-// Every sequence has sequence_units units, `groups` is what one holds if the sequence fills the cache, `resident` the
-// blocks that run at once. No more blocks than min_groups make sense for, and no more parts than the workspace holds.
+// Blocks that share a unit in a cluster: a power of two up to `most`, of which the splits that the caller wants, if
+// any, are a multiple; else as many as there are for each unit.
+inline int64_t choose_attention_team(int64_t blocks_a_unit, int64_t num_splits, int64_t most) {
+  int64_t team = 1;
+  while (team < most && (num_splits > 0 ? num_splits % (2 * team) == 0 : 2 * team <= blocks_a_unit)) team *= 2;
+  return team;
+}
+
+// `Blocks` are teams where there are clusters. Every sequence has sequence_units units, `groups` is what one holds if
+// the sequence fills the cache, `resident` the blocks that run at once. No more blocks than min_groups make sense for,
+// and no more parts than the workspace holds.
 //
 // By unit, every unit has num_splits blocks, each of which leaves a part: what the caller wants, else as many as fill
 // the machine; but half of them, if they are still enough_blocks, are about as fast at reading, and merge half as many

@@ -66,9 +66,9 @@ FAULTS = {
     ),
     "a barrier that only one wave reaches": (
         "attention",
-        "decode_attention_kernel.cuh",
-        "merge_memory);\n    __syncthreads();",
-        "merge_memory);\n    if (arch::wave() == 0) __syncthreads();",
+        "attention_merge.cuh",
+        "memory, to);\n  }\n  __syncthreads();",
+        "memory, to);\n  }\n  if (arch::wave() == 0) __syncthreads();",
     ),
     "the wrong lanes in a scan": (
         "attention",

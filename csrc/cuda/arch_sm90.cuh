@@ -60,6 +60,22 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 // Ordinary stores to shared memory before it, tensor copies after it.
 __device__ __forceinline__ void order_before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- clusters ------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ void team_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+template <class V>
+__device__ __forceinline__ V* in_block(V* p, int rank) {
+  uint64_t there = reinterpret_cast<uint64_t>(p);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
+#endif
+  return reinterpret_cast<V*>(there);
+}
+
 // Rows of boxes of 128 bytes, kRows high, behind each other; in a box, chunk c of a row lies where c ^ row would.
 template <class Element_, int kRows>
 struct SwizzledRows {

@@ -1,16 +1,40 @@
-// Decode attention, the end of a row: the waves' parts merged, the blocks' parts written and merged, the output.
+// Decode attention, the end of a row: parts merged, of waves, of a team's blocks and of teams, and the output.
 #pragma once
 
 #include "attention_walk.cuh"
 
 namespace flashdecpp {
 
-// In shared memory.
-template <class Tile>
+// Where a part of a unit's rows is kept, a state and `columns` sums a row; nowhere: it is the whole.
+struct PartPlace {
+  RowPart* states = nullptr;
+  float* out = nullptr;
+  int columns = 0;
+
+  static __device__ __forceinline__ PartPlace slot(const AttentionLaunch& launch, int slot) {
+    const int64_t at = int64_t{slot} * launch.slot_rows;
+    return {launch.part_state + at, launch.part_out + at * launch.p.head_dim, launch.p.head_dim};
+  }
+};
+
+// In shared memory. `part` is the block's, for the others of its team.
+template <class Tile, class Ring>
 struct MergeMemory {
+  struct Nothing {};
+  struct Part {
+    float out[Tile::kRows][Tile::kDims];
+    RowPart states[Tile::kRows];
+  };
+
+  std::conditional_t<Ring::kTeams, Part, Nothing> part;
   RowPart parts[Tile::kWaves][Tile::kRows];
   float shares[Tile::kWaves][Tile::kRows];  // what a wave's O counts
   RowPart whole[Tile::kRows];
+
+  __device__ __forceinline__ PartPlace own_part() { return {part.states, part.out[0], Tile::kDims}; }
+  __device__ __forceinline__ PartPlace part_of(int rank) {
+    return {arch::in_block(part.states, rank), arch::in_block(part.out[0], rank), Tile::kDims};
+  }
 };
 
 __device__ __forceinline__ float4 scaled_sum(float a, float4 x, float b, float4 y) {
@@ -58,12 +82,25 @@ __device__ __forceinline__ void write_out(const AttentionLaunch& launch, const R
   arch::store_vector(out, values);
 }
 
-// The end of a segment, for all waves: their parts become the output, or, where `slot` is not negative, the block's
-// part there. Scratch and memory are free again after the next barrier.
+// Four neighbouring columns of a row to where they are kept, or, of a whole, to the output.
+template <class Tile, class Policy>
+__device__ __forceinline__ void emit(const AttentionLaunch& launch, const RowBlock& rows, int row, int column,
+                                     const RowPart& state, float4 sums, const PartPlace& to) {
+  if (to.states) {
+    if (column == 0) to.states[row] = state;
+    *reinterpret_cast<float4*>(to.out + row * to.columns + column) = sums;
+  } else {
+    const float factor = conclude<Policy>(launch, rows, row, state, column == 0);
+    write_out<typename Tile::T>(launch, rows, row, column, factor, sums);
+  }
+}
+
+// The end of a segment in a block, for all waves: their parts become one. Scratch and memory are free again after the
+// next barrier.
 template <class Tile, class Policy, class Ring>
-__device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const RowBlock& rows, int slot,
+__device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const RowBlock& rows,
                                             const WavePart<Tile, Policy>& part, const SharedMemory<Tile, Ring>& shared,
-                                            MergeMemory<Tile>& memory) {
+                                            MergeMemory<Tile, Ring>& memory, const PartPlace& to) {
   constexpr int kRowThreads = Tile::kDims / 4;  // for the widest row; of a narrower one some are idle
   const unsigned thread = arch::recomputed(unsigned{threadIdx.x});
   part.for_each_row([&](int row, const RowPart& state) { memory.parts[arch::wave()][row] = state; });
@@ -94,58 +131,79 @@ __device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const
         const float* from = shared.scratch(w) + in_chunk * Tile::kScratchStride + column;
         total = scaled_sum(1.f, total, memory.shares[w][row], *reinterpret_cast<const float4*>(from));
       }
-      const RowPart& whole = memory.whole[row];
-      if (slot < 0) {
-        const float factor = conclude<Policy>(launch, rows, row, whole, column == 0);
-        write_out<typename Tile::T>(launch, rows, row, column, factor, total);
-      } else {
-        const int64_t at = int64_t{slot} * launch.slot_rows + row;
-        if (column == 0) launch.part_state[at] = whole;
-        *reinterpret_cast<float4*>(launch.part_out + at * launch.p.head_dim + column) = total;
-      }
+      emit<Tile, Policy>(launch, rows, row, column, memory.whole[row], total, to);
     }
   }
 }
 
-// The parts of one unit become the output of its rows, four columns a thread.
+// Parts of one unit, place(i) for i below `count`, become one: items of four columns of a row, each `step`-th from
+// `first` on.
+template <class Tile, class Policy, int at_once, class Place>
+__device__ __forceinline__ void merge_parts(const AttentionLaunch& launch, const RowBlock& rows, int count,
+                                            const Place& place, int first, int step, const PartPlace& to) {
+  constexpr int kRowThreads = Tile::kDims / 4;  // as in merge_waves
+#pragma unroll 1
+  for (int item = first; item < rows.count * kRowThreads; item += step) {
+    const int row = item / kRowThreads, column = item % kRowThreads * 4;
+    if (column >= launch.p.head_dim) continue;
+    WholeRow whole;
+    float4 total = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+    for (int begin = 0; begin < count; begin += at_once) {
+      RowPart states[at_once];
+      float4 o[at_once];
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        states[i] = kNoPart;
+        if (begin + i >= count) continue;
+        const PartPlace from = place(begin + i);
+        states[i] = from.states[row];
+        o[i] = *reinterpret_cast<const float4*>(from.out + row * from.columns + column);
+      }
+      float factors[at_once];
+      const float kept = whole.add(states, factors);
+      total = {kept * total.x, kept * total.y, kept * total.z, kept * total.w};
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        if (begin + i < count) total = scaled_sum(1.f, total, factors[i], o[i]);
+      }
+    }
+    emit<Tile, Policy>(launch, rows, row, column, whole.row, total, to);
+  }
+}
+
+// The end of a segment. The blocks of a team leave their parts in their shared memory, and each makes one of a share of
+// them. Afterwards all of the team is through with all of it.
+template <class Tile, class Policy, class Ring>
+__device__ __forceinline__ void merge_team(const AttentionLaunch& launch, const RowBlock& rows, int rank,
+                                           const WavePart<Tile, Policy>& part, const SharedMemory<Tile, Ring>& shared,
+                                           MergeMemory<Tile, Ring>& memory, const PartPlace& to) {
+  if constexpr (Ring::kTeams) {
+    const bool alone = launch.team_log2 == 0;
+    merge_waves(launch, rows, part, shared, memory, alone ? to : memory.own_part());
+    if (!alone) {
+      arch::team_sync();
+      merge_parts<Tile, Policy, kMostTeam>(
+          launch, rows, 1 << launch.team_log2, [&](int i) { return memory.part_of(i); },
+          arch::recomputed(unsigned{threadIdx.x}) + rank * Tile::kThreads, Tile::kThreads << launch.team_log2, to);
+      arch::team_sync();
+      return;
+    }
+  } else {
+    merge_waves(launch, rows, part, shared, memory, to);
+  }
+  __syncthreads();
+}
+
+// The parts of one unit that teams left in slots become its output.
 template <class Tile, class Policy>
 __device__ __forceinline__ void merge_slots(const AttentionLaunch& launch, const Slots& slots, const RowBlock& rows) {
-  constexpr int kAtOnce = 16, kRowThreads = Tile::kDims / 4;  // loads in flight; threads of a row, as in merge_waves
-  const AttentionParams& p = launch.p;
   for (int i = threadIdx.x; i < slots.count; i += Tile::kThreads) arch::await(launch.ready + slots[i], launch.nonce);
   __syncthreads();
   // A graph launches this with the same nonce again.
   for (int i = threadIdx.x; i < slots.count; i += Tile::kThreads) launch.ready[slots[i]] = 0;
-
-#pragma unroll 1
-  for (int item = arch::recomputed(unsigned{threadIdx.x}); item < rows.count * kRowThreads; item += Tile::kThreads) {
-    const int row = item / kRowThreads, column = item % kRowThreads * 4;
-    if (column >= p.head_dim) continue;
-    WholeRow whole;
-    float4 total = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 1
-    for (int begin = 0; begin < slots.count; begin += kAtOnce) {
-      RowPart states[kAtOnce];
-      float4 o[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        states[i] = kNoPart;
-        if (begin + i >= slots.count) continue;
-        const int64_t at = int64_t{slots[begin + i]} * launch.slot_rows + row;
-        states[i] = launch.part_state[at];
-        o[i] = *reinterpret_cast<const float4*>(launch.part_out + at * p.head_dim + column);
-      }
-      float factors[kAtOnce];
-      const float kept = whole.add(states, factors);
-      total = {kept * total.x, kept * total.y, kept * total.z, kept * total.w};
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (begin + i < slots.count) total = scaled_sum(1.f, total, factors[i], o[i]);
-      }
-    }
-    const float factor = conclude<Policy>(launch, rows, row, whole.row, column == 0);
-    write_out<typename Tile::T>(launch, rows, row, column, factor, total);
-  }
+  merge_parts<Tile, Policy, 16>(launch, rows, slots.count, [&](int i) { return PartPlace::slot(launch, slots[i]); },
+                                arch::recomputed(unsigned{threadIdx.x}), Tile::kThreads, {});
 }
 
 }  // namespace flashdecpp

@@ -2,7 +2,7 @@
 // group each, and fills it for itself: no wave waits for another. A ring is a way to copy a group (staged copies here,
 // tensor copies in attention_ring_sm90.cuh, through registers in csrc/hip/attention_ring_amd.h); the stream decides
 // which groups, unit after unit. A ring that has another place than its stages for what it fills fills early: a group
-// is on its way while the one before it is consumed.
+// is on its way while the one before it is consumed. Blocks come in teams where a ring says kTeams.
 #pragma once
 
 #include <climits>
@@ -44,7 +44,7 @@ class StagedRing {
   static constexpr int kGroupBytes = kGroup * kStride * sizeof(KV), kStageBytes = 2 * kGroupBytes;
   static constexpr int kBarrierBytes = 0;
   static constexpr bool kAvailable = true, kPreviews = false;  // what is copied depends on the length
-  static constexpr bool kFillsEarly = false;
+  static constexpr bool kFillsEarly = false, kTeams = false;
   using Rows = arch::PlainRows<KV, kStride>;
   struct Source {};  // all is in AttentionParams
 
@@ -156,9 +156,10 @@ class KeyValueStream {
       segment_ = schedule.first;
       segment_.sequence = Sequence(p_, INT_MAX);
       previewed_ = p_.window == 0 && segment_.batch < p_.batch && segment_.sequence.length > 0;
+      step_ = schedule.step;
 #pragma unroll
       for (int i = 0; i <= Tile::kStages; ++i) {
-        const int group = segment_.begin + arch::wave() + i * schedule.step;
+        const int group = segment_.begin + schedule.wave + i * step_;
         ring_.aim(segment_, min(group, segment_.sequence.groups - 1), i < Tile::kStages ? begin_[i] : next_);
       }
     }
@@ -171,13 +172,14 @@ class KeyValueStream {
     }
   }
 
-  // The look-ups are all under way before the first copy, and do not have to wait behind it.
-  __device__ __forceinline__ void start(const Schedule& schedule) {
-    previewed_ = previewed_ && schedule.by_unit();
+  // Looks up what was not, or not rightly: all of it before the first copy, not to have to wait behind that.
+  __device__ __forceinline__ void look_up(const Schedule& schedule) {
+    previewed_ = previewed_ && schedule.by_unit() && step_ == schedule.step;
     segment_ = schedule.first;
     step_ = schedule.step;
+    wave_ = schedule.wave;
     left_ = schedule.groups;
-    group_ = segment_.begin + arch::wave() - step_;
+    group_ = segment_.begin + wave_ - step_;
 #pragma unroll
     for (int i = 0; i <= Tile::kStages; ++i) {
       typename Ring::Next& next = i < Tile::kStages ? begin_[i] : next_;
@@ -189,6 +191,9 @@ class KeyValueStream {
         take(next);
       }
     }
+  }
+
+  __device__ __forceinline__ void start() {
 #pragma unroll
     for (int i = 0; i < Tile::kStages; ++i) ring_.fill(i, begin_[i]);
   }
@@ -219,7 +224,7 @@ class KeyValueStream {
     group_ += step_;
     while (alive_ && group_ >= segment_.end) {
       alive_ = segment_.next(p_, left_);
-      group_ = segment_.begin + arch::wave();
+      group_ = segment_.begin + wave_;
     }
     next.used = alive_;
     if (alive_) ring_.look_up(segment_, group_, next);
@@ -228,7 +233,7 @@ class KeyValueStream {
   const AttentionParams& p_;
   Ring& ring_;
   Segment segment_;
-  int left_, step_, group_;
+  int left_, step_, wave_, group_;
   bool alive_ = true, previewed_ = false;
   typename Ring::Next begin_[Tile::kStages], next_;
   int stage_ = 0;

@@ -2,17 +2,22 @@
 // it; its keys come in groups of kGroup. The units of a sequence are taken by blocks that run side by side: keys of
 // neighbouring KV heads are neighbours in memory, and what blocks of further query rows read again is still in L2.
 //
-// By unit      every unit has unit_blocks blocks, which take its groups in turn, a group for each of their waves at a
+// A team is a power of two of blocks that run side by side, in a cluster: what takes a unit's groups in turn are all of
+// its waves. Its blocks merge what they have in each other's shared memory. Where there are no clusters, and where
+// there are units enough for all of the machine, it is one block.
+//
+// By unit      every unit has up to unit_teams teams, which take its groups in turn, a group for each of their waves at
+// a
 //              time: where the caller wants so many splits, where a sequence is alone, and where all sequences are
 //              about as long. Nothing is cut in vain, and where the first groups lie can be looked up before the length
 //              is known.
 // By line      else: all sequences' groups lie behind each other on one line, which is cut into equal shares, with a
-//              block for each unit of each share: a long sequence among short ones is spread over as many blocks as its
-//              share of all keys. A block finishes the units that lie inside its share; of a unit that begins
+//              team for each unit of each share: a long sequence among short ones is spread over as many teams as its
+//              share of all keys. A team finishes the units that lie inside its share; of a unit that begins
 //              before it or ends after it, it leaves a part.
 //
-// Everything is derived from seq_lens on the device, by every wave for itself. The block with the last piece of a unit
-// merges its parts, in their order, when it is done with all else. It waits for blocks with smaller numbers only, which
+// Everything is derived from seq_lens on the device, by every wave for itself. The team with the last piece of a unit
+// merges its parts, in their order, when it is done with all else. It waits for teams with smaller numbers only, which
 // are started before it.
 #pragma once
 
@@ -129,24 +134,30 @@ class SequenceFinder {
   arch::WaveScan scan_;
 };
 
-// What a block does. The constructor needs nothing from memory: it says where the block begins if the work is cut by
-// unit. load() asks for the first length, and with finish() all is known.
+// What a block does. The constructor needs nothing from memory: it says where the block's team begins if the work is
+// cut by unit, and what is its step if all teams of the unit take part. load() asks for the first length, and with
+// finish() all is known.
 class Schedule {
  public:
   Segment first;
-  int groups = 0;  // of this block, or of the unit that it shares; none: nothing to do
+  int rank, wave;  // of this block and this wave in the team
+  int groups = 0;  // of this team, or of the unit that it shares; none: nothing to do
   int step;        // from a wave's group to its next
   int first_slot;  // of a part of the first segment; that of a later segment is the next
-  Slots merge{};   // of the unit that this block merges, which is the first segment's; count 0: none
+  Slots merge{};   // of the unit that this team merges, which is the first segment's; count 0: none
 
-  __device__ __forceinline__ Schedule(const AttentionLaunch& launch, int waves)
-      : step(waves * launch.unit_blocks), waves_(waves) {
-    const unsigned units = launch.sequence_units(), blocks = launch.unit_blocks * units;
-    first.batch = blockIdx.x / blocks;
-    const unsigned in_sequence = blockIdx.x - first.batch * blocks;
+  __device__ __forceinline__ Schedule(const AttentionLaunch& launch, int block_waves)
+      : rank(blockIdx.x & ((1 << launch.team_log2) - 1)),
+        wave(rank * block_waves + arch::wave()),
+        step((block_waves << launch.team_log2) * launch.unit_teams),
+        team_(blockIdx.x >> launch.team_log2),
+        waves_(block_waves << launch.team_log2) {
+    const unsigned units = launch.sequence_units(), teams = launch.unit_teams * units;
+    first.batch = team_ / teams;
+    const unsigned in_sequence = team_ - first.batch * teams;
     split_ = in_sequence / units;
     first.set_unit(launch, in_sequence - split_ * units);
-    first.begin = split_ * waves;
+    first.begin = split_ * waves_;
   }
 
   __device__ __forceinline__ void load(const AttentionLaunch& launch) {
@@ -185,9 +196,10 @@ class Schedule {
   __device__ __forceinline__ void take_turns(const AttentionLaunch& launch) {
     first.sequence = Sequence(launch.p, length_);
     first.end = first.sequence.groups;
-    first_slot = blockIdx.x;
-    groups = max(first.end - first.begin, 0);
-    const int parts = min(launch.unit_blocks, (first.end + waves_ - 1) / waves_);
+    first_slot = team_;
+    const int parts = min(launch.unit_teams, ((first.end - 1) >> launch.worth_log2) + 1);
+    step = waves_ * parts;
+    if (split_ < parts) groups = first.end - first.begin;
     first.whole = parts == 1;
     if (split_ == parts - 1 && parts > 1) {
       const int units = launch.sequence_units(), begin = first_slot - split_ * units;
@@ -197,10 +209,10 @@ class Schedule {
 
   __device__ __forceinline__ void cut_line(const AttentionLaunch& launch) {
     SequenceFinder sequences(launch.p);
-    const unsigned units = launch.sequence_units(), share = blockIdx.x / units, unit = blockIdx.x - share * units;
-    const unsigned total = sequences.total();
-    const unsigned few = min(max(total / kMinGroups, 1u), launch.shares);
-    const unsigned count = min(max(total / kLongGroups, few), launch.most_shares);
+    const unsigned units = launch.sequence_units(), share = team_ / units, unit = team_ - share * units;
+    const unsigned total = sequences.total(), of_block = total >> launch.team_log2;
+    const unsigned few = min(max(of_block / kMinGroups, 1u), launch.shares);
+    const unsigned count = min(max(of_block / kLongGroups, few), launch.most_shares);
     if (share >= count) return;
     const Shares shares(total, count);
     const unsigned begin = shares.begin(share);
@@ -211,7 +223,7 @@ class Schedule {
     first.set_unit(launch, unit);
     first.end = min(first.sequence.groups, first.begin + groups);
     first.whole = first.end - first.begin == first.sequence.groups;
-    first_slot = 2 * blockIdx.x;
+    first_slot = 2 * team_;
 
     // The unit that began in an earlier share is merged here if it ends here.
     if (first.begin > 0 && first.begin + groups >= first.sequence.groups) {
@@ -222,6 +234,7 @@ class Schedule {
     }
   }
 
+  unsigned team_;
   int waves_, split_, length_;
   bool by_unit_ = true;
 };

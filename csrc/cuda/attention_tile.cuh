@@ -12,19 +12,22 @@ using arch::TileA;
 using arch::TileB;
 using arch::TileC;
 
-inline constexpr int kGroup = 16;  // keys that a wave takes at a time
+inline constexpr int kGroup = 16;    // keys that a wave takes at a time
+inline constexpr int kMostTeam = 8;  // blocks: clusters of more are not portable
 
 struct AttentionLaunch {
   AttentionParams p;
-  // Of a unit that several blocks share, each leaves its part in a slot. A slot is ready once its flag is the nonce: a
+  // Of a unit that several teams share, each leaves its part in a slot. A slot is ready once its flag is the nonce: a
   // number that no other launch uses, so that what the memory held before does not matter.
   float* part_out;      // [slots, slot_rows, head_dim]
   RowPart* part_state;  // [slots, slot_rows]
   uint64_t* ready;      // [slots]
   uint64_t nonce;
-  // The work is cut by unit, so many blocks each; or, if `shares` is not 0 and the sequences are of different lengths
-  // or hold fewer keys than least_by_unit, by line.
-  int32_t unit_blocks;
+  int32_t team_log2;   // blocks of a team
+  int32_t worth_log2;  // groups of a unit that are worth a team
+  // The work is cut by unit, up to so many teams each; or, if `shares` is not 0 and the sequences are of different
+  // lengths or hold fewer keys than least_by_unit, by line.
+  int32_t unit_teams;
   float least_by_unit;
   uint32_t shares, most_shares;
   // A kernel's first microseconds go into fetching its instructions: a division is 30 of them. row / group is

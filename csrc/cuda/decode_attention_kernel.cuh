@@ -6,11 +6,14 @@
 // own ring of stages: waves meet only when a unit (16 rows of a KV head of a sequence) is done.
 //   tile          16 rows x 16 keys x head_dim a wave
 //   stages        K and V of 16 keys each, as many as the shared memory of BlockShape holds
-//   shared        head_dim 128 in half on Hopper: 8 waves of 2 stages of 8 KiB, and 8.5 KiB of queries and scratch each
+//   shared        head_dim 128 in half on Hopper: 4 waves of 2 stages of 8 KiB, and 8.5 KiB of queries and scratch
+//   each,
+//                 8.5 KiB for the block's part; two blocks a multiprocessor
 //   S = Q K^T     to the softmax policy in registers, whose result is the left factor of
 //   O += P V      without a way through shared memory
-// attention_schedule.cuh cuts the work for a grid that fills the machine; blocks that share a unit leave their parts in
-// global memory and the one with the unit's end merges them, in order, in this launch.
+// attention_schedule.cuh cuts the work for a grid that fills the machine. Blocks that share a unit do so in a cluster,
+// and merge through its shared memory; where a unit goes beyond a cluster, parts are left in global memory and who has
+// the unit's end merges them, in order, in this launch.
 //
 // What is never read: keys that no row sees, and so anything beyond seq_len; their place holds zeros. A key that some
 // rows see and others do not (new tokens among themselves, the edge of the window) is in the tile for all of them: its
@@ -18,7 +21,7 @@
 // taken key by key.
 //
 // Under programmatic dependent launch the block starts while the previous kernel is still running. Until that one is
-// done nothing is read but the descriptions of the cache; all that needs no more than the launch's arguments is done.
+// done nothing is read but the descriptions of the cache, lengths and block tables: where to begin is known by then.
 //
 // attention_tile.cuh (what a block is), attention_schedule.cuh (who does what), attention_ring.cuh (loads),
 // attention_walk.cuh (arithmetic) and attention_merge.cuh (parts and output) hold the steps; here they become the
@@ -72,7 +75,7 @@ __device__ __forceinline__ void load_queries(const AttentionLaunch& launch, cons
 
 template <class Tile, class Policy, class Ring>
 __device__ __forceinline__ void attend(const AttentionLaunch& launch, const typename Ring::Source& source) {
-  __shared__ MergeMemory<Tile> merge_memory;
+  __shared__ MergeMemory<Tile, Ring> merge_memory;
   __shared__ uint64_t barriers[Ring::kBarrierBytes / 8 + 1];
   const SharedMemory<Tile, Ring> shared{arch::dynamic_shared()};
   const AttentionParams& p = launch.p;
@@ -84,18 +87,19 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
   clear_queries<Tile>(schedule.first.rows(launch).count, q);
   KeyValueStream<Tile, Ring> stream(p, ring);
   stream.aim(schedule);
-  arch::wait_for_previous_kernel();
-
   schedule.load(launch);
   stream.preview();
   schedule.finish(launch);
   if (schedule.groups == 0) return;
+  stream.look_up(schedule);
+  arch::wait_for_previous_kernel();
+
   Segment next = schedule.first;
   int left = schedule.groups;
   References<Tile, Policy> references;
   load_queries<Tile>(launch, next.rows(launch), q);
   references.load(launch, next.rows(launch));
-  stream.start(schedule);
+  stream.start();
 
   int slot = schedule.first_slot, taken = Tile::kStages;
   for (bool more = true; more;) {
@@ -113,7 +117,7 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
     }
 
     taken = 0;
-    for (int group = segment.begin + arch::wave(); group < segment.end; group += schedule.step, ++taken) {
+    for (int group = segment.begin + schedule.wave; group < segment.end; group += schedule.step, ++taken) {
       const int key_begin = (segment.sequence.first_group + group) * kGroup;
       const int loaded_begin = segment.sequence.key_begin, loaded_end = segment.sequence.length;
       stream.acquire(loaded_begin - key_begin, loaded_end - key_begin);
@@ -127,13 +131,13 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
       taken = 0;
     }
 
-    merge_waves(launch, rows, segment.whole ? -1 : slot, part, shared, merge_memory);
-    __syncthreads();
-    if (!segment.whole && threadIdx.x == 0) arch::publish(launch.ready + slot, launch.nonce);
+    const PartPlace to = segment.whole ? PartPlace() : PartPlace::slot(launch, slot);
+    merge_team(launch, rows, schedule.rank, part, shared, merge_memory, to);
+    if (!segment.whole && schedule.rank == 0 && threadIdx.x == 0) arch::publish(launch.ready + slot, launch.nonce);
     slot = schedule.first_slot + 1;
   }
 
-  if (schedule.merge.count > 0) {
+  if (schedule.merge.count > 0 && schedule.rank == 0) {
     merge_slots<Tile, Policy>(launch, schedule.merge, schedule.first.rows(launch));
   }
 }

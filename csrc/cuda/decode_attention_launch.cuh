@@ -1,6 +1,8 @@
 // From an AttentionLaunch to the one kernel that serves it.
 #pragma once
 
+#include <bit>
+
 #include "decode_attention.h"
 #include "decode_attention_kernel.cuh"
 #include "nonce.h"
@@ -9,6 +11,7 @@ namespace flashdecpp {
 
 constexpr int64_t kWorkspaceBytes = 16 << 20;  // an explicit number of splits may exceed it
 constexpr int64_t kBytesUnderWay = 6 << 20;    // that keep the memory of any machine busy
+constexpr int64_t kWorthGroups = 8;            // of each wave that make it worth to merge another team's part
 
 // The ring and the block that go with a way of copying. Here those of staged copies, which must do with the 99 KiB of a
 // block on the smallest NVIDIA machine from Ampere on; decode_attention_tensor.cuh and csrc/hip/decode_attention_amd.h
@@ -40,20 +43,26 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
   const int64_t slot_bytes = launch.slot_rows * (p.head_dim * sizeof(float) + sizeof(RowPart)) + sizeof(uint64_t);
   // More splits than there are groups for would not change a bit of the result.
   const int64_t groups = std::max<int64_t>(p.num_blocks > 0 ? (p.capacity() + kGroup - 1) / kGroup : 0, 1);
-  launch.p.num_splits =
-      static_cast<int32_t>(std::min<int64_t>(p.num_splits, (groups + Tile::kWaves - 1) / Tile::kWaves));
-  const int64_t resident = int64_t{launcher.properties().multiprocessors} * Tile::kBlocks;
+  int64_t resident = int64_t{launcher.properties().multiprocessors} * Tile::kBlocks;
   // What further row blocks read comes from L2, which wants all of the machine.
-  const int64_t enough = launch.row_blocks > 1 ? resident : kBytesUnderWay / (Tile::kWaves * Shared::kRingBytes);
+  int64_t enough = launch.row_blocks > 1 ? resident : kBytesUnderWay / (Tile::kWaves * Shared::kRingBytes);
+  const int64_t team = Ring::kTeams ? choose_attention_team(resident / units, p.num_splits, kMostTeam) : 1;
+  const int64_t team_waves = team * Tile::kWaves, worth = team_waves * (team > 1 ? kWorthGroups : 1);
+  resident /= team;
+  enough = (enough + team - 1) / team;
+  launch.p.num_splits = static_cast<int32_t>(std::min(p.num_splits / team, (groups + worth - 1) / worth));
   const AttentionGrid grid = choose_attention_grid(resident, p.batch, launch.sequence_units(), launch.p.num_splits,
-                                                   groups, kMinGroups, enough, kWorkspaceBytes / slot_bytes);
-  FLASHDECPP_REQUIRE(std::max(grid.blocks, units * groups) <= INT32_MAX, "decode_attention",
+                                                   groups, kMinGroups * team, enough, kWorkspaceBytes / slot_bytes);
+  const int64_t blocks = grid.blocks * team;
+  FLASHDECPP_REQUIRE(std::max(blocks, units * groups) <= INT32_MAX, "decode_attention",
                      "q, k_cache and block_table must have batch * units * max_len / 16 and batch * units * ",
                      "num_splits below 2^31, where units is kv_heads * ceil(q_len * q_heads / kv_heads / ", Tile::kRows,
                      "); got ", p.batch, " * ", launch.sequence_units(), " * ", p.capacity(), " / 16 and ",
                      p.num_splits, " splits");
 
-  launch.unit_blocks = static_cast<int32_t>(grid.unit_blocks);
+  launch.team_log2 = std::bit_width(static_cast<uint64_t>(team)) - 1;
+  launch.worth_log2 = std::bit_width(static_cast<uint64_t>(worth)) - 1;
+  launch.unit_teams = static_cast<int32_t>(grid.unit_blocks);
   launch.shares = static_cast<uint32_t>(grid.shares);
   launch.most_shares = static_cast<uint32_t>(grid.most_shares);
   launch.least_by_unit = static_cast<float>(grid.least_by_unit) * kGroup;
@@ -65,12 +74,13 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
     launch.part_state = reinterpret_cast<RowPart*>(launch.part_out + grid.slots * launch.slot_rows * p.head_dim);
     launch.nonce = new_nonce(launch.ready);
   }
-  static_assert(Shared::kBytes + sizeof(MergeMemory<Tile>) + Ring::kBarrierBytes + 1024 <=
+  static_assert(Shared::kBytes + sizeof(MergeMemory<Tile, Ring>) + Ring::kBarrierBytes + 1024 <=
                 M::kSharedBytes);  // and 1 KiB to start on a multiple of that
   const auto kernel = decode_attention_kernel<Tile, Policy, Ring>;
   launcher.allow_shared_memory(kernel, Shared::kBytes);
-  launcher.overlapping(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(Tile::kWaves * launcher.wave_size()),
-                       Shared::kBytes, launch, ring_source(p, static_cast<Ring*>(nullptr)));
+  launcher.overlapping_clusters(kernel, static_cast<int>(team), dim3(static_cast<unsigned>(blocks)),
+                                dim3(Tile::kWaves * launcher.wave_size()), Shared::kBytes, launch,
+                                ring_source(p, static_cast<Ring*>(nullptr)));
 }
 
 template <class T, class KV, int dims, CopyKind kind>

@@ -1,5 +1,5 @@
-// Decode attention by tensor copies, which exist on Hopper alone: its shared memory is known. A unit in float8 is
-// short: two smaller blocks hide each other's ends.
+// Decode attention by tensor copies, which exist on Hopper alone: its shared memory is known. Two blocks a
+// multiprocessor hide each other's ends, where rows are not too wide for that.
 #pragma once
 
 #include "attention_ring_sm90.cuh"
@@ -12,9 +12,13 @@ template <class KV, int dims>
 struct Machine<CopyKind::kTensor, KV, dims> {
   template <class Tile>
   using Ring = TensorRing<Tile>;
-  static constexpr int kWide = dims <= 128 ? 8 : 4, kDeep = dims <= 64 ? 4 : dims <= 128 ? 2 : dims <= 192 ? 3 : 2;
-  using Shape =
-      std::conditional_t<sizeof(KV) == 1 && dims <= 128, BlockShape<4, 3, 2, 8>, BlockShape<kWide, kDeep, 1, 8>>;
+  static constexpr int kShort = sizeof(KV) == 1 ? 3
+                                : dims <= 64    ? 4
+                                                : 2,
+                       kStages = dims <= 128   ? kShort
+                                 : dims <= 192 ? 3
+                                               : 2;
+  using Shape = BlockShape<4, kStages, (dims <= 128 ? 2 : 1), 8>;
   static constexpr int kSharedBytes = 227 * 1024 / Shape::kBlocks;
 };
 

@@ -15,7 +15,7 @@ class RegisterRing {
   static constexpr int kStride = Tile::kDims + 16 / sizeof(KV);  // as in StagedRing
   static constexpr int kGroupBytes = kGroup * kStride * sizeof(KV), kStageBytes = 2 * kGroupBytes;
   static constexpr int kBarrierBytes = 0;
-  static constexpr bool kAvailable = true, kPreviews = false;
+  static constexpr bool kAvailable = true, kPreviews = false, kTeams = false;
   // A wave of 32 has no registers for a second group: it loads while other waves multiply.
   static constexpr bool kFillsEarly = arch::kWaveSize == 64;
   static_assert(Tile::kStages == 1);  // the registers are the other

@@ -1,6 +1,7 @@
 // The decode attention kernel on the simulated GPU, against the definition in double. The last line says how many cases
 // failed.
 #include <algorithm>
+#include <bit>
 
 #include "checks.h"
 #include "decode_attention_kernel.cuh"
@@ -154,7 +155,8 @@ void run(const Case& c, const std::string& name) {
   const int64_t groups = std::max<int64_t>((p.capacity() + kGroup - 1) / kGroup, 1);
   const AttentionGrid grid =
       choose_attention_grid(c.resident, batch, launch.sequence_units(), c.num_splits, groups, 2, 1, int64_t{1} << 12);
-  launch.unit_blocks = static_cast<int32_t>(grid.unit_blocks);
+  launch.worth_log2 = std::bit_width(static_cast<unsigned>(Tile::kWaves)) - 1;
+  launch.unit_teams = static_cast<int32_t>(grid.unit_blocks);
   launch.shares = static_cast<uint32_t>(grid.shares);
   launch.most_shares = static_cast<uint32_t>(grid.most_shares);
   launch.least_by_unit = static_cast<float>(grid.least_by_unit) * kGroup;
