@@ -56,6 +56,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("install", &LinearTables::install, py::arg("device"), py::arg("rows"))
       .def("find", &LinearTables::find, py::arg("device"), py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("m"));
+  m.def("choose_attention_team", &choose_attention_team, py::arg("resident"), py::arg("units"), py::arg("num_splits"),
+        py::arg("most"), "Blocks of a cluster that share a unit of decode_attention where there are clusters.");
   m.def(
       "choose_attention_grid",
       [](int64_t resident, int64_t batch, int64_t sequence_units, int64_t num_splits, int64_t groups,

@@ -11,11 +11,12 @@ namespace flashdecpp {
 
 constexpr int64_t kWorkspaceBytes = 16 << 20;  // an explicit number of splits may exceed it
 constexpr int64_t kBytesUnderWay = 6 << 20;    // that keep the memory of any machine busy
-constexpr int64_t kWorthGroups = 8;            // of each wave that make it worth to merge another team's part
+constexpr int64_t kWorthGroups = 8;            // of each wave, that make it worth to merge another team's part
 
-// The ring and the block that go with a way of copying. Here those of staged copies, which must do with the 99 KiB of a
-// block on the smallest NVIDIA machine from Ampere on; decode_attention_tensor.cuh and csrc/hip/decode_attention_amd.h
-// have the others.
+// The ring and the blocks that go with a way of copying: Shape for many units, ShapeOfFew for so few that several
+// blocks share each, and the shared memory of a multiprocessor. Here those of staged copies, which must do with the 99
+// KiB of a block on the smallest NVIDIA machine from Ampere on; decode_attention_tensor.cuh and
+// csrc/hip/decode_attention_amd.h have the others.
 template <CopyKind kind, class KV, int dims>
 struct Machine;
 template <class KV, int dims>
@@ -23,6 +24,7 @@ struct Machine<CopyKind::kStaged, KV, dims> {
   template <class Tile>
   using Ring = StagedRing<Tile>;
   using Shape = BlockShape<(dims <= 128 ? 4 : 2), 2, 1, 4>;
+  using ShapeOfFew = Shape;
   static constexpr int kSharedBytes = 99 * 1024;
 };
 
@@ -31,14 +33,11 @@ typename StagedRing<Tile>::Source ring_source(const AttentionParams&, StagedRing
   return {};
 }
 
-template <class T, class KV, int dims, CopyKind kind, class Policy>
+template <class M, class Tile, class Policy>
 void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device device) {
-  using M = Machine<kind, KV, dims>;
-  using Tile = AttentionTile<T, KV, dims, typename M::Shape>;
   using Ring = typename M::template Ring<Tile>;
   const AttentionParams& p = launch.p;
   using Shared = SharedMemory<Tile, Ring>;
-  launch.cut_rows(Tile::kRows);
   const int64_t units = int64_t{p.batch} * launch.sequence_units();
   const int64_t slot_bytes = launch.slot_rows * (p.head_dim * sizeof(float) + sizeof(RowPart)) + sizeof(uint64_t);
   // More splits than there are groups for would not change a bit of the result.
@@ -46,9 +45,10 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
   int64_t resident = int64_t{launcher.properties().multiprocessors} * Tile::kBlocks;
   // What further row blocks read comes from L2, which wants all of the machine.
   int64_t enough = launch.row_blocks > 1 ? resident : kBytesUnderWay / (Tile::kWaves * Shared::kRingBytes);
-  const int64_t team = Ring::kTeams ? choose_attention_team(resident / units, p.num_splits, kMostTeam) : 1;
+  const int64_t most_team = p.num_splits > 0 ? kMostTeam : std::min<int64_t>(kMostTeam, groups / Tile::kWaves);
+  const int64_t team = Ring::kTeams ? choose_attention_team(resident, units, p.num_splits, most_team) : 1;
   const int64_t team_waves = team * Tile::kWaves, worth = team_waves * (team > 1 ? kWorthGroups : 1);
-  resident /= team;
+  resident = resident_teams(resident, team);
   enough = (enough + team - 1) / team;
   launch.p.num_splits = static_cast<int32_t>(std::min(p.num_splits / team, (groups + worth - 1) / worth));
   const AttentionGrid grid = choose_attention_grid(resident, p.batch, launch.sequence_units(), launch.p.num_splits,
@@ -74,8 +74,9 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
     launch.part_state = reinterpret_cast<RowPart*>(launch.part_out + grid.slots * launch.slot_rows * p.head_dim);
     launch.nonce = new_nonce(launch.ready);
   }
-  static_assert(Shared::kBytes + sizeof(MergeMemory<Tile, Ring>) + Ring::kBarrierBytes + 1024 <=
-                M::kSharedBytes);  // and 1 KiB to start on a multiple of that
+  // And 1 KiB to start on a multiple of that, and between two blocks one of the machine's own.
+  constexpr int kBlockBytes = Shared::kBytes + sizeof(MergeMemory<Tile, Ring>) + Ring::kBarrierBytes + 1024;
+  static_assert(Tile::kBlocks * (kBlockBytes + 1024) - 1024 <= M::kSharedBytes);
   const auto kernel = decode_attention_kernel<Tile, Policy, Ring>;
   launcher.allow_shared_memory(kernel, Shared::kBytes);
   launcher.overlapping_clusters(kernel, static_cast<int>(team), dim3(static_cast<unsigned>(blocks)),
@@ -83,23 +84,39 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
                                 ring_source(p, static_cast<Ring*>(nullptr)));
 }
 
-template <class T, class KV, int dims, CopyKind kind>
+template <class M, class Tile>
 void launch_policy(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
   if (launch.p.phi) {
-    launch_kernel<T, KV, dims, kind, UnifiedMax<T>>(launcher, launch, device);
+    launch_kernel<M, Tile, UnifiedMax<typename Tile::T>>(launcher, launch, device);
   } else {
-    launch_kernel<T, KV, dims, kind, OnlineMax>(launcher, launch, device);
+    launch_kernel<M, Tile, OnlineMax>(launcher, launch, device);
   }
+}
+
+// A fixed number of splits is to give the same bits in any batch, and so takes the same shape.
+template <class T, class KV, int dims, CopyKind kind>
+void launch_shape(const Launcher& launcher, AttentionLaunch launch, Device device) {
+  using M = Machine<kind, KV, dims>;
+  using Tile = AttentionTile<T, KV, dims, typename M::Shape>;
+  launch.cut_rows(Tile::kRows);
+  if constexpr (!std::is_same_v<typename M::Shape, typename M::ShapeOfFew>) {
+    const int64_t units = int64_t{launch.p.batch} * launch.sequence_units();
+    if (launch.p.num_splits == 0 && 2 * units <= launcher.properties().multiprocessors) {
+      using TileOfFew = AttentionTile<T, KV, dims, typename M::ShapeOfFew>;
+      return launch_policy<M, TileOfFew>(launcher, launch, device);
+    }
+  }
+  launch_policy<M, Tile>(launcher, launch, device);
 }
 
 template <class T, class KV, CopyKind kind>
 void launch_dims(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
   const int dims = launch.p.head_dim;
-  if (dims <= 64) return launch_policy<T, KV, 64, kind>(launcher, launch, device);
-  if (dims <= 96) return launch_policy<T, KV, 96, kind>(launcher, launch, device);
-  if (dims <= 128) return launch_policy<T, KV, 128, kind>(launcher, launch, device);
-  if (dims <= 192) return launch_policy<T, KV, 192, kind>(launcher, launch, device);
-  return launch_policy<T, KV, 256, kind>(launcher, launch, device);
+  if (dims <= 64) return launch_shape<T, KV, 64, kind>(launcher, launch, device);
+  if (dims <= 96) return launch_shape<T, KV, 96, kind>(launcher, launch, device);
+  if (dims <= 128) return launch_shape<T, KV, 128, kind>(launcher, launch, device);
+  if (dims <= 192) return launch_shape<T, KV, 192, kind>(launcher, launch, device);
+  return launch_shape<T, KV, 256, kind>(launcher, launch, device);
 }
 
 template <class T, CopyKind kind>

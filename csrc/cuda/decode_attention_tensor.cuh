@@ -1,5 +1,5 @@
 // Decode attention by tensor copies, which exist on Hopper alone: its shared memory is known. Two blocks a
-// multiprocessor hide each other's ends, where rows are not too wide for that.
+// multiprocessor hide each other's ends; of few units, more waves in a block make a team's work shorter.
 #pragma once
 
 #include "attention_ring_sm90.cuh"
@@ -12,14 +12,11 @@ template <class KV, int dims>
 struct Machine<CopyKind::kTensor, KV, dims> {
   template <class Tile>
   using Ring = TensorRing<Tile>;
-  static constexpr int kShort = sizeof(KV) == 1 ? 3
-                                : dims <= 64    ? 4
-                                                : 2,
-                       kStages = dims <= 128   ? kShort
-                                 : dims <= 192 ? 3
-                                               : 2;
-  using Shape = BlockShape<4, kStages, (dims <= 128 ? 2 : 1), 8>;
-  static constexpr int kSharedBytes = 227 * 1024 / Shape::kBlocks;
+  static constexpr bool kNarrow = dims <= 128;
+  static constexpr int kStages = kNarrow ? (sizeof(KV) == 1 ? 3 : dims <= 64 ? 4 : 2) : dims <= 192 ? 3 : 2;
+  using Shape = BlockShape<4, kStages, (kNarrow ? 2 : 1), 8>;
+  using ShapeOfFew = BlockShape<(kNarrow ? 8 : 4), kStages, 1, 8>;
+  static constexpr int kSharedBytes = 227 * 1024;
 };
 
 template <class Tile>

@@ -12,6 +12,7 @@ struct Machine<CopyKind::kRegisters, KV, dims> {
   template <class Tile>
   using Ring = RegisterRing<Tile>;
   using Shape = BlockShape<(dims <= 128 ? 4 : 2), 1, 1, 4>;
+  using ShapeOfFew = Shape;
   static constexpr int kSharedBytes = arch::kBlockSharedBytes;
 };
 
