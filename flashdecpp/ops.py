@@ -112,7 +112,7 @@ def decode_attention(
             tensor with K and V are fine. q_heads is 1 to 16 times kv_heads; query heads of one KV head are
             neighbours.
         seq_lens: [batch] int32, keys of each sequence with the new tokens counted; 0 gives zeros and an lse
-            of -inf.
+            of -inf. These and the table are read as early as a weight (`gemv`).
         block_table: [batch, max_blocks] int32, the cache block of each block_size tokens of a sequence.
         scale: 1 / sqrt(head_dim) if None.
         phi: [q_heads] or [batch, q_heads] float32, the unified maximum in the units of x. None: online
