@@ -176,17 +176,17 @@ struct AttentionGrid {
 };
 
 // Teams, clusters of so many blocks, that run at once where `resident` blocks do. A cluster stays within one part of
-// the machine, which leaves a tenth of it over: an H100 that has room for 132 blocks takes 30 clusters of 4 and 15
-// of 8.
+// the machine, which leaves a tenth of it over: an H100 that has room for 132 blocks takes 66 clusters of 2, 30 of 4
+// and 15 of 8.
 inline int64_t resident_teams(int64_t resident, int64_t team) {
-  return team == 1 ? resident : 9 * resident / 10 / team;
+  return (team <= 2 ? resident : 9 * resident / 10) / team;
 }
 
 // Blocks of a team that shares a unit: a power of two up to `most`, of which the splits that the caller wants, if any,
-// are a multiple; else the largest of which there can be one for each unit at once.
+// are a multiple; else the largest of which there can be one for each unit in nine tenths of the machine.
 inline int64_t choose_attention_team(int64_t resident, int64_t units, int64_t num_splits, int64_t most) {
   const auto fits = [&](int64_t team) {
-    return num_splits > 0 ? num_splits % team == 0 : resident_teams(resident, team) >= units;
+    return num_splits > 0 ? num_splits % team == 0 : 10 * team * units <= 9 * resident;
   };
   int64_t team = 1;
   while (2 * team <= most && fits(2 * team)) team *= 2;

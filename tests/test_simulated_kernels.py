@@ -67,8 +67,8 @@ FAULTS = {
     "a barrier that only one wave reaches": (
         "attention",
         "attention_merge.cuh",
-        "memory, to);\n  }\n  __syncthreads();",
-        "memory, to);\n  }\n  if (arch::wave() == 0) __syncthreads();",
+        "      return;\n    }\n  }\n  __syncthreads();",
+        "      return;\n    }\n  }\n  if (arch::wave() == 0) __syncthreads();",
     ),
     "the wrong lanes in a scan": (
         "attention",

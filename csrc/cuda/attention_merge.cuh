@@ -17,6 +17,10 @@ struct PartPlace {
   }
 };
 
+// In place of a slot: what is merged is the whole, or the block's part for its team. A PartPlace takes more registers,
+// and is made where it is used.
+inline constexpr int kWhole = -1, kForTeam = -2;
+
 // In shared memory. `part` is the block's, for the others of its team.
 template <class Tile, class Ring>
 struct MergeMemory {
@@ -31,7 +35,12 @@ struct MergeMemory {
   float shares[Tile::kWaves][Tile::kRows];  // what a wave's O counts
   RowPart whole[Tile::kRows];
 
-  __device__ __forceinline__ PartPlace own_part() { return {part.states, part.out[0], Tile::kDims}; }
+  __device__ __forceinline__ PartPlace place(const AttentionLaunch& launch, int slot) {
+    if constexpr (Ring::kTeams) {
+      if (slot == kForTeam) return {part.states, part.out[0], Tile::kDims};
+    }
+    return slot == kWhole ? PartPlace() : PartPlace::slot(launch, slot);
+  }
   __device__ __forceinline__ PartPlace part_of(int rank) {
     return {arch::in_block(part.states, rank), arch::in_block(part.out[0], rank), Tile::kDims};
   }
@@ -100,7 +109,7 @@ __device__ __forceinline__ void emit(const AttentionLaunch& launch, const RowBlo
 template <class Tile, class Policy, class Ring>
 __device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const RowBlock& rows,
                                             const WavePart<Tile, Policy>& part, const SharedMemory<Tile, Ring>& shared,
-                                            MergeMemory<Tile, Ring>& memory, const PartPlace& to) {
+                                            MergeMemory<Tile, Ring>& memory, int slot) {
   constexpr int kRowThreads = Tile::kDims / 4;  // for the widest row; of a narrower one some are idle
   const unsigned thread = arch::recomputed(unsigned{threadIdx.x});
   part.for_each_row([&](int row, const RowPart& state) { memory.parts[arch::wave()][row] = state; });
@@ -131,7 +140,7 @@ __device__ __forceinline__ void merge_waves(const AttentionLaunch& launch, const
         const float* from = shared.scratch(w) + in_chunk * Tile::kScratchStride + column;
         total = scaled_sum(1.f, total, memory.shares[w][row], *reinterpret_cast<const float4*>(from));
       }
-      emit<Tile, Policy>(launch, rows, row, column, memory.whole[row], total, to);
+      emit<Tile, Policy>(launch, rows, row, column, memory.whole[row], total, memory.place(launch, slot));
     }
   }
 }
@@ -175,22 +184,21 @@ __device__ __forceinline__ void merge_parts(const AttentionLaunch& launch, const
 // The end of a segment. The blocks of a team leave their parts in their shared memory, and each makes one of a share of
 // them. Afterwards all of the team is through with all of it.
 template <class Tile, class Policy, class Ring>
-__device__ __forceinline__ void merge_team(const AttentionLaunch& launch, const RowBlock& rows, int rank,
+__device__ __forceinline__ void merge_team(const AttentionLaunch& launch, const RowBlock& rows,
                                            const WavePart<Tile, Policy>& part, const SharedMemory<Tile, Ring>& shared,
-                                           MergeMemory<Tile, Ring>& memory, const PartPlace& to) {
+                                           MergeMemory<Tile, Ring>& memory, int slot) {
+  const bool alone = !Ring::kTeams || launch.team_log2 == 0;
+  merge_waves(launch, rows, part, shared, memory, alone ? slot : kForTeam);
   if constexpr (Ring::kTeams) {
-    const bool alone = launch.team_log2 == 0;
-    merge_waves(launch, rows, part, shared, memory, alone ? to : memory.own_part());
     if (!alone) {
       arch::team_sync();
       merge_parts<Tile, Policy, kMostTeam>(
           launch, rows, 1 << launch.team_log2, [&](int i) { return memory.part_of(i); },
-          arch::recomputed(unsigned{threadIdx.x}) + rank * Tile::kThreads, Tile::kThreads << launch.team_log2, to);
+          arch::recomputed(unsigned{threadIdx.x}) + rank_in_team(launch) * Tile::kThreads,
+          Tile::kThreads << launch.team_log2, memory.place(launch, slot));
       arch::team_sync();
       return;
     }
-  } else {
-    merge_waves(launch, rows, part, shared, memory, to);
   }
   __syncthreads();
 }

@@ -147,7 +147,8 @@ class StagedRing {
 template <class Tile, class Ring>
 class KeyValueStream {
  public:
-  __device__ __forceinline__ KeyValueStream(const AttentionParams& p, Ring& ring) : p_(p), ring_(ring) {}
+  __device__ __forceinline__ KeyValueStream(const AttentionLaunch& launch, Ring& ring)
+      : launch_(launch), p_(launch.p), ring_(ring) {}
 
   // Looks up the first groups as if the work were cut by unit and the sequence as long as can be, in two steps: where
   // in the table, which needs nothing from memory, and what is there. Nothing is copied yet.
@@ -159,7 +160,7 @@ class KeyValueStream {
       step_ = schedule.step;
 #pragma unroll
       for (int i = 0; i <= Tile::kStages; ++i) {
-        const int group = segment_.begin + schedule.wave + i * step_;
+        const int group = segment_.begin + wave() + i * step_;
         ring_.aim(segment_, min(group, segment_.sequence.groups - 1), i < Tile::kStages ? begin_[i] : next_);
       }
     }
@@ -177,9 +178,8 @@ class KeyValueStream {
     previewed_ = previewed_ && schedule.by_unit() && step_ == schedule.step;
     segment_ = schedule.first;
     step_ = schedule.step;
-    wave_ = schedule.wave;
     left_ = schedule.groups;
-    group_ = segment_.begin + wave_ - step_;
+    group_ = segment_.begin + wave() - step_;
 #pragma unroll
     for (int i = 0; i <= Tile::kStages; ++i) {
       typename Ring::Next& next = i < Tile::kStages ? begin_[i] : next_;
@@ -224,16 +224,19 @@ class KeyValueStream {
     group_ += step_;
     while (alive_ && group_ >= segment_.end) {
       alive_ = segment_.next(p_, left_);
-      group_ = segment_.begin + wave_;
+      group_ = segment_.begin + wave();
     }
     next.used = alive_;
     if (alive_) ring_.look_up(segment_, group_, next);
   }
 
+  __device__ __forceinline__ int wave() const { return wave_in_team(launch_, Tile::kWaves); }
+
+  const AttentionLaunch& launch_;
   const AttentionParams& p_;
   Ring& ring_;
   Segment segment_;
-  int left_, step_, wave_, group_;
+  int left_, step_, group_;
   bool alive_ = true, previewed_ = false;
   typename Ring::Next begin_[Tile::kStages], next_;
   int stage_ = 0;

@@ -20,7 +20,7 @@ class TensorRing {
   static constexpr int kBoxBytes = 128 * kGroup, kGroupBytes = kBoxes * kBoxBytes, kStageBytes = 2 * kGroupBytes;
   static constexpr int kBarrierBytes = Tile::kWaves * Tile::kStages * sizeof(arch::CopyBarrier);
   static constexpr bool kAvailable = arch::kHasTensorCopies, kPreviews = true, kFillsEarly = false;
-  static constexpr bool kTeams = true;
+  static constexpr bool kTeams = Tile::kDims <= 128;  // wider rows leave no registers for it
   using Rows = arch::SwizzledRows<KV, kGroup>;
   using Source = CacheMaps;
 

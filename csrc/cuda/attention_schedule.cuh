@@ -25,8 +25,16 @@
 
 namespace flashdecpp {
 
-inline constexpr unsigned kMinGroups = 8;     // that a block is worth, as choose_attention_grid has it
-inline constexpr unsigned kLongGroups = 768;  // of a block, that are worth another one
+inline constexpr unsigned kMinGroups = 8;    // that a block is worth, as choose_attention_grid has it
+inline constexpr unsigned kLongGroups = 96;  // of a wave, that are worth another team
+
+// This block's number in its team, and this wave's, of blocks of so many waves.
+__device__ __forceinline__ int rank_in_team(const AttentionLaunch& launch) {
+  return blockIdx.x & ((1 << launch.team_log2) - 1);
+}
+__device__ __forceinline__ int wave_in_team(const AttentionLaunch& launch, int block_waves) {
+  return rank_in_team(launch) * block_waves + arch::wave();
+}
 
 // A run of groups of one unit.
 struct Segment {
@@ -140,16 +148,13 @@ class SequenceFinder {
 class Schedule {
  public:
   Segment first;
-  int rank, wave;  // of this block and this wave in the team
   int groups = 0;  // of this team, or of the unit that it shares; none: nothing to do
   int step;        // from a wave's group to its next
   int first_slot;  // of a part of the first segment; that of a later segment is the next
   Slots merge{};   // of the unit that this team merges, which is the first segment's; count 0: none
 
   __device__ __forceinline__ Schedule(const AttentionLaunch& launch, int block_waves)
-      : rank(blockIdx.x & ((1 << launch.team_log2) - 1)),
-        wave(rank * block_waves + arch::wave()),
-        step((block_waves << launch.team_log2) * launch.unit_teams),
+      : step((block_waves << launch.team_log2) * launch.unit_teams),
         team_(blockIdx.x >> launch.team_log2),
         waves_(block_waves << launch.team_log2) {
     const unsigned units = launch.sequence_units(), teams = launch.unit_teams * units;
@@ -210,9 +215,9 @@ class Schedule {
   __device__ __forceinline__ void cut_line(const AttentionLaunch& launch) {
     SequenceFinder sequences(launch.p);
     const unsigned units = launch.sequence_units(), share = team_ / units, unit = team_ - share * units;
-    const unsigned total = sequences.total(), of_block = total >> launch.team_log2;
-    const unsigned few = min(max(of_block / kMinGroups, 1u), launch.shares);
-    const unsigned count = min(max(of_block / kLongGroups, few), launch.most_shares);
+    const unsigned total = sequences.total();
+    const unsigned few = min(max((total >> launch.team_log2) / kMinGroups, 1u), launch.shares);
+    const unsigned count = min(max(total / (kLongGroups * waves_), few), launch.most_shares);
     if (share >= count) return;
     const Shares shares(total, count);
     const unsigned begin = shares.begin(share);

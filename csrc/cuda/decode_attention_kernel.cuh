@@ -85,7 +85,7 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
   typename Tile::T* q = shared.q(arch::wave());
   Schedule schedule(launch, Tile::kWaves);
   clear_queries<Tile>(schedule.first.rows(launch).count, q);
-  KeyValueStream<Tile, Ring> stream(p, ring);
+  KeyValueStream<Tile, Ring> stream(launch, ring);
   stream.aim(schedule);
   schedule.load(launch);
   stream.preview();
@@ -117,7 +117,8 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
     }
 
     taken = 0;
-    for (int group = segment.begin + schedule.wave; group < segment.end; group += schedule.step, ++taken) {
+    for (int group = segment.begin + wave_in_team(launch, Tile::kWaves); group < segment.end;
+         group += schedule.step, ++taken) {
       const int key_begin = (segment.sequence.first_group + group) * kGroup;
       const int loaded_begin = segment.sequence.key_begin, loaded_end = segment.sequence.length;
       stream.acquire(loaded_begin - key_begin, loaded_end - key_begin);
@@ -131,13 +132,14 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
       taken = 0;
     }
 
-    const PartPlace to = segment.whole ? PartPlace() : PartPlace::slot(launch, slot);
-    merge_team(launch, rows, schedule.rank, part, shared, merge_memory, to);
-    if (!segment.whole && schedule.rank == 0 && threadIdx.x == 0) arch::publish(launch.ready + slot, launch.nonce);
+    merge_team(launch, rows, part, shared, merge_memory, segment.whole ? kWhole : slot);
+    if (!segment.whole && rank_in_team(launch) == 0 && threadIdx.x == 0) {
+      arch::publish(launch.ready + slot, launch.nonce);
+    }
     slot = schedule.first_slot + 1;
   }
 
-  if (schedule.merge.count > 0 && schedule.rank == 0) {
+  if (schedule.merge.count > 0 && rank_in_team(launch) == 0) {
     merge_slots<Tile, Policy>(launch, schedule.merge, schedule.first.rows(launch));
   }
 }

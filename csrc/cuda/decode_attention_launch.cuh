@@ -11,10 +11,10 @@ namespace flashdecpp {
 
 constexpr int64_t kWorkspaceBytes = 16 << 20;  // an explicit number of splits may exceed it
 constexpr int64_t kBytesUnderWay = 6 << 20;    // that keep the memory of any machine busy
-constexpr int64_t kWorthGroups = 8;            // of each wave, that make it worth to merge another team's part
+constexpr int64_t kWorthGroups = 256;          // of a unit, that make it worth to merge another team's part
 
-// The ring and the blocks that go with a way of copying: Shape for many units, ShapeOfFew for so few that several
-// blocks share each, and the shared memory of a multiprocessor. Here those of staged copies, which must do with the 99
+// The ring and the blocks that go with a way of copying: Shape for many units, ShapeOfFew for no more units than
+// multiprocessors, and the shared memory of a multiprocessor. Here those of staged copies, which must do with the 99
 // KiB of a block on the smallest NVIDIA machine from Ampere on; decode_attention_tensor.cuh and
 // csrc/hip/decode_attention_amd.h have the others.
 template <CopyKind kind, class KV, int dims>
@@ -47,7 +47,7 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
   int64_t enough = launch.row_blocks > 1 ? resident : kBytesUnderWay / (Tile::kWaves * Shared::kRingBytes);
   const int64_t most_team = p.num_splits > 0 ? kMostTeam : std::min<int64_t>(kMostTeam, groups / Tile::kWaves);
   const int64_t team = Ring::kTeams ? choose_attention_team(resident, units, p.num_splits, most_team) : 1;
-  const int64_t team_waves = team * Tile::kWaves, worth = team_waves * (team > 1 ? kWorthGroups : 1);
+  const int64_t worth = team > 1 ? kWorthGroups : Tile::kWaves;
   resident = resident_teams(resident, team);
   enough = (enough + team - 1) / team;
   launch.p.num_splits = static_cast<int32_t>(std::min(p.num_splits / team, (groups + worth - 1) / worth));
@@ -101,7 +101,7 @@ void launch_shape(const Launcher& launcher, AttentionLaunch launch, Device devic
   launch.cut_rows(Tile::kRows);
   if constexpr (!std::is_same_v<typename M::Shape, typename M::ShapeOfFew>) {
     const int64_t units = int64_t{launch.p.batch} * launch.sequence_units();
-    if (launch.p.num_splits == 0 && 2 * units <= launcher.properties().multiprocessors) {
+    if (launch.p.num_splits == 0 && units <= launcher.properties().multiprocessors) {
       using TileOfFew = AttentionTile<T, KV, dims, typename M::ShapeOfFew>;
       return launch_policy<M, TileOfFew>(launcher, launch, device);
     }
