@@ -94,6 +94,24 @@ FAULTS = {
         "begin + units, units, parts};",
         "begin + units, units, parts - 1};",
     ),
+    "a team whose blocks do not wait for each other": (
+        "attention",
+        "attention_merge.cuh",
+        "arch::team_sync();\n      merge_parts",
+        "merge_parts",
+    ),
+    "one block's part for all of its team": (
+        "attention",
+        "attention_merge.cuh",
+        "memory.part_of(i);",
+        "memory.part_of(0);",
+    ),
+    "groups that two blocks of a team take": (
+        "attention",
+        "attention_schedule.cuh",
+        "rank_in_team(launch) * block_waves + arch::wave()",
+        "rank_in_team(launch) + arch::wave()",
+    ),
     "references the wrong way round": (
         "attention",
         "softmax.cuh",

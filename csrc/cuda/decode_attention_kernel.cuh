@@ -6,9 +6,8 @@
 // own ring of stages: waves meet only when a unit (16 rows of a KV head of a sequence) is done.
 //   tile          16 rows x 16 keys x head_dim a wave
 //   stages        K and V of 16 keys each, as many as the shared memory of BlockShape holds
-//   shared        head_dim 128 in half on Hopper: 4 waves of 2 stages of 8 KiB, and 8.5 KiB of queries and scratch
-//   each,
-//                 8.5 KiB for the block's part; two blocks a multiprocessor
+//   shared        head_dim 128 in half on Hopper: 4 waves of 2 stages of 8 KiB, each with 8.5 KiB of queries and
+//                 scratch, and 8.5 KiB for the block's part; two such blocks a multiprocessor, or one of 8 waves
 //   S = Q K^T     to the softmax policy in registers, whose result is the left factor of
 //   O += P V      without a way through shared memory
 // attention_schedule.cuh cuts the work for a grid that fills the machine. Blocks that share a unit do so in a cluster,

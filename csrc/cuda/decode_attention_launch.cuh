@@ -47,6 +47,7 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
   int64_t enough = launch.row_blocks > 1 ? resident : kBytesUnderWay / (Tile::kWaves * Shared::kRingBytes);
   const int64_t most_team = p.num_splits > 0 ? kMostTeam : std::min<int64_t>(kMostTeam, groups / Tile::kWaves);
   const int64_t team = Ring::kTeams ? choose_attention_team(resident, units, p.num_splits, most_team) : 1;
+  static_assert(kMostTeam * Tile::kWaves <= kWorthGroups);  // so that every wave of a team has a group
   const int64_t worth = team > 1 ? kWorthGroups : Tile::kWaves;
   resident = resident_teams(resident, team);
   enough = (enough + team - 1) / team;

@@ -159,10 +159,10 @@ inline void publish(uint64_t* flag, uint64_t value) { *flag = value; }
 inline void await(const uint64_t* flag, uint64_t value) {
   while (*flag != value) simulated::machine().wait("await");
 }
-inline void team_sync() {}
+inline void team_sync() { simulated::machine().team_barrier(); }
 template <class V>
-V* in_block(V* p, int /*rank*/) {
-  return p;
+V* in_block(V* p, int rank) {
+  return simulated::machine().in_block(p, rank);
 }
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}

@@ -24,10 +24,16 @@ template <class Tile>
 using MachineRing = StagedRing<Tile>;
 #endif
 
+template <class Tile>
+struct TeamRing : MachineRing<Tile> {
+  using MachineRing<Tile>::MachineRing;
+  static constexpr bool kTeams = true;
+};
+
 struct Case {
   std::vector<int> lengths;
   int q_heads = 4, kv_heads = 2, head_dim = 64, q_len = 1, block_size = 16;
-  int window = 0, num_splits = 0, resident = 12;
+  int window = 0, num_splits = 0, resident = 12, team = 1;
   float softcap = 0.f, phi = 1.f;
   bool paged = true, alibi = false, sinks = false, graph = false;
 };
@@ -89,10 +95,10 @@ void compare(const Case& c, const AttentionParams& p, const simulated::Tensor<T>
         name + ": off by " + std::to_string(worst) + ", lse by " + std::to_string(worst_lse));
 }
 
-template <class T, class KV, int dims, class Policy>
+template <class T, class KV, int dims, class Policy, template <class> class RingOf = MachineRing>
 void run(const Case& c, const std::string& name) {
   using Tile = AttentionTile<T, KV, dims, Shape>;
-  using Ring = MachineRing<Tile>;
+  using Ring = RingOf<Tile>;
   const int batch = static_cast<int>(c.lengths.size());
   const int longest = std::max(*std::max_element(c.lengths.begin(), c.lengths.end()), 1);
   const int max_blocks = c.paged ? (longest + c.block_size - 1) / c.block_size : 1;
@@ -153,9 +159,11 @@ void run(const Case& c, const std::string& name) {
 
   launch.cut_rows(Tile::kRows);
   const int64_t groups = std::max<int64_t>((p.capacity() + kGroup - 1) / kGroup, 1);
-  const AttentionGrid grid =
-      choose_attention_grid(c.resident, batch, launch.sequence_units(), c.num_splits, groups, 2, 1, int64_t{1} << 12);
-  launch.worth_log2 = std::bit_width(static_cast<unsigned>(Tile::kWaves)) - 1;
+  const int64_t resident = std::max(c.resident / c.team, 1);
+  const AttentionGrid grid = choose_attention_grid(resident, batch, launch.sequence_units(), c.num_splits, groups,
+                                                   2 * c.team, 1, int64_t{1} << 12);
+  launch.team_log2 = std::bit_width(static_cast<unsigned>(c.team)) - 1;
+  launch.worth_log2 = std::bit_width(static_cast<unsigned>(c.team * Tile::kWaves)) - 1;
   launch.unit_teams = static_cast<int32_t>(grid.unit_blocks);
   launch.shares = static_cast<uint32_t>(grid.shares);
   launch.most_shares = static_cast<uint32_t>(grid.most_shares);
@@ -170,8 +178,9 @@ void run(const Case& c, const std::string& name) {
   launch.nonce = 0x123456789abcdefull;
 
   for (int replay = 0; replay < (c.graph ? 2 : 1); ++replay) {
-    simulated::machine().launch({static_cast<unsigned>(grid.blocks)}, Tile::kThreads, SharedMemory<Tile, Ring>::kBytes,
-                                [&] { decode_attention_kernel<Tile, Policy, Ring>(launch, {}); });
+    simulated::machine().launch(
+        {static_cast<unsigned>(grid.blocks * c.team)}, Tile::kThreads, SharedMemory<Tile, Ring>::kBytes,
+        [&] { decode_attention_kernel<Tile, Policy, Ring>(launch, {}); }, c.team);
     compare<T, KV>(c, p, out, lse, table, name);
   }
 }
@@ -197,6 +206,23 @@ void run_type(const std::string& type) {
      {.lengths = {70, 2}, .head_dim = dims, .q_len = 3, .softcap = 5.f, .sinks = true});
   go("a narrower head", {.lengths = {64, 20}, .head_dim = dims - 16});
   go("40 sequences", {.lengths = std::vector<int>(40, 9), .q_heads = 2, .kv_heads = 2, .head_dim = dims});
+}
+
+// Clusters of blocks, which other machines do not have.
+void run_teams() {
+#if !defined(USE_ROCM)
+  const auto go = [](const char* what, const Case& c) {
+    run<arch::half, arch::half, 64, OnlineMax, TeamRing>(c, std::string("teams, ") + what + ", online");
+    run<arch::half, arch::half, 64, UnifiedMax<arch::half>, TeamRing>(c, std::string("teams, ") + what + ", unified");
+  };
+  go("of 2, by unit, twice", {.lengths = {300}, .team = 2, .graph = true});
+  go("of 4, several a unit", {.lengths = {400}, .q_heads = 16, .resident = 24, .team = 4, .graph = true});
+  go("of 8, little to do", {.lengths = {5}, .team = 8});
+  go("of 2, by line, twice", {.lengths = {400, 3, 17, 0, 90}, .team = 2, .graph = true});
+  go("of 4, by line", {.lengths = {30, 200, 1}, .q_heads = 6, .q_len = 3, .resident = 16, .team = 4});
+  go("of 2, fixed splits", {.lengths = {200, 33}, .num_splits = 3, .team = 2});
+  go("of 2, alone", {.lengths = {70, 90}, .team = 1});
+#endif
 }
 
 // Shapes that nobody thought of.
@@ -228,6 +254,7 @@ void run_random(int count) {
 
 int main() {
   run_type<arch::half, arch::half, 64>("half");
+  run_teams();
 #if !defined(FLASHDECPP_SIMULATED_FEW)
   run_type<arch::bfloat16, arch::bfloat16, 64>("bfloat16");
   run_type<arch::half, arch::float8, 64>("half with float8");

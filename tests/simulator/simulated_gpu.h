@@ -1,13 +1,13 @@
-// A GPU on one processor: kernels as ordinary C++, a fiber for each thread of a block, blocks in turn. Finds wrong
-// indices, missing or divergent barriers and reads of what nobody wrote; no races, as fibers only change where they
-// wait.
+// A GPU on one processor: kernels as ordinary C++, a fiber for each thread of a block, blocks in turn, but for those of
+// a team, which run side by side. Finds wrong indices, missing or divergent barriers and reads of what nobody wrote; no
+// races, as fibers only change where they wait.
 //
 // Shared memory is NaN until somebody in the block writes it, and so is global memory around a tensor, where nobody may
 // write: what lies beyond its end, and a page before it, may not be touched at all.
 //
-// A fiber runs until it waits for its wave (a collective operation) or for its block (__syncthreads); a wave, picked at
-// random, as far as it gets without the others, and any of its lanes first. Where all wait and nothing comes, or lanes
-// of a wave are in different operations, the program ends with an error.
+// A fiber runs until it waits for its wave (a collective operation), its block (__syncthreads) or its team; a wave,
+// picked at random, as far as it gets without the others, and any of its lanes first. Where all wait and nothing comes,
+// or lanes of a wave are in different operations, the program ends with an error.
 #pragma once
 
 #include <link.h>
@@ -98,16 +98,25 @@ inline constexpr size_t kStackBytes = 256 << 10;
   std::_Exit(2);
 }
 
+struct Bytes {
+  unsigned char* data;
+  size_t size;
+};
+
 // What kernels declare __shared__: this program has no other variables of threads.
-inline void poison_declared_shared() {
-  const auto poison = [](dl_phdr_info* program, size_t, void*) {
+inline Bytes declared_shared() {
+  Bytes found{nullptr, 0};
+  const auto find = [](dl_phdr_info* program, size_t, void* result) {
     for (int i = 0; i < program->dlpi_phnum; ++i) {
       const auto& part = program->dlpi_phdr[i];
-      if (part.p_type == PT_TLS && program->dlpi_tls_data) std::memset(program->dlpi_tls_data, 0xff, part.p_memsz);
+      if (part.p_type == PT_TLS && program->dlpi_tls_data) {
+        *static_cast<Bytes*>(result) = {static_cast<unsigned char*>(program->dlpi_tls_data), part.p_memsz};
+      }
     }
     return 1;  // the first is the program itself
   };
-  dl_iterate_phdr(poison, nullptr);
+  dl_iterate_phdr(find, &found);
+  return found;
 }
 
 struct Wave {
@@ -132,6 +141,14 @@ struct Fiber {
   std::vector<std::vector<CopyOf>> copies;  // groups that are under way; the last one is still open
 };
 
+struct Block {
+  dim3 index;
+  std::vector<unsigned char> shared, declared;  // `declared` while another block of the team runs
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Wave> waves;
+  unsigned at_barrier = 0, barrier_generation = 0;
+};
+
 class Machine {
  public:
   static Machine& instance() {
@@ -139,20 +156,23 @@ class Machine {
     return machine;
   }
 
-  dim3 block_index, block_size, grid_size;
-  std::vector<unsigned char> shared;
+  dim3 block_size, grid_size;
 
+  const Block& block() const { return *block_; }
   unsigned thread() const { return running_->thread; }
   Fiber& fiber() { return *running_; }
-  Wave& wave() { return waves_[running_->thread / kWave]; }
+  Wave& wave() { return block_->waves[running_->thread / kWave]; }
 
-  void launch(dim3 grid, unsigned block, size_t shared_bytes, const std::function<void()>& kernel) {
+  void launch(dim3 grid, unsigned block, size_t shared_bytes, const std::function<void()>& kernel, unsigned team = 1) {
     grid_size = grid;
     block_size = {block};
+    kernel_ = &kernel;
+    while (team_.size() < team) team_.push_back(std::make_unique<Block>());
+    team_.resize(team);
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        block_index = {x, y, 0};
-        run_block(block, shared_bytes, kernel);
+      for (unsigned x = 0; x < grid.x; x += team) {
+        for (unsigned rank = 0; rank < team; ++rank) prepare(*team_[rank], {x + rank, y, 0}, shared_bytes);
+        run_team();
       }
     }
   }
@@ -162,15 +182,22 @@ class Machine {
     swapcontext(&running_->context, &scheduler_);
   }
 
-  void barrier() {
-    progress_ = true;
-    const unsigned generation = barrier_generation_;
-    if (++at_barrier_ == block_size.x) {
-      at_barrier_ = 0;
-      ++barrier_generation_;
-      return;
-    }
-    while (barrier_generation_ == generation) wait("__syncthreads");
+  void barrier() { meet(block_->at_barrier, block_->barrier_generation, block_size.x, "__syncthreads"); }
+  void team_barrier() {
+    meet(at_team_, team_generation_, block_size.x * static_cast<unsigned>(team_.size()), "team_sync");
+  }
+
+  // What is at p, in the running block's shared memory, in that of another of its team.
+  template <class V>
+  V* in_block(V* p, int rank) {
+    Block& other = *team_.at(rank);
+    if (&other == block_) return p;
+    const Bytes declared = declared_shared(), own{block_->shared.data(), block_->shared.size()};
+    auto* const byte = reinterpret_cast<unsigned char*>(p);
+    const auto in = [&](const Bytes& bytes) { return byte >= bytes.data && byte < bytes.data + bytes.size; };
+    if (in(declared)) return reinterpret_cast<V*>(other.declared.data() + (byte - declared.data));
+    if (in(own)) return reinterpret_cast<V*>(other.shared.data() + (byte - own.data));
+    fail("in_block: not in shared memory");
   }
 
   // All lanes' values, once all have come here.
@@ -204,52 +231,92 @@ class Machine {
     swapcontext(&running_->context, &scheduler_);
   }
 
-  void run_block(unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
-    kernel_ = &kernel;
-    shared.assign(shared_bytes + 1024, 0xff);  // NaN in every format: nobody wrote it
-    poison_declared_shared();
-    waves_.assign((threads + kWave - 1) / kWave, Wave());
-    fibers_.resize(threads);
+  void meet(unsigned& arrived, unsigned& generation, unsigned all, const char* what) {
+    progress_ = true;
+    const unsigned before = generation;
+    if (++arrived == all) {
+      arrived = 0;
+      ++generation;
+      return;
+    }
+    while (generation == before) wait(what);
+  }
+
+  // All memory is NaN in every format: nobody wrote it.
+  void prepare(Block& block, dim3 index, size_t shared_bytes) {
+    const unsigned threads = block_size.x;
+    block.index = index;
+    block.shared.assign(shared_bytes + 1024, 0xff);
+    block.declared.assign(declared_shared().size, 0xff);
+    block.waves.assign((threads + kWave - 1) / kWave, Wave());
+    block.fibers.resize(threads);
+    block.at_barrier = 0;
     for (unsigned t = 0; t < threads; ++t) {
-      if (!fibers_[t]) fibers_[t] = std::make_unique<Fiber>();
-      Fiber& fiber = *fibers_[t];
+      if (!block.fibers[t]) block.fibers[t] = std::make_unique<Fiber>();
+      Fiber& fiber = *block.fibers[t];
       fiber.done = false;
       fiber.thread = t;
       fiber.copies.assign(1, {});
-      ++waves_[t / kWave].size;
+      ++block.waves[t / kWave].size;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
       fiber.context.uc_stack.ss_size = fiber.stack.size();
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, entry, 0);
     }
-    at_barrier_ = 0;
+  }
+
+  void run_team() {
+    at_team_ = 0;
     for (bool alive = true; alive;) {
       alive = false;
       bool any_progress = false;
-      const unsigned first = random_();
-      for (unsigned w = 0; w < waves_.size(); ++w) {
-        const unsigned wave = (first + w) % waves_.size();
-        do {
-          progress_ = false;
-          alive |= run_wave(wave, threads);
-          any_progress |= progress_;
-        } while (progress_);
+      for (const auto& block : team_) {
+        enter(*block);
+        alive |= run_block(any_progress);
+        leave();
       }
       if (alive && !any_progress) fail(running_->waits);
     }
-    if (at_barrier_ > 0) fail("a thread ended while others wait in __syncthreads");
+    for (const auto& block : team_) {
+      if (block->at_barrier > 0) fail("a thread ended while others wait in __syncthreads");
+    }
+    if (at_team_ > 0) fail("a thread ended while others wait in team_sync");
+  }
+
+  void enter(Block& block) {
+    block_ = &block;
+    const Bytes declared = declared_shared();
+    std::memcpy(declared.data, block.declared.data(), declared.size);
+  }
+  void leave() {
+    const Bytes declared = declared_shared();
+    std::memcpy(block_->declared.data(), declared.data, declared.size);
+  }
+
+  // Every wave until it waits; whether some are not done.
+  bool run_block(bool& any_progress) {
+    bool alive = false;
+    const unsigned first = random_(), waves = static_cast<unsigned>(block_->waves.size());
+    for (unsigned w = 0; w < waves; ++w) {
+      do {
+        progress_ = false;
+        alive |= run_wave((first + w) % waves);
+        any_progress |= progress_;
+      } while (progress_);
+    }
+    return alive;
   }
 
   // Every lane until it waits, any of them first; whether some are not done.
-  bool run_wave(unsigned wave, unsigned threads) {
+  bool run_wave(unsigned wave) {
     bool alive = false;
     const unsigned first = random_();
     for (unsigned l = 0; l < kWave; ++l) {
       const unsigned thread = wave * kWave + (first + l) % kWave;
-      if (thread >= threads || fibers_[thread]->done) continue;
+      if (thread >= block_size.x || block_->fibers[thread]->done) continue;
       alive = true;
-      running_ = fibers_[thread].get();
+      running_ = block_->fibers[thread].get();
       swapcontext(&scheduler_, &running_->context);
     }
     return alive;
@@ -257,11 +324,11 @@ class Machine {
 
   ucontext_t scheduler_;
   std::minstd_rand random_;
-  std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::vector<Wave> waves_;
+  std::vector<std::unique_ptr<Block>> team_;
+  Block* block_ = nullptr;
   Fiber* running_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
-  unsigned at_barrier_ = 0, barrier_generation_ = 0;
+  unsigned at_team_ = 0, team_generation_ = 0;
   bool progress_ = false;
 };
 
@@ -290,7 +357,7 @@ inline uint16_t bfloat16_bits(float x) {
 inline float of_bfloat16_bits(uint16_t bits) { return __uint_as_float(unsigned{bits} << 16); }
 
 inline unsigned char* aligned_shared() {
-  const auto address = reinterpret_cast<uintptr_t>(machine().shared.data());
+  const auto address = reinterpret_cast<uintptr_t>(machine().block().shared.data());
   return reinterpret_cast<unsigned char*>((address + 1023) / 1024 * 1024);
 }
 
@@ -339,7 +406,7 @@ class Tensor {
 }  // namespace simulated
 
 #define threadIdx (simulated::thread_index())
-#define blockIdx (simulated::machine().block_index)
+#define blockIdx (simulated::machine().block().index)
 #define blockDim (simulated::machine().block_size)
 #define gridDim (simulated::machine().grid_size)
 #define __syncthreads() simulated::machine().barrier()
