@@ -97,7 +97,7 @@ FAULTS = {
     "a team whose blocks do not wait for each other": (
         "attention",
         "attention_merge.cuh",
-        "arch::team_sync();\n      merge_parts",
+        "arch::cluster_sync();\n      merge_parts",
         "merge_parts",
     ),
     "one block's part for all of its team": (

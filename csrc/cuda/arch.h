@@ -48,7 +48,7 @@
 //   recomputed(x)                          an integer, worked out where this stands: what depends on it is not kept in
 //                                          registers through loops that need those
 //   steps_part()                           loads that stand behind this are not begun before it
-//   team_sync(), in_block(p, rank)         in a cluster of blocks, which the launch makes: all of their threads meet;
+//   cluster_sync(), in_block(p, rank)      in a cluster of blocks, which the launch makes: all of their threads meet;
 //                                          where block `rank` has what is at p in this block's shared memory. Nothing
 //                                          where there are no clusters
 //   wait_for_previous_kernel(), allow_next_kernel()   programmatic dependent launch; nothing where there is none

@@ -60,19 +60,15 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 // Ordinary stores to shared memory before it, tensor copies after it.
 __device__ __forceinline__ void order_before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- clusters ------------------------------------------------------------------------------------------------------
-__device__ __forceinline__ void team_sync() {
-#if __CUDA_ARCH__ >= 900
+// All threads of all blocks of the cluster that have not returned meet; what they wrote, all of them see.
+__device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
 }
 
 template <class V>
 __device__ __forceinline__ V* in_block(V* p, int rank) {
-  uint64_t there = reinterpret_cast<uint64_t>(p);
-#if __CUDA_ARCH__ >= 900
+  uint64_t there;
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
-#endif
   return reinterpret_cast<V*>(there);
 }
 

@@ -191,12 +191,12 @@ __device__ __forceinline__ void merge_team(const AttentionLaunch& launch, const 
   merge_waves(launch, rows, part, shared, memory, alone ? slot : kForTeam);
   if constexpr (Ring::kTeams) {
     if (!alone) {
-      arch::team_sync();
+      arch::cluster_sync();
       merge_parts<Tile, Policy, kMostTeam>(
           launch, rows, 1 << launch.team_log2, [&](int i) { return memory.part_of(i); },
           arch::recomputed(unsigned{threadIdx.x}) + rank_in_team(launch) * Tile::kThreads,
           Tile::kThreads << launch.team_log2, memory.place(launch, slot));
-      arch::team_sync();
+      arch::cluster_sync();
       return;
     }
   }

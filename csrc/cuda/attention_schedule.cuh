@@ -6,8 +6,7 @@
 // its waves. Its blocks merge what they have in each other's shared memory. Where there are no clusters, and where
 // there are units enough for all of the machine, it is one block.
 //
-// By unit      every unit has up to unit_teams teams, which take its groups in turn, a group for each of their waves at
-// a
+// By unit      every unit has up to unit_teams teams, which take its groups in turn, one for each of their waves at a
 //              time: where the caller wants so many splits, where a sequence is alone, and where all sequences are
 //              about as long. Nothing is cut in vain, and where the first groups lie can be looked up before the length
 //              is known.

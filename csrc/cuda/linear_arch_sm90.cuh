@@ -150,11 +150,6 @@ __device__ __forceinline__ void wave_group_sync() { asm volatile("bar.sync 1, %0
 
 // ---- clusters: blocks that run at the same time and read each other's shared memory --------------------------------
 
-// All threads of all blocks of the cluster that have not returned meet; what they wrote, all of them see.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // What the shared memory of the cluster's block `rank` has at the place that `p` is in this block's: a float or four.
 template <class V>
 __device__ __forceinline__ V load_cluster(const float* p, int rank) {

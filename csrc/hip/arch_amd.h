@@ -142,7 +142,7 @@ __device__ __forceinline__ void publish(uint64_t* flag, uint64_t value) {
 __device__ __forceinline__ void await(const uint64_t* flag, uint64_t value) {
   while (__hip_atomic_load(flag, __ATOMIC_ACQUIRE, __HIP_MEMORY_SCOPE_AGENT) != value) __builtin_amdgcn_s_sleep(1);
 }
-__device__ __forceinline__ void team_sync() {}
+__device__ __forceinline__ void cluster_sync() {}
 template <class V>
 __device__ __forceinline__ V* in_block(V* p, int /*rank*/) {
   return p;

@@ -159,7 +159,7 @@ inline void publish(uint64_t* flag, uint64_t value) { *flag = value; }
 inline void await(const uint64_t* flag, uint64_t value) {
   while (*flag != value) simulated::machine().wait("await");
 }
-inline void team_sync() { simulated::machine().team_barrier(); }
+inline void cluster_sync() { simulated::machine().team_barrier(); }
 template <class V>
 V* in_block(V* p, int rank) {
   return simulated::machine().in_block(p, rank);

@@ -184,7 +184,7 @@ class Machine {
 
   void barrier() { meet(block_->at_barrier, block_->barrier_generation, block_size.x, "__syncthreads"); }
   void team_barrier() {
-    meet(at_team_, team_generation_, block_size.x * static_cast<unsigned>(team_.size()), "team_sync");
+    meet(at_team_, team_generation_, block_size.x * static_cast<unsigned>(team_.size()), "cluster_sync");
   }
 
   // What is at p, in the running block's shared memory, in that of another of its team.
@@ -281,7 +281,7 @@ class Machine {
     for (const auto& block : team_) {
       if (block->at_barrier > 0) fail("a thread ended while others wait in __syncthreads");
     }
-    if (at_team_ > 0) fail("a thread ended while others wait in team_sync");
+    if (at_team_ > 0) fail("a thread ended while others wait in cluster_sync");
   }
 
   void enter(Block& block) {
