@@ -4,14 +4,17 @@ import mmap
 from pathlib import Path
 
 from .errors import ModelError
+from .json_files import check_file
 
 
 def map_file(path: Path) -> mmap.mmap:
+    """The bytes of a file. A ModelError says why it is none that can be mapped."""
+    check_file(path)
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise ModelError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error.strerror}") from None
     except ValueError:  # mmap of an empty file
         raise ModelError(f"{path} is empty") from None
 
