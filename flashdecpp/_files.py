@@ -15,9 +15,9 @@ JSON_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or
 
 # How files begin that only stand for the one that was meant.
 _STAND_INS = {
-    b"version https://git-lfs.github.com/spec/": "is a Git LFS pointer, not the file itself: run git lfs pull",
-    b"<!doctype html": "is a web page, not the file itself: download it again",
-    b"<html": "is a web page, not the file itself: download it again",
+    b"version https://git-lfs.github.com/spec/": "is a Git LFS pointer, not the file: run git lfs pull",
+    b"<!doctype html": "is a web page, not the file: download it again",
+    b"<html": "is a web page, not the file: download it again",
 }
 
 
@@ -48,19 +48,25 @@ def check_file(path: Path, error: type[ValueError]) -> None:
 
 def read_json(path: Path, kind: type, error: type[ValueError]) -> Any:
     """What a JSON file holds, which must be of `kind`: dict, list, ... Else raises `error`, one line."""
-    check_file(path, error)
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise error(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that a JSON file may have")
-        value = parse_json(path.read_bytes())
-    except OSError as problem:
-        raise error(f"{path} can't be read: {problem.strerror}") from None
+        value = parse_json(read_small(path, error))
     except JSONError as problem:
         raise error(f"{path} is not valid JSON: {problem}") from None
     if not isinstance(value, kind):
         raise error(f"{path} must hold {json_kind(kind)}, got {json_kind(type(value))}")
     return value
+
+
+def read_small(path: Path, error: type[ValueError]) -> bytes:
+    """The bytes of a file that must not be larger than any JSON file is."""
+    check_file(path, error)
+    try:
+        size = path.stat().st_size
+        if size <= MAX_JSON_BYTES:
+            return path.read_bytes()
+    except OSError as problem:
+        raise error(f"{path} can't be read: {problem.strerror}") from None
+    raise error(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that a JSON file may have")
 
 
 class JSONError(ValueError):

@@ -12,10 +12,13 @@ import json
 import math
 import os
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from flashdecpp._files import JSONError, parse_json, read_small
 
 VERSION = 1
 KINDS = ("cuda", "cpu")
@@ -114,14 +117,13 @@ class Table:
     @classmethod
     def load(cls, path: Path) -> Table:
         """Raises TableError, which names the file and what is wrong in it."""
+        text = read_small(path, TableError)
         try:
-            return cls._of(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise TableError(f"{path} can't be read: {error.strerror}") from None
+            return cls._of(parse_json(text))
         except TableError as error:
             problem = str(error)
-        except ValueError:
-            problem = "not valid JSON"
+        except JSONError as error:
+            problem = f"not valid JSON ({error})"
         raise TableError(f"{path}: {problem}; delete it, and `flashdecpp tune` writes a new one")
 
     @classmethod
@@ -171,7 +173,7 @@ def _profile(raw: dict[str, Any]) -> Profile:
 
 def _need(condition: bool, name: str, wanted: str, got: object) -> None:
     if not condition:
-        raise TableError(f"{name} must be {wanted}, got {got!r}")
+        raise TableError(f"{name} must be {wanted}, got {reprlib.repr(got)}")
 
 
 def _number(value: object) -> bool:

@@ -17,7 +17,7 @@ class Naming:
     A name that is None: the architecture has no such tensor.
     """
 
-    roots: tuple[str, ...]  # prefixes of all but lm_head; the first under which the embedding is found counts
+    roots: tuple[str, ...]  # prefixes of all but lm_head; the first under which there is a layer counts
     embed: str
     norm: str
     lm_head: str

@@ -7,9 +7,8 @@ from .config import ModelConfig, config_from_directory, config_from_gguf
 from .demo import fetch_demo
 from .errors import ModelError
 from .gguf import GGUFFile
-from .safetensors import SafetensorsFolder
 from .tokenizer import BaseTokenizer, ChatGLMTokenizer, FolderTokenizer, GGUFTokenizer
-from .torch_files import TorchFolder
+from .weight_files import open_weights
 from .weights import Plan, WeightSource, plan_weights
 
 
@@ -41,7 +40,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 def _open_folder(path: Path) -> Checkpoint:
     config = config_from_directory(path)
-    source = _open_weights(path)
+    source = open_weights(path)
     plan = plan_weights(config, config.architecture.names, source)
     return Checkpoint(path.resolve().name, path, config, _open_tokenizer(path, config), source, plan)
 
@@ -51,13 +50,6 @@ def _open_tokenizer(folder: Path, config: ModelConfig) -> BaseTokenizer:
     if config.architecture.in_transformers or (folder / "tokenizer.json").exists():
         return FolderTokenizer(folder)
     return ChatGLMTokenizer(folder)
-
-
-def _open_weights(folder: Path) -> WeightSource:
-    """safetensors; where there are none, what torch.save wrote."""
-    if any(folder.glob("pytorch_model.bin*")) and not any(folder.glob("model.safetensors*")):
-        return TorchFolder(folder)
-    return SafetensorsFolder(folder)
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -58,20 +58,22 @@ class GGUFFile:
         """The value of a key of the metadata, of `kind`: see Metadata.typed."""
         return self.metadata.typed(key, kind, default)
 
-    def problem(self, name: str) -> str | None:
-        """Of a type that nobody dequantizes."""
+    def check(self, name: str) -> None:
+        """A ModelError where nobody dequantizes the tensor's type."""
         from gguf.constants import GGML_QUANT_SIZES
         from gguf.quants import dequantize
 
         tensor = self._headers[name].tensors[name]
         block, block_bytes = GGML_QUANT_SIZES[tensor.kind]
         if len(tensor.shape) == 1 and block != 1:
-            return f"is a vector of the type {tensor.kind.name}, and quantized vectors are not supported"
+            raise ModelError(f"{self.path}: the vector {name} is quantized, which is not supported")
         try:
             dequantize(np.zeros((1, block_bytes), np.uint8), tensor.kind)
         except NotImplementedError:
-            return f"has the type {tensor.kind.name}, which the gguf package doesn't dequantize"
-        return None
+            raise ModelError(
+                f"{self.path}: tensor {name} has the type {tensor.kind.name}, "
+                "which the gguf package doesn't dequantize"
+            ) from None
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """float32 rows [start, stop) of a tensor."""

@@ -78,7 +78,7 @@ def _is(value: Any, kind: type) -> bool:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: rows of `row_bytes` bytes, one after the other. A vector's rows are its elements."""
+    """Where a tensor lies: rows of `row_bytes`, one after the other. A vector's rows are its elements."""
 
     shape: tuple[int, ...]
     kind: Any  # gguf.GGMLQuantizationType

@@ -31,7 +31,7 @@ def transformers_twin(decoder: Decoder, dtype: torch.dtype) -> LlamaForCausalLM:
                 max_position_embeddings=rope.max_positions,
                 rms_norm_eps=config.norm_eps,
                 rope_theta=rope.theta,
-                tie_word_embeddings=config.tied_embeddings,
+                tie_word_embeddings=weights.lm_head is weights.embed,
                 eos_token_id=list(config.eos_ids),
             )
         )
@@ -57,7 +57,7 @@ def transformers_twin(decoder: Decoder, dtype: torch.dtype) -> LlamaForCausalLM:
         }
         state |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in tensors.items()}
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
-    if config.tied_embeddings:
+    if weights.lm_head is weights.embed:
         model.tie_weights()
     # The frequencies of the rope are no weights: made again, off the meta device, in float32.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(decoder.device)

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from flashdecpp import _files
+
 from .config import ModelConfig
 from .errors import ModelError
 
@@ -51,11 +53,9 @@ class Calibration:
     @classmethod
     def load(cls, path: Path) -> "Calibration":
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ModelError(f"{path} can't be read: {error.strerror}") from None
-        except ValueError:
-            raise ModelError(_advice(f"{path} is not valid JSON")) from None
+            raw = _files.read_json(path, object, ModelError)
+        except ModelError as error:
+            raise ModelError(_advice(str(error))) from None
         version = raw.get("version") if isinstance(raw, dict) else None
         if version != VERSION:
             raise ModelError(_advice(f"{path} is no phi file of version {VERSION}"))
@@ -71,7 +71,7 @@ class Calibration:
                 row_maximum={p: _stack([layer["row_max"][p] for layer in layers]) for p in PERCENTILES},
                 coverage={w: _stack([layer["coverage"][w] for layer in layers]) for w in SAFE_WINDOWS},
             )
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
             raise ModelError(_advice(f"{path} lacks what a phi file has, or holds other things")) from None
         tables = (loaded.minimum, loaded.maximum, *loaded.row_maximum.values(), *loaded.coverage.values())
         if any(table.shape != loaded.phi.shape for table in tables):

@@ -1,19 +1,25 @@
-"""The safetensors files of a model folder, one or sharded, memory-mapped."""
+"""The safetensors files of a model folder, memory-mapped."""
 
-import json
+import math
 import mmap
 import struct
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
+from flashdecpp._files import JSONError, parse_json
 from flashdecpp.quantization import QuantizedWeight
 
 from .errors import ModelError
 from .mapped import map_file, release_pages
+from .quantized_files import quantized
 
+# Those that a weight can have. The others are of indices, masks and quantized weights.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 100_000_000  # as the safetensors library
 
@@ -23,37 +29,45 @@ class _Entry:
     data: mmap.mmap
     offset: int
     nbytes: int
-    dtype: torch.dtype
+    dtype: str
 
 
-class SafetensorsFolder:
-    """The tensors of all files, by name. A WeightSource (weights.py)."""
+class SafetensorsFiles:
+    """The tensors of all files, by name; of a name that several have, the last file's, as in transformers.
 
-    def __init__(self, folder: Path) -> None:
+    A WeightSource (weights.py).
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self.path = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._entries: dict[str, _Entry] = {}
-        for path in weight_files(folder, "model.safetensors"):
+        for path in files:
             self._read_header(path)
 
+    def check(self, name: str) -> None:
+        """A ModelError where the tensor has integers, or floats of 8 bits or less."""
+        dtype = self._entries[name].dtype
+        if dtype not in DTYPES:
+            raise ModelError(quantized(self.path, f"tensor {name} has the dtype {dtype}"))
+
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """A view of the map: rows [start, stop) in the file's dtype. Not to be written."""
+        """Rows [start, stop) in the file's dtype: a view of the map, not to be written."""
         entry, shape = self._entries[name], self.shapes[name]
-        row = 1
-        for size in shape[1:]:
-            row *= size
+        dtype = DTYPES[entry.dtype]
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        offset = entry.offset + start * row_bytes
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            flat = torch.frombuffer(
-                entry.data,
-                dtype=entry.dtype,
-                count=(stop - start) * row,
-                offset=entry.offset + start * row * entry.dtype.itemsize,
+            values = torch.frombuffer(
+                entry.data, dtype=torch.uint8, count=(stop - start) * row_bytes, offset=offset
             )
-        return flat.view(stop - start, *shape[1:])
+        if offset % dtype.itemsize:  # which the format allows, and kernels don't
+            values = values.clone()
+        return values.view(dtype).view(stop - start, *shape[1:])
 
     def format(self, name: str) -> None:
-        """Nothing here is quantised."""
+        """Nothing here is quantized."""
 
     def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
         raise NotImplementedError("no tensor has a format")
@@ -75,38 +89,44 @@ class SafetensorsFolder:
                 f"{path} is truncated: its header ends at byte {start}, the file has {len(data)}"
             )
         try:
-            header = json.loads(data[8:start])
-        except ValueError:
-            raise ModelError(f"{path} is not a safetensors file: its header is not JSON") from None
-        header.pop("__metadata__", None)
-        end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if end > len(data):
-            raise ModelError(
-                f"{path} is truncated: its tensors end at byte {end}, the file has {len(data)}; "
-                "download it again"
-            )
+            header = parse_json(data[8:start])
+        except JSONError as error:
+            raise ModelError(f"{path} is not a safetensors file: its header is not JSON ({error})") from None
+        try:
+            with safe_open(path, "numpy"):  # the library's own checks, of every name, kind, size and offset
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(_what_is_wrong(path, header, len(data) - start, error)) from None
         for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                continue  # not a weight; one that the model needs is reported as missing
+            if name == "__metadata__":
+                continue
             begin, stop = entry["data_offsets"]
             self.shapes[name] = tuple(entry["shape"])
-            self._entries[name] = _Entry(data, start + begin, stop - begin, DTYPES[entry["dtype"]])
+            self._entries[name] = _Entry(data, start + begin, stop - begin, entry["dtype"])
 
 
-def weight_files(folder: Path, name: str) -> list[Path]:
-    """The file `name` of a folder, or all that its index `name`.index.json tells of."""
-    index = folder / f"{name}.index.json"
-    if index.exists():
+def _what_is_wrong(path: Path, header: Any, nbytes: int, error: Exception) -> str:
+    """Why the library refused a file, with the tensor, which the library doesn't always name."""
+    reason = str(error).removeprefix("Error while deserializing header: ")
+    for name, entry in header.items() if isinstance(header, dict) else ():
+        if name == "__metadata__":
+            continue
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise ModelError(f"{index} is not a valid index of weight files") from None
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise ModelError(
-                f"{folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing)}"
-            )
-        return [folder / name for name in names]
-    if not (folder / name).exists():
-        raise ModelError(f"{folder} has no {name} and no {index.name}")
-    return [folder / name]
+            _, end = entry["data_offsets"]
+            if end > nbytes:
+                beyond = end - nbytes
+                return f"{path} is truncated: tensor {name} ends {beyond} bytes after it; download it again"
+            fits = _fits(entry)
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            return f"{path} is not a valid safetensors file: tensor {name}: {reason}"
+    return f"{path} is not a valid safetensors file: {reason}"
+
+
+def _fits(entry: dict[str, Any]) -> bool:
+    """Whether a tensor takes as many bytes as it has."""
+    (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES.get(entry["dtype"])
+    if len(shape) > 8 or not all(isinstance(size, int) and 0 <= size < 1 << 63 for size in shape):
+        return False
+    return dtype is None or math.prod(shape) * dtype.itemsize == end - begin

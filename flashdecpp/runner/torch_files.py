@@ -1,38 +1,72 @@
-"""The pytorch_model.bin files of a model folder, one or sharded, memory-mapped: what older models have."""
+"""The pytorch_model.bin files of a model folder, memory-mapped where they can be: what older models have."""
 
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flashdecpp.quantization import QuantizedWeight
 
 from .errors import ModelError
-from .safetensors import weight_files
+from .json_files import check_file
+from .quantized_files import quantized
 
 
-class TorchFolder:
-    """The tensors of all files, by name. A WeightSource (weights.py)."""
+class TorchFiles:
+    """The tensors of all files, by name; of a name that several have, the last file's. A WeightSource
+    (weights.py).
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
+        self.path = folder
         self._tensors: dict[str, torch.Tensor] = {}
-        for path in weight_files(folder, "pytorch_model.bin"):
-            try:
-                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except Exception as error:  # torch raises many kinds for a bad file
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ModelError(f"{path} can't be read: {reason}") from error
-            self._tensors |= {name: value for name, value in state.items() if torch.is_tensor(value)}
+        for path in files:
+            self._tensors |= _load(path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def check(self, name: str) -> None:
+        """A ModelError where the tensor isn't a plain one, of floats of 16 bits or more."""
+        tensor = self._tensors[name]
+        if tensor.is_meta:
+            raise ModelError(f"{self.path}: tensor {name} has no values: it was saved from the meta device")
+        if tensor.layout is not torch.strided:
+            raise ModelError(
+                f"{self.path}: tensor {name} is sparse ({tensor.layout}), which is not supported"
+            )
+        if tensor.is_quantized or not tensor.is_floating_point() or tensor.itemsize < 2:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(quantized(self.path, f"tensor {name} has the dtype {dtype}"))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """A view of the map: rows [start, stop) in the file's dtype."""
         return self._tensors[name][start:stop]
 
     def format(self, name: str) -> None:
-        """Nothing here is quantised."""
+        """Nothing here is quantized."""
 
     def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
         raise NotImplementedError("no tensor has a format")
 
     def release(self, name: str) -> None:
         """The pages of a file can be reclaimed at any time; torch has no way to drop them earlier."""
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    """What the file holds by name. It can't be code: weights_only refuses that."""
+    check_file(path)
+    try:
+        # What torch wrote before 1.6 is no zip archive and can't be mapped.
+        mapped = zipfile.is_zipfile(path)
+        state: Any = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a bad file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{path} can't be read: {reason}") from error
+    if not isinstance(state, dict):
+        raise ModelError(f"{path} holds a {type(state).__name__}, but must hold tensors by name")
+    return {
+        name: value.detach()
+        for name, value in state.items()
+        if isinstance(name, str) and torch.is_tensor(value)
+    }

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from .config import ModelConfig
 from .errors import ModelError, OutOfMemory
 from .formats import ROUNDED, Format
 from .memory import available_bytes, gigabytes
+from .quantized_files import quantized, sign_of_quantization
 
 LOOKED_UP = ("embed", "positions")  # matrices whose rows are taken, not multiplied with
 CHUNK_BYTES = 16 << 20  # float32 bytes that are converted at once: what loading holds beyond the weights
@@ -24,7 +26,12 @@ CHUNK_BYTES = 16 << 20  # float32 bytes that are converted at once: what loading
 class WeightSource(Protocol):
     """Tensors by name, read lazily."""
 
+    path: Path  # the folder or the file
     shapes: dict[str, tuple[int, ...]]
+
+    def check(self, name: str) -> None:
+        """A ModelError where the tensor's rows can't be weights."""
+        ...
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) along the first dimension, on the CPU, in any float dtype."""
@@ -207,8 +214,14 @@ def plan_weights(
     """Where each tensor goes; a ModelError where one is missing or has another shape than configured."""
     hidden, ffn, embed_dim = config.hidden, config.ffn, config.embed_dim
     architecture = config.architecture
+    if config.layers > len(source.shapes):  # before anything is made for each layer
+        raise ModelError(
+            f"the configuration has {config.layers} layers, "
+            f"but {source.path} has {len(source.shapes)} tensors only"
+        )
     heads = (config.q_heads, config.kv_heads, 0) if interleaved_qk else None
-    known = (root for root in names.roots if f"{root}{names.embed}.weight" in source.shapes)
+    first_layer = names.layer.format(0)
+    known = (r for r in names.roots if any(name.startswith(r + first_layer) for name in source.shapes))
     root = next(known, names.roots[0])
 
     def norm(field: str, name: str, width: int) -> dict[str, Slot]:
@@ -252,9 +265,14 @@ def plan_weights(
                 slots |= norm(field, prefix + name, width)
         return slots
 
-    top = linear("embed", root, (names.embed,), (config.vocab,), embed_dim)
-    if not config.tied_embeddings:
-        top |= linear("lm_head", "", (names.lm_head,), (config.vocab,), embed_dim)
+    embed, head = root + names.embed, names.lm_head
+    stored = [name for name in (embed, head) if f"{name}.weight" in source.shapes]
+    if config.tied_embeddings and (len(stored) < 2 or _equal(source, stored, (config.vocab, embed_dim))):
+        # One tensor, under whichever of its two names.
+        top = linear("embed", "", stored[:1] or (embed,), (config.vocab,), embed_dim)
+    else:
+        top = linear("embed", "", (embed,), (config.vocab,), embed_dim)
+        top |= linear("lm_head", "", (head,), (config.vocab,), embed_dim)
     if not config.norm_after:
         top |= norm("norm", root + names.norm, hidden)
     if names.positions:
@@ -290,14 +308,33 @@ def _check(plan: Plan, source: WeightSource) -> None:
     pieces = [piece for slot in plan.slots for piece in slot.pieces]
     missing = [piece.name for piece in pieces if piece.name not in source.shapes]
     if missing:
+        if sign := sign_of_quantization(source.path, source.shapes):
+            raise ModelError(quantized(source.path, sign))
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(f"the checkpoint lacks the tensors {', '.join(missing[:3])}{more}")
     for piece in pieces:
+        source.check(piece.name)
         if source.shapes[piece.name] != piece.shape:
             raise ModelError(
                 f"tensor {piece.name} has the shape {source.shapes[piece.name]}, "
                 f"the configuration asks for {piece.shape}"
             )
+
+
+def _equal(source: WeightSource, names: Sequence[str], shape: tuple[int, int]) -> bool:
+    """Whether the matrices that a configuration calls tied are so: else transformers takes each as it is."""
+    names = [f"{name}.weight" for name in names]
+    if any(source.shapes[name] != shape for name in names):
+        return False
+    for name in names:
+        source.check(name)
+    rows, columns = shape
+    step = max(1, CHUNK_BYTES // (4 * columns))
+    for start in range(0, rows, step):
+        first, second = (source.rows(name, start, min(start + step, rows)) for name in names)
+        if not torch.equal(first.float(), second.float()):
+            return False
+    return True
 
 
 def _load(slot: Slot, source: WeightSource, device: torch.device, dtype: torch.dtype, bar: tqdm) -> Matrix:
