@@ -13,7 +13,7 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ IMPLS = ("gemv", "flat_gemm", "blas")
 
 # [N, K] of a weight
 Shape = tuple[int, int]
+LARGEST = 1 << 24  # of N and of K: far more than any weight's
 
 
 class TableError(ValueError):
@@ -147,14 +148,22 @@ def parse_shapes(text: str) -> list[Shape]:
     """ "4096,4096;11008,4096" -> [(4096, 4096), (11008, 4096)], each once."""
     shapes = []
     for pair in text.split(";"):
-        match = re.fullmatch(r"\s*([1-9]\d*)\s*,\s*([1-9]\d*)\s*", pair)
+        match = re.fullmatch(r"\s*([1-9]\d{0,99})\s*,\s*([1-9]\d{0,99})\s*", pair, re.ASCII)
         if match is None:
             example = "4096,4096;11008,4096"
             raise TableError(
-                f"--shapes must be pairs N,K of weights [N, K] such as '{example}', got {pair!r}"
+                f"--shapes must be pairs N,K of weights [N, K] such as '{example}', got {reprlib.repr(pair)}"
             )
         shapes.append((int(match[1]), int(match[2])))
+    check_sizes(shapes)
     return list(dict.fromkeys(shapes))
+
+
+def check_sizes(shapes: Sequence[Shape]) -> None:
+    """Raises TableError for a shape that no weight has, before anything is made of it."""
+    for n, k in shapes:
+        if not (0 < n <= LARGEST and 0 < k <= LARGEST):
+            raise TableError(f"N and K of a weight must be from 1 to {LARGEST}, got {n},{k}")
 
 
 def _profile(raw: dict[str, Any]) -> Profile:

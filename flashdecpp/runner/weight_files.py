@@ -14,13 +14,21 @@ FORMATS = {"model.safetensors": SafetensorsFiles, "pytorch_model.bin": TorchFile
 
 
 def open_weights(folder: Path) -> WeightSource:
-    """The weights of a folder: of a whole file where there is one, else of all that an index tells of."""
+    """The weights of a folder: of a whole file where there is one, else of all that an index tells of.
+
+    An index beside a whole file may be of parts that are gone, but not of another kind.
+    """
     for name, source in FORMATS.items():
+        index = folder / f"{name}.index.json"
+        parts = _parts(index) if index.is_file() else None
         if (folder / name).is_file():
             return source(folder, [folder / name])
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return source(folder, _shards(index))
+        if parts is not None:
+            missing = [part for part in parts if not os.path.exists(folder / part)]
+            if missing:
+                some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+                raise ModelError(f"{folder} lacks {len(missing)} of {len(parts)} weight files: {some}")
+            return source(folder, [folder / part for part in parts])
     for name in FORMATS:
         path = folder / name
         if path.exists() or path.is_symlink():
@@ -29,20 +37,16 @@ def open_weights(folder: Path) -> WeightSource:
     raise ModelError(f"{folder} has no {first} and no {second}, whole or with an index of parts")
 
 
-def _shards(index: Path) -> list[Path]:
-    """All files that an index tells of; they must be in its folder, and there."""
-    folder, weight_map = index.parent, read_json(index).get("weight_map")
+def _parts(index: Path) -> list[str]:
+    """The names of all files that an index tells of, which must be in its folder."""
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError(f"{index} is not a valid index of weight files: it needs a weight_map of file names")
     names = sorted(set(weight_map.values()))
     for name in names:
         if not _stays_inside(name):
             raise ModelError(f"{index} names {name!r}, which is not a file of its folder")
-    missing = [name for name in names if not os.path.exists(folder / name)]
-    if missing:
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} weight files: {some}")
-    return [folder / name for name in names]
+    return names
 
 
 def _stays_inside(name: str) -> bool:
