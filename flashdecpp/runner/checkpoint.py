@@ -7,6 +7,7 @@ from .config import ModelConfig, config_from_directory, config_from_gguf
 from .demo import fetch_demo
 from .errors import ModelError
 from .gguf import GGUFFile
+from .json_files import check_small_files
 from .tokenizer import BaseTokenizer, ChatGLMTokenizer, FolderTokenizer, GGUFTokenizer
 from .weight_files import open_weights
 from .weights import Plan, WeightSource, plan_weights
@@ -39,6 +40,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def _open_folder(path: Path) -> Checkpoint:
+    check_small_files(path)
     config = config_from_directory(path)
     source = open_weights(path)
     plan = plan_weights(config, config.architecture.names, source)

@@ -1,11 +1,17 @@
-"""The JSON files of a model folder."""
+"""The files of a model folder beside its weights: what they are is looked at before a library reads them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from flashdecpp import _files
 
 from .errors import ModelError
+
+# What transformers opens by itself where it is there.
+SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+SMALL_FILES += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
+SMALL_FILES += ("chat_template.jinja", "chat_template.json")
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -23,3 +29,10 @@ def check_file(path: Path) -> Path:
     """The path, where it is that of a file that can be read; a ModelError says what it is instead."""
     _files.check_file(path, ModelError)
     return path
+
+
+def check_small_files(folder: Path) -> None:
+    """A ModelError where one of SMALL_FILES is there, but a pipe, a folder, a Git LFS pointer, ..."""
+    for name in SMALL_FILES:
+        if os.path.lexists(folder / name):
+            check_file(folder / name)
