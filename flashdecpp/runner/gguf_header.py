@@ -9,7 +9,7 @@ import math
 import mmap
 import reprlib
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -145,28 +145,27 @@ class Header:
         return TensorInfo(shape, GGMLQuantizationType(kind), offset, row_bytes, nbytes)
 
     def _placed(self, tensors: dict[str, TensorInfo], table_end: int) -> dict[str, TensorInfo]:
-        """With offsets from the start of the file, which must be aligned, apart and within the file."""
+        """With offsets from the start of the file: as llama.cpp has it, each must follow on the one before."""
         alignment = self.metadata.typed("general.alignment", int, 32)
         if alignment < 1 or alignment & (alignment - 1):
             raise ModelError(f"{self.path}: general.alignment must be a power of two, got {alignment}")
         start = end = -(-table_end // alignment) * alignment
         placed = {}
-        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
-            offset = start + tensor.offset
-            if tensor.offset % alignment:
+        for name, tensor in tensors.items():
+            offset = -(-end // alignment) * alignment
+            if start + tensor.offset != offset:
                 raise ModelError(
-                    f"{self.path}: tensor {name} is at offset {tensor.offset}, no multiple of {alignment}"
+                    f"{self.path}: tensor {name} is at offset {tensor.offset}, but the one before it asks for "
+                    f"{offset - start}"
                 )
-            if offset < end:
-                raise ModelError(f"{self.path}: tensor {name} overlaps another one")
             end = offset + tensor.nbytes
             if end > len(self.data):
                 raise ModelError(
                     f"{self.path} is truncated: tensor {name} ends at byte {end}, "
                     f"the file has {len(self.data)}; download it again"
                 )
-            placed[name] = TensorInfo(tensor.shape, tensor.kind, offset, tensor.row_bytes, tensor.nbytes)
-        return {name: placed[name] for name in tensors}
+            placed[name] = replace(tensor, offset=offset)
+        return placed
 
 
 class _Cursor:

@@ -112,15 +112,13 @@ def _what_is_wrong(path: Path, header: Any, nbytes: int, error: Exception) -> st
         if name == "__metadata__":
             continue
         try:
-            _, end = entry["data_offsets"]
-            if end > nbytes:
-                beyond = end - nbytes
-                return f"{path} is truncated: tensor {name} ends {beyond} bytes after it; download it again"
-            fits = _fits(entry)
+            if not _fits(entry):
+                return f"{path} is not a valid safetensors file: tensor {name}: {reason}"
+            beyond = entry["data_offsets"][1] - nbytes
         except (KeyError, TypeError, ValueError):
-            fits = False
-        if not fits:
             return f"{path} is not a valid safetensors file: tensor {name}: {reason}"
+        if beyond > 0:
+            return f"{path} is truncated: tensor {name} ends {beyond} bytes after it; download it again"
     return f"{path} is not a valid safetensors file: {reason}"
 
 

@@ -65,7 +65,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:  # torch raises many kinds for a bad file
         said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # what stands before is advice
-        reason = (said.splitlines() or [type(error).__name__])[0]
+        reason = (said.partition(". Please")[0].splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} can't be read: {reason}") from error
     if not isinstance(state, dict):
         raise ModelError(f"{path} holds a {type(state).__name__}, but must hold tensors by name")
