@@ -409,6 +409,46 @@ def test_shapes_on_the_command_line() -> None:
             parse_shapes(wrong)
 
 
+@pytest.mark.parametrize("size", [1 << 50, (1 << 24) + 1])
+def test_sizes_that_no_weight_has_are_refused(size: int) -> None:
+    """Before a tensor of them is asked for."""
+    from flashdecpp import info
+
+    said = "N and K of a weight must be from 1 to 16777216"
+    for text in (f"{size},8", f"8,{size}"):
+        with pytest.raises(TableError, match=said):
+            parse_shapes(text)
+    for shape in ((size, 8), (8, size), (size, size), (0, 8), (8, -1)):
+        with pytest.raises(TableError, match=said):
+            list(info.lines([shape]))
+    with pytest.raises(TableError, match="must be pairs N,K"):
+        parse_shapes("1" + "0" * 5000 + ",8")
+
+
+@pytest.mark.parametrize(
+    "content",
+    {
+        "deep": "[" * 100_000,
+        "a pointer": "version https://git-lfs.github.com/spec/v1\n",
+        "long values": json.dumps({"version": "x" * 100_000}),
+        "a folder": None,
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_spoiled_file_is_one_short_line_among_the_problems(tmp_path: Path, content) -> None:
+    path = tmp_path / "a.json"
+    path.mkdir() if content[1] is None else path.write_text(content[1])
+    found = find_tables([tmp_path])
+    assert found.tables == {} and len(found.problems) == 1
+    (problem,) = found.problems
+    assert str(path) in problem and "\n" not in problem and len(problem) < 500
+
+
+def test_a_pipe_among_the_tables_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    assert "is a pipe or a device" in find_tables([tmp_path]).problems[0]
+
+
 def test_the_users_table_wins_over_the_shipped_one(tmp_path: Path) -> None:
     shipped, user = tmp_path / "shipped", tmp_path / "user"
     shipped.mkdir(), user.mkdir()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import struct
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -56,9 +61,12 @@ def write_gguf(
     pre: str = "smollm",
     rope_factors=None,
     others: dict[str, Q] | None = None,
+    writer: dict[str, int] | None = None,
 ) -> None:
-    """As llama.cpp's converter does, permuted rows of q and k included. `others`: the types of some parts."""
-    config, writer = model.config, gguf.GGUFWriter(path, architecture)
+    """As llama.cpp's converter does, permuted rows of q and k included. `others`: the types of some parts;
+    `writer`: options of the writer.
+    """
+    config, writer = model.config, gguf.GGUFWriter(path, architecture, **(writer or {}))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -206,6 +214,196 @@ def test_truncated_files(tmp_path):
     path.write_bytes(b"GGML" + whole[4:])
     with pytest.raises(ModelError, match="is not a GGUF file"):
         LLM(path, device="cpu")
+
+
+def gguf_text(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def gguf_value(key: str, kind: int, data: bytes) -> bytes:
+    return gguf_text(key) + struct.pack("<I", kind) + data
+
+
+def gguf_tensor(name: str, dims: Sequence[int], kind: int = 0, offset: int = 0) -> bytes:
+    sizes = struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+    return gguf_text(name) + sizes + struct.pack("<IQ", kind, offset)
+
+
+def gguf_file(
+    *values: bytes, tensors: Sequence[bytes] = (), counts=None, version: bytes = b"\3\0\0\0"
+) -> bytes:
+    """A header, with other counts of tensors and values than it has where those are given, and 256 bytes."""
+    counts = counts or (len(tensors), len(values))
+    head = b"GGUF" + version + struct.pack("<QQ", *counts) + b"".join(values) + b"".join(tensors)
+    return head + bytes(-len(head) % 32) + bytes(256)
+
+
+ALIGNMENT = "general.alignment"
+HEADERS = {
+    "no dimensions": (gguf_file(tensors=[gguf_tensor("t", [])]), "tensor t has 0 dimensions"),
+    "a thousand dimensions": (gguf_file(tensors=[gguf_tensor("t", [1] * 1000)]), "has 1000 dimensions"),
+    "no elements": (gguf_file(tensors=[gguf_tensor("t", [0, 4])]), "tensor t .* is empty"),
+    "too many elements": (gguf_file(tensors=[gguf_tensor("t", [2**40, 2**40])]), "is truncated"),
+    "an offset that wraps": (
+        gguf_file(tensors=[gguf_tensor("t", [4], 0, 2**64 - 32)]),
+        "must be at offset 0",
+    ),
+    "an odd offset": (gguf_file(tensors=[gguf_tensor("t", [4], 0, 1)]), "must be at offset 0.*is at 1"),
+    "an overlap": (
+        gguf_file(tensors=[gguf_tensor("t", [40]), gguf_tensor("u", [4], 0, 32)]),
+        "tensor u must be at offset 160",
+    ),
+    "a gap": (
+        gguf_file(tensors=[gguf_tensor("t", [4]), gguf_tensor("u", [4], 0, 64)]),
+        "tensor u must be at offset 32",
+    ),
+    "a name twice": (gguf_file(tensors=[gguf_tensor("t", [4])] * 2), "has the tensor t twice"),
+    "an unknown type": (gguf_file(tensors=[gguf_tensor("t", [4], 99)]), "tensor t has the unknown type 99"),
+    "half a block": (gguf_file(tensors=[gguf_tensor("t", [40, 2], 2)]), "not whole blocks of 32"),
+    "2^60 tensors": (gguf_file(counts=(2**60, 0)), "claims to have 1152921504606846976 tensors"),
+    "2^60 values": (gguf_file(counts=(0, 2**60)), "claims more than 4194304 metadata values"),
+    "2^63 items": (
+        gguf_file(gguf_value("a", 9, struct.pack("<IQ", 0, 2**63))),
+        "claims more than 4194304 metadata values",
+    ),
+    "2^40 texts": (gguf_file(gguf_value("a", 9, struct.pack("<IQ", 8, 2**40))), "claims more than 4194304"),
+    "a text of 2^62 bytes": (gguf_file(gguf_value("a", 8, struct.pack("<Q", 2**62))), "is truncated"),
+    "arrays in arrays": (
+        gguf_file(gguf_value("a", 9, struct.pack("<IQ", 9, 1) * 9999)),
+        "in more than 4 others",
+    ),
+    "an unknown kind of value": (gguf_file(gguf_value("a", 99, b"")), "has the unknown type 99"),
+    "a key twice": (gguf_file(*[gguf_value("a", 7, b"\1")] * 2), "has the key a twice"),
+    "alignment 0": (gguf_file(gguf_value(ALIGNMENT, 4, bytes(4))), "must be a power of two, got 0"),
+    "alignment 24": (gguf_file(gguf_value(ALIGNMENT, 4, b"\30\0\0\0")), "must be a power of two, got 24"),
+    "alignment x": (gguf_file(gguf_value(ALIGNMENT, 8, gguf_text("x"))), "must be an integer, got 'x'"),
+    "version 1": (gguf_file(version=b"\1\0\0\0"), "is GGUF version 1"),
+    "big-endian": (gguf_file(version=b"\0\0\0\3"), "is a big-endian GGUF file"),
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_are_not_believed(tmp_path, header):
+    content, said = HEADERS[header]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    begin = time.process_time()
+    with pytest.raises(ModelError, match=rf"m\.gguf.*{said}") as caught:
+        GGUFFile(path)
+    assert "\n" not in str(caught.value) and time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize("item", [0, 8, 9])
+def test_a_header_is_not_read_on_through_a_large_file(tmp_path, item):
+    """An array that the file has room for, but that nobody needs: refused before it is counted to."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_file(gguf_value("a", 9, struct.pack("<IQ", item, 2**33))))
+    os.truncate(path, 1 << 40)
+    begin = time.process_time()
+    with pytest.raises(ModelError, match="claims more than 4194304 metadata values"):
+        GGUFFile(path)
+    assert time.process_time() - begin < 1
+
+
+def read_values(path: Path, **values: tuple[int, bytes]) -> GGUFFile:
+    path.write_bytes(gguf_file(*(gguf_value(key, kind, data) for key, (kind, data) in values.items())))
+    return GGUFFile(path)
+
+
+def test_metadata_is_read_by_kind(tmp_path):
+    two, same, other = (struct.pack("<IQ2I", 4, 2, 2, last) for last in (2, 2, 3))
+    file = read_values(
+        tmp_path / "m.gguf",
+        number=(4, struct.pack("<I", 2)),
+        real=(6, struct.pack("<f", 0.5)),
+        nan=(6, struct.pack("<f", float("nan"))),
+        text=(8, gguf_text("x")),
+        flag=(7, b"\1"),
+        same=(9, same),
+        other=(9, other),
+    )
+    assert (file.get("number", int), file.get("number", float), file.get("real", float)) == (2, 2.0, 0.5)
+    assert (file.get("text", str), file.get("flag", bool), file.get("gone", int, 5)) == ("x", True, 5)
+    assert file.get("gone", str, None) is None and file.get("same", int) == 2
+    assert two == same and file.metadata.listed("other", int) == [2, 3]
+    for key, kind, said in (
+        ("real", int, "real must be an integer, got 0.5"),
+        ("flag", int, "flag must be an integer, got True"),
+        ("text", int, "text must be an integer, got 'x'"),
+        ("text", float, "text must be a finite number"),
+        ("nan", float, "nan must be a finite number"),
+        ("number", str, "number must be a string, got 2"),
+        ("number", bool, "number must be true or false, got 2"),
+        ("other", int, "other differs between layers, which is not supported"),
+        ("gone", int, "has no gone"),
+    ):
+        with pytest.raises(ModelError, match=rf"m\.gguf.*{said}"):
+            file.get(key, kind)
+    with pytest.raises(ModelError, match="other must be a list"):
+        file.metadata.listed("other", str)
+
+
+def test_a_gguf_file_is_known_by_how_it_begins(tmp_path):
+    write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "hf"))
+    (tmp_path / "m.gguf").rename(tmp_path / "sha256-0123")
+    assert GGUFFile.is_gguf(tmp_path / "sha256-0123")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "empty.gguf").touch()
+    for other in ("pipe.gguf", "empty.gguf", "nowhere.gguf", "hf", "hf/config.json"):
+        assert not GGUFFile.is_gguf(tmp_path / other)
+
+
+@pytest.fixture
+def parts(tmp_path) -> list[Path]:
+    """A model in three files."""
+    write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "hf"), writer={"split_max_tensors": 13})
+    found = [tmp_path / f"m-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
+    assert all(path.exists() for path in found)
+    return found
+
+
+def test_a_model_in_several_files_loads_from_any(tmp_path, parts):
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    ids = random_tokens(9)
+    answers = {
+        LLM(path, device="cpu", dtype="float32").generate([ids], params)[0].token_ids.__repr__()
+        for path in (*parts, tmp_path / "hf")
+    }
+    assert len(answers) == 1
+
+
+def test_parts_that_are_missing_or_others_are_named(tmp_path, parts):
+    def refused(path: Path, said: str) -> None:
+        with pytest.raises(ModelError, match=said):
+            LLM(path, device="cpu")
+
+    parts[1].rename(tmp_path / "kept")
+    refused(parts[0], r"lacks 1 of the model's 3 parts: m-00002-of-00003\.gguf")
+    shutil.copy(parts[2], parts[1])
+    refused(parts[0], r"m-00002-of-00003\.gguf is not part 2 of 3, as its name says")
+    (tmp_path / "kept").rename(tmp_path / "second.gguf")
+    refused(
+        tmp_path / "second.gguf", r"second\.gguf is part 2 of 3: it must be called NAME-00002-of-00003\.gguf"
+    )
+
+
+@pytest.mark.parametrize("kind", [Q.Q8_K, Q.Q8_1, Q.F64, Q.I32])
+def test_types_that_nobody_dequantizes_are_refused_before_loading(tmp_path, monkeypatch, kind):
+    from flashdecpp.runner import llm as llm_module
+
+    model = save_model(tmp_path / "hf", hidden_size=256, intermediate_size=256)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    quantize = gguf.quants.quantize
+
+    def zeros(values: np.ndarray, wanted: Q) -> np.ndarray:
+        shape = (values.shape[0], values.shape[-1] // block * block_bytes)
+        return np.zeros(shape, np.uint8) if wanted == kind else quantize(values, wanted)
+
+    monkeypatch.setattr(gguf.quants, "quantize", zeros)
+    write_gguf(tmp_path / "m.gguf", model, others={"ffn_up": kind})
+    monkeypatch.setattr(llm_module, "load_weights", None)
+    with pytest.raises(ModelError, match=rf"ffn_up\.weight has the type {kind.name}, which"):
+        LLM(tmp_path / "m.gguf", device="cpu")
 
 
 def test_unsupported_files(tmp_path):

@@ -145,7 +145,7 @@ class Header:
         return TensorInfo(shape, GGMLQuantizationType(kind), offset, row_bytes, nbytes)
 
     def _placed(self, tensors: dict[str, TensorInfo], table_end: int) -> dict[str, TensorInfo]:
-        """With offsets from the start of the file: as llama.cpp has it, each must follow on the one before."""
+        """With offsets in the file: as llama.cpp has it, each must follow on the one before."""
         alignment = self.metadata.typed("general.alignment", int, 32)
         if alignment < 1 or alignment & (alignment - 1):
             raise ModelError(f"{self.path}: general.alignment must be a power of two, got {alignment}")
@@ -155,8 +155,8 @@ class Header:
             offset = -(-end // alignment) * alignment
             if start + tensor.offset != offset:
                 raise ModelError(
-                    f"{self.path}: tensor {name} is at offset {tensor.offset}, but the one before it asks for "
-                    f"{offset - start}"
+                    f"{self.path}: tensor {name} must be at offset {offset - start}, right after the one "
+                    f"before it, but is at {tensor.offset}"
                 )
             end = offset + tensor.nbytes
             if end > len(self.data):

@@ -105,7 +105,7 @@ def load_phi(
     if not isinstance(phi, str | Path):
         return phi
     path = phi_path(model) if phi == "auto" else Path(phi).expanduser()
-    if phi == "carry" or (phi == "auto" and not path.exists()):
+    if phi == "carry" or (phi == "auto" and not os.path.lexists(path)):
         return "carry"
     values = Calibration.load(path).phi
     if values.shape != (config.layers, config.q_heads):

@@ -127,4 +127,4 @@ def _fits(entry: dict[str, Any]) -> bool:
     (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES.get(entry["dtype"])
     if len(shape) > 8 or not all(isinstance(size, int) and 0 <= size < 1 << 63 for size in shape):
         return False
-    return dtype is None or math.prod(shape) * dtype.itemsize == end - begin
+    return begin >= 0 and (dtype is None or math.prod(shape) * dtype.itemsize == end - begin)

@@ -29,10 +29,9 @@ def open_weights(folder: Path) -> WeightSource:
                 some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
                 raise ModelError(f"{folder} lacks {len(missing)} of {len(parts)} weight files: {some}")
             return source(folder, [folder / part for part in parts])
-    for name in FORMATS:
-        path = folder / name
-        if path.exists() or path.is_symlink():
-            check_file(path)
+    for name in (name for whole in FORMATS for name in (whole, f"{whole}.index.json")):
+        if os.path.lexists(folder / name):  # but is no file
+            check_file(folder / name)
     first, second = FORMATS
     raise ModelError(f"{folder} has no {first} and no {second}, whole or with an index of parts")
 

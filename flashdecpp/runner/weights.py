@@ -217,7 +217,7 @@ def plan_weights(
     if config.layers > len(source.shapes):  # before anything is made for each layer
         raise ModelError(
             f"the configuration has {config.layers} layers, "
-            f"but {source.path} has {len(source.shapes)} tensors only"
+            f"more than {source.path} has tensors ({len(source.shapes)})"
         )
     heads = (config.q_heads, config.kv_heads, 0) if interleaved_qk else None
     first_layer = names.layer.format(0)
