@@ -311,21 +311,20 @@ def read_values(path: Path, **values: tuple[int, bytes]) -> GGUFFile:
 
 
 def test_metadata_is_read_by_kind(tmp_path):
-    two, same, other = (struct.pack("<IQ2I", 4, 2, 2, last) for last in (2, 2, 3))
-    file = read_values(
+    metadata = read_values(
         tmp_path / "m.gguf",
         number=(4, struct.pack("<I", 2)),
         real=(6, struct.pack("<f", 0.5)),
         nan=(6, struct.pack("<f", float("nan"))),
         text=(8, gguf_text("x")),
         flag=(7, b"\1"),
-        same=(9, same),
-        other=(9, other),
-    )
-    assert (file.get("number", int), file.get("number", float), file.get("real", float)) == (2, 2.0, 0.5)
-    assert (file.get("text", str), file.get("flag", bool), file.get("gone", int, 5)) == ("x", True, 5)
-    assert file.get("gone", str, None) is None and file.get("same", int) == 2
-    assert two == same and file.metadata.listed("other", int) == [2, 3]
+        numbers=(9, struct.pack("<IQ2I", 4, 2, 2, 3)),
+    ).metadata
+    assert metadata.typed("number", int) == metadata.typed("number", float) == 2
+    assert metadata.typed("real", float) == 0.5 and metadata.typed("text", str) == "x"
+    assert metadata.typed("flag", bool) is True
+    assert metadata.listed("numbers", int) == metadata.listed("numbers", float) == [2, 3]
+    assert metadata.typed("gone", int, 5) == 5 and metadata.listed("gone", str, None) is None
     for key, kind, said in (
         ("real", int, "real must be an integer, got 0.5"),
         ("flag", int, "flag must be an integer, got True"),
@@ -334,13 +333,14 @@ def test_metadata_is_read_by_kind(tmp_path):
         ("nan", float, "nan must be a finite number"),
         ("number", str, "number must be a string, got 2"),
         ("number", bool, "number must be true or false, got 2"),
-        ("other", int, "other differs between layers, which is not supported"),
+        ("numbers", int, r"numbers must be an integer, got \[2, 3\]"),
         ("gone", int, "has no gone"),
     ):
         with pytest.raises(ModelError, match=rf"m\.gguf.*{said}"):
-            file.get(key, kind)
-    with pytest.raises(ModelError, match="other must be a list"):
-        file.metadata.listed("other", str)
+            metadata.typed(key, kind)
+    for key in ("numbers", "text"):
+        with pytest.raises(ModelError, match=f"{key} must be a list of strings"):
+            metadata.listed(key, str)
 
 
 def test_a_gguf_file_is_known_by_how_it_begins(tmp_path):

@@ -5,7 +5,6 @@ The header is read by gguf_header.py; the `gguf` package dequantizes.
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from flashdecpp.quantization import QuantizedWeight
 
 from .errors import ModelError
 from .formats import Format
-from .gguf_header import MAGIC, REQUIRED, Header
+from .gguf_header import MAGIC, Header
 from .mapped import release_pages
 
 # GGUF's types whose blocks ops.quantized_linear knows: 32 weights behind a scale and, with offsets, a minimum
@@ -53,10 +52,6 @@ class GGUFFile:
                 return file.read(len(MAGIC)) == MAGIC
         except (OSError, ValueError):
             return False
-
-    def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """The value of a key of the metadata, of `kind`: see Metadata.typed."""
-        return self.metadata.typed(key, kind, default)
 
     def check(self, name: str) -> None:
         """A ModelError where nobody dequantizes the tensor's type."""

@@ -30,10 +30,11 @@ MAX_DIMENSIONS = 4  # ggml has no more
 
 REQUIRED: Final = object()  # a default that is none
 _KINDS = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
+_LISTS = {int: "integers", float: "finite numbers", str: "strings", bool: "true and false"}
 
 
 class Metadata(dict[str, Any]):
-    """The keys and values of a file. What they are is for whoever wrote the file to choose: see `typed`."""
+    """The keys and values of a file: of any kind, until `typed` or `listed` has looked."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -42,18 +43,13 @@ class Metadata(dict[str, Any]):
     def typed(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
         """The value of a key, of `kind` (int, float, str or bool); a ModelError names the key otherwise.
 
-        An integer counts as a float, and a list of equal integers, a number for each layer, as the integer.
-        default: for a key that is missing, which without one is a ModelError, too.
+        An integer counts as a float. default: for a missing key, which without one is a ModelError, too.
         """
         if key not in self:
             if default is REQUIRED:
                 raise ModelError(f"{self.path} has no {key}")
             return default
         value = self[key]
-        if kind is int and isinstance(value, list) and value:
-            if any(each != value[0] for each in value):
-                raise ModelError(f"{self.path}: {key} differs between layers, which is not supported")
-            value = value[0]
         if not _is(value, kind):
             raise ModelError(f"{self.path}: {key} must be {_KINDS[kind]}, got {reprlib.repr(value)}")
         return kind(value)
@@ -65,7 +61,7 @@ class Metadata(dict[str, Any]):
         values = self[key]
         if not isinstance(values, list) or not all(_is(value, kind) for value in values):
             raise ModelError(
-                f"{self.path}: {key} must be a list, each of which {_KINDS[kind]}, got {reprlib.repr(values)}"
+                f"{self.path}: {key} must be a list of {_LISTS[kind]}, got {reprlib.repr(values)}"
             )
         return values
 
