@@ -1,13 +1,16 @@
 """Opens a model: everything that can be wrong with it is found here, before its weights are loaded."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from .config import ModelConfig, config_from_directory, config_from_gguf
+from .config import ModelConfig, config_from_directory, config_from_gguf, generation_settings
 from .demo import fetch_demo
 from .errors import ModelError
+from .generation_config import GenerationDefaults, generation_defaults
 from .gguf import GGUFFile
 from .safetensors import SafetensorsFolder
+from .settings import Settings
 from .tokenizer import BaseTokenizer, ChatGLMTokenizer, FolderTokenizer, GGUFTokenizer
 from .torch_files import TorchFolder
 from .weights import Plan, WeightSource, plan_weights
@@ -21,6 +24,12 @@ class Checkpoint:
     tokenizer: BaseTokenizer
     source: WeightSource
     plan: Plan
+    generation: Settings  # of generation_config.json
+
+    @cached_property
+    def defaults(self) -> GenerationDefaults:
+        """How the model asks to be sampled. ModelError for a bad value, which who doesn't ask never meets."""
+        return generation_defaults(self.generation)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -43,7 +52,8 @@ def _open_folder(path: Path) -> Checkpoint:
     config = config_from_directory(path)
     source = _open_weights(path)
     plan = plan_weights(config, config.architecture.names, source)
-    return Checkpoint(path.resolve().name, path, config, _open_tokenizer(path, config), source, plan)
+    tokenizer, generation = _open_tokenizer(path, config), generation_settings(path)
+    return Checkpoint(path.resolve().name, path, config, tokenizer, source, plan, generation)
 
 
 def _open_tokenizer(folder: Path, config: ModelConfig) -> BaseTokenizer:
@@ -65,4 +75,5 @@ def _open_gguf(path: Path) -> Checkpoint:
     config = config_from_gguf(file)
     architecture = config.architecture
     plan = plan_weights(config, architecture.gguf_names, file, architecture.gguf_interleaved_qk)
-    return Checkpoint(path.stem, path, config, GGUFTokenizer(file.metadata), file, plan)
+    generation = Settings({}, str(path))
+    return Checkpoint(path.stem, path, config, GGUFTokenizer(file.metadata), file, plan, generation)

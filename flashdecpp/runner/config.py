@@ -13,6 +13,7 @@ from .architectures import Architecture, Bias, find_architecture, find_gguf_arch
 from .errors import ModelError
 from .gguf import GGUFFile
 from .rope import Rope
+from .settings import Settings
 
 # config.json's hidden_act -> the name that ops.gated_activation knows
 ACTIVATIONS = {
@@ -68,7 +69,7 @@ class ModelConfig:
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
 
 
-class Settings:
+class ModelSettings:
     """A model's configuration under Llama's keys, whatever its architecture calls them."""
 
     def __init__(self, architecture: Architecture, values: Any) -> None:
@@ -98,7 +99,7 @@ def config_from_directory(path: Path) -> ModelConfig:
         raise ModelError(
             f"{path} is quantised ({method}); use a float16 / bfloat16 / float32 checkpoint or a GGUF"
         )
-    settings = Settings(architecture, _hf_config(path) if architecture.in_transformers else Namespace(**raw))
+    settings = ModelSettings(architecture, _hf_config(path) if architecture.in_transformers else Namespace(**raw))
     for key, needed in architecture.requires.items():
         if bool(settings.get(key)) != needed:
             raise ModelError(f"{architecture.name} is supported only with {key} {str(needed).lower()}")
@@ -193,6 +194,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not valid JSON: {error}") from error
 
 
+def generation_settings(folder: Path) -> Settings:
+    """What generation_config.json says; nothing where there is none."""
+    path = folder / "generation_config.json"
+    return Settings(read_json(path) if path.exists() else {}, str(path))
+
+
 def _hf_config(path: Path) -> Any:
     from transformers import AutoConfig  # late: it is slow to import and a GGUF file does without it
 
@@ -205,7 +212,7 @@ def _hf_config(path: Path) -> Any:
 
 
 def _hf_ropes(
-    settings: Settings, kinds: list[str], head_dim: int, architecture: Architecture
+    settings: ModelSettings, kinds: list[str], head_dim: int, architecture: Architecture
 ) -> tuple[Rope | None, ...]:
     """Of each layer; layers of one kind share theirs."""
     if architecture.rotary is None:
@@ -218,7 +225,7 @@ def _hf_ropes(
     return tuple(ropes[kind] for kind in kinds)
 
 
-def _hf_rope(settings: Settings, parameters: dict[str, Any], head_dim: int) -> Rope:
+def _hf_rope(settings: ModelSettings, parameters: dict[str, Any], head_dim: int) -> Rope:
     theta = parameters.pop("rope_theta", None) or settings.get("rope_theta", 10000.0)
     theta *= settings.get("rope_ratio", 1.0)
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
