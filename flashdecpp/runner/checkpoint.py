@@ -1,16 +1,16 @@
 """Opens a model: everything that can be wrong with it is found here, before its weights are loaded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from .config import ModelConfig, config_from_directory, config_from_gguf, generation_settings
 from .demo import fetch_demo
 from .errors import ModelError
-from .generation_config import GenerationDefaults, generation_defaults
+from .generation_config import GenerationDefaults, generation_defaults, gguf_generation_defaults
 from .gguf import GGUFFile
 from .safetensors import SafetensorsFolder
-from .settings import Settings
 from .tokenizer import BaseTokenizer, ChatGLMTokenizer, FolderTokenizer, GGUFTokenizer
 from .torch_files import TorchFolder
 from .weights import Plan, WeightSource, plan_weights
@@ -24,12 +24,12 @@ class Checkpoint:
     tokenizer: BaseTokenizer
     source: WeightSource
     plan: Plan
-    generation: Settings  # of generation_config.json
+    read_defaults: Callable[[], GenerationDefaults]
 
     @cached_property
     def defaults(self) -> GenerationDefaults:
-        """How the model asks to be sampled. ModelError for a bad value, which who doesn't ask never meets."""
-        return generation_defaults(self.generation)
+        """How the model asks to be sampled. ModelError for a bad value: only who wants them meets it."""
+        return self.read_defaults()
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -52,8 +52,9 @@ def _open_folder(path: Path) -> Checkpoint:
     config = config_from_directory(path)
     source = _open_weights(path)
     plan = plan_weights(config, config.architecture.names, source)
-    tokenizer, generation = _open_tokenizer(path, config), generation_settings(path)
-    return Checkpoint(path.resolve().name, path, config, tokenizer, source, plan, generation)
+    tokenizer = _open_tokenizer(path, config)
+    defaults = partial(generation_defaults, generation_settings(path))
+    return Checkpoint(path.resolve().name, path, config, tokenizer, source, plan, defaults)
 
 
 def _open_tokenizer(folder: Path, config: ModelConfig) -> BaseTokenizer:
@@ -75,5 +76,5 @@ def _open_gguf(path: Path) -> Checkpoint:
     config = config_from_gguf(file)
     architecture = config.architecture
     plan = plan_weights(config, architecture.gguf_names, file, architecture.gguf_interleaved_qk)
-    generation = Settings({}, str(path))
-    return Checkpoint(path.stem, path, config, GGUFTokenizer(file.metadata), file, plan, generation)
+    defaults = partial(gguf_generation_defaults, file.metadata, str(path))
+    return Checkpoint(path.stem, path, config, GGUFTokenizer(file.metadata), file, plan, defaults)

@@ -99,7 +99,8 @@ def config_from_directory(path: Path) -> ModelConfig:
         raise ModelError(
             f"{path} is quantised ({method}); use a float16 / bfloat16 / float32 checkpoint or a GGUF"
         )
-    settings = ModelSettings(architecture, _hf_config(path) if architecture.in_transformers else Namespace(**raw))
+    values = _hf_config(path) if architecture.in_transformers else Namespace(**raw)
+    settings = ModelSettings(architecture, values)
     for key, needed in architecture.requires.items():
         if bool(settings.get(key)) != needed:
             raise ModelError(f"{architecture.name} is supported only with {key} {str(needed).lower()}")

@@ -1,4 +1,4 @@
-"""The values of a configuration file, each checked as it is read: what it must be is said where it is used."""
+"""The values of a configuration file, each checked as it is read."""
 
 import math
 from collections.abc import Mapping
