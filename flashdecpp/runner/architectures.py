@@ -122,6 +122,7 @@ class Architecture:
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0  # to be added to the norms' weights as they are stored
     rotary: Literal["halves", "pairs"] | None = "halves"  # what is rotated together; None: nothing
+    rekeyed_longrope: bool = False  # generation computes all keys anew once longrope's long factors count
     position_offset: int = 0  # the row of the learned embeddings that position 0 has
     scaled_embedding: bool = False  # by the root of the hidden size
     gated: bool = True
@@ -211,7 +212,7 @@ ARCHITECTURES = (
         name="Gemma3ForConditionalGeneration",
         names=replace(GEMMA3_NAMES, roots=("language_model.model.", "model.language_model.")),
     ),
-    Architecture("Phi3ForCausalLM", PHI3_NAMES, windowed=True),
+    Architecture("Phi3ForCausalLM", PHI3_NAMES, windowed=True, rekeyed_longrope=True),
     Architecture(
         "OPTForCausalLM",
         OPT_NAMES,

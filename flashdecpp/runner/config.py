@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 from typing import Any
@@ -61,6 +62,19 @@ class ModelConfig:
         if self.head_dim % 8 or self.head_dim > 256:
             raise ModelError(f"head_dim must be a multiple of 8 up to 256, got {self.head_dim}")
 
+    @cached_property
+    def rekeyed(self) -> bool:
+        """Whether some rope has keys computed anew where a sequence outgrows their frequencies."""
+        return any(rope.recomputed for rope in self._distinct_ropes)
+
+    def rotation(self, length: int) -> int:
+        """Stands for all frequencies of a prompt of `length`: the same where each of them is the same."""
+        return sum(rope.rotation(length) for rope in self._distinct_ropes)  # none of them ever decreases
+
+    @cached_property
+    def _distinct_ropes(self) -> list[Rope]:
+        return list({id(rope): rope for rope in self.ropes if rope is not None}.values())
+
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
         return (self.q_heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
@@ -73,7 +87,8 @@ class ModelSettings:
     """A model's configuration under Llama's keys, whatever its architecture calls them."""
 
     def __init__(self, architecture: Architecture, values: Any) -> None:
-        self._architecture, self._values = architecture, values
+        self.architecture = self._architecture = architecture
+        self._values = values
 
     def __getitem__(self, key: str) -> Any:
         value = self.get(key)
@@ -232,7 +247,8 @@ def _hf_rope(settings: ModelSettings, parameters: dict[str, Any], head_dim: int)
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     fraction = parameters.pop("partial_rotary_factor", None) or settings.get("partial_rotary_factor", 1.0)
     dim, max_positions = int(head_dim * fraction), settings["max_position_embeddings"]
-    return Rope(dim, theta, max_positions, kind, parameters)
+    recomputed = kind == "longrope" and settings.architecture.rekeyed_longrope
+    return Rope(dim, theta, max_positions, kind, parameters, recomputed)
 
 
 def _gguf_rope(get: Callable[..., Any], file: GGUFFile, head_dim: int) -> Rope:
@@ -245,7 +261,7 @@ def _gguf_rope(get: Callable[..., Any], file: GGUFFile, head_dim: int) -> Rope:
     if original := get("rope.scaling.original_context_length", 0):
         scaling["original_max_position_embeddings"] = original
     if shape := file.shapes.get("rope_freqs.weight"):
-        kind, scaling["factors"] = "factors", file.rows("rope_freqs.weight", 0, shape[0]).tolist()
+        scaling["factors"] = file.rows("rope_freqs.weight", 0, shape[0]).tolist()
     dim = get("rope.dimension_count", head_dim)
     return Rope(dim, get("rope.freq_base", 10000.0), get("context_length"), kind, scaling)
 
