@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from .config import ModelConfig, config_from_directory, config_from_gguf, generation_settings
+from .config import ModelConfig
 from .demo import fetch_demo
 from .errors import ModelError
 from .generation_config import GenerationDefaults, generation_defaults, gguf_generation_defaults
 from .gguf import GGUFFile
+from .gguf_config import config_from_gguf
+from .hf_config import config_from_directory, generation_settings
 from .safetensors import SafetensorsFolder
 from .tokenizer import BaseTokenizer, ChatGLMTokenizer, FolderTokenizer, GGUFTokenizer
 from .torch_files import TorchFolder
@@ -33,7 +35,9 @@ class Checkpoint:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        return frozenset((*self.config.eos_ids, *self.tokenizer.eos_ids))
+        """The tokens of the vocabulary that end a sequence."""
+        named = (*self.config.eos_ids, *self.tokenizer.eos_ids)
+        return frozenset(token for token in named if 0 <= token < self.config.vocab)
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -49,11 +53,12 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def _open_folder(path: Path) -> Checkpoint:
-    config = config_from_directory(path)
+    generation = generation_settings(path)
+    config = config_from_directory(path, generation)
     source = _open_weights(path)
     plan = plan_weights(config, config.architecture.names, source)
     tokenizer = _open_tokenizer(path, config)
-    defaults = partial(generation_defaults, generation_settings(path))
+    defaults = partial(generation_defaults, generation)
     return Checkpoint(path.resolve().name, path, config, tokenizer, source, plan, defaults)
 
 
