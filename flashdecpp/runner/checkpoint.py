@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from os import PathLike
 from pathlib import Path
 
+from . import hub
 from .config import ModelConfig
 from .demo import fetch_demo
 from .errors import ModelError
@@ -12,6 +14,7 @@ from .generation_config import GenerationDefaults, generation_defaults, gguf_gen
 from .gguf import GGUFFile
 from .gguf_config import config_from_gguf
 from .hf_config import config_from_directory, generation_settings
+from .json_files import check_file
 from .safetensors import SafetensorsFolder
 from .tokenizer import BaseTokenizer, ChatGLMTokenizer, FolderTokenizer, GGUFTokenizer
 from .torch_files import TorchFolder
@@ -40,26 +43,49 @@ class Checkpoint:
         return frozenset(token for token in named if 0 <= token < self.config.vocab)
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
-    """`model`: "demo", a Hugging Face folder, or a GGUF file."""
-    path = fetch_demo() if str(model) == "demo" else Path(model).expanduser()
+def open_checkpoint(model: str | PathLike[str]) -> Checkpoint:
+    """`model`: "demo"; a Hugging Face folder, one of the Hub's cache too; the name of a model on the Hub,
+    which the cache has or the network; a GGUF file, whatever it is called."""
+    if not isinstance(model, str | PathLike):
+        raise ModelError(f"model must be a path or a name, got {model!r}")
+    try:
+        path = _locate(model)
+        return _open_folder(path) if path.is_dir() else _open_gguf(path)
+    except OSError as error:  # of a path that is too long, a folder that is closed, a disk that fails
+        raise ModelError(f"{model} can't be opened: {error.strerror or error}") from error
+
+
+def _locate(model: str | PathLike[str]) -> Path:
+    """The folder or the GGUF file that is meant."""
+    if str(model) == "demo":
+        return fetch_demo()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:
+        raise ModelError(f"{model} is not a path: there is no such home folder") from None
     if path.is_dir():
-        return _open_folder(path)
-    if not path.exists():
-        raise ModelError(f"{model} does not exist: give a model folder, a .gguf file or 'demo'")
-    if path.suffix != ".gguf":
+        return hub.snapshot(path) or path
+    if GGUFFile.is_gguf(path) or (path.suffix == ".gguf" and path.exists()):
+        return path
+    if path.exists():
+        check_file(path)  # that it isn't a pipe, or a Git LFS pointer
         raise ModelError(f"{path} is neither a model folder nor a .gguf file")
-    return _open_gguf(path)
+    if hub.is_name(str(model)):
+        return hub.fetch(str(model))
+    raise ModelError(f"{model} does not exist: give a model folder, a .gguf file or 'demo'")
 
 
 def _open_folder(path: Path) -> Checkpoint:
+    ggufs = sorted(file.name for file in path.glob("*.gguf"))
+    if ggufs and not (path / "config.json").exists():
+        raise ModelError(f"{path} has no config.json, but GGUF files: give the path of one, like {ggufs[0]}")
     generation = generation_settings(path)
     config = config_from_directory(path, generation)
     source = _open_weights(path)
     plan = plan_weights(config, config.architecture.names, source)
     tokenizer = _open_tokenizer(path, config)
     defaults = partial(generation_defaults, generation)
-    return Checkpoint(path.resolve().name, path, config, tokenizer, source, plan, defaults)
+    return Checkpoint(hub.name_of(path.absolute()), path, config, tokenizer, source, plan, defaults)
 
 
 def _open_tokenizer(folder: Path, config: ModelConfig) -> BaseTokenizer:
