@@ -66,13 +66,12 @@ def _rope(settings: Settings, file: GGUFFile, head_dim: int) -> Rope:
     if kind not in SCALINGS:
         raise ModelError(f"GGUF rope scaling {kind!r} is not supported, only {', '.join(SCALINGS)}")
     older = settings.number("rope.scale_linear", 0.0, low=0.0)
-    factor = settings.number("rope.scaling.factor", older, low=0.0) if kind != "none" else 1.0
+    factor = settings.number("rope.scaling.factor", older, low=0.0) or 1.0
+    if kind == "none":
+        factor = 1.0
     context = settings.integer("context_length")
-    original = settings.integer("rope.scaling.original_context_length", 0, low=0)
-    scaling: dict[str, Any] = {
-        "factor": factor or 1.0,
-        "original_max_position_embeddings": original or context,
-    }
+    original = settings.integer("rope.scaling.original_context_length", 0, low=0) or context
+    scaling: dict[str, Any] = {"factor": factor, "original_max_position_embeddings": original}
     dim = settings.integer("rope.dimension_count", head_dim, high=head_dim)
     if "rope_freqs.weight" in file.shapes:
         scaling["factors"] = _factors(file, "rope_freqs.weight", dim)
@@ -103,10 +102,9 @@ def _rope(settings: Settings, file: GGUFFile, head_dim: int) -> Rope:
 
 def _factors(file: GGUFFile, name: str, dim: int) -> list[float]:
     """What a tensor divides each of the dim / 2 frequencies by."""
-    if file.shapes.get(name) != (dim // 2,):
-        raise ModelError(
-            f"{file.path}: {name} must have the shape ({dim // 2},), got {file.shapes.get(name)}"
-        )
+    shape = file.shapes.get(name)
+    if shape != (dim // 2,):
+        raise ModelError(f"{file.path}: {name} must have the shape ({dim // 2},), got {shape}")
     factors = file.rows(name, 0, dim // 2)
     if not bool((factors.isfinite() & (factors > 0)).all()):
         raise ModelError(f"{file.path}: {name} must hold finite numbers above 0")

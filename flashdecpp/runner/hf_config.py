@@ -36,12 +36,15 @@ SIZES = (
 LAYER_KINDS = ("full_attention", "sliding_attention")
 MOST_LAYERS = 10_000  # far more than any model has
 
+# transformers 5 gathers theta and scaling in rope_parameters; 4 had rope_theta and rope_scaling.
+ROPE_KEYS = ("rope_parameters", "rope_scaling")
 # The numbers that a kind of rope scaling must have, and those that it may have
 ROPE_NEEDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+ORIGINAL, ORIGINAL_KEY = ("llama3", "yarn", "longrope"), "original_max_position_embeddings"
 ROPE_TAKES = {
     "longrope": ("attention_factor",),
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
@@ -121,6 +124,10 @@ def _settings(top: Settings, architecture: Architecture) -> Settings:
     for key in SIZES:
         stated.integer(key, None)
     stated.integer("num_hidden_layers", None, high=MOST_LAYERS)
+    for key in ROPE_KEYS:
+        shared = stated.section(key)
+        for parameters in (shared, *(shared.section(kind) for kind in LAYER_KINDS)):
+            _scaling(parameters, _kind(parameters))
     values = _completed(top, architecture) if architecture.in_transformers else top.values
     return Settings(values, top.source, names, architecture.defaults)
 
@@ -148,9 +155,7 @@ def _ropes(
     """Of each layer; layers of one kind share theirs."""
     if architecture.rotary is None:
         return (None,) * len(kinds)
-    # transformers 5 gathers theta and scaling in rope_parameters; 4 had rope_theta and rope_scaling.
-    key = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
-    shared = settings.section(key)
+    shared = settings.section(next(filter(settings.get, ROPE_KEYS), ROPE_KEYS[0]))
     ropes = {}
     for kind in set(kinds):
         own = shared.section(kind) if kind in shared.values else shared
@@ -162,7 +167,7 @@ def _rope(
     settings: Settings, parameters: Settings, head_dim: int, architecture: Architecture, shared: bool
 ) -> Rope:
     """parameters: of this rope. shared: they are those of all layers."""
-    kind = parameters.text("rope_type", None) or parameters.text("type", "default")
+    kind = _kind(parameters)
     theta = parameters.number("rope_theta", None, above=1.0) or settings.number(
         "rope_theta", 10000.0, above=1.0
     )
@@ -172,24 +177,34 @@ def _rope(
     if kind == "default" and not architecture.partial_rotary:
         fraction = 1.0
     dim, max_positions = int(head_dim * fraction), settings.integer("max_position_embeddings")
+    scaling = _scaling(parameters, kind)
+    if kind in ORIGINAL and shared:  # as transformers has it, the one at the top counts more
+        top = settings.integer(ORIGINAL_KEY, None, low=2)
+        scaling[ORIGINAL_KEY] = top or scaling[ORIGINAL_KEY]
+    if kind == "longrope":
+        for key in ("short_factor", "long_factor"):
+            scaling[key] = parameters.numbers(key, dim // 2, above=0.0)
+    recomputed = kind == "longrope" and architecture.rekeyed_longrope
+    return Rope(dim, theta, max_positions, kind, scaling, recomputed)
+
+
+def _scaling(parameters: Settings, kind: str) -> dict[str, Any]:
+    """What a kind of scaling reads but for its lists, under the same keys."""
     scaling = {key: parameters.number(key, above=0.0) for key in ROPE_NEEDS.get(kind, ())}
     scaling |= {key: parameters.number(key, None, low=0.0) for key in ROPE_TAKES.get(kind, ())}
-    if kind in ("llama3", "yarn", "longrope"):
-        # As transformers has it, the one at the top counts more, unless layers differ.
-        original = settings.integer("original_max_position_embeddings", None, low=2) if shared else None
-        own = parameters.integer("original_max_position_embeddings", None, low=2)
-        scaling["original_max_position_embeddings"] = original or own
+    if kind in ORIGINAL:
+        scaling[ORIGINAL_KEY] = parameters.integer(ORIGINAL_KEY, None, low=2)
     if kind in ("yarn", "longrope"):
         scaling["factor"] = parameters.number("factor", None, above=0.0)
     if kind == "yarn":
         scaling["truncate"] = parameters.flag("truncate", True)
-    if kind == "longrope":
-        for key in ("short_factor", "long_factor"):
-            scaling[key] = parameters.numbers(key, dim // 2, above=0.0)
     if kind == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
         parameters.refuse("high_freq_factor", f"above low_freq_factor {scaling['low_freq_factor']:g}")
-    recomputed = kind == "longrope" and architecture.rekeyed_longrope
-    return Rope(dim, theta, max_positions, kind, scaling, recomputed)
+    return scaling
+
+
+def _kind(parameters: Settings) -> str:
+    return parameters.text("rope_type", None) or parameters.text("type", "default")
 
 
 def _eos_ids(files: tuple[Settings, ...], vocab: int) -> tuple[int, ...]:
