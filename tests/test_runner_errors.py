@@ -79,7 +79,7 @@ def test_broken_tokenizer(folder):
 def test_unsupported_architecture(folder):
     edit_config(folder, architectures=["MambaForCausalLM"])
     refused(folder, "MambaForCausalLM is not supported; supported are LlamaForCausalLM, Mistral.*, Qwen2")
-    edit_config(folder, architectures=None)
+    edit_config(folder, architectures=None, model_type=None)
     refused(folder, "architecture unknown is not supported")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .errors import ModelError
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ Bias = bool | tuple[str, ...]
 @dataclass(frozen=True)
 class Architecture:
     name: str  # the class name in config.json's "architectures"
+    model_type: str  # of its configuration in transformers
     names: Naming
     keys: Mapping[str, str] = field(default_factory=dict)  # what config.json calls Llama's keys
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of Llama's keys that config.json lacks
@@ -122,6 +124,8 @@ class Architecture:
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0  # to be added to the norms' weights as they are stored
     rotary: Literal["halves", "pairs"] | None = "halves"  # what is rotated together; None: nothing
+    partial_rotary: bool = False  # partial_rotary_factor counts without a scaling, too
+    rekeyed_longrope: bool = False  # generation computes all keys anew once longrope's long factors count
     position_offset: int = 0  # the row of the learned embeddings that position 0 has
     scaled_embedding: bool = False  # by the root of the hidden size
     gated: bool = True
@@ -137,6 +141,7 @@ class Architecture:
 
 LLAMA = Architecture(
     "LlamaForCausalLM",
+    "llama",
     LLAMA_NAMES,
     qkv_bias=("attention_bias",),
     o_bias=("attention_bias",),
@@ -146,6 +151,7 @@ LLAMA = Architecture(
 )
 QWEN3 = Architecture(
     "Qwen3ForCausalLM",
+    "qwen3",
     QWEN3_NAMES,
     qkv_bias=("attention_bias",),
     o_bias=("attention_bias",),
@@ -155,6 +161,7 @@ QWEN3 = Architecture(
 )
 GEMMA2 = Architecture(
     "Gemma2ForCausalLM",
+    "gemma2",
     GEMMA2_NAMES,
     keys={"hidden_act": "hidden_activation"},
     requires={"use_bidirectional_attention": False},
@@ -168,13 +175,17 @@ GEMMA2 = Architecture(
 GEMMA3 = replace(
     GEMMA2,
     name="Gemma3ForCausalLM",
+    model_type="gemma3_text",
     names=GEMMA3_NAMES,
     # transformers reads the soft cap of attention in Gemma 2 alone
     requires={"use_bidirectional_attention": False, "attn_logit_softcapping": False},
 )
-GLM = Architecture("GlmForCausalLM", GLM_NAMES, rotary="pairs", qkv_bias=("attention_bias",))
+GLM = Architecture(
+    "GlmForCausalLM", "glm", GLM_NAMES, rotary="pairs", partial_rotary=True, qkv_bias=("attention_bias",)
+)
 CHATGLM = Architecture(  # ChatGLM2, ChatGLM3 and GLM-4 as their authors published them
     "ChatGLMModel",
+    "chatglm",
     CHATGLM_NAMES,
     keys={
         "num_hidden_layers": "num_layers",
@@ -194,6 +205,7 @@ CHATGLM = Architecture(  # ChatGLM2, ChatGLM3 and GLM-4 as their authors publish
     },
     in_transformers=False,
     rotary="pairs",
+    partial_rotary=True,
     qkv_bias=("add_qkv_bias", "add_bias_linear"),
     o_bias=("add_bias_linear",),
     mlp_bias=("add_bias_linear",),
@@ -201,19 +213,23 @@ CHATGLM = Architecture(  # ChatGLM2, ChatGLM3 and GLM-4 as their authors publish
 
 ARCHITECTURES = (
     LLAMA,
-    Architecture("MistralForCausalLM", LLAMA_NAMES, windowed=True),
-    Architecture("Qwen2ForCausalLM", LLAMA_NAMES, qkv_bias=True, windowed=True, gguf="qwen2"),
+    Architecture("MistralForCausalLM", "mistral", LLAMA_NAMES, windowed=True),
+    Architecture("Qwen2ForCausalLM", "qwen2", LLAMA_NAMES, qkv_bias=True, windowed=True, gguf="qwen2"),
     QWEN3,
     GEMMA2,
     GEMMA3,
     replace(  # its text model
         GEMMA3,
         name="Gemma3ForConditionalGeneration",
+        model_type="gemma3",
         names=replace(GEMMA3_NAMES, roots=("language_model.model.", "model.language_model.")),
     ),
-    Architecture("Phi3ForCausalLM", PHI3_NAMES, windowed=True),
+    Architecture(
+        "Phi3ForCausalLM", "phi3", PHI3_NAMES, partial_rotary=True, windowed=True, rekeyed_longrope=True
+    ),
     Architecture(
         "OPTForCausalLM",
+        "opt",
         OPT_NAMES,
         keys={"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
         defaults={"rms_norm_eps": 1e-5},
@@ -227,21 +243,24 @@ ARCHITECTURES = (
         mlp_bias=("enable_bias",),
     ),
     GLM,
-    replace(GLM, name="Glm4ForCausalLM", names=GLM4_NAMES),
+    replace(GLM, name="Glm4ForCausalLM", model_type="glm4", names=GLM4_NAMES),
     CHATGLM,
     replace(CHATGLM, name="ChatGLMForConditionalGeneration"),
 )
 
 
-def find_architecture(names: list[str]) -> Architecture:
-    """The architecture of config.json's "architectures" list."""
+def find_architecture(config: Settings) -> Architecture:
+    """The one that config.json's "architectures" name, or its "model_type" where they name none."""
+    names = config.get("architectures", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        config.refuse("architectures", "a list of class names")
+    model_type = None if names else config.text("model_type", None)
     for architecture in ARCHITECTURES:
-        if architecture.name in names:
+        if architecture.name in names or architecture.model_type == model_type:
             return architecture
     supported = ", ".join(architecture.name for architecture in ARCHITECTURES)
-    raise ModelError(
-        f"architecture {', '.join(names) or 'unknown'} is not supported; supported are {supported}"
-    )
+    asked = ", ".join(names) or model_type or "unknown"
+    raise ModelError(f"architecture {asked} is not supported; supported are {supported}")
 
 
 def find_gguf_architecture(name: str) -> Architecture:

@@ -48,7 +48,8 @@ class SoftmaxObserver:
 
     def __init__(self, config: ModelConfig, bar: tqdm) -> None:
         self._config, self._bar = config, bar
-        self._minimum = torch.full((config.layers, config.q_heads), torch.inf)
+        shape = (config.layers, config.q_heads)
+        self._minimum = torch.full(shape, torch.inf, dtype=torch.float32, device="cpu")
         self._row_maxima: list[list[torch.Tensor]] = [[] for _ in range(config.layers)]
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
@@ -125,7 +126,7 @@ def choose_phi(row_maxima: torch.Tensor) -> torch.Tensor:
     """
     lowest = row_maxima.sort(dim=1).values
     end = torch.searchsorted(lowest, lowest + 2 * SAFE_WINDOWS["half"], right=True)
-    count = end - torch.arange(lowest.size(1))
+    count = end - torch.arange(lowest.size(1), device=lowest.device)
     highest = lowest.gather(1, end - 1)
     most = count == count.amax(dim=1, keepdim=True)
     best = (highest - lowest).masked_fill(~most, torch.inf).argmin(dim=1, keepdim=True)

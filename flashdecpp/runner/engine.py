@@ -79,9 +79,6 @@ class Engine:
         self._batch: Batch | None = None  # of this cache; None: to be made of the running ones
         self._unread: deque[Choice] = deque()  # tokens on their way here, oldest first
         self._lock = Lock()
-        self._unscaled = min(
-            (rope.unscaled_positions for rope in decoder.config.ropes if rope is not None), default=max_len
-        )
 
     @property
     def pool(self) -> BlockPool:
@@ -119,6 +116,7 @@ class Engine:
     def _step(self) -> None:
         with self._recovering(), self._on_device():
             self._prefill()
+            self._rotate_anew()
             self._grow()
             launched = self._decode()
             self._read(leave=1 if launched else 0)
@@ -196,8 +194,9 @@ class Engine:
         device, start = self.decoder.device, request.cached
         tokens = upload(request.history[start:stop], torch.int64, device)
         table = upload([request.blocks], torch.int32, device)
-        prompt_length = len(request.prompt_ids)
-        logits = self.decoder.prefill(tokens, self.cache, table, start=start, prompt_length=prompt_length)
+        logits = self.decoder.prefill(
+            tokens, self.cache, table, start=start, prompt_length=request.rotated_for
+        )
         self._advance(request, stop)
         return logits
 
@@ -241,6 +240,24 @@ class Engine:
                 self._batch.join(requests)
         self._batch.retain(requests)
         return self._batch
+
+    def _rotate_anew(self) -> None:
+        """Sequences that outgrow the frequencies of their keys, where the model then computes keys anew, are
+        the next to be admitted, all their tokens being a prompt."""
+        if not any(map(self._outgrown, self._active())):
+            return
+        self._read()  # their newest tokens must be known
+        for request in reversed(list(filter(self._outgrown, self._active()))):
+            self._running.remove(request)
+            self._release(request)
+            request.start_over()
+            self._waiting.appendleft(request)
+
+    def _outgrown(self, request: Request) -> bool:
+        config = self.decoder.config
+        return config.rekeyed and config.rotation(request.chosen_length) != config.rotation(
+            request.rotated_for
+        )
 
     def _grow(self) -> None:
         """Gives every running sequence a block of its own for its next token, at the cost of the youngest."""
@@ -337,8 +354,7 @@ class Engine:
         if not self.prefix_cache:
             return []
         # A rope scaling may go by the prompt's length: keys and values then depend on it as well.
-        length = len(request.prompt_ids)
-        return request.block_keys(blocks, rotation=length if length > self._unscaled else 0)
+        return request.block_keys(blocks, rotation=self.decoder.config.rotation(request.rotated_for))
 
     def _take_token(self, request: Request, token: int) -> None:
         """Adds a token to a request, and ends it where this was the last one."""

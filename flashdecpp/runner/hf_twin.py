@@ -60,5 +60,6 @@ def transformers_twin(decoder: Decoder, dtype: torch.dtype) -> LlamaForCausalLM:
     if weights.lm_head is weights.embed:
         model.tie_weights()
     # The frequencies of the rope are no weights: made again, off the meta device, in float32.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(decoder.device)
+    with torch.device(decoder.device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model.eval()

@@ -11,6 +11,8 @@ from flashdecpp import ops
 
 from .cache import KVCache
 from .config import ModelConfig
+from .errors import OutOfMemory
+from .memory import available_bytes, gigabytes
 from .rope import Rope
 from .weights import Layer, Matrix, Weights
 
@@ -61,10 +63,11 @@ class Decoder:
         self.device, self.dtype = weights.layers[0].attn_norm.device, weights.dtype
         self.phi, self.num_splits = phi, num_splits
         self.fallbacks = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._check_room(max_len)
         self._cos_sin = self._rotations(lambda rope: rope.table(max_len))
         self._heads = [config.q_heads, config.kv_heads, config.kv_heads]
         # Rounded as Gemma's authors do it
-        scale = torch.tensor(config.hidden**0.5, dtype=self.dtype).item()
+        scale = torch.tensor(config.hidden**0.5, dtype=self.dtype, device="cpu").item()
         self._embed_scale = scale if config.architecture.scaled_embedding else None
 
     @torch.inference_mode()
@@ -134,10 +137,19 @@ class Decoder:
             stream = self._layers(chunk, cache, seq_lens, block_table, cos_sin, attend)
         return self._logits(stream[-1:])
 
+    def _check_room(self, max_len: int) -> None:
+        """For the tables, which have a row for every position of a sequence."""
+        need = sum(4 * rope.dim * max_len for rope in self.config.distinct_ropes)
+        free = available_bytes(self.device)
+        if need > free:
+            raise OutOfMemory(
+                f"the rotary tables of {max_len} positions need {gigabytes(need)} on {self.device}, "
+                f"where {gigabytes(free)} are free; lower max_len"
+            )
+
     def _rotations(self, table: Callable[[Rope], torch.Tensor | None]) -> list[torch.Tensor | None]:
         """A table of each layer's rope, on the device; layers that share a rope share it."""
-        ropes = {id(rope): rope for rope in self.config.ropes if rope is not None}
-        tables = {key: table(rope) for key, rope in ropes.items()}
+        tables = {id(rope): table(rope) for rope in self.config.distinct_ropes}
         placed = {key: rows.to(self.device) for key, rows in tables.items() if rows is not None}
         return [placed.get(id(rope)) for rope in self.config.ropes]
 

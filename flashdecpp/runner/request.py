@@ -30,6 +30,7 @@ class Request:
     cached: int = 0  # tokens whose keys and values are in the blocks, or saved
     saved: torch.Tensor | None = None  # what was in the blocks of a preempted sequence
     carried_phi: torch.Tensor | None = None  # float32 [layers, q_heads], of a preempted sequence
+    rotated_for: int = field(init=False)  # the length by which a rope scaling chose its keys' frequencies
     unread: int = 0  # tokens that were chosen and that the host hasn't seen
     started_at: float = 0.0
     first_token_at: float | None = None
@@ -38,6 +39,7 @@ class Request:
     def __post_init__(self) -> None:
         self.text = TextStream(self.tokenizer, self.params.stop)
         self._keys: list[bytes] = []
+        self.rotated_for = len(self.prompt_ids)
         if self.seed < 0:
             self.seed = fresh_seed() if self.params.seed is None else self.params.seed
 
@@ -86,10 +88,15 @@ class Request:
         limit = self.params.max_tokens
         return max_len if limit is None else min(max_len, len(self.prompt_ids) + limit)
 
+    def start_over(self) -> None:
+        """What it has is a prompt from now on, whose keys are yet to be computed."""
+        self.rotated_for, self.cached, self.saved = self.length, 0, None
+        self._keys.clear()
+
     def block_keys(self, count: int, rotation: int) -> list[bytes]:
         """Keys of the first `count` blocks, which are full: of all tokens up to the end of each.
 
-        `rotation` is what else keys and values depend on, always the same for a request.
+        `rotation` is what else keys and values depend on, the same for a request until it starts over.
         """
         while len(self._keys) < count:
             start = len(self._keys) * BLOCK_SIZE
