@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runner_models import save_chatglm
 
 from flashdecpp.runner import LLM, ModelError, SamplingParams
-from flashdecpp.runner.tokenizer import ChatGLMTokenizer, GGUFTokenizer
+from flashdecpp.runner.chatglm_tokenizer import ChatGLMTokenizer
+from flashdecpp.runner.gguf_header import Metadata
+from flashdecpp.runner.gguf_tokenizer import GGUFTokenizer
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -51,6 +54,12 @@ def write_model(path: Path, *, kind: int = 2, add_space: int = 1, remove_spaces:
     whole += field(2, field(3, kind) + field(35, 1))
     whole += field(3, field(1, b"identity") + field(2, b"") + field(3, add_space) + field(4, remove_spaces))
     path.write_bytes(whole)
+
+
+def as_file(values: dict[str, Any]) -> Metadata:
+    metadata = Metadata(Path("model.gguf"))
+    metadata.update(values)
+    return metadata
 
 
 @pytest.fixture
@@ -121,7 +130,7 @@ def test_gguf_metadata_of_the_same(add_space):
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.add_space_prefix": add_space,
     }
-    tokenizer = GGUFTokenizer(metadata)
+    tokenizer = GGUFTokenizer(as_file(metadata))
     if add_space:
         for text, pieces in ENCODED.items():
             if text != "<s>":  # read as the token here: chat templates write it
@@ -129,5 +138,5 @@ def test_gguf_metadata_of_the_same(add_space):
     assert tokenizer.encode("<s>", add_special_tokens=False) == [1]
     for text in ("hello world", "wé\n", "o  ho"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    without = GGUFTokenizer(metadata | {"tokenizer.ggml.add_bos_token": False})
+    without = GGUFTokenizer(as_file(metadata | {"tokenizer.ggml.add_bos_token": False}))
     assert without.encode(" hello" if not add_space else "hello") == [PIECES.index("▁hello")]

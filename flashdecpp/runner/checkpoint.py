@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from .chatglm_tokenizer import ChatGLMTokenizer
 from .config import ModelConfig, config_from_directory, config_from_gguf
 from .demo import fetch_demo
 from .errors import ModelError
 from .gguf import GGUFFile
+from .gguf_tokenizer import GGUFTokenizer
 from .safetensors import SafetensorsFolder
-from .tokenizer import BaseTokenizer, ChatGLMTokenizer, FolderTokenizer, GGUFTokenizer
+from .tokenizer import BaseTokenizer, FolderTokenizer
 from .torch_files import TorchFolder
 from .weights import Plan, WeightSource, plan_weights
 
@@ -47,7 +49,7 @@ def _open_folder(path: Path) -> Checkpoint:
 
 
 def _open_tokenizer(folder: Path, config: ModelConfig) -> BaseTokenizer:
-    """transformers'; that of ChatGLM2 isn't there any more."""
+    """transformers'; those of ChatGLM2 and ChatGLM3 aren't there any more."""
     if config.architecture.in_transformers or (folder / "tokenizer.json").exists():
         return FolderTokenizer(folder)
     return ChatGLMTokenizer(folder)

@@ -110,7 +110,7 @@ class _Decoder:
         return self._settle(len(self._waiting)) if self._waiting else ""
 
     def _settle(self, count: int, whole: str | None = None) -> str:
-        """The text of the oldest `count` tokens that wait; `whole` has that of the tokens before them, too."""
+        """The text of the oldest `count` tokens that wait. `whole`: with that of the tokens before them."""
         tokens = self._waiting[:count]
         if whole is None:
             whole = self._decode(self._before + tokens)
