@@ -34,7 +34,7 @@ def render_chat(
         return _within(
             RENDER_SECONDS,
             lambda: tokenizer.apply_chat_template(
-                messages, tools, tokenize=False, add_generation_prompt=True
+                messages, tools=tools, tokenize=False, add_generation_prompt=True
             ),
         )
     except TimeoutError:

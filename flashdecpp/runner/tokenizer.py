@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["BaseTokenizer", "FolderTokenizer", "Message", "TextStream", "Tool", "model_error"]
 
 COUNTED = 1 << 16  # characters of a text that are encoded at once only to be counted
+DENSE = 8  # characters of a token: text of more for each token that fits is counted first
 
 
 class BaseTokenizer:
@@ -36,7 +37,7 @@ class BaseTokenizer:
         one that is a little beyond is not.
         """
         _check_text(text)
-        if limit is not None and len(text) > COUNTED:
+        if limit is not None and len(text) > max(COUNTED, DENSE * limit):
             self._check_length(text, limit)
         with model_error("the tokenizer can't encode the text"):
             return self._encode(text, add_special_tokens)
@@ -112,19 +113,20 @@ class FolderTokenizer(BaseTokenizer):
 
     VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
     SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    OTHERS = ("merges.txt", "chat_template.jinja", "chat_template.json")
 
     def __init__(self, folder: Path) -> None:
-        present = [folder / name for name in self.VOCABULARIES if (folder / name).exists()]
-        if not present:
+        names = [name for name in self.VOCABULARIES if (folder / name).exists()]
+        if not names:
             raise ModelError(f"{folder} has no tokenizer.json; copy the model's tokenizer files into it")
-        for file in present:
-            check_file(file)
+        for name in (*names, *self.OTHERS):
+            if (folder / name).exists():
+                check_file(folder / name)
         settings = {name: read_json(folder / name) for name in self.SETTINGS if (folder / name).exists()}
-        own_code = "auto_map" in settings.get("tokenizer_config.json", {})
-        if not (folder / "tokenizer.json").exists():
+        if "tokenizer.json" not in names:
             check_not_tiktoken(folder / "tokenizer.model")
-        names = ", ".join(file.name for file in present)
-        with model_error(f"the tokenizer in {folder} can't be loaded from {names}"):
+        own_code = "auto_map" in settings.get("tokenizer_config.json", {})
+        with model_error(f"the tokenizer in {folder} can't be loaded from {', '.join(names)}"):
             self._tokenizer = _load(folder, own_code)
         eos = self._tokenizer.eos_token_id
         self.eos_ids = () if eos is None else (eos,)
@@ -144,18 +146,18 @@ class FolderTokenizer(BaseTokenizer):
 
 
 def _load(folder: Path, own_code: bool) -> "PreTrainedTokenizerBase":
-    """own_code: the folder names a class of its own; tokenizer.json says the same without it."""
+    """own_code: the folder names a class of its own. tokenizer.json says the same without it."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # late: slow to import
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except Exception:
-        if not own_code:
-            raise
-        if not (folder / "tokenizer.json").exists():
+        if (folder / "tokenizer.json").exists():
+            return PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        if own_code:
             raise ModelError(
-                f"the tokenizer in {folder} is code of that folder (auto_map), which is never run; "
-                "save the tokenizer as tokenizer.json there"
+                f"the tokenizer in {folder} is code of that folder, which is never run; "
+                "save it there as tokenizer.json"
             ) from None
-    return PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        raise
