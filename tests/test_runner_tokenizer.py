@@ -1,4 +1,4 @@
-"""Text to tokens: the tokenizers of folders, of ChatGLM2 and 3, and of GGUF files; what is wrong with them."""
+"""Text to tokens: tokenizers of folders, of ChatGLM2 and 3 and of GGUF files, and what is wrong with them."""
 
 from __future__ import annotations
 

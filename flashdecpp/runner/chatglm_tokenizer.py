@@ -110,6 +110,10 @@ def _turns(messages: Sequence[Message]) -> list[tuple[str, str, str]]:
 
 
 def _has_roles(folder: Path) -> bool:
-    files = [folder / name for name in TELLING]
-    texts = [file.read_bytes() for file in files if file.is_file()]
-    return any(b"<|assistant|>" in text or b"chatglm3" in text.lower() for text in texts)
+    for file in (folder / name for name in TELLING):
+        if file.is_file():
+            with file.open("rb") as opened:
+                text = opened.read(1 << 20)
+            if b"<|assistant|>" in text or b"chatglm3" in text.lower():
+                return True
+    return False

@@ -119,10 +119,14 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
 
     thread = threading.Thread(target=work, name="chat template", daemon=True)
     thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        # Python has no other way to end a thread. It takes effect between two steps of the template.
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Ended))
+    try:
+        thread.join(seconds)
+    finally:  # an interrupt by the user, too
+        ended = not thread.is_alive()
+        if not ended:
+            # Python has no other way to end a thread. It takes effect between two steps of the template.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Ended))
+    if not ended:
         raise TimeoutError
     if errors:
         raise errors[0]
