@@ -1,23 +1,28 @@
-"""SentencePiece's byte-pair encoding, out of ChatGLM2's file and out of GGUF metadata."""
+"""Text to tokens: tokenizers of folders, of ChatGLM2 and 3 and of GGUF files, and what is wrong with them."""
 
 from __future__ import annotations
 
 import json
-import struct
+import time
 from pathlib import Path
 
 import pytest
-from runner_models import save_chatglm
+from runner_models import save_chatglm, save_model
+from runner_tokenizers import (
+    CONTROL,
+    NORMAL,
+    PIECES,
+    edit_json,
+    folder_tokenizer,
+    gguf_tokenizer,
+    spm_tokenizer,
+    write_sentencepiece,
+)
 
 from flashdecpp.runner import LLM, ModelError, SamplingParams
-from flashdecpp.runner.tokenizer import ChatGLMTokenizer, GGUFTokenizer
+from flashdecpp.runner.chatglm_tokenizer import ChatGLMTokenizer
+from flashdecpp.runner.tokenizer import FolderTokenizer
 
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-MERGED = ["▁h", "el", "lo", "▁hel", "▁hello", "▁w", "or"]  # the first one first
-PIECES = ["<unk>", "<s>", "</s>", *BYTES, *MERGED, *"▁helowrd,"]
-KINDS = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * (len(MERGED) + 9)]
-SCORES = [0.0] * 259 + [-float(i) for i in range(len(MERGED) + 9)]
 ENCODED = {  # by hand: the pair with the highest score is merged, again and again
     "hello": ["▁hello"],
     "hello world": ["▁hello", "▁w", "or", "l", "d"],
@@ -29,33 +34,9 @@ ENCODED = {  # by hand: the pair with the highest score is merged, again and aga
 BEHIND = len(PIECES)  # the first id of the tokens that ChatGLM2 puts behind its pieces
 
 
-def field(number: int, value: int | float | bytes) -> bytes:
-    """One field of a protocol buffers message."""
-    if isinstance(value, float):
-        return varint(number << 3 | 5) + struct.pack("<f", value)
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def varint(value: int) -> bytes:
-    low, rest = value & 127, value >> 7
-    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
-
-
-def write_model(path: Path, *, kind: int = 2, add_space: int = 1, remove_spaces: int = 0) -> None:
-    pieces = zip(PIECES, SCORES, KINDS, strict=True)
-    whole = b"".join(
-        field(1, field(1, piece.encode()) + field(2, score) + field(3, its)) for piece, score, its in pieces
-    )
-    whole += field(2, field(3, kind) + field(35, 1))
-    whole += field(3, field(1, b"identity") + field(2, b"") + field(3, add_space) + field(4, remove_spaces))
-    path.write_bytes(whole)
-
-
 @pytest.fixture
 def tokenizer(tmp_path) -> ChatGLMTokenizer:
-    write_model(tmp_path / "tokenizer.model")
+    write_sentencepiece(tmp_path / "tokenizer.model")
     return ChatGLMTokenizer(tmp_path)
 
 
@@ -87,7 +68,7 @@ def test_a_chatglm2_folder_generates(tmp_path):
         file.unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer\.model"):
         LLM(tmp_path, device="cpu")
-    write_model(tmp_path / "tokenizer.model")
+    write_sentencepiece(tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ChatGLMTokenizer"}))
     llm = LLM(tmp_path, device="cpu", dtype="float32")
     assert llm.tokenizer.encode("hello") == [BEHIND + 1, BEHIND + 3, PIECES.index("▁hello")]
@@ -98,30 +79,21 @@ def test_a_chatglm2_folder_generates(tmp_path):
 
 def test_files_that_are_no_byte_pair_encoding(tmp_path):
     path = tmp_path / "tokenizer.model"
-    write_model(path)
+    write_sentencepiece(path)
     whole = path.read_bytes()
     for content in (b"", b"IQ== 0\nIg== 1\n", whole[:-3], whole[:1000]):  # the second: GLM-4's own format
         path.write_bytes(content)
         with pytest.raises(ModelError, match="is not a SentencePiece model"):
             ChatGLMTokenizer(tmp_path)
     for settings in ({"kind": 1}, {"remove_spaces": 1}):
-        write_model(path, **settings)
+        write_sentencepiece(path, **settings)
         with pytest.raises(ModelError, match="does not hold byte-pair encoding of plain text"):
             ChatGLMTokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("add_space", [True, False])
 def test_gguf_metadata_of_the_same(add_space):
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": PIECES,
-        "tokenizer.ggml.scores": SCORES,
-        "tokenizer.ggml.token_type": KINDS,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.add_space_prefix": add_space,
-    }
-    tokenizer = GGUFTokenizer(metadata)
+    tokenizer = spm_tokenizer(add_space_prefix=add_space)
     if add_space:
         for text, pieces in ENCODED.items():
             if text != "<s>":  # read as the token here: chat templates write it
@@ -129,5 +101,269 @@ def test_gguf_metadata_of_the_same(add_space):
     assert tokenizer.encode("<s>", add_special_tokens=False) == [1]
     for text in ("hello world", "wé\n", "o  ho"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    without = GGUFTokenizer(metadata | {"tokenizer.ggml.add_bos_token": False})
+    without = spm_tokenizer(add_space_prefix=add_space, add_bos_token=False)
     assert without.encode(" hello" if not add_space else "hello") == [PIECES.index("▁hello")]
+
+
+# ---- ChatGLM3 and GLM-4
+
+ROLES = {role: BEHIND + 5 + i for i, role in enumerate(("system", "user", "assistant", "observation"))}
+
+
+def save_chatglm3(folder: Path) -> ChatGLMTokenizer:
+    write_sentencepiece(folder / "tokenizer.model")
+    settings = {"tokenizer_class": "ChatGLMTokenizer", "name_or_path": "THUDM/chatglm3-6b"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return ChatGLMTokenizer(folder)
+
+
+def test_chatglm3s_roles_are_tokens(tmp_path):
+    """Each before a line with what a tool is called, and then the text."""
+    tokenizer = save_chatglm3(tmp_path)
+    messages = [
+        {"role": "system", "content": "hello"},
+        {"role": "user", "content": "<|user|>"},  # text, not the token
+        {"role": "assistant", "metadata": "lo", "content": "world"},
+        {"role": "observation", "content": "o"},
+    ]
+    expected = [BEHIND + 1, BEHIND + 3]  # [gMASK] sop
+    for message in messages:
+        name = message.get("metadata", "")
+        expected += [ROLES[message["role"]], *tokenizer.encode(name + "\n", add_special_tokens=False)]
+        expected += tokenizer.encode(message["content"], add_special_tokens=False)
+    assert tokenizer.encode_chat(messages) == [*expected, ROLES["assistant"]]
+    assert tokenizer.eos_ids == (2, ROLES["user"], ROLES["observation"])
+    assert tokenizer.decode(tokenizer.encode_chat(messages[:1])) == "\n hello"
+    assert tokenizer.chat_prompt(messages[:1]) == "[gMASK]sop<|system|>\n hello<|assistant|>"
+
+
+@pytest.mark.parametrize("generation", [2, 3])
+def test_what_chatglms_chat_does_not_take(tmp_path, generation):
+    tokenizer = save_chatglm3(tmp_path)
+    if generation == 2:
+        (tmp_path / "tokenizer_config.json").unlink()
+        tokenizer = ChatGLMTokenizer(tmp_path)
+    for messages, tools, reason in (
+        ([{"role": "tool", "content": "hello"}], None, "has no role 'tool'"),
+        ([{"role": "user", "content": [{"type": "text", "text": "hello"}]}], None, "not a string"),
+        ([{"role": "user", "content": "hello"}], [{"type": "function"}], "has no tools"),
+        ("hello", None, "messages must be a list"),
+    ):
+        with pytest.raises(ModelError, match=reason):
+            tokenizer.encode_chat(messages, tools)
+
+
+def test_glm4s_first_tokenizer_is_named(tmp_path):
+    """A line for each token. The folder's tokenizer.json counts, once it is there."""
+    folder_tokenizer(tmp_path / "whole")
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    for make in (FolderTokenizer, ChatGLMTokenizer):
+        with pytest.raises(ModelError, match=r"tiktoken vocabulary, as GLM-4 .* put the tokenizer\.json"):
+            make(tmp_path)
+    (tmp_path / "tokenizer.json").write_text((tmp_path / "whole" / "tokenizer.json").read_text())
+    assert FolderTokenizer(tmp_path).encode("hi")
+
+
+# ---- Folders
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """What standard input was asked; the answer is always yes."""
+    questions: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda *text: questions.extend(text or [""]) or "y")
+    return questions
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "reference", [[None, "own.Own"], ["own.Own", None], ["someone/model--own.Own", None]]
+)
+def test_code_in_a_folder_is_never_run(tmp_path, asked, where, reference):
+    save_model(tmp_path)
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast): pass\n"
+    )
+    edit_json(tmp_path / where, lambda values: values.update(auto_map={"AutoTokenizer": reference}))
+    edit_json(tmp_path / "tokenizer_config.json", lambda values: values.update(tokenizer_class="Own"))
+    expected = folder_tokenizer(tmp_path / "plain").encode("hi <s>")
+    assert FolderTokenizer(tmp_path).encode("hi <s>") == expected
+    (tmp_path / "tokenizer.json").rename(tmp_path / "vocab.json")
+    if where == "tokenizer_config.json":
+        with pytest.raises(
+            ModelError, match=r"code of that folder, which is never run; save it .* tokenizer\.json"
+        ):
+            FolderTokenizer(tmp_path)
+    assert not ran.exists() and not asked
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        (
+            "tokenizer.json",
+            "version https://git-lfs.github.com/spec/v1\noid",
+            r"tokenizer\.json .*git lfs pull",
+        ),
+        ("tokenizer_config.json", "version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        ("tokenizer.json", "[]", r"can't be loaded from tokenizer\.json"),
+        ("tokenizer.json", "5", r"can't be loaded from tokenizer\.json"),
+        ("tokenizer.json", "\0\1", r"can't be loaded from tokenizer\.json"),
+        ("tokenizer.json", '{"model": 5}', r"can't be loaded from tokenizer\.json"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json must hold an object, got a list"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json is not valid JSON"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "can't be loaded"),
+        ("special_tokens_map.json", "5", r"special_tokens_map\.json must hold an object"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path, file, content, reason):
+    folder_tokenizer(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ModelError, match=reason) as error:
+        FolderTokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "merges.txt"])
+def test_a_folder_in_place_of_a_file(tmp_path, name):
+    folder_tokenizer(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ModelError, match=f"{name} is a folder"):
+        FolderTokenizer(tmp_path)
+
+
+# ---- GGUF files
+
+FAMILIES = {
+    "llama-bpe": "llama3 llama-v3 falcon3 pixtral",
+    "qwen2": "deepseek-r1-qwen megrez kormo",
+    "gpt-2": "phi-2 olmo exaone4",
+    "smollm": "starcoder command-r refact",
+    "dbrx": "smaug-bpe glm4 chatglm-bpe",
+    "stablelm2": "hunyuan grok-2",
+}
+WORDS = ["12", "123", "'T", "'t", "\u0120 ", "\u0120x", "..", "\u010a\u010a"]
+MERGES = ["1 2", "12 3", "' T", "' t", "\u0120 x", ". .", "\u010a \u010a"]
+SPOKEN = "12345 it's  DON'T\n\n x... A1b é"
+
+
+def with_merges(pre: str):
+    tokens = [word.replace("\u0120 ", "<unused>") for word in WORDS]
+    return gguf_tokenizer(*tokens, kind=NORMAL, pre=pre, merges=MERGES)
+
+
+@pytest.mark.parametrize("pre", FAMILIES)
+def test_other_names_of_a_pre_tokenizer(pre):
+    expected = with_merges(pre).encode(SPOKEN)
+    assert [with_merges(name).encode(SPOKEN) for name in FAMILIES[pre].split()] == [expected] * len(
+        FAMILIES[pre].split()
+    )
+
+
+def test_pre_tokenizers_divide_text_each_in_their_way():
+    divided = {pre: tuple(with_merges(pre).encode(SPOKEN, add_special_tokens=False)) for pre in FAMILIES}
+    assert len({divided[pre] for pre in ("llama-bpe", "qwen2", "gpt-2", "smollm")}) == 4
+    one_by_one = with_merges("qwen2")
+    assert one_by_one.encode("123") == [one_by_one.encode(digit)[0] for digit in "123"]
+    assert len(with_merges("llama-bpe").encode("123", add_special_tokens=False)) == 1
+    assert with_merges("qwen2").encode("e\u0301") == with_merges("qwen2").encode("é")
+    assert with_merges("stablelm2").encode("e\u0301") != with_merges("stablelm2").encode("é")
+    assert with_merges("llama3").encode("x")[0] == 256 != with_merges("dbrx").encode("x")[0]
+
+
+def test_no_pre_tokenizer_is_a_warning_and_llama_cpps_default():
+    with pytest.warns(UserWarning, match=r"model\.gguf names no pre-tokenizer .*convert it again"):
+        unnamed = with_merges(None)
+    assert unnamed.encode(SPOKEN) == with_merges("default").encode(SPOKEN)
+    spaced = {"merges": ["\u0120 ."], "kind": NORMAL}
+    assert gguf_tokenizer("\u0120.", pre="gpt-2", **spaced).encode(" .") == [259]
+    assert (
+        len(gguf_tokenizer("\u0120.", pre="default", **spaced).encode(" .")) == 2
+    )  # punctuation stands alone
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"model": "bert"}, "GGUF tokenizer 'bert' is not supported, only 'llama' and 'gpt2'"),
+        ({"model": 5}, "tokenizer.ggml.model must be a string, got 5"),
+        ({"model": None}, "has no tokenizer"),
+        ({"tokens": None}, "has no tokenizer"),
+        ({"tokens": [1, 2]}, "tokenizer.ggml.tokens must be a list"),
+        ({"tokens": "abc"}, "tokenizer.ggml.tokens must be a list"),
+        ({"model": "llama"}, "has no tokenizer.ggml.scores"),
+        ({"model": "llama", "scores": [0.0]}, "tokenizer.ggml.scores has 1 values for 259 tokens"),
+        ({"model": "llama", "scores": ["x"] * 259}, "tokenizer.ggml.scores must be a list"),
+        ({"token_type": [NORMAL] * 5}, "tokenizer.ggml.token_type has 5 values for 259 tokens"),
+        ({"token_type": CONTROL}, "tokenizer.ggml.token_type must be a list"),
+        ({"merges": ["zz yy"]}, "merge 'zz yy' is not of two tokens"),
+        ({"merges": ["a b"]}, "merge 'a b' is not of two tokens"),
+        ({"merges": ["ab"]}, "merge 'ab' is not of two tokens"),
+        ({"merges": [5]}, "tokenizer.ggml.merges must be a list"),
+        ({"pre": 5}, "tokenizer.ggml.pre must be a string"),
+        ({"pre": "new"}, "pre-tokenizer 'new' is not supported, only .*llama-bpe.*qwen2"),
+        ({"eos_token_id": 259}, "tokenizer.ggml.eos_token_id is 259, but there are 259 tokens"),
+        ({"bos_token_id": 10**9}, "tokenizer.ggml.bos_token_id is 1000000000, but"),
+        ({"eot_token_id": -2}, "tokenizer.ggml.eot_token_id is -2, but"),
+        ({"eos_token_id": "</s>"}, "tokenizer.ggml.eos_token_id must be an integer"),
+        ({"add_bos_token": 5}, "tokenizer.ggml.add_bos_token must be true or false"),
+        ({"chat_template": 5}, "tokenizer.chat_template must be a string"),
+    ],
+)
+def test_metadata_without_sense(values, reason):
+    with pytest.raises(ModelError, match=reason) as error:
+        gguf_tokenizer(**values)
+    assert "model.gguf" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_large_vocabularies_load_at_once():
+    """128,000 tokens; a piece of a million characters has no merges that anybody looks for."""
+    words = [f"{a}{b}{c}" for a in "abcdefgh" for b in range(100, 260) for c in range(100, 200)]
+    started = time.perf_counter()
+    tokenizer = gguf_tokenizer(*words, kind=NORMAL)
+    assert tokenizer.decode([259, 300]) == words[0] + words[41]
+    with pytest.raises(ModelError, match="far too long"):
+        spm_tokenizer("x" * 1_000_000, kind=NORMAL)
+    assert time.perf_counter() - started < 10
+
+
+# ---- Prompts
+
+
+@pytest.mark.parametrize("make", [gguf_tokenizer, spm_tokenizer])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a\ud800b", r"U\+D800 at character 1, which is half a character"),
+        (b"caf\xe9".decode(errors="surrogateescape"), r"U\+DCE9 at character 3"),
+        (b"hi", "must be a string, got bytes"),
+        (None, "must be a string, got NoneType"),
+        (["hi"], "must be a string, got list"),
+    ],
+)
+def test_what_is_no_text(make, text, reason):
+    with pytest.raises(ModelError, match=reason):
+        make().encode(text)
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_text_that_cannot_fit_is_refused_before_it_is_tokens(tmp_path, kind):
+    tokenizer = gguf_tokenizer() if kind == "gguf" else folder_tokenizer(tmp_path)
+    started = time.perf_counter()
+    with pytest.raises(ModelError, match="of 50000000 characters has far more tokens than the 1000 that fit"):
+        tokenizer.encode("hello " * 8_333_333 + "!!", limit=1000)
+    assert time.perf_counter() - started < 5  # all of it would take a minute and 15 GB
+
+
+def test_text_that_fits_is_the_same_with_a_limit():
+    """Even if it is one token for many characters."""
+    wide = "x" * 64
+    tokenizer = gguf_tokenizer(wide, kind=CONTROL)
+    text = wide * 2000
+    assert tokenizer.encode(text, limit=2500) == tokenizer.encode(text) == [259] * 2000
+    short = "hello" * 1000
+    assert tokenizer.encode(short, limit=10) == tokenizer.encode(short)  # the caller says what is too long

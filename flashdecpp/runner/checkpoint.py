@@ -7,15 +7,17 @@ from os import PathLike
 from pathlib import Path
 
 from . import hub
+from .chatglm_tokenizer import ChatGLMTokenizer
 from .config import ModelConfig
 from .demo import fetch_demo
 from .errors import ModelError
 from .generation_config import GenerationDefaults, generation_defaults, gguf_generation_defaults
 from .gguf import GGUFFile
 from .gguf_config import config_from_gguf
+from .gguf_tokenizer import GGUFTokenizer
 from .hf_config import config_from_directory, generation_settings
 from .json_files import check_file, check_small_files
-from .tokenizer import BaseTokenizer, ChatGLMTokenizer, FolderTokenizer, GGUFTokenizer
+from .tokenizer import BaseTokenizer, FolderTokenizer
 from .weight_files import open_weights
 from .weights import Plan, WeightSource, plan_weights
 
@@ -89,7 +91,7 @@ def _open_folder(path: Path) -> Checkpoint:
 
 
 def _open_tokenizer(folder: Path, config: ModelConfig) -> BaseTokenizer:
-    """transformers'; that of ChatGLM2 isn't there any more."""
+    """transformers'; those of ChatGLM2 and ChatGLM3 aren't there any more."""
     if config.architecture.in_transformers or (folder / "tokenizer.json").exists():
         return FolderTokenizer(folder)
     return ChatGLMTokenizer(folder)
