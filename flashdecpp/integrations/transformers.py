@@ -560,8 +560,8 @@ def _reason_for_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         return AUTOCAST
     if x.dtype != weight.dtype or x.dtype not in LAYER_DTYPES:
         return f"weight of {weight.dtype}, input of {x.dtype}"
-    if x.device != weight.device or not (x.is_cpu or (x.is_cuda and ON_GPU)):
-        return f"weight on {weight.device}, input on {x.device}"
+    if not (x.is_cpu or (x.is_cuda and ON_GPU)):
+        return f"device {x.device}"
     return None
 
 
