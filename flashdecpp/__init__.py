@@ -14,6 +14,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from flashdecpp import _interrupt as _interrupt
 from flashdecpp import _library as _library
 from flashdecpp import dispatch, ops
 from flashdecpp.ops import check

@@ -53,7 +53,9 @@ def _load_all() -> dict[str, Library]:
     if not cpu.loaded:
         raise ImportError(f"flashdecpp's op library {cpu.path} is {cpu.problem}: {_remedy()}")
     if importlib.util.find_spec("flashdecpp._C") is None:
-        raise ImportError(f"flashdecpp is built for another Python than {sys.version.split()[0]}: {_remedy()}")
+        raise ImportError(
+            f"flashdecpp is built for another Python than {sys.version.split()[0]}: {_remedy()}"
+        )
     problems = {"cuda": None, "hip": None}
     if torch.version.cuda is None:
         problems["cuda"] = "this torch is built without CUDA"
