@@ -106,18 +106,22 @@ SAMPLING: dict[str, Any] = {
     "logit_bias": Annotated[
         list[str] | None,
         typer.Option(
-            metavar="ID=VALUE", help="Added to a token's logit, -inf excludes it; again for others."
+            metavar="<id>=<value>", help="Added to a token's logit, -inf excludes it; again for others."
         ),
     ],
     "bad_words": Annotated[
-        list[str] | None, typer.Option("--bad-word", help="Never generated; may be given again.")
+        list[str] | None,
+        typer.Option("--bad-word", metavar="<str>", help="Never generated; may be given again."),
     ],
     "stop": Annotated[
-        list[str] | None, typer.Option(help="End the answer before this text; may be given again.")
+        list[str] | None,
+        typer.Option(metavar="<str>", help="End the answer before this text; may be given again."),
     ],
     "stop_token_ids": Annotated[
         list[int] | None,
-        typer.Option("--stop-token-id", help="End the answer before this token; may be given again."),
+        typer.Option(
+            "--stop-token-id", metavar="<int>", help="End the answer before this token; may be given again."
+        ),
     ],
     "min_tokens": Annotated[int | None, typer.Option(help="Fewest tokens of an answer.")],
     "ignore_eos": Annotated[
@@ -209,6 +213,8 @@ def generate(
     params = _sampling_params(sampling)
     if tools is not None and not chat:
         raise ValueError("--tools needs --chat: the chat template tells the model of them")
+    if (params.logprobs, params.prompt_logprobs) != (None, None) and not as_json:
+        raise ValueError("--logprobs and --prompt-logprobs need --json, which has a place for them")
     functions = None if tools is None else _read_tools(tools)
     llm = _load(
         model,

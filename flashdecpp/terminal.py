@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ def prepare() -> None:
             stream.reconfigure(errors="replace")
     for name in ("stdout", "stderr"):  # None where the shell has closed it
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, io.StringIO())
 
 
 @contextmanager
