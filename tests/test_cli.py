@@ -18,11 +18,11 @@ from unittest import mock
 
 import pytest
 import torch
+from flashdecpp.runner.logprobs import TokenLogprob
 from runner_models import byte_tokens, save_model
 
 from flashdecpp import Completion, Piece, SamplingParams, runner
 from flashdecpp.cli import main
-from flashdecpp.runner.logprobs import TokenLogprob
 
 
 def flashdecpp(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -156,7 +156,7 @@ def test_chat_answers_until_the_input_ends() -> None:
     assert result.stderr.count("tokens/s") == 2
 
 
-# ------------------------------------------------------------------- inside this process, with streams of the test
+# --------------------------------------------------- inside this process, with streams of the test
 
 
 @dataclass
@@ -191,7 +191,7 @@ def run(
     output: io.BytesIO | None = None,
     typed: bool = False,
 ) -> Result:
-    """The command line with these streams; `typed`: standard input is a terminal; None: the shell closed it."""
+    """The command line with these streams. `typed`: standard input is a terminal; None: there is none."""
     output, errors = output or io.BytesIO(), io.StringIO()
     source = (Terminal if typed else io.TextIOWrapper)(io.BytesIO(stdin or b""), "utf-8")
     streams = {
