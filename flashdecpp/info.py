@@ -13,7 +13,7 @@ from flashdecpp import _C, ops
 from flashdecpp._library import LIBRARIES, cpu_instruction_set, gpu_library
 from flashdecpp.dispatch import Found, find_tables
 from flashdecpp.dispatch.machine import device_name, gfx_target, gpu_properties
-from flashdecpp.dispatch.table import DTYPES, Shape, TableError, check_shapes
+from flashdecpp.dispatch.table import DTYPES, Shape, TableError
 
 _NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
 _MOST_ROWS = 1024  # up to which choices are looked up
@@ -23,9 +23,8 @@ def lines(shapes: Sequence[Shape] = (), dtype: str | None = None) -> Iterator[st
     """The report, line by line; with what linear takes for weights of these shapes.
 
     dtype: of the shapes; None is bfloat16 on the CPU and float16 on a GPU. Raises TableError for another than
-        linear has, and for shapes that no layer has.
+        linear has.
     """
-    check_shapes(shapes)
     if dtype is not None and dtype not in DTYPES:
         raise TableError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     build = _C.build_info()

@@ -329,7 +329,7 @@ def test_standard_input_that_is_closed_is_one_line() -> None:
         (["generate", "hi", "--logprobs", "1"], "need --json"),
         (["generate", "hi", "--json", "--logprobs", "-1"], "logprobs must be"),
         (["chat", "--min-p", "2"], "min_p must be"),
-        (["info", "--shapes", "1125899906842624,8"], "--shapes must have N and K"),
+        (["info", "--shapes", "1125899906842624,8"], "N and K of a weight must be from 1 to"),
         (["info", "--shapes", "9" * 5000 + ",8"], "--shapes must be pairs"),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ VERSION = 1
 KINDS = ("cuda", "cpu")
 DTYPES = ("float32", "float16", "bfloat16")
 IMPLS = ("gemv", "flat_gemm", "blas")
-
-LARGEST = 1 << 24  # rows or columns of a weight that is measured or asked for
 
 # [N, K] of a weight
 Shape = tuple[int, int]
@@ -86,8 +84,7 @@ class Table:
 
     def __post_init__(self) -> None:
         _need(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}", self.kind)
-        named = isinstance(self.device, str) and self.device != "" and self.device.isprintable()
-        _need(named, "device", "a device's name", self.device)
+        _need(isinstance(self.device, str) and self.device != "", "device", "a device's name", self.device)
         keys = [profile.key for profile in self.profiles]
         _need(len(set(keys)) == len(keys), "shapes", "different from each other", keys)
         object.__setattr__(self, "profiles", tuple(sorted(self.profiles, key=lambda profile: profile.key)))
@@ -117,15 +114,13 @@ class Table:
     @classmethod
     def load(cls, path: Path) -> Table:
         """Raises TableError, which names the file and what is wrong in it."""
-        if path.exists() and not path.is_file():  # reading from a pipe would wait for ever
-            raise TableError(f"{path} can't be read: it is not a file")
         try:
             return cls._of(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise TableError(f"{path} can't be read: {error.strerror}") from None
         except TableError as error:
             problem = str(error)
-        except (ValueError, RecursionError):
+        except ValueError:
             problem = "not valid JSON"
         raise TableError(f"{path}: {problem}; delete it, and `flashdecpp tune` writes a new one")
 
@@ -150,22 +145,14 @@ def parse_shapes(text: str) -> list[Shape]:
     """ "4096,4096;11008,4096" -> [(4096, 4096), (11008, 4096)], each once."""
     shapes = []
     for pair in text.split(";"):
-        match = re.fullmatch(r"\s*([1-9]\d{0,18})\s*,\s*([1-9]\d{0,18})\s*", pair)
+        match = re.fullmatch(r"\s*([1-9]\d*)\s*,\s*([1-9]\d*)\s*", pair)
         if match is None:
             example = "4096,4096;11008,4096"
             raise TableError(
                 f"--shapes must be pairs N,K of weights [N, K] such as '{example}', got {pair!r}"
             )
         shapes.append((int(match[1]), int(match[2])))
-    check_shapes(shapes)
     return list(dict.fromkeys(shapes))
-
-
-def check_shapes(shapes: Sequence[Shape]) -> None:
-    """Raises TableError for one that no layer has."""
-    for shape in shapes:
-        if not all(1 <= size <= LARGEST for size in shape):
-            raise TableError(f"--shapes must have N and K from 1 to {LARGEST}, got {shape[0]},{shape[1]}")
 
 
 def _profile(raw: dict[str, Any]) -> Profile:
