@@ -15,6 +15,19 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_CUDA_ARCHITECTURES = ["80-real", "90a-real"]
+# What torch's own builds take for the names of generations
+CUDA_GENERATIONS = {
+    "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}
 DEFAULT_HIP_ARCHITECTURES = ["gfx90a", "gfx942", "gfx1100"]
 
 
@@ -46,29 +59,54 @@ def present_gpus() -> list[str]:
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-        return sorted({capability for capability in found if float(capability) >= 8})
+        return sorted({name for name in found if re.fullmatch(r"\d+\.\d", name) and not too_old(name)})
     except (OSError, subprocess.CalledProcessError):
         return []
 
 
+def listed(variable: str) -> list[str]:
+    """The entries of an environment variable; semicolons, commas and blanks separate them."""
+    return [entry for entry in re.split(r"[;,\s]+", os.environ.get(variable, "")) if entry]
+
+
+def capabilities(entries: list[str]) -> list[str]:
+    """Torch's notation with its names for generations spelled out: "Ampere" -> "8.0", "8.6+PTX"."""
+    return [part for entry in entries for part in CUDA_GENERATIONS.get(entry, entry).split(";")]
+
+
+def too_old(capability: str) -> bool:
+    return int(capability.partition(".")[0]) < 8
+
+
 def cmake_architectures(capabilities: list[str]) -> list[str]:
-    """CMake's names for torch's notation: "9.0" -> "90a-real"; "8.6+PTX" -> "86-real", "86-virtual"."""
+    """CMake's names for torch's notation: "9.0" -> "90a-real"; "8.6+PTX" -> "86-real", "86-virtual".
+
+    Those before 8.0 are left out, as container images list them for every library.
+    """
     names = []
     for capability in capabilities:
-        match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", capability)
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", capability)
         if match is None:
             sys.exit(
-                f"flashdecpp: TORCH_CUDA_ARCH_LIST has {capability!r}; write such as '8.0;9.0' or '8.6+PTX'"
+                f"flashdecpp: TORCH_CUDA_ARCH_LIST has {capability!r}; write such as '8.0;9.0', '8.6+PTX' "
+                "or 'Hopper'"
             )
-        if int(match[1]) < 8:
-            sys.exit(
-                f"flashdecpp: TORCH_CUDA_ARCH_LIST has {capability}; the kernels need 8.0 (Ampere) or newer"
-            )
-        number = match[1] + match[2]
-        names.append(f"{number}a-real" if match[3] or number == "90" else f"{number}-real")
+        if too_old(capability):
+            continue
+        number, specific = match[1] + match[2], match[3]
+        names.append(f"{number}{specific or ('a' if number == '90' else '')}-real")
         if match[4]:
-            names.append(f"{number}-virtual")
+            names.append(f"{number}{specific}-virtual")
+    if not names:
+        sys.exit(
+            f"flashdecpp: TORCH_CUDA_ARCH_LIST has {', '.join(capabilities)}; "
+            "the kernels need 8.0 (Ampere) or newer"
+        )
     return list(dict.fromkeys(names))
+
+
+def without(left_out: list[str]) -> str:
+    return f" without {', '.join(left_out)}, which the kernels don't run on" if left_out else ""
 
 
 def cuda_choice() -> tuple[list[str], str]:
@@ -83,10 +121,9 @@ def cuda_choice() -> tuple[list[str], str]:
         return [
             "-DFLASHDECPP_CUDA=OFF"
         ], "cuda: not built, no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
-    if asked:
-        architectures = cmake_architectures([a for a in asked.split(";") if a])
-        why = "TORCH_CUDA_ARCH_LIST"
+    if asked := capabilities(listed("TORCH_CUDA_ARCH_LIST")):
+        architectures = cmake_architectures(asked)
+        why = "TORCH_CUDA_ARCH_LIST" + without([capability for capability in asked if too_old(capability)])
     elif gpus := present_gpus():
         architectures, why = cmake_architectures(gpus), "the GPU of this machine"
     else:
@@ -146,9 +183,9 @@ def hip_choice() -> tuple[list[str], str]:
             sys.exit("flashdecpp: FLASHDECPP_HIP=1 but ROCm was not found; install it or set ROCM_PATH")
         return off, "hip: not built, no ROCm in ROCM_PATH or in /opt/rocm"
     home, compiler = rocm
-    asked = [a for a in re.split(r"[;, ]", os.environ.get("PYTORCH_ROCM_ARCH", "")) if a]
-    if asked:
-        targets, why = [target for target in asked if hip_target(target)], "PYTORCH_ROCM_ARCH"
+    if asked := listed("PYTORCH_ROCM_ARCH"):
+        targets = [target for target in asked if hip_target(target)]
+        why = "PYTORCH_ROCM_ARCH" + without([target for target in asked if not hip_target(target)])
         if not targets:
             sys.exit(
                 f"flashdecpp: PYTORCH_ROCM_ARCH has {', '.join(asked)}; "

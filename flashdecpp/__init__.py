@@ -14,6 +14,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from flashdecpp import _interrupt as _interrupt
 from flashdecpp import _library as _library
 from flashdecpp import dispatch, ops
 from flashdecpp.ops import check
@@ -21,17 +22,31 @@ from flashdecpp.quantization import QuantizedLinear, quantize_
 
 if TYPE_CHECKING:
     from flashdecpp.integrations.transformers import accelerate
-    from flashdecpp.runner import LLM, SamplingParams
+    from flashdecpp.runner import LLM, Completion, ModelError, OutOfMemory, Piece, SamplingParams, Stats
 
 __version__ = metadata.version("flashdecpp")
-__all__ = ["LLM", "QuantizedLinear", "SamplingParams", "accelerate", "check", "ops", "quantize_"]
+__all__ = [
+    "LLM",
+    "Completion",
+    "ModelError",
+    "OutOfMemory",
+    "Piece",
+    "QuantizedLinear",
+    "SamplingParams",
+    "Stats",
+    "accelerate",
+    "check",
+    "ops",
+    "quantize_",
+]
+_OF_RUNNER = ("LLM", "Completion", "ModelError", "OutOfMemory", "Piece", "SamplingParams", "Stats")
 
 dispatch.install()
 
 
 def __getattr__(name: str) -> object:
     # These bring transformers along, which takes seconds to import: only for those who use them.
-    if name in ("LLM", "SamplingParams"):
+    if name in _OF_RUNNER:
         from flashdecpp import runner
 
         return getattr(runner, name)

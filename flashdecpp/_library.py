@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +39,22 @@ def _load(name: str, problem: str | None = None) -> Library:
     return Library(name, path, problem)
 
 
+def _remedy() -> str:
+    """A clone that was not built may stand before an installed package on the path."""
+    here = _FOLDER.parents[1].resolve()
+    for folder in (Path(entry).resolve() for entry in sys.path):
+        if folder != here and (folder / "flashdecpp" / "lib" / "libflashdecpp_cpu.so").exists():
+            return f"{here} hides the flashdecpp installed in {folder}; run from another directory"
+    return f"run `pip install .` in {here}, or from another directory if flashdecpp is installed elsewhere"
+
+
 def _load_all() -> dict[str, Library]:
     cpu = _load("cpu")
     if not cpu.loaded:
+        raise ImportError(f"flashdecpp's op library {cpu.path} is {cpu.problem}: {_remedy()}")
+    if importlib.util.find_spec("flashdecpp._C") is None:
         raise ImportError(
-            f"flashdecpp's op library {cpu.path} is {cpu.problem}: run `pip install .` in the source folder"
+            f"flashdecpp is built for another Python than {sys.version.split()[0]}: {_remedy()}"
         )
     problems = {"cuda": None, "hip": None}
     if torch.version.cuda is None:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperGroup
+
+from flashdecpp import terminal
 
 if TYPE_CHECKING:
-    from flashdecpp.runner import LLM, Completion, SamplingParams
+    from flashdecpp.runner import LLM, SamplingParams
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        with terminal.one_line_errors():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="Run language models with FlashDecoding++ kernels: unified-maximum attention, flat GEMM and GEMV.",
     no_args_is_help=True,
     add_completion=False,
@@ -24,7 +37,7 @@ app = typer.Typer(
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="'demo', a Hugging Face folder, or a .gguf file.", show_default=True),
+    typer.Option("--model", "-m", help="'demo', a Hugging Face folder or repository, or a .gguf file."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: the GPU if there is one]")]
 Dtype = Annotated[
@@ -54,23 +67,111 @@ CudaGraphs = Annotated[
         "to debug or profile."
     ),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens of an answer.", min=1)]
-Temperature = Annotated[
-    float, typer.Option("--temperature", "-t", help="0 takes the most likely token.", min=0)
+GenerationConfig = Annotated[
+    bool,
+    typer.Option(
+        "--generation-config/--no-generation-config",
+        help="Sample as the model's generation_config.json says, where no option says otherwise.",
+    ),
 ]
-TopK = Annotated[int, typer.Option(help="Choose among the k most likely tokens; 0 is off.", min=0)]
-TopP = Annotated[float, typer.Option(help="Choose among the most likely tokens that sum up to p.", max=1)]
-MinP = Annotated[
-    float, typer.Option(help="Drop tokens below p times the likeliest one's probability.", min=0, max=1)
-]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens already there less likely.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.  [default: a fresh one]")]
-Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be given again.")]
-Samples = Annotated[int, typer.Option(help="Answers to each prompt; answer i has seed + i.", min=1)]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the answer.")]
+
+# Options that become SamplingParams, by its names. None of them has a default here: what isn't given is the
+# model's own, or that of SamplingParams.
+_OWN = "  [default: the model's own]"
+SAMPLING: dict[str, Any] = {
+    "max_tokens": Annotated[
+        int | None, typer.Option("--max-tokens", "-n", help=f"Most tokens of an answer.{_OWN}")
+    ],
+    "temperature": Annotated[
+        float | None, typer.Option("--temperature", "-t", help=f"0 takes the most likely token.{_OWN}")
+    ],
+    "top_k": Annotated[
+        int | None, typer.Option(help=f"Choose among the k most likely tokens; 0 is off.{_OWN}")
+    ],
+    "top_p": Annotated[
+        float | None, typer.Option(help=f"Choose among the most likely tokens that sum up to p.{_OWN}")
+    ],
+    "min_p": Annotated[
+        float | None, typer.Option(help=f"Drop tokens below p times the likeliest one's probability.{_OWN}")
+    ],
+    "repetition_penalty": Annotated[
+        float | None, typer.Option(help=f"Above 1 makes tokens already there less likely.{_OWN}")
+    ],
+    "presence_penalty": Annotated[
+        float | None, typer.Option(help="Taken off the logits of tokens that the answer has.")
+    ],
+    "frequency_penalty": Annotated[
+        float | None, typer.Option(help="The same for each time that it has them.")
+    ],
+    "logit_bias": Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="<id>=<value>", help="Added to a token's logit, -inf excludes it; again for others."
+        ),
+    ],
+    "bad_words": Annotated[
+        list[str] | None,
+        typer.Option("--bad-word", metavar="<str>", help="Never generated; may be given again."),
+    ],
+    "stop": Annotated[
+        list[str] | None,
+        typer.Option(metavar="<str>", help="End the answer before this text; may be given again."),
+    ],
+    "stop_token_ids": Annotated[
+        list[int] | None,
+        typer.Option(
+            "--stop-token-id", metavar="<int>", help="End the answer before this token; may be given again."
+        ),
+    ],
+    "min_tokens": Annotated[int | None, typer.Option(help="Fewest tokens of an answer.")],
+    "ignore_eos": Annotated[
+        bool | None, typer.Option("--ignore-eos", help="Go on past the end of the answer.")
+    ],
+    "skip_special_tokens": Annotated[
+        bool | None,
+        typer.Option(
+            "--skip-special-tokens/--keep-special-tokens", help="Whether they are left out of the text."
+        ),
+    ],
+    "seed": Annotated[int | None, typer.Option(help="Makes sampling repeatable.  [default: a fresh one]")],
+}
+SAMPLING_OF_MANY: dict[str, Any] = SAMPLING | {
+    "n": Annotated[
+        int | None, typer.Option("--samples", help="Answers to each prompt (n); answer i has seed + i.")
+    ],
+    "logprobs": Annotated[
+        int | None,
+        typer.Option(
+            help="With --json: log-probabilities of its tokens and of so many others at each place."
+        ),
+    ],
+    "prompt_logprobs": Annotated[int | None, typer.Option(help="The same of the prompt's tokens.")],
+}
+
+
+def _takes(options: dict[str, Any]) -> Callable[[Callable], Callable]:
+    """Adds options to a command, which gets them as its **keywords."""
+
+    def decorate(command: Callable) -> Callable:
+        hints = get_type_hints(command, include_extras=True)
+        own = [
+            parameter.replace(annotation=hints[parameter.name])
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in options.items()
+        ]
+        command.__signature__ = inspect.Signature([*own, *added])
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
+        return command
+
+    return decorate
 
 
 @app.command()
+@_takes(SAMPLING_OF_MANY)
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt. Without one, --file or standard input.")
@@ -82,20 +183,15 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each result.")] = False,
+    tools: Annotated[
+        Path | None, typer.Option(help="With --chat: a JSON list of functions that the model may call.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object for each answer as soon as it has ended.")
+    ] = False,
     model: Model = "demo",
     device: Device = None,
     dtype: Dtype = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = None,
-    samples: Samples = 1,
-    stop: Stop = None,
-    ignore_eos: IgnoreEos = False,
     phi: Phi = "auto",
     quantize: Quantize = "auto",
     cuda_graphs: CudaGraphs = True,
@@ -107,23 +203,19 @@ def generate(
             "and every prompt is computed anew.",
         ),
     ] = False,
+    generation_config: GenerationConfig = True,
+    **sampling: Any,
 ) -> None:
     """Continue a prompt (or answer it, with --chat); the text streams to standard output."""
-    from flashdecpp.runner import SamplingParams
+    from flashdecpp import answers
 
     prompts = _prompts(prompt, file, lines)
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop or (),
-        ignore_eos=ignore_eos,
-        n=samples,
-    )
+    params = _sampling_params(sampling)
+    if tools is not None and not chat:
+        raise ValueError("--tools needs --chat: the chat template tells the model of them")
+    if (params.logprobs, params.prompt_logprobs) != (None, None) and not as_json:
+        raise ValueError("--logprobs and --prompt-logprobs need --json, which has a place for them")
+    functions = None if tools is None else _read_tools(tools)
     llm = _load(
         model,
         device,
@@ -133,50 +225,47 @@ def generate(
         cuda_graphs=cuda_graphs,
         batch_invariant=batch_invariant,
         prefix_cache=not batch_invariant,
+        generation_config=generation_config,
     )
-    inputs = [_templated(llm, text) for text in prompts] if chat else prompts
-    answers = len(inputs) * samples
-    if answers == 1 and not as_json:
-        _print_stream(llm.stream(inputs[0], params))
+    inputs = [_templated(llm, text, functions) for text in prompts] if chat else prompts
+    several, interrupted = len(inputs) * params.n > 1, False
+    if several or as_json:
+        # A bar beside the answers, where both are on the terminal, would be written over.
+        progress = several and not sys.stdout.isatty()
+        try:
+            with closing(llm.completions(inputs, params, progress=progress)) as completions:
+                if as_json:
+                    answers.print_json(completions, prompts)
+                else:
+                    answers.print_texts(completions, params.n)
+        except KeyboardInterrupt:
+            interrupted = True
     else:
-        completions = llm.generate(inputs, params, progress=answers > 1)
-        answered = [text for text in prompts for _ in range(samples)]
-        for text, completion in zip(answered, completions, strict=True):
-            print(_as_json(text, completion) if as_json else completion.text, flush=True)
-    _print_stats(llm)
+        _, interrupted = answers.print_stream(llm.stream(inputs[0], params))
+    answers.print_stats(llm)
+    if interrupted:
+        raise typer.Exit(130)
 
 
 @app.command()
+@_takes(SAMPLING)
 def chat(
     model: Model = "demo",
     system: Annotated[str | None, typer.Option(help="A system message that opens the conversation.")] = None,
     device: Device = None,
     dtype: Dtype = None,
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = None,
     phi: Phi = "auto",
     quantize: Quantize = "auto",
     cuda_graphs: CudaGraphs = True,
+    generation_config: GenerationConfig = True,
+    **sampling: Any,
 ) -> None:
     """Talk with a model. Ctrl-C ends an answer, Ctrl-D the conversation, /new forgets it."""
-    from flashdecpp.runner import SamplingParams
+    from flashdecpp.conversation import converse
 
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    llm = _load(model, device, dtype, phi, quantize=quantize, cuda_graphs=cuda_graphs)
-    _converse(llm, system, params)
+    params = _sampling_params(sampling)
+    settings = {"quantize": quantize, "cuda_graphs": cuda_graphs, "generation_config": generation_config}
+    converse(_load(model, device, dtype, phi, **settings), params, system and terminal.clean(system))
 
 
 @app.command()
@@ -203,7 +292,7 @@ def calibrate(
     if plot is not None:
         calibration.need_matplotlib()
     _need_writable(output, plot)
-    content = TEXT if text is None else text.read_text(encoding="utf-8")
+    content = TEXT if text is None else terminal.read_text(text)
     llm = _load(model, device, dtype, "none")
     output = phi_path(llm.path) if output is None else output
     _need_writable(output)
@@ -298,28 +387,48 @@ def info(
 
 def main() -> None:
     """Runs the command line; every expected error is one line on stderr and exit status 1."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"flashdecpp: {error}", file=sys.stderr)
-        sys.exit(1)
+    terminal.prepare()
+    app()
 
 
 def _prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
     if prompt is not None and file is not None:
         raise ValueError("give a prompt or --file, not both")
-    if prompt is None:
-        if file is None and sys.stdin.isatty():
-            print("Type the prompt, end it with Ctrl-D:", file=sys.stderr)
-        prompt = file.read_text() if file else sys.stdin.read()
-    prompts = [line for line in prompt.splitlines() if line.strip()] if lines else [prompt]
+    text = terminal.read_text(file) if prompt is None else terminal.clean(prompt)
+    prompts = [line for line in text.split("\n") if line.strip()] if lines else [text]
     if not any(text.strip() for text in prompts):
         raise ValueError("the prompt is empty")
     return prompts
+
+
+def _sampling_params(options: dict[str, Any]) -> SamplingParams:
+    """Of the options of SAMPLING that were given."""
+    from flashdecpp.runner import SamplingParams
+
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    for name in given.keys() & {"stop", "bad_words"}:
+        given[name] = [terminal.clean(text) for text in given[name]]
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(_bias(entry) for entry in given["logit_bias"])
+    return SamplingParams(**given)
+
+
+def _bias(entry: str) -> tuple[int, float]:
+    token, _, value = entry.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise ValueError(f"--logit-bias must be ID=VALUE such as 257=-1.5, got {entry!r}") from None
+
+
+def _read_tools(path: Path) -> list[Any]:
+    try:
+        tools = json.loads(terminal.read_text(path))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: --tools must be JSON, a list of functions") from None
+    if not isinstance(tools, list):
+        raise ValueError(f"{path}: --tools must be a JSON list of functions, got a {type(tools).__name__}")
+    return tools
 
 
 def _need_writable(*paths: Path | None) -> None:
@@ -335,83 +444,5 @@ def _load(model: str, device: str | None, dtype: str | None, phi: str, **setting
     return LLM(model, device=device, dtype=dtype, phi=phi, **settings)
 
 
-def _templated(llm: LLM, text: str) -> list[int]:
-    return llm.tokenizer.encode_chat([{"role": "user", "content": text}])
-
-
-def _print_stream(pieces: Iterator) -> str:
-    """Prints an answer as it comes; Ctrl-C ends it. Returns what was printed."""
-    answer = ""
-    try:
-        for piece in pieces:
-            print(piece.text, end="", flush=True)
-            answer += piece.text
-    except KeyboardInterrupt:
-        pieces.close()
-    print(flush=True)
-    return answer
-
-
-def _converse(llm: LLM, system: str | None, params: SamplingParams) -> None:
-    opening = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
-    print(
-        f"{llm.name} on {llm.device}. Ctrl-C ends an answer, Ctrl-D the conversation, /new forgets it.",
-        file=sys.stderr,
-    )
-    while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            continue
-        if text == "/new":
-            messages = list(opening)
-        elif text:
-            messages.append({"role": "user", "content": text})
-            try:
-                pieces = llm.chat(messages, params, stream=True)
-            except ValueError as error:
-                print(f"flashdecpp: {error}; /new starts over", file=sys.stderr)
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": _print_stream(pieces)})
-            _print_stats(llm)
-
-
-def _as_json(prompt: str, completion: Completion) -> str:
-    result = {
-        "prompt": prompt,
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "timings": {
-            "time_to_first_token_s": round(completion.time_to_first_token, 4),
-            "tokens_per_second": round(completion.tokens_per_second, 2),
-        },
-    }
-    return json.dumps(result, ensure_ascii=False)
-
-
-def _print_stats(llm: LLM) -> None:
-    stats = llm.stats
-    if stats is None:
-        return
-    dtype = str(llm.dtype).removeprefix("torch.")
-    softmax = stats.softmax
-    if softmax != "online softmax":
-        softmax += f": {stats.softmax_fallbacks} softmax fallbacks in {stats.softmax_rows} rows"
-    found = f"{stats.found_tokens} tokens found in the cache, " if stats.found_tokens else ""
-    preempted = f"{stats.preemptions} preemptions, " if stats.preemptions else ""
-    slower = "" if stats.cuda_graphs else "no CUDA graphs, "
-    slower += "batch-invariant, " if stats.batch_invariant else ""
-    print(
-        f"[{llm.name}, {dtype} on {llm.device}: {stats.prompt_tokens} + {stats.generated_tokens} tokens, "
-        f"first after {stats.time_to_first_token:.2f} s, then {stats.tokens_per_second:.1f} tokens/s, "
-        f"{stats.weights} weights {stats.weight_bytes / 2**20:.0f} MiB, "
-        f"peak memory {stats.peak_memory / 2**20:.0f} MiB, {found}{preempted}{slower}{softmax}]",
-        file=sys.stderr,
-    )
+def _templated(llm: LLM, text: str, tools: list[Any] | None) -> list[int]:
+    return llm.tokenizer.encode_chat([{"role": "user", "content": text}], tools)

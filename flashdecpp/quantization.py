@@ -7,6 +7,8 @@ rounded.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,7 @@ from . import ops, reference
 __all__ = ["QuantizedLinear", "QuantizedWeight", "quantize", "quantize_"]
 
 GROUPS = (32, 64, 128)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -121,12 +124,23 @@ def quantize(
 
 
 def _check(weight: Tensor, bits: int, group_size: int | None) -> None:
-    if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if weight.dim() != 2 or weight.dtype not in FLOATS or weight.numel() == 0:
         raise ValueError(
             "flashdecpp: weight must be [N, K] in float32, float16 or bfloat16, "
             f"got {weight.dtype} of shape {tuple(weight.shape)}"
         )
+    if not _holds_numbers(weight):
+        raise ValueError(
+            "flashdecpp: weight must be a plain tensor that holds its numbers, "
+            f"got a {type(weight).__name__} on {weight.device}"
+        )
     _check_format(bits, group_size)
+
+
+def _holds_numbers(weight: Tensor) -> bool:
+    """Whether they can be read: not where they have yet to be loaded, or where only a subclass can."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided
+    return plain and not weight.is_meta
 
 
 def _check_format(bits: int, group_size: int | None) -> None:
@@ -140,7 +154,8 @@ class QuantizedLinear(nn.Module):
     """nn.Linear with a quantised weight, for inference. Its state are buffers, so state_dict has them all.
 
     `.to(dtype)` changes what the scales, offsets and bias are kept in, never q. A state_dict goes into a
-    model that was quantised the same way.
+    model that was quantised the same way. Gradients reach the input, through the weight expanded to x's dtype
+    (slower, and as large as before); the layer itself has nothing to train.
     """
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
@@ -151,14 +166,19 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("offsets", quantized.offsets)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
+    @property
+    def quantized(self) -> QuantizedWeight:
+        return QuantizedWeight(self.weight, self.scales, self.offsets)
+
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return nn.functional.linear(x, self.quantized.dense(x.dtype), self.bias)
         return ops.quantized_linear(x, self.weight, self.scales, self.offsets, self.bias)
 
     def extra_repr(self) -> str:
-        quantized = QuantizedWeight(self.weight, self.scales, self.offsets)
         group = "a row" if self.scales.dim() == 1 else self.in_features // self.scales.size(1)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bits={quantized.bits}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.quantized.bits}, "
             f"group={group}, symmetric={self.offsets is None}, bias={self.bias is not None}"
         )
 
@@ -169,43 +189,63 @@ def quantize_(
     bits: int = 8,
     group_size: int | None = None,
     symmetric: bool = True,
-    skip: tuple[str, ...] = (),
+    skip: str | Sequence[str] = (),
 ) -> list[str]:
     """Replaces the nn.Linear layers inside a module by `QuantizedLinear`, in place, for inference.
 
     What is left as it is: a layer whose weight another module shares (an lm_head that is tied to the
-    embedding), one whose K is not a multiple of the group, subclasses of nn.Linear, whose meaning only they
-    know, and `skip`.
+    embedding), one whose K is not a multiple of the group, one that has no numbers to round (on the meta
+    device, tensor subclasses, other dtypes), one that has hooks, which know nothing of what would replace it,
+    subclasses of nn.Linear, whose meaning only they know, and `skip`.
 
     Args:
         module: a model on any device.
         bits, group_size, symmetric: as in `quantize`; scales get the dtype of their weight.
-        skip: names of layers, or the last part of names ("lm_head").
+        skip: a name of a layer, or the last part of one ("lm_head"), or several of them.
 
     Returns:
         The names of the nn.Linear layers that were left as they are.
 
     Raises:
-        ValueError: an argument is not as described, or the module itself is an nn.Linear, which can't be
-            replaced in place.
+        ValueError: an argument is not as described, a weight is NaN or infinite, or the module itself is an
+            nn.Linear, which can't be replaced in place. The module is then as it was.
     """
     _check_format(bits, group_size)
-    if type(module) is nn.Linear:
+    if _is_linear(module):
         raise ValueError("flashdecpp: module must hold the nn.Linear layers to replace, got an nn.Linear")
-    owners: dict[int, int] = {}
+    endings = (skip,) if isinstance(skip, str) else tuple(skip)
+    owners: Counter[int] = Counter()
     for child in module.modules():
-        for parameter in child.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        owners.update(id(parameter) for parameter in child.parameters(recurse=False))
     group = group_size or (GROUPS[0] if bits == 4 else 1)
+    taken: dict[nn.Linear, list[str]] = {}  # with its names: a layer may be in several places
     left = []
-    for name, layer in list(module.named_modules()):
-        if type(layer) is not nn.Linear:
+    for name, layer in module.named_modules(remove_duplicate=False):
+        if not _is_linear(layer):
             continue
-        skipped = any(name == ending or name.endswith("." + ending) for ending in skip)
-        if skipped or layer.in_features % group or owners[id(layer.weight)] > 1:
+        skipped = any(name == ending or name.endswith("." + ending) for ending in endings)
+        if skipped or layer.in_features % group or owners[id(layer.weight)] != 1 or not _can_replace(layer):
             left.append(name)
-            continue
-        parent, _, attribute = name.rpartition(".")
-        quantized = quantize(layer.weight, bits, group_size, symmetric)
-        setattr(module.get_submodule(parent), attribute, QuantizedLinear(quantized, layer.bias))
+        elif not layer.weight.isfinite().all():
+            raise ValueError(f"flashdecpp: {name}.weight must be finite, got NaN or infinite values")
+        else:
+            taken.setdefault(layer, []).append(name)
+    while taken:
+        layer, names = taken.popitem()  # so that each is gone before the next is rounded
+        rounded = quantize(layer.weight, bits, group_size, symmetric)
+        replacement = QuantizedLinear(rounded, layer.bias).train(layer.training)
+        for name in names:
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, replacement)
     return left
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear itself, no subclass; `accelerate` makes one, which says what it was."""
+    return getattr(type(module), "flashdecpp_original", type(module)) is nn.Linear
+
+
+def _can_replace(layer: nn.Linear) -> bool:
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    weight = layer.weight
+    return not hooked and _holds_numbers(weight) and weight.dtype in FLOATS and weight.numel() > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -191,6 +193,106 @@ def test_to_changes_what_is_float():
     assert (layer[0].scales.dtype, layer[0].bias.dtype) == (torch.bfloat16, torch.bfloat16)
     assert layer(torch.randn(3, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert "in_features=64, out_features=32, bits=4, group=32, symmetric=True, bias=True" in repr(layer)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gradients_reach_the_input(bits):
+    """And what is trained in front of the layer: those of the rounded weight."""
+    layer = nn.Sequential(nn.Linear(64, 32))
+    quantize_(layer, bits)
+    x, gradients = torch.randn(5, 64), []
+    for weight in (None, layer[0].quantized.dense()):
+        leaf = x.clone().requires_grad_()
+        out = layer(leaf) if weight is None else nn.functional.linear(leaf, weight, layer[0].bias)
+        out.square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(leaf), layer(x))
+
+
+class Marked(torch.Tensor):
+    """Any subclass: its numbers may be packed in ways that only its library knows."""
+
+
+def _set_weight(change) -> Callable[[nn.Linear], object]:
+    return lambda layer: setattr(
+        layer, "weight", nn.Parameter(change(layer.weight.data), requires_grad=False)
+    )
+
+
+LEFT: dict[str, Callable[[nn.Linear], object]] = {
+    "subclass": _set_weight(lambda w: w.as_subclass(Marked)),
+    "meta": lambda layer: layer.to("meta"),
+    "float64": lambda layer: layer.double(),
+    "sparse": _set_weight(lambda w: w.to_sparse_csr()),
+    "hook": lambda layer: layer.register_forward_hook(lambda module, inputs, output: output),
+    "hook before": lambda layer: layer.register_forward_pre_hook(lambda module, inputs: None),
+    "forward": lambda layer: setattr(layer, "forward", layer.forward),
+    "parametrization": nn.utils.parametrizations.weight_norm,
+    "empty": lambda layer: layer.__init__(64, 0),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", LEFT)
+def test_layers_that_only_others_understand_are_left(kind):
+    layers = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    LEFT[kind](layers[1])
+    before = layers[1]
+    left = quantize_(layers)
+    assert layers[1] is before
+    assert isinstance(layers[0], QuantizedLinear)
+    assert left == (["1"] if type(before) is nn.Linear else [])
+
+
+def test_a_layer_in_two_places_stays_one():
+    layer = nn.Linear(64, 64)
+    layers = nn.Sequential(layer, nn.GELU(), layer)
+    expected = layers(x := torch.randn(3, 64))
+    assert quantize_(layers) == []
+    assert layers[0] is layers[2] and isinstance(layers[0], QuantizedLinear)
+    assert (layers(x) - expected).abs().max() < 0.05
+
+
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_replaced():
+    layers = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64)))
+    layers[1][0].weight.data[3, 4] = torch.inf
+    with pytest.raises(ValueError, match=r"1\.0\.weight must be finite"):
+        quantize_(layers)
+    assert type(layers[0]) is nn.Linear
+
+
+def test_skip_takes_one_name_too():
+    """And not every layer whose name ends with one of its letters."""
+    layers = nn.ModuleDict({"head": nn.Linear(64, 64), "d": nn.Linear(64, 64)})
+    assert quantize_(layers, skip="head") == ["head"]
+
+
+def test_an_accelerated_model_can_be_quantized():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = flashdecpp.accelerate(transformers.LlamaForCausalLM(config).eval())
+    assert quantize_(model) == []
+    assert isinstance(model.lm_head, QuantizedLinear)
+    with torch.no_grad():
+        assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("weight", "what"),
+    [
+        (torch.empty(64, 64, device="meta"), "holds its numbers, got a Tensor on meta"),
+        (torch.randn(64, 64).as_subclass(Marked), "holds its numbers, got a Marked"),
+        (torch.randn(64, 0), r"\[N, K\].*\(64, 0\)"),
+    ],
+    ids=["meta", "subclass", "empty"],
+)
+def test_weights_without_numbers(weight, what):
+    with pytest.raises(ValueError, match=what):
+        quantize(weight)
 
 
 def test_what_cannot_be_replaced():

@@ -1,6 +1,7 @@
 """What setup.py decides, without building anything."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +32,60 @@ def test_torch_notation_becomes_cmake_architectures(build: ModuleType) -> None:
         "86-real",
         "86-virtual",
     ]
+
+
+def test_the_newest_architectures_have_suffixes_of_their_own(build: ModuleType) -> None:
+    assert build.cmake_architectures(["10.0a", "10.0f+PTX", "12.1"]) == [
+        "100a-real",
+        "100f-real",
+        "100f-virtual",
+        "121-real",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "architectures", "left_out"),
+    [
+        (
+            "7.5 8.0 8.6 9.0 10.0 12.0+PTX",  # as images of NVIDIA's set it
+            ["80-real", "86-real", "90a-real", "100-real", "120-real", "120-virtual"],
+            "without 7.5,",
+        ),
+        ("5.2;6.0,7.0+PTX\t8.9\n", ["89-real"], "without 5.2, 6.0, 7.0+PTX,"),
+        ("Volta Ampere Hopper", ["80-real", "86-real", "86-virtual", "90a-real", "90-virtual"], "7.0+PTX,"),
+    ],
+)
+def test_architectures_that_are_too_old_are_left_out_and_said(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked, architectures, left_out
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    options, reason = build.cuda_choice()
+    assert f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(architectures)}" in options
+    assert left_out in reason
+
+
+@pytest.mark.parametrize("blank", ["", "   ", " ; ,\n"])
+def test_a_list_of_nothing_is_no_list(build: ModuleType, monkeypatch: pytest.MonkeyPatch, blank) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", blank)
+    monkeypatch.setenv("PYTORCH_ROCM_ARCH", blank)
+    assert "not set, so the default" in build.cuda_choice()[1]
+    assert "not set, so the default" in build.hip_choice()[1]
+
+
+@pytest.mark.parametrize("asked", ["7.5", "Turing", "5.0 6.1+PTX"])
+def test_nothing_but_old_architectures_is_one_sentence(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST has .*; the kernels need 8\.0"):
+        build.cuda_choice()
+
+
+@pytest.mark.parametrize("asked", ["sm_80", "8", "8.0+ptx", "native", "ampere-ish", "8.0x"])
+def test_what_is_no_architecture_is_named(build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0;{asked}")
+    with pytest.raises(SystemExit, match=re.escape(f"TORCH_CUDA_ARCH_LIST has {asked!r}; write")):
+        build.cuda_choice()
 
 
 def test_a_malformed_architecture_is_one_sentence(build: ModuleType) -> None:
@@ -104,7 +159,7 @@ def test_rocm_architectures_are_asked_for_present_or_all(
     monkeypatch.setenv("PYTORCH_ROCM_ARCH", "gfx906;gfx90a gfx1100")
     options, reason = build.hip_choice()
     assert "-DFLASHDECPP_HIP_ARCHITECTURES=gfx90a;gfx1100" in options
-    assert "PYTORCH_ROCM_ARCH" in reason
+    assert "PYTORCH_ROCM_ARCH without gfx906," in reason
 
 
 def test_rocm_architectures_without_matrix_instructions_are_one_sentence(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import io
+import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -11,12 +15,18 @@ import torch
 import transformers
 from runner_models import SIZES, make_model, random_tokens, randomise
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import flashdecpp
 from flashdecpp import ops
 from flashdecpp.integrations import transformers as integration
-from flashdecpp.integrations.transformers import accelerate, attention_calls, restore
+from flashdecpp.integrations.transformers import (
+    accelerate,
+    attention_calls,
+    layer_fallbacks,
+    restore,
+)
 
 LAYERS = SIZES["num_hidden_layers"]
 PROMPT = 21  # longer than what decode_attention takes at once, and than the window
@@ -48,7 +58,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: make_model("llama"),
     "mistral": lambda: make_model("mistral", sliding_window=WINDOW),
     "qwen2": lambda: make_model("qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
-    "gemma2": lambda: make_model("gemma2", head_dim=16, sliding_window=WINDOW, attn_logit_softcapping=2.0),
+    "gemma2": lambda: make_model(
+        "gemma2",
+        head_dim=16,
+        sliding_window=WINDOW,
+        attn_logit_softcapping=2.0,
+        attn_implementation="eager",  # older versions choose SDPA by themselves, which drops the softcap
+    ),
     "gpt_oss": _gpt_oss,
     "llama4": _llama4,
 }
@@ -329,6 +345,255 @@ def test_models_that_it_cannot_accelerate():
     )
     with pytest.raises(ValueError, match="FalconForCausalLM does not"):
         accelerate(transformers.FalconForCausalLM(falcon))
+
+
+# ------------------------------------------------------------- copies, and what others do to a layer
+
+
+def logits(model: nn.Module) -> Tensor:
+    """Of the last of 21 tokens and of one more step, [2, vocab]."""
+    ids = prompts(0)["input_ids"]
+    with torch.no_grad():
+        out = model(ids, use_cache=True)
+        return torch.cat(
+            [out.logits[:, -1], model(ids[:, :1], past_key_values=out.past_key_values).logits[:, -1]]
+        )
+
+
+def saved_and_loaded(model: PreTrainedModel) -> PreTrainedModel:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def replicated(model: PreTrainedModel) -> PreTrainedModel:
+    """As DataParallel makes a replica on each of its devices: shallow, with tensors of its own put in."""
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for original, replica in replicas.items():
+        replica._modules = {name: replicas[child] for name, child in original._modules.items()}
+        for name, parameter in original._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.detach().clone())
+    return replicas[model]
+
+
+COPIES: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+    "replica": replicated,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_is_accelerated_and_runs_its_own_weights(how, monkeypatch):
+    model = accelerate(make_model())
+    expected = logits(model)
+    twin = COPIES[how](model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    calls = []
+    linear, norm = ops.linear, ops.rms_norm
+    monkeypatch.setattr(ops, "linear", lambda *a: (calls.append("linear"), linear(*a))[1])
+    monkeypatch.setattr(ops, "rms_norm", lambda *a, **k: (calls.append("norm"), norm(*a, **k))[1])
+    assert torch.equal(logits(twin), expected)
+    assert calls.count("linear") == 2 * (7 * LAYERS + 1)
+    assert calls.count("norm") == 2 * (2 * LAYERS + 1)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
+def test_restore_works_on_a_copy_and_leaves_the_original(how):
+    model = accelerate(make_model())
+    expected = logits(model)
+    twin = restore(COPIES[how](model))
+    assert {type(m) for m in twin.modules()} == {type(m) for m in make_model().modules()}
+    assert twin.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(logits(twin), expected, atol=1e-4, rtol=1e-4)
+    before = attention_calls(model)
+    logits(model)
+    assert attention_calls(model) - before == {"flashdecpp": LAYERS, "prefill": LAYERS}
+
+
+def test_another_process_runs_a_pickled_model(tmp_path):
+    """One that has imported nothing yet, as with multiprocessing's spawn."""
+    model = accelerate(make_model())
+    torch.save({"model": model, "expected": logits(model)}, tmp_path / "model.pt")
+    code = """
+import sys, torch
+saved = torch.load(sys.argv[1], weights_only=False)
+assert "flashdecpp" in sys.modules
+with torch.no_grad():
+    step = saved["model"](torch.tensor(eval(sys.argv[2])), use_cache=True)
+torch.testing.assert_close(step.logits[:, -1], saved["expected"][:1])
+"""
+    ids = prompts(0)["input_ids"].tolist()
+    arguments = [sys.executable, "-c", code, str(tmp_path / "model.pt"), str(ids)]
+    result = subprocess.run(arguments, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_folder_of_an_accelerated_model_is_that_of_the_model(tmp_path):
+    make_model().save_pretrained(tmp_path / "before")
+    accelerate(make_model()).save_pretrained(tmp_path / "after")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+
+
+class Opaque(Tensor):
+    """A weight whose layout only its own library knows, as torchao's: F.linear works, data_ptr doesn't."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> Opaque:
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=values.device)
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return function(args[0], args[1].values, *args[2:])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values)
+        raise NotImplementedError(f"no {function} of an opaque weight")
+
+
+def make_opaque(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(Opaque(layer.weight.detach()), requires_grad=False)
+
+
+@pytest.mark.parametrize("first", ["opaque", "accelerate"])
+def test_a_weight_that_is_a_tensor_subclass_keeps_its_forward(first):
+    """Whether it became one before or after accelerate."""
+    model, expected = make_model(), logits(make_model())
+    for step in (first, *({"opaque", "accelerate"} - {first})):
+        if step == "accelerate":
+            accelerate(model)
+        else:
+            for layer in model.model.layers:
+                make_opaque(layer.mlp.up_proj)
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    ((reason, count),) = layer_fallbacks(model).items()
+    assert "Opaque" in reason and count == 2 * LAYERS
+
+
+def _weight_norm(layer: nn.Linear) -> None:
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(layer)
+
+
+def _shifted(layer: nn.Linear) -> None:
+    layer.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def _replaced(layer: nn.Linear) -> None:
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) * 2
+
+
+OTHERS: dict[str, Callable[[nn.Linear], object]] = {
+    "weight_norm": _weight_norm,
+    "parametrization": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+    "hook": _shifted,
+    "forward": _replaced,
+    "transposed": lambda layer: setattr(
+        layer, "weight", nn.Parameter(layer.weight.detach().T.contiguous().T)
+    ),
+    "float64": lambda layer: layer.double().register_forward_pre_hook(lambda m, x: (x[0].double(),)),
+}
+
+
+@pytest.mark.parametrize("accelerated_first", [False, True])
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_others_did_to_a_layer_still_holds(other, accelerated_first):
+    plain, model = make_model(), make_model()
+    OTHERS[other](plain.lm_head)
+    if accelerated_first:
+        accelerate(model)
+    OTHERS[other](model.lm_head)
+    torch.testing.assert_close(logits(accelerate(model)), logits(plain), atol=1e-4, rtol=1e-4)
+
+
+class Wrapped(nn.Module):
+    """An adapter's model, such as PEFT's."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self) -> PreTrainedModel:
+        return self.base_model
+
+
+def test_a_model_inside_an_adapter():
+    model = make_model()
+    wrapped = Wrapped(model)
+    expected = logits(model)
+    assert accelerate(wrapped) is wrapped
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    assert attention_calls(wrapped) == {"flashdecpp": LAYERS, "prefill": LAYERS}
+    restore(wrapped)
+    assert model.config._attn_implementation == "sdpa"
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_weights_that_are_not_there():
+    """A model without any gives shapes; where some have yet to come, torch's own linear gives garbage."""
+    with torch.device("meta"):
+        model = make_model()
+    assert logits(accelerate(model)).is_meta
+    model = make_model()
+    model.lm_head.to("meta")
+    with pytest.raises((ValueError, RuntimeError), match="meta"):
+        logits(accelerate(model))
+
+
+def test_autocast_computes_what_it_computes_without():
+    model, ids = make_model(), prompts(0)["input_ids"]
+    results = []
+    for run in (lambda: model, lambda: accelerate(model)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            cache = run()(ids, use_cache=True).past_key_values
+            results.append(model(ids[:, :1], past_key_values=cache).logits)
+    assert results[1].dtype == results[0].dtype == torch.bfloat16
+    assert torch.equal(results[1], results[0])
+    assert "autocast" in attention_calls(model) and "autocast" in layer_fallbacks(model)
+
+
+def test_only_the_bias_is_trained():
+    """As adapters for the biases alone do it."""
+    gradients = []
+    for model in (make_model("qwen2"), accelerate(make_model("qwen2"))):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("layers.2.self_attn.q_proj.bias"))
+        ids = prompts(0)["input_ids"]
+        model(ids, labels=ids).loss.backward()
+        gradients.append(model.model.layers[2].self_attn.q_proj.bias.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["forward", "torch.func"])
+def test_derivatives_of_a_layer(mode):
+    """Those that no tensor announces by requires_grad."""
+    results = []
+    for model in (make_model().requires_grad_(False), accelerate(make_model().requires_grad_(False))):
+        step = nn.Sequential(model.model.norm, model.model.layers[0].mlp.gate_proj)
+        x = torch.linspace(-1, 1, 3 * 64).view(3, 64)
+        if mode == "forward":
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, x.flip(0))
+                results.append(torch.autograd.forward_ad.unpack_dual(step(dual)).tangent)
+        else:
+            results.append(torch.func.grad(lambda y, step=step: step(y).square().sum())(x))
+    assert results[0].abs().max() > 0
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_without_transformers(monkeypatch):

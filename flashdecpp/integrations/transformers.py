@@ -22,7 +22,6 @@ import operator
 import sys
 from collections import Counter
 from collections.abc import Callable
-from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,7 +43,7 @@ try:
     from transformers.utils import logging
 except ImportError as error:
     raise ImportError(
-        "flashdecpp.integrations.transformers needs a recent transformers (made for 5.23): "
+        "flashdecpp.integrations.transformers needs a recent transformers (5.4 or newer): "
         f"pip install -U transformers ({error})"
     ) from error
 
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
 
     Model = TypeVar("Model", bound=PreTrainedModel)
 
-__all__ = ["NAME", "accelerate", "attention_calls", "restore"]
+__all__ = ["NAME", "accelerate", "attention_calls", "layer_fallbacks", "restore"]
 
 NAME = "flashdecpp"
 # transformers takes any name with "flash" in it for a build of FlashAttention, and treats models and masks
@@ -65,8 +64,14 @@ MAX_GROUP = 16
 
 OURS = "flashdecpp"  # what attention_calls counts beside the reasons for falling back
 PREFILL = "prefill"
+GRADIENTS = "gradients are needed: use torch.no_grad()"
+AUTOCAST = "autocast"
 
-# What the op takes, by the device types that this build has it for.
+PLAIN = (Tensor, nn.Parameter)  # a tensor of any other type has a meaning that only its library knows
+LAYER_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of linear and rms_norm
+ON_GPU = torch._C._dispatch_has_kernel_for_dispatch_key("flashdecpp::linear", "CUDA")
+
+# What decode_attention takes, by the device types that this build has it for.
 DTYPES = {
     key.lower(): dtypes
     for key, dtypes in {
@@ -273,8 +278,12 @@ def _reason_to_fall_back(
         return "mask: given by the caller, or padding with several new tokens"
     if dropout > 0:
         return "dropout"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        return "gradients are needed: use torch.no_grad()"
+    if any(type(x) not in PLAIN for x in (query, key, value)):
+        return f"tensors of types {', '.join(type(x).__name__ for x in (query, key, value))}"
+    if _differentiated(query, key, value):
+        return GRADIENTS
+    if torch._C._is_any_autocast_enabled():
+        return AUTOCAST
     for option in ("position_bias", "output_attentions", "cache"):  # the last is that of continuous batching
         if (given := options.get(option)) is not None and given is not False:
             return option
@@ -376,6 +385,15 @@ def _count(module: nn.Module, what: str) -> None:
     module._flashdecpp_calls[what] += 1
 
 
+def _count_fallback(module: nn.Module, reason: str) -> None:
+    _warn(f"flashdecpp: a layer runs as it did before accelerate ({reason})")
+    if torch.compiler.is_compiling():
+        return
+    if "_flashdecpp_fallbacks" not in vars(module):
+        module._flashdecpp_fallbacks = Counter()
+    module._flashdecpp_fallbacks[reason] += 1
+
+
 # torch.compile runs it itself, once, and leaves it out of the graph. Only with constants: torch 2.11 knows no
 # way to hand a module to such a function.
 @torch.compiler.assume_constant_result
@@ -397,6 +415,18 @@ def attention_calls(model: nn.Module) -> Counter[str]:
     return calls
 
 
+def layer_fallbacks(model: nn.Module) -> Counter[str]:
+    """How many calls of linear layers and norms of an accelerated model ran as before, by the reason.
+
+    Over all of them since the model was loaded, but for calls below torch.compile, as in `attention_calls`.
+    Calls that went through flashdecpp are not counted.
+    """
+    fallbacks: Counter[str] = Counter()
+    for module in model.modules():
+        fallbacks.update(getattr(module, "_flashdecpp_fallbacks", {}))
+    return fallbacks
+
+
 # ------------------------------------------------------------------------------------------------- accelerate
 
 
@@ -405,12 +435,14 @@ def accelerate(model: Model) -> Model:
 
     Attention: as with `attn_implementation="flashdecpp"`. `nn.Linear` (no subclasses): `ops.linear`, which
     picks GEMV, flat GEMM or BLAS by the shape. RMSNorms that compute what Llama's does: `ops.rms_norm`.
-    Modules, parameters and state_dict stay what they are; `restore` undoes all of it. For inference: where
-    gradients are needed a layer runs as it did before, so call the model below `torch.no_grad()`, as
-    `generate` does.
+    Parameters, hooks and state_dict stay what they are; `restore` undoes all of it. A copy or a pickle of the
+    model is accelerated as well, and runs its own weights. For inference: where gradients are needed, in
+    autocast, and for weights that are tensor subclasses (torchao, DTensor) a layer runs as it did before, and
+    says why in `layer_fallbacks`. So call the model below `torch.no_grad()`, as `generate` does.
 
     Args:
-        model: on any device, in any dtype. Layers that another library has hooked are left alone.
+        model: on any device, in any dtype; also one with an adapter around it, as PEFT's, that has
+            get_base_model(). Layers whose forward another library has replaced are left alone.
 
     Returns:
         The model.
@@ -419,69 +451,125 @@ def accelerate(model: Model) -> Model:
         TypeError: not a transformers model.
         ValueError: its attention cannot be chosen.
     """
-    if not isinstance(model, PreTrainedModel):
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
         raise TypeError(
-            f"flashdecpp: model must be a transformers PreTrainedModel, got {type(model).__name__}"
+            f"flashdecpp: model must be a transformers PreTrainedModel, got {type(base).__name__}; "
+            "pass the one that it is made around"
         )
-    if model.config._attn_implementation != REGISTERED:
-        previous = {"": model.config._attn_implementation}
-        for name in model.config.sub_configs:
-            if (part := getattr(model.config, name)) is not None:
+    if base.config._attn_implementation != REGISTERED:
+        previous = {"": base.config._attn_implementation}
+        for name in base.config.sub_configs:
+            if (part := getattr(base.config, name)) is not None:
                 previous[name] = part._attn_implementation
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != REGISTERED:
+        base.set_attn_implementation(NAME)
+        if base.config._attn_implementation != REGISTERED:
             raise ValueError(
                 f"flashdecpp: model must take its attention from transformers' AttentionInterface, "
-                f"{type(model).__name__} does not"
+                f"{type(base).__name__} does not"
             )
-        model._flashdecpp_previous_attention = previous
-    for module in model.modules():
-        if "forward" in vars(module):
-            continue
-        if type(module) is nn.Linear:
-            module.forward = MethodType(_linear, module)
-        elif _is_llama_norm(module):
-            module.forward = MethodType(_rms_norm, module)
+        base._flashdecpp_previous_attention = previous
+    for module in base.modules():
+        accelerated = _accelerated(type(module))
+        if accelerated is not None and "forward" not in vars(module):
+            module.__class__ = accelerated
     return model
 
 
 def restore(model: Model) -> Model:
     """Undoes `accelerate`, in place, and returns the model."""
     for module in model.modules():
-        forward = vars(module).get("forward")
-        if getattr(forward, "__func__", None) in (_linear, _rms_norm):
-            del module.forward
-    if hasattr(model, "_flashdecpp_previous_attention"):
-        model.set_attn_implementation(model._flashdecpp_previous_attention)
-        del model._flashdecpp_previous_attention
+        if "flashdecpp_original" in vars(type(module)):
+            module.__class__ = type(module).flashdecpp_original
+        if "_flashdecpp_previous_attention" in vars(module):
+            module.set_attn_implementation(module._flashdecpp_previous_attention)
+            del module._flashdecpp_previous_attention
     return model
 
 
-def _linear(self: nn.Linear, input: Tensor) -> Tensor:
-    weight = self.weight  # once: a module looks its parameters up in Python
-    if _needs_torch(weight, input):
-        return type(self).forward(self, input)
-    return ops.linear(input, weight, self.bias)
+class _InOp(nn.Module):
+    """Before a layer's own class in the class that `accelerate` gives it: `forward` runs in an op.
+
+    It is the class that changes, not the object, so that whatever copies the object (deepcopy, pickle,
+    DataParallel) copies a layer that runs the weights of the copy.
+    """
+
+    flashdecpp_original: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # The class is made at run time, so a pickle names the one that it was made of.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _unpickled, (self.flashdecpp_original,), *state
 
 
-def _rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    weight = self.weight
-    if _needs_torch(weight, hidden_states):
-        return type(self).forward(self, hidden_states)
-    return ops.rms_norm(hidden_states.contiguous(), weight, eps=self.variance_epsilon)
+class _Linear(_InOp):
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias  # once: a module looks its parameters up in Python
+        reason = _reason_for_torch(input, weight, bias)
+        if reason is None:
+            return ops.linear(input, weight, bias)
+        _count_fallback(self, reason)
+        return super().forward(input)
 
 
-def _needs_torch(weight: Tensor, x: Tensor) -> bool:
-    """Whether gradients are needed, or the dtypes are those of autocast."""
-    needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return needs_gradients or x.dtype != weight.dtype
+class _RMSNorm(_InOp):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = self.weight
+        reason = _reason_for_torch(hidden_states, weight)
+        if reason is None:
+            return ops.rms_norm(hidden_states.contiguous(), weight, eps=self.variance_epsilon)
+        _count_fallback(self, reason)
+        return super().forward(hidden_states)
 
 
-def _is_llama_norm(module: nn.Module) -> bool:
+@functools.cache
+def _accelerated(original: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that runs in an op what `original` computes; None where there is no such op."""
+    if original is nn.Linear:
+        mixin = _Linear
+    elif _is_llama_norm(original):
+        mixin = _RMSNorm
+    else:
+        return None
+    members = {"flashdecpp_original": original, "__module__": __name__}
+    return type(f"Accelerated{original.__name__}", (mixin, original), members)
+
+
+def _unpickled(original: type[nn.Module]) -> nn.Module:
+    """An accelerated layer whose state is still to come."""
+    accelerated = _accelerated(original)
+    return accelerated.__new__(accelerated)
+
+
+def _is_llama_norm(original: type[nn.Module]) -> bool:
     """Whether its code is that of Llama's, of which most families have a copy."""
-    code, llama = (getattr(f, "__code__", None) for f in (type(module).forward, LlamaRMSNorm.forward))
+    code, llama = (getattr(f, "__code__", None) for f in (original.forward, LlamaRMSNorm.forward))
     parts = operator.attrgetter("co_code", "co_names", "co_consts")
     return code is not None and parts(code) == parts(llama)
+
+
+def _reason_for_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    """Why a layer has to run as it did before; None where its op gives the same."""
+    if type(weight) not in PLAIN or type(x) not in PLAIN:
+        return f"weight of type {type(weight).__name__}, input of type {type(x).__name__}"
+    if weight.layout is not torch.strided or weight.stride(-1) != 1:
+        return f"weight that is {weight.layout} and not contiguous"
+    if _differentiated(x, weight, bias):
+        return GRADIENTS
+    if torch._C._is_any_autocast_enabled():
+        return AUTOCAST
+    if x.dtype != weight.dtype or x.dtype not in LAYER_DTYPES:
+        return f"weight of {weight.dtype}, input of {x.dtype}"
+    if not (x.is_cpu or (x.is_cuda and ON_GPU)):
+        return f"device {x.device}"
+    return None
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether gradients are asked for, backward or forward (which no tensor tells in Python)."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return True
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _register() -> None:
