@@ -1,6 +1,7 @@
 // The fused ops around attention and linear on a CPU: norms, rotary embedding with KV append, gated activations.
 #include <string>
 
+#include "boxing.h"
 #include "contract.h"
 #include "kernels.h"
 
@@ -65,10 +66,10 @@ Tensor gated_activation(Tensor gate_up, std::string activation) {
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
-  m.impl("rms_norm", TORCH_BOX(&flashdecpp::cpu::rms_norm));
-  m.impl("rms_norm.residual", TORCH_BOX(&flashdecpp::cpu::rms_norm_residual));
-  m.impl("layer_norm", TORCH_BOX(&flashdecpp::cpu::layer_norm));
-  m.impl("layer_norm.residual", TORCH_BOX(&flashdecpp::cpu::layer_norm_residual));
-  m.impl("rotary_append", TORCH_BOX(&flashdecpp::cpu::rotary_append));
-  m.impl("gated_activation", TORCH_BOX(&flashdecpp::cpu::gated_activation));
+  m.impl("rms_norm", flashdecpp::boxed<&flashdecpp::cpu::rms_norm>);
+  m.impl("rms_norm.residual", flashdecpp::boxed<&flashdecpp::cpu::rms_norm_residual>);
+  m.impl("layer_norm", flashdecpp::boxed<&flashdecpp::cpu::layer_norm>);
+  m.impl("layer_norm.residual", flashdecpp::boxed<&flashdecpp::cpu::layer_norm_residual>);
+  m.impl("rotary_append", flashdecpp::boxed<&flashdecpp::cpu::rotary_append>);
+  m.impl("gated_activation", flashdecpp::boxed<&flashdecpp::cpu::gated_activation>);
 }

@@ -1,4 +1,5 @@
 // The small ops between the matrix products: norms, rotary embedding with KV append, gated activation.
+#include "../boxing.h"
 #include "../contract.h"
 #include "gated_activation_kernel.cuh"
 #include "launch.h"
@@ -140,12 +141,12 @@ Tensor gated_activation(Tensor gate_up, std::string activation) {
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
-  m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("rms_norm.residual", TORCH_BOX(&rms_norm_residual));
-  m.impl("layer_norm", TORCH_BOX(&layer_norm));
-  m.impl("layer_norm.residual", TORCH_BOX(&layer_norm_residual));
-  m.impl("rotary_append", TORCH_BOX(&rotary_append));
-  m.impl("gated_activation", TORCH_BOX(&gated_activation));
+  m.impl("rms_norm", boxed<&rms_norm>);
+  m.impl("rms_norm.residual", boxed<&rms_norm_residual>);
+  m.impl("layer_norm", boxed<&layer_norm>);
+  m.impl("layer_norm.residual", boxed<&layer_norm_residual>);
+  m.impl("rotary_append", boxed<&rotary_append>);
+  m.impl("gated_activation", boxed<&gated_activation>);
 }
 
 }  // namespace flashdecpp
