@@ -411,7 +411,7 @@ def sample(
     last_kept = weights.size(-1) - 1 - (weights > 0).flip(-1).int().argmax(dim=-1)
     drawn = torch.where(beyond.any(dim=-1), beyond.int().argmax(dim=-1), last_kept)
 
-    drawing = torch.zeros(batch, dtype=torch.bool, device=logits.device) if temperature is None else temperature > 0
+    drawing = zeros > 0 if temperature is None else temperature > 0
     token = torch.where(drawing, drawn, weights.argmax(dim=-1))  # argmax gives the first of equals
     token = torch.where((weights > 0).any(dim=-1), token, -1)
     if seen is not None:
@@ -433,9 +433,9 @@ def kept_weights(
 ) -> Tensor:
     """The distribution that `sample` draws from, [batch, vocab], not normalised.
 
-    1 for the most likely token, which passes every filter, 0 for those that a filter removed. Filters apply in
-    transformers' order, and keep every tie at their threshold. A parameter without a meaning is off: NaN, and
-    a penalty that is infinite or not above 0.
+    1 for the most likely token, which passes every filter, 0 for those that a filter removed. Filters apply
+    in transformers' order, and keep every tie at their threshold. A parameter without a meaning is off: NaN,
+    and a penalty that is infinite or not above 0.
     """
     x = logits.to(compute_dtype)
     x = torch.where(x.isnan(), -torch.inf, x)
