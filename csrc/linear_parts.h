@@ -1,6 +1,7 @@
 // The parts of a linear that are launches of their own: torch's BLAS, and what a fused kernel has no place for.
 #pragma once
 
+#include <string>
 #include <utility>
 
 #include "contract.h"
@@ -20,17 +21,21 @@ Tensor blas_linear(const contract::LinearCall<Params>& call, const Tensor& weigh
   return out;
 }
 
+// The ops of these names, which every backend has.
+Tensor rms_norm(Tensor x, Tensor weight, double eps);
+Tensor gated_activation(Tensor gate_up, std::string activation);
+
 // The norm ahead of the product: the call's x becomes what is multiplied.
 template <class Params>
 void normalise(contract::LinearCall<Params>& call, const OptionalTensor& norm_weight, double norm_eps) {
   if (!norm_weight) return;
-  call.take(call_op("flashdecpp::rms_norm", "", call.x, *norm_weight, norm_eps));
+  call.take(rms_norm(call.x, *norm_weight, norm_eps));
   call.params.fusion.norm_weight = nullptr;
 }
 
 // The gate behind it.
 inline Tensor activate(Tensor gate_up, const std::optional<std::string>& activation) {
-  return activation ? call_op("flashdecpp::gated_activation", "", gate_up, *activation) : gate_up;
+  return activation ? gated_activation(std::move(gate_up), *activation) : gate_up;
 }
 
 // The call's product by itself, of the whole weight into memory of its own.

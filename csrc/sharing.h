@@ -27,6 +27,7 @@ struct Region {
 namespace sharing {
 
 inline constexpr int kMaxDims = 64;  // torch's own limit
+inline constexpr int kAttempts = 1 << 16;
 
 // A whole number from `low` to `high` times `step` bytes.
 struct Term {
@@ -83,25 +84,28 @@ inline bool share_memory(const Region& a, const Region& b) {
   for (int64_t i = 0; i < b.dim; ++i) terms.add(b.strides[i] * b.element, 1 - b.sizes[i], 0);
   terms.add(1, 1 - b.element, a.element - 1);
   terms.order();
-  int attempts = 1 << 16;
+  int attempts = sharing::kAttempts;
   return terms.reach(static_cast<int64_t>(b.begin - a.begin), attempts);
 }
 
-// Whether two elements of one tensor may be the same: not where every stride passes over all that smaller ones reach.
+// Whether two elements of one tensor are the same.
 inline bool overlaps_itself(const Region& a) {
   if (a.empty()) return false;
-  struct Dim {
-    int64_t stride, size;
-  } dims[sharing::kMaxDims];
-  int count = 0;
+  // They are where two sums of steps are equal: where differences of steps, not all of them 0, add up to 0.
+  sharing::Terms steps;
   for (int64_t i = 0; i < a.dim; ++i) {
-    if (a.sizes[i] > 1) dims[count++] = {a.strides[i], a.sizes[i]};
+    if (a.sizes[i] <= 1) continue;
+    const int before = steps.count;
+    steps.add(a.strides[i], 1 - a.sizes[i], a.sizes[i] - 1);
+    if (steps.count == before) return true;  // a stride of 0, or the same stride twice
   }
-  std::sort(dims, dims + count, [](const Dim& x, const Dim& y) { return x.stride < y.stride; });
-  int64_t reached = 0;
-  for (int i = 0; i < count; ++i) {
-    if (dims[i].stride <= reached) return true;
-    reached += (dims[i].size - 1) * dims[i].stride;
+  steps.order();
+  int attempts = sharing::kAttempts;
+  for (int i = 0; i < steps.count; ++i) {
+    const auto& [step, low, high] = steps.terms[i];  // the first difference that is not 0, say above 0
+    for (int64_t n = 1; n <= high && n * step <= steps.highest[i + 1]; ++n) {
+      if (steps.reach(-n * step, attempts, i + 1)) return true;
+    }
   }
   return false;
 }

@@ -87,7 +87,7 @@ _KINDS = {
 def _translate(error: RuntimeError, op: OpOverload, arguments: Mapping[str, object]) -> Exception:
     """What to raise for a call of `op` that failed: an error that names the argument, if it was one."""
     message = str(error).partition("\n")[0]
-    if _COMPLAINT.match(message):
+    if type(error) is RuntimeError and _COMPLAINT.match(message):
         return ValueError(message)
     if message.startswith(_OUT_OF_MEMORY):
         return torch.OutOfMemoryError(message)

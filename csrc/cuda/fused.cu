@@ -1,6 +1,6 @@
 // The small ops between the matrix products: norms, rotary embedding with KV append, gated activation.
 #include "../boxing.h"
-#include "../contract.h"
+#include "../linear_parts.h"
 #include "gated_activation_kernel.cuh"
 #include "launch.h"
 #include "norm_kernel.cuh"
@@ -54,10 +54,6 @@ Tensor run_norm(const char* op, const Tensor& x, const OptionalTensor& weight, c
     p.weight_dtype == p.dtype ? launch_norm<T, T>(launcher, p) : launch_norm<T, float>(launcher, p);
   });
   return result;
-}
-
-Tensor rms_norm(Tensor x, Tensor weight, double eps) {
-  return run_norm("rms_norm", x, weight, std::nullopt, std::nullopt, eps, false);
 }
 
 Tensor rms_norm_residual(Tensor x, Tensor weight, Tensor residual, double eps) {
@@ -125,6 +121,12 @@ void launch_gated(const Launcher& launcher, const GatedParams& p) {
                                                       : start(gated_activation_kernel<T, 1>, 1);
 }
 
+}  // namespace
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  return run_norm("rms_norm", x, weight, std::nullopt, std::nullopt, eps, false);
+}
+
 Tensor gated_activation(Tensor gate_up, std::string activation) {
   GatedParams p = contract::gated_activation(gate_up, activation);
   const View view(gate_up);
@@ -136,8 +138,6 @@ Tensor gated_activation(Tensor gate_up, std::string activation) {
   arch::with_float_type(p.dtype, [&](auto* type) { launch_gated<std::remove_pointer_t<decltype(type)>>(launcher, p); });
   return result;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
