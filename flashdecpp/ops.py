@@ -57,6 +57,7 @@ _gemv = torch.ops.flashdecpp.gemv.default
 _flat_gemm = torch.ops.flashdecpp.flat_gemm.default
 _linear = torch.ops.flashdecpp.linear.default
 _linear_choice = torch.ops.flashdecpp.linear_choice.default
+_linear_choice_index = torch.ops.flashdecpp.linear_choice_index.default
 _linear_fused = torch.ops.flashdecpp.linear_fused.default
 _linear_fused_residual = torch.ops.flashdecpp.linear_fused.residual
 _quantized_linear = torch.ops.flashdecpp.quantized_linear.default
@@ -454,9 +455,16 @@ def linear_choice(x: Tensor, weight: Tensor) -> str:
     torch.compile: the choice is made when linear runs.
     """
     try:
-        return _linear_choice(x, weight)
+        return _choose_linear(x, weight)
     except RuntimeError as error:
         raise _translate(error, _linear_choice, locals()) from None
+
+
+def _choose_linear(x: Tensor, weight: Tensor) -> str:
+    return ("gemv", "flat_gemm", "blas")[_linear_choice_index(x, weight)]
+
+
+torch.library.impl("flashdecpp::linear_choice", ("cpu", "cuda"), _choose_linear)
 
 
 @_fake(_gemv, _flat_gemm, _linear)

@@ -447,8 +447,9 @@ def kept_weights(
     largest = x.amax(dim=-1, keepdim=True)
     distance = x - largest
     if temperature is not None:
-        # A greedy row only needs its largest logit to stay the largest.
-        distance = distance / torch.where(temperature > 0, temperature, 1.0)[:, None].to(compute_dtype)
+        # A greedy row only needs its largest logit to stay the largest; -inf by infinity would be NaN.
+        t = torch.where(temperature > 0, temperature, 1.0).clamp(max=torch.finfo(torch.float32).max)
+        distance = distance / t[:, None].to(compute_dtype)
     # The largest has weight 1 by definition: between infinities the subtraction could not tell.
     weights = torch.where(x == largest, 1.0, torch.exp(distance)).masked_fill(x == -torch.inf, 0.0)
 

@@ -82,8 +82,8 @@ void linear_fused_residual(Tensor x, Tensor weight, OptionalTensor bias, Tensor 
   chosen == LinearImpl::kBlas ? add_rows(call.params, blas_linear(call, weight, bias)) : run(call.params);
 }
 
-std::string linear_choice(Tensor x, Tensor weight) {
-  return name(choose(contract::linear("linear_choice", x, weight, std::nullopt).params));
+int64_t linear_choice_index(Tensor x, Tensor weight) {
+  return static_cast<int64_t>(choose(contract::linear("linear_choice", x, weight, std::nullopt).params));
 }
 
 }  // namespace
@@ -96,7 +96,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
   m.impl("linear", flashdecpp::boxed<&flashdecpp::cpu::linear>);
   m.impl("linear_fused", flashdecpp::boxed<&flashdecpp::cpu::linear_fused>);
   m.impl("linear_fused.residual", flashdecpp::boxed<&flashdecpp::cpu::linear_fused_residual>);
-  m.impl("linear_choice", flashdecpp::boxed<&flashdecpp::cpu::linear_choice>);
+  m.impl("linear_choice_index", flashdecpp::boxed<&flashdecpp::cpu::linear_choice_index>);
 }
 
 // For Python, which calls it through ctypes; the only device of this library is "cpu".

@@ -1,7 +1,6 @@
 // sample on a CPU: vector passes over the logits, then thresholds that only look at what matters.
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -72,8 +71,8 @@ float bound_of_largest(const Kernels& kernel, const float* x, int64_t n, int64_t
 // are fewer. At least one of x is above -inf.
 Candidates largest(const Kernels& kernel, const float* x, int64_t n, int64_t k) {
   std::vector<float> maxima;
-  // Below the lowest finite number are -inf and, where the bucket of -inf begins, a NaN.
-  const float bound = std::fmax(bound_of_largest(kernel, x, n, k, maxima), std::numeric_limits<float>::lowest());
+  // Below the lowest finite number are -inf and, where the bucket of -inf begins, a NaN, which is not larger.
+  const float bound = std::max(std::numeric_limits<float>::lowest(), bound_of_largest(kernel, x, n, k, maxima));
   Candidates found;
   for (size_t block = 0; block < maxima.size(); ++block) {
     if (!(maxima[block] >= bound)) continue;

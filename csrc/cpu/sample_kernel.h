@@ -78,13 +78,14 @@ static float scores(const SampleParams& p, int64_t row, float* x) {
 }
 
 static void weights(const float* x, float largest, float temperature, float* w, int64_t n) {
-  // (y - largest) / temperature, of halves and with both factors finite: whatever the logits and the temperature are,
-  // nothing overflows on the way but to -inf, whose weight is 0. The largest has weight 1 by definition: between
-  // infinities the subtraction could not tell.
-  const Vec top = set1(largest), half_top = set1(-0.5f * largest);
-  const Vec inverse = set1(min(2.0f / min(temperature, 0x1p120f), 0x1.fffffep127f));
+  // (y - largest) / temperature, as quarters times 4 / temperature and both of them normal numbers: whatever the logits
+  // and the temperature are, nothing overflows on the way but to -inf, whose weight is 0. The largest has weight 1 by
+  // definition: between infinities the subtraction could not tell.
+  constexpr float most = 0x1.fffffep127f;
+  const Vec top = set1(largest), quarter_top = set1(-0.25f * largest);
+  const Vec inverse = set1(min(4.0f / min(temperature, most), most));
   auto weight = [&](Vec y) __attribute__((always_inline)) {
-    return where_equal(y, top, set1(1.0f), exp(fma(y, set1(0.5f), half_top) * inverse));
+    return where_equal(y, top, set1(1.0f), exp(fma(y, set1(0.25f), quarter_top) * inverse));
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(w + i, weight(load(x + i)));

@@ -93,9 +93,9 @@ __global__ void add_kernel(T* sums, const T* terms, int64_t count) {
   }
 }
 
-std::string linear_choice(Tensor x, Tensor weight) {
+int64_t linear_choice_index(Tensor x, Tensor weight) {
   const contract::Linear call = contract::linear("linear_choice", x, weight, std::nullopt);
-  return name(choose(Launcher("linear_choice", call.x_view.device), call));
+  return static_cast<int64_t>(choose(Launcher("linear_choice", call.x_view.device), call));
 }
 
 }  // namespace
@@ -116,7 +116,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
   m.impl("linear", boxed<&linear>);
   m.impl("linear_fused", boxed<&linear_fused>);
   m.impl("linear_fused.residual", boxed<&linear_fused_residual>);
-  m.impl("linear_choice", boxed<&linear_choice>);
+  m.impl("linear_choice_index", boxed<&linear_choice_index>);
 }
 
 }  // namespace flashdecpp

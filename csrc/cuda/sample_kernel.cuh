@@ -223,11 +223,12 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(SampleParams p) 
     return;
   }
   if (temperature > 0.f) {
-    // (x - largest) / temperature, of halves and with both factors finite: whatever the logits and the temperature are,
-    // nothing overflows on the way but to -inf, whose weight is 0. The largest has weight 1 by definition: between
-    // infinities the subtraction could not tell.
-    const float half = 0.5f * largest, inverse = fminf(2.88539008f / fminf(temperature, 0x1p120f), 0x1.fffffep127f);
-    const auto weight_of = [&](float x) { return x == largest ? 1.f : exp2_approx((0.5f * x - half) * inverse); };
+    // (x - largest) / temperature, as quarters times 4 / temperature and both of them normal numbers: whatever the
+    // logits and the temperature are, nothing overflows on the way but to -inf, whose weight is 0. The largest has
+    // weight 1 by definition: between infinities the subtraction could not tell.
+    constexpr float most = 0x1.fffffep127f;
+    const float quarter = 0.25f * largest, inverse = fminf(5.77078016f / fminf(temperature, most), most);
+    const auto weight_of = [&](float x) { return x == largest ? 1.f : exp2_approx((0.25f * x - quarter) * inverse); };
     const auto units = [](float weight) { return __float2uint_rn(weight * 2147483648.f); };
 
     uint32_t least = 0;
