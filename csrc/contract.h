@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "heuristics.h"
+#include "sharing.h"
 #include "torch_api.h"
 
 namespace flashdecpp::contract {
@@ -35,27 +36,44 @@ inline bool is_float(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
 }
 
-// One op call being checked: its name, and the device that every tensor must share.
-struct Checker {
+// One op call being checked: its name, the device that every tensor must share, and what it was given so far.
+class Checker {
+ public:
   const char* op;
   Device device;
   const char* first;  // the argument whose device counts
 
-  Checker(const char* op_name, const char* first_name, const View& view)
-      : op(op_name), device(view.device), first(first_name) {}
+  Checker(const char* op_name, const char* first_name) : op(op_name), first(first_name) {}
+
+  // An argument as the checks and the kernels see it. The first one taken is `first`.
+  View take(const char* arg, const Tensor& tensor) { return add(arg, tensor, false); }
+  // The same of one that the op updates in place.
+  View take_written(const char* arg, const Tensor& tensor) { return add(arg, tensor, true); }
+
+  // Of all that was taken: what is written must be written once, and be no other argument.
+  void written_apart() const {
+    for (int i = 0; i < count_; ++i) {
+      const Argument& a = arguments_[i];
+      if (!a.written) continue;
+      FLASHDECPP_REQUIRE(!overlaps_itself(region(a.view)), op, a.name, " must not overlap itself, got strides ",
+                         a.view.stride_list(), " for shape ", a.view.shape());
+      for (int j = 0; j < count_; ++j) {
+        const Argument& b = arguments_[j];
+        if (j == i || (b.written && j < i)) continue;
+        FLASHDECPP_REQUIRE(!share_memory(region(a.view), region(b.view)), op, a.name, " must share no memory with ",
+                           b.name, ", got one that does");
+      }
+    }
+  }
 
   void rank(const char* arg, const View& t, int64_t dim, const char* shape) const {
     FLASHDECPP_REQUIRE(t.dim == dim, op, arg, " must be ", shape, ", got shape ", t.shape());
   }
   void dtype(const char* arg, const View& t, DType wanted) const {
-    FLASHDECPP_REQUIRE(t.dtype == wanted, op, arg, " must be ", name(wanted), ", got ", name(t.dtype));
+    FLASHDECPP_REQUIRE(t.dtype == wanted, op, arg, " must be ", name(wanted), ", got ", t.dtype_name());
   }
   void float_dtype(const char* arg, const View& t) const {
-    FLASHDECPP_REQUIRE(is_float(t.dtype), op, arg, " must be float32, float16 or bfloat16, got ", name(t.dtype));
-  }
-  void same_device(const char* arg, const View& t) const {
-    FLASHDECPP_REQUIRE(t.device == device, op, arg, " must be on ", device.str(), " as ", first, ", got ",
-                       t.device.str());
+    FLASHDECPP_REQUIRE(is_float(t.dtype), op, arg, " must be float32, float16 or bfloat16, got ", t.dtype_name());
   }
   void shape(const char* arg, const View& t, std::initializer_list<int64_t> wanted) const {
     bool same = t.dim == static_cast<int64_t>(wanted.size());
@@ -85,15 +103,58 @@ struct Checker {
   // A small contiguous tensor of one dtype and exact shape: the per-head and per-sequence parameters.
   template <class T>
   const T* parameter(const char* arg, const OptionalTensor& tensor, DType wanted,
-                     std::initializer_list<int64_t> sizes) const {
-    if (!tensor) return nullptr;
-    const View t(*tensor);
-    same_device(arg, t);
+                     std::initializer_list<int64_t> sizes) {
+    return tensor ? static_cast<const T*>(parameter(arg, take(arg, *tensor), wanted, sizes)) : nullptr;
+  }
+  template <class T>
+  T* written_parameter(const char* arg, const OptionalTensor& tensor, DType wanted,
+                       std::initializer_list<int64_t> sizes) {
+    return tensor ? static_cast<T*>(parameter(arg, take_written(arg, *tensor), wanted, sizes)) : nullptr;
+  }
+  // A float of Python's that the kernels get as a float32: not one that would be another number there, such as infinity
+  // or 0.
+  float number(const char* arg, double value) const {
+    const auto x = static_cast<float>(value);
+    FLASHDECPP_REQUIRE(value == 0 || std::isnormal(x), op, arg, " must be a number that float32 holds, got ", value);
+    return x;
+  }
+  float positive_or_zero(const char* arg, double value) const {
+    FLASHDECPP_REQUIRE(value >= 0, op, arg, " must be 0 or positive, got ", value);
+    return number(arg, value);
+  }
+
+ private:
+  struct Argument {
+    const char* name;
+    View view;
+    bool written;
+  };
+
+  static Region region(const View& t) {
+    return {reinterpret_cast<uintptr_t>(t.data), t.sizes, t.strides, t.dim, element_size(t.dtype)};
+  }
+
+  View add(const char* arg, const Tensor& tensor, bool written) {
+    const View t(tensor);
+    FLASHDECPP_REQUIRE(t.defined, op, arg, " must be a tensor, got None");
+    if (count_ == 0) device = t.device;
+    FLASHDECPP_REQUIRE(t.device == device, op, arg, " must be on ", device.str(), " as ", first, ", got ",
+                       t.device.str());
+    FLASHDECPP_REQUIRE(t.data || t.numel() == 0, op, arg, " must have memory, got a tensor whose storage is empty");
+    arguments_[count_++] = {arg, t, written};
+    return t;
+  }
+
+  void* parameter(const char* arg, const View& t, DType wanted, std::initializer_list<int64_t> sizes) const {
     dtype(arg, t, wanted);
     shape(arg, t, sizes);
     contiguous(arg, t);
-    return static_cast<const T*>(t.data);
+    return t.data;
   }
+
+  static constexpr int kMostArguments = 12;  // decode_attention has 11
+  Argument arguments_[kMostArguments];
+  int count_ = 0;
 };
 
 inline int32_t to_int32(const Checker& check, const char* arg, int64_t value) {
@@ -113,20 +174,23 @@ struct Cache {
   DType dtype;
 };
 
-inline Cache cache(const Checker& check, const Backend& backend, DType compute_dtype, int64_t batch, int64_t head_dim,
-                   const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
+// `written`: into the caches.
+inline Cache cache(Checker& check, const Backend& backend, DType compute_dtype, int64_t batch, int64_t head_dim,
+                   const Tensor& k_cache, const Tensor& v_cache, bool written, const Tensor& seq_lens,
                    const OptionalTensor& block_table, const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
-  const View k(k_cache), v(v_cache), lens(seq_lens);
+  const auto take = [&](const char* arg, const Tensor& tensor) {
+    return written ? check.take_written(arg, tensor) : check.take(arg, tensor);
+  };
+  const View k = take("k_cache", k_cache), v = take("v_cache", v_cache);
   const char* shape =
       block_table ? "[num_blocks, block_size, kv_heads, head_dim]" : "[batch, max_len, kv_heads, head_dim]";
   const char* names[] = {"k_cache", "v_cache"};
   const View* views[] = {&k, &v};
   for (int i = 0; i < 2; ++i) {
     const View& t = *views[i];
-    check.same_device(names[i], t);
     check.rank(names[i], t, 4, shape);
     FLASHDECPP_REQUIRE(t.dtype == compute_dtype || t.dtype == DType::kFloat8E4M3, check.op, names[i], " must be ",
-                       name(compute_dtype), " as ", check.first, " or float8_e4m3fn, got ", name(t.dtype));
+                       name(compute_dtype), " as ", check.first, " or float8_e4m3fn, got ", t.dtype_name());
     FLASHDECPP_REQUIRE(t.sizes[3] == head_dim, check.op, names[i], " must have head_dim ", head_dim, " as ",
                        check.first, ", got shape ", t.shape());
     check.last_contiguous(names[i], t);
@@ -135,7 +199,7 @@ inline Cache cache(const Checker& check, const Backend& backend, DType compute_d
   check.dtype("v_cache", v, k.dtype);
   check.shape("v_cache", v, {k.sizes[0], k.sizes[1], k.sizes[2], k.sizes[3]});
 
-  check.same_device("seq_lens", lens);
+  const View lens = check.take("seq_lens", seq_lens);
   check.dtype("seq_lens", lens, DType::kInt32);
   check.shape("seq_lens", lens, {batch});
   check.contiguous("seq_lens", lens);
@@ -151,8 +215,7 @@ inline Cache cache(const Checker& check, const Backend& backend, DType compute_d
   c.kv_heads = to_int32(check, "k_cache", k.sizes[2]);
   c.dtype = k.dtype;
   if (block_table) {
-    const View table(*block_table);
-    check.same_device("block_table", table);
+    const View table = check.take("block_table", *block_table);
     check.dtype("block_table", table, DType::kInt32);
     check.rank("block_table", table, 2, "[batch, max_blocks]");
     FLASHDECPP_REQUIRE(table.sizes[0] == batch, check.op, "block_table must have ", batch, " rows as ", check.first,
@@ -179,10 +242,9 @@ inline Cache cache(const Checker& check, const Backend& backend, DType compute_d
 }
 
 // A phi that stays as it is: [q_heads] or [batch, q_heads].
-inline void unified_maximum(const Checker& check, AttentionParams& p, const OptionalTensor& phi) {
+inline void unified_maximum(Checker& check, AttentionParams& p, const OptionalTensor& phi) {
   if (!phi) return;
-  const View t(*phi);
-  check.same_device("phi", t);
+  const View t = check.take("phi", *phi);
   check.dtype("phi", t, DType::kFloat32);
   if (t.dim == 2) {
     check.shape("phi", t, {p.batch, p.q_heads});
@@ -195,14 +257,11 @@ inline void unified_maximum(const Checker& check, AttentionParams& p, const Opti
 }
 
 // A phi that is carried from step to step: [batch, q_heads], replaced by the row maximum.
-inline void unified_maximum(const Checker& check, AttentionParams& p, const Tensor& carried_phi) {
-  const View t(carried_phi);
-  check.same_device("carried_phi", t);
+inline void unified_maximum(Checker& check, AttentionParams& p, const Tensor& carried_phi) {
+  const View t = check.take_written("carried_phi", carried_phi);
   check.dtype("carried_phi", t, DType::kFloat32);
   check.shape("carried_phi", t, {p.batch, p.q_heads});
   check.last_contiguous("carried_phi", t);
-  FLASHDECPP_REQUIRE(p.batch <= 1 || t.strides[0] >= p.q_heads, check.op,
-                     "carried_phi must have rows that do not overlap, got strides ", t.stride_list());
   p.row_max = static_cast<float*>(t.data);
   p.phi = p.row_max;
   p.phi_batch_stride = p.row_max_batch_stride = t.strides[0];
@@ -216,14 +275,14 @@ AttentionParams decode_attention(const Backend& backend, const Tensor& q_tensor,
                                  const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                                  const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t num_splits,
                                  const OptionalTensor& fallback_count) {
-  const View q(q_tensor);
-  const Checker check("decode_attention", "q", q);
+  Checker check("decode_attention", "q");
+  const View q = check.take("q", q_tensor);
   check.rank("q", q, 4, "[batch, q_len, q_heads, head_dim]");
   if (backend.attention_float32) {
     check.float_dtype("q", q);
   } else {
     FLASHDECPP_REQUIRE(q.dtype == DType::kFloat16 || q.dtype == DType::kBFloat16, check.op,
-                       "q must be float16 or bfloat16 on this device, got ", name(q.dtype));
+                       "q must be float16 or bfloat16 on this device, got ", q.dtype_name());
   }
   check.last_contiguous("q", q);
   check.aligned("q", q, backend.alignment);
@@ -232,13 +291,11 @@ AttentionParams decode_attention(const Backend& backend, const Tensor& q_tensor,
   FLASHDECPP_REQUIRE(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0, check.op,
                      "q must have a head_dim that is a multiple of 8 up to 256, got ", head_dim);
   const Cache c =
-      cache(check, backend, q.dtype, batch, head_dim, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale);
+      cache(check, backend, q.dtype, batch, head_dim, k_cache, v_cache, false, seq_lens, block_table, k_scale, v_scale);
   FLASHDECPP_REQUIRE(q_heads > 0 && c.kv_heads > 0 && q_heads % c.kv_heads == 0, check.op,
                      "q must have q_heads that are a multiple of kv_heads ", c.kv_heads, ", got ", q_heads);
   FLASHDECPP_REQUIRE(q_heads / c.kv_heads <= 16, check.op, "q must have at most 16 q_heads a kv_head, got ", q_heads,
                      " for ", c.kv_heads);
-  FLASHDECPP_REQUIRE(!scale || std::isfinite(*scale), check.op, "scale must be finite, got ", scale.value_or(0));
-  FLASHDECPP_REQUIRE(std::isfinite(softcap) && softcap >= 0, check.op, "softcap must be 0 or positive, got ", softcap);
   FLASHDECPP_REQUIRE(num_splits >= 0, check.op, "num_splits must be 0 (chosen) or positive, got ", num_splits);
 
   AttentionParams p{};
@@ -265,24 +322,28 @@ AttentionParams decode_attention(const Backend& backend, const Tensor& q_tensor,
   p.q_len = static_cast<int32_t>(q_len);
   p.q_heads = to_int32(check, "q", q_heads);
   p.head_dim = static_cast<int32_t>(head_dim);
-  p.scale = scale ? static_cast<float>(*scale) : 1.0f / std::sqrt(static_cast<float>(head_dim));
-  p.softcap = static_cast<float>(softcap);
+  p.scale = scale ? check.number("scale", *scale) : 1.0f / std::sqrt(static_cast<float>(head_dim));
+  p.softcap = check.positive_or_zero("softcap", softcap);
   p.window = window > 0 ? static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX)) : 0;
   p.num_splits = static_cast<int32_t>(std::min<int64_t>(num_splits, INT32_MAX));
   unified_maximum(check, p, phi);
   p.alibi_slopes = check.parameter<float>("alibi_slopes", alibi_slopes, DType::kFloat32, {q_heads});
   p.sinks = check.parameter<float>("sinks", sinks, DType::kFloat32, {q_heads});
-  p.fallback_count =
-      const_cast<int32_t*>(check.parameter<int32_t>("fallback_count", fallback_count, DType::kInt32, {1}));
+  p.fallback_count = check.written_parameter<int32_t>("fallback_count", fallback_count, DType::kInt32, {1});
+  check.written_apart();
   return p;
 }
 
 // x as rows of one stride. `x` keeps a packed copy alive where x's own strides cannot be described so.
 template <class Params>
 struct LinearCall {
+  Checker check;
   Tensor x;
   View x_view;
   Params params;
+
+  LinearCall(const char* op, const Tensor& x_tensor)
+      : check(op, "x"), x(x_tensor), x_view(check.take("x", x)), params{} {}
 
   // Packed rows in place of x's.
   void take(Tensor rows) {
@@ -297,22 +358,16 @@ using QuantizedLinear = LinearCall<QuantizedLinearParams>;
 
 // What every linear takes beside its weight, whose n and k are known: x's rows, its dtype, bias.
 template <class Params>
-void linear_operands(const Checker& check, LinearCall<Params>& call, const OptionalTensor& bias) {
+void linear_operands(LinearCall<Params>& call, const OptionalTensor& bias) {
+  Checker& check = call.check;
   View& a = call.x_view;
   Params& p = call.params;
   p.m = a.numel() / p.k;
   p.dtype = a.dtype;
-  if (bias) {
-    const View b(*bias);
-    check.same_device("bias", b);
-    check.dtype("bias", b, a.dtype);
-    check.shape("bias", b, std::initializer_list<int64_t>{p.n});
-    check.contiguous("bias", b);
-    p.bias = b.data;
-  }
+  p.bias = check.template parameter<void>("bias", bias, a.dtype, std::initializer_list<int64_t>{p.n});
   const bool rows = a.last_dim_contiguous() && (a.dim <= 2 || a.contiguous_from(0));
   if (!rows) {
-    call.x = torch::stable::contiguous(call.x);
+    call.x = packed(call.x);
     a = View(call.x);
   }
   p.x = a.data;
@@ -320,13 +375,12 @@ void linear_operands(const Checker& check, LinearCall<Params>& call, const Optio
 }
 
 inline Linear linear(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  Linear call{x, View(x), {}};
+  Linear call(op, x);
+  Checker& check = call.check;
   const View& a = call.x_view;
-  const View w(weight);
-  const Checker check(op, "x", a);
   FLASHDECPP_REQUIRE(a.dim >= 1, check.op, "x must be [..., K], got a scalar");
   check.float_dtype("x", a);
-  check.same_device("weight", w);
+  const View w = check.take("weight", weight);
   check.rank("weight", w, 2, "[N, K]");
   check.dtype("weight", w, a.dtype);
   const int64_t k = a.sizes[a.dim - 1];
@@ -339,23 +393,22 @@ inline Linear linear(const char* op, const Tensor& x, const Tensor& weight, cons
   p.k = k;
   p.weight = w.data;
   p.weight_stride = w.strides[0];
-  linear_operands(check, call, bias);
+  linear_operands(call, bias);
   return call;
 }
 
 inline QuantizedLinear quantized_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& scales,
                                         const OptionalTensor& offsets, const OptionalTensor& bias) {
-  QuantizedLinear call{x, View(x), {}};
+  QuantizedLinear call(op, x);
+  Checker& check = call.check;
   const View& a = call.x_view;
-  const View w(weight), s(scales);
-  const Checker check(op, "x", a);
   FLASHDECPP_REQUIRE(a.dim >= 1, check.op, "x must be [..., K], got a scalar");
   check.float_dtype("x", a);
   const int64_t k = a.sizes[a.dim - 1];
   FLASHDECPP_REQUIRE(k > 0, check.op, "x must have a K above 0, got shape ", a.shape());
-  check.same_device("weight", w);
+  const View w = check.take("weight", weight);
   FLASHDECPP_REQUIRE(w.dtype == DType::kInt8 || w.dtype == DType::kUInt8, check.op,
-                     "weight must be int8 (8 bit) or uint8 (4 bit, two a byte), got ", name(w.dtype));
+                     "weight must be int8 (8 bit) or uint8 (4 bit, two a byte), got ", w.dtype_name());
   const bool packed = w.dtype == DType::kUInt8;
   check.rank("weight", w, 2, packed ? "[N, K / 2]" : "[N, K]");
   FLASHDECPP_REQUIRE(w.sizes[1] * (packed ? 2 : 1) == k, check.op, "weight must have ", packed ? "K / 2 bytes" : "K",
@@ -368,7 +421,7 @@ inline QuantizedLinear quantized_linear(const char* op, const Tensor& x, const T
   p.bits = packed ? 4 : 8;
   p.weight = w.data;
   p.weight_stride = w.strides[0];
-  check.same_device("scales", s);
+  const View s = check.take("scales", scales);
   check.float_dtype("scales", s);
   FLASHDECPP_REQUIRE(s.dim == 2 || (s.dim == 1 && !packed), check.op, "scales must be ",
                      packed ? "[N, K / group]" : "[N] or [N, K / group]", ", got shape ", s.shape());
@@ -384,8 +437,7 @@ inline QuantizedLinear quantized_linear(const char* op, const Tensor& x, const T
   p.scales_stride = s.strides[0];
   p.scales_dtype = s.dtype;
   if (offsets) {
-    const View o(*offsets);
-    check.same_device("offsets", o);
+    const View o = check.take("offsets", *offsets);
     check.dtype("offsets", o, s.dtype);
     if (s.dim == 2) {
       check.shape("offsets", o, {p.n, groups});
@@ -396,7 +448,7 @@ inline QuantizedLinear quantized_linear(const char* op, const Tensor& x, const T
     p.offsets = o.data;
     p.offsets_stride = o.strides[0];
   }
-  linear_operands(check, call, bias);
+  linear_operands(call, bias);
   return call;
 }
 
@@ -427,65 +479,52 @@ inline Activation activation_named(const char* op, const std::string& activation
 // ---- what the fused linears take beside a linear's arguments: call's fusion, and what follows from it
 
 template <class Params>
-void fuse_norm(const char* op, LinearCall<Params>& call, const OptionalTensor& norm_weight, double norm_eps) {
+void fuse_norm(LinearCall<Params>& call, const OptionalTensor& norm_weight, double norm_eps) {
+  Checker& check = call.check;
+  const float eps = check.positive_or_zero("norm_eps", norm_eps);
   if (!norm_weight) return;
-  const View w(*norm_weight);
-  const Checker check(op, "x", call.x_view);
-  check.same_device("norm_weight", w);
-  FLASHDECPP_REQUIRE(w.dtype == call.x_view.dtype || w.dtype == DType::kFloat32, op, "norm_weight must be ",
-                     name(call.x_view.dtype), " as x or float32, got ", name(w.dtype));
+  const View w = check.take("norm_weight", *norm_weight);
+  FLASHDECPP_REQUIRE(w.dtype == call.x_view.dtype || w.dtype == DType::kFloat32, check.op, "norm_weight must be ",
+                     name(call.x_view.dtype), " as x or float32, got ", w.dtype_name());
   check.shape("norm_weight", w, std::initializer_list<int64_t>{call.params.k});
   check.contiguous("norm_weight", w);
   LinearFusion& fusion = call.params.fusion;
   fusion.norm_weight = w.data;
   fusion.norm_dtype = w.dtype;
-  fusion.norm_eps = static_cast<float>(norm_eps);
+  fusion.norm_eps = eps;
 }
 
 template <class Params>
-void fuse_activation(const char* op, LinearCall<Params>& call, const std::optional<std::string>& activation) {
+void fuse_activation(LinearCall<Params>& call, const std::optional<std::string>& activation) {
   if (!activation) return;
   Params& p = call.params;
-  FLASHDECPP_REQUIRE(p.n % 2 == 0, op, "weight must have an even number of rows, gate and up, got ", p.n);
+  FLASHDECPP_REQUIRE(p.n % 2 == 0, call.check.op, "weight must have an even number of rows, gate and up, got ", p.n);
   p.fusion.gated = true;
-  p.fusion.activation = activation_named(op, *activation);
+  p.fusion.activation = activation_named(call.check.op, *activation);
   p.n /= 2;
 }
 
-// From the first byte to behind the last.
-inline std::pair<uintptr_t, uintptr_t> extent(const View& t) {
-  int64_t last = 0;
-  for (int64_t i = 0; i < t.dim; ++i) {
-    if (t.sizes[i] == 0) return {0, 0};
-    last += (t.sizes[i] - 1) * t.strides[i];
-  }
-  const auto begin = reinterpret_cast<uintptr_t>(t.data);
-  return {begin, begin + (last + 1) * element_size(t.dtype)};
-}
-
+// After fuse_norm: what is written is held against all the call's tensors. x is the caller's, of whatever rows.
 template <class Params>
-void fuse_residual(const char* op, LinearCall<Params>& call, const Tensor& x, const Tensor& residual) {
+void fuse_residual(LinearCall<Params>& call, const Tensor& x, const Tensor& residual) {
   Params& p = call.params;
-  const View a(x), r(residual);
-  const Checker check(op, "x", a);
-  check.same_device("residual", r);
+  Checker& check = call.check;
+  const View a(x), r = check.take_written("residual", residual);
   check.dtype("residual", r, a.dtype);
   bool same = r.dim == a.dim && r.sizes[r.dim - 1] == p.n;
   for (int64_t i = 0; same && i + 1 < a.dim; ++i) same = r.sizes[i] == a.sizes[i];
-  FLASHDECPP_REQUIRE(same, op, "residual must have shape [..., ", p.n, "] with the rows of x, ", a.shape(), ", got ",
-                     r.shape());
+  FLASHDECPP_REQUIRE(same, check.op, "residual must have shape [..., ", p.n, "] with the rows of x, ", a.shape(),
+                     ", got ", r.shape());
   check.contiguous("residual", r);
-  const auto [x_begin, x_end] = extent(a);
-  const auto [begin, end] = extent(r);
-  FLASHDECPP_REQUIRE(end <= x_begin || x_end <= begin, op, "residual must share no memory with x, got one that does");
+  check.written_apart();
   p.fusion.add = true;
   p.out = r.data;
 }
 
 inline NormParams norm(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& residual, double eps, bool subtract_mean) {
-  const View a(x);
-  const Checker check(op, "x", a);
+  Checker check(op, "x");
+  const View a = check.take("x", x);
   FLASHDECPP_REQUIRE(a.dim >= 1, check.op, "x must be [..., hidden], got a scalar");
   check.float_dtype("x", a);
   check.last_contiguous("x", a);
@@ -496,7 +535,7 @@ inline NormParams norm(const char* op, const Tensor& x, const OptionalTensor& we
   p.x = a.data;
   p.dtype = a.dtype;
   p.weight_dtype = a.dtype;
-  p.eps = static_cast<float>(eps);
+  p.eps = check.positive_or_zero("eps", eps);
   p.subtract_mean = subtract_mean;
   // Two levels of rows: the last but one dimension, and everything before it, which must be packed among itself.
   p.inner_rows = a.dim >= 2 ? a.sizes[a.dim - 2] : 1;
@@ -510,10 +549,9 @@ inline NormParams norm(const char* op, const Tensor& x, const OptionalTensor& we
   const char* affine_names[] = {"weight", "bias"};
   for (int i = 0; i < 2; ++i) {
     if (!*affine[i]) continue;
-    const View t(**affine[i]);
-    check.same_device(affine_names[i], t);
+    const View t = check.take(affine_names[i], **affine[i]);
     FLASHDECPP_REQUIRE(t.dtype == a.dtype || t.dtype == DType::kFloat32, check.op, affine_names[i], " must be ",
-                       name(a.dtype), " as x or float32, got ", name(t.dtype));
+                       name(a.dtype), " as x or float32, got ", t.dtype_name());
     check.shape(affine_names[i], t, {p.cols});
     check.contiguous(affine_names[i], t);
     if (i == 0) {
@@ -521,19 +559,19 @@ inline NormParams norm(const char* op, const Tensor& x, const OptionalTensor& we
       p.weight_dtype = t.dtype;
     } else {
       FLASHDECPP_REQUIRE(!p.weight || t.dtype == p.weight_dtype, check.op, "bias must be ", name(p.weight_dtype),
-                         " as weight, got ", name(t.dtype));
+                         " as weight, got ", t.dtype_name());
       p.bias = t.data;
       p.weight_dtype = t.dtype;
     }
   }
   if (residual) {
-    const View r(*residual);
-    check.same_device("residual", r);
+    const View r = check.take_written("residual", *residual);
     check.dtype("residual", r, a.dtype);
     bool same = r.dim == a.dim;
     for (int64_t i = 0; same && i < a.dim; ++i) same = r.sizes[i] == a.sizes[i];
     FLASHDECPP_REQUIRE(same, check.op, "residual must have shape ", a.shape(), " as x, got ", r.shape());
     check.contiguous("residual", r);
+    check.written_apart();
     p.residual = r.data;
   }
   return p;
@@ -543,16 +581,15 @@ inline RotaryParams rotary_append(const Tensor& q_tensor, const Tensor& k_tensor
                                   const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
                                   const OptionalTensor& block_table, const OptionalTensor& cos_sin, bool interleaved,
                                   const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
-  const View q(q_tensor), k(k_tensor), v(v_tensor);
-  const Checker check("rotary_append", "q", q);
+  Checker check("rotary_append", "q");
+  const View q = check.take_written("q", q_tensor);
   check.rank("q", q, 4, "[batch, q_len, q_heads, head_dim]");
   check.float_dtype("q", q);
   check.last_contiguous("q", q);
   const int64_t batch = q.sizes[0], q_len = q.sizes[1], q_heads = q.sizes[2], head_dim = q.sizes[3];
-  check.same_device("k", k);
-  check.same_device("v", v);
+  const View k = check.take_written("k", k_tensor), v = check.take("v", v_tensor);
   const Cache c =
-      cache(check, kCpu, q.dtype, batch, head_dim, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale);
+      cache(check, kCpu, q.dtype, batch, head_dim, k_cache, v_cache, true, seq_lens, block_table, k_scale, v_scale);
   const char* names[] = {"k", "v"};
   const View* views[] = {&k, &v};
   for (int i = 0; i < 2; ++i) {
@@ -595,8 +632,7 @@ inline RotaryParams rotary_append(const Tensor& q_tensor, const Tensor& k_tensor
   p.head_dim = to_int32(check, "q", head_dim);
   p.interleaved = interleaved;
   if (cos_sin) {
-    const View t(*cos_sin);
-    check.same_device("cos_sin", t);
+    const View t = check.take("cos_sin", *cos_sin);
     check.dtype("cos_sin", t, DType::kFloat32);
     check.rank("cos_sin", t, 2, "[max_positions, rotary_dim]");
     check.last_contiguous("cos_sin", t);
@@ -608,12 +644,13 @@ inline RotaryParams rotary_append(const Tensor& q_tensor, const Tensor& k_tensor
     p.max_positions = to_int32(check, "cos_sin", t.sizes[0]);
     p.rotary_dim = static_cast<int32_t>(t.sizes[1]);
   }
+  check.written_apart();
   return p;
 }
 
 inline GatedParams gated_activation(const Tensor& gate_up, const std::string& activation) {
-  const View a(gate_up);
-  const Checker check("gated_activation", "gate_up", a);
+  Checker check("gated_activation", "gate_up");
+  const View a = check.take("gate_up", gate_up);
   FLASHDECPP_REQUIRE(a.dim >= 1 && a.sizes[a.dim - 1] % 2 == 0, check.op,
                      "gate_up must be [..., 2 * features], got shape ", a.shape());
   check.float_dtype("gate_up", a);
@@ -631,8 +668,8 @@ inline SampleParams sample(const Tensor& logits, const OptionalTensor& temperatu
                            const OptionalTensor& top_p, const OptionalTensor& min_p, const OptionalTensor& seed,
                            const OptionalTensor& position, const OptionalTensor& repetition_penalty,
                            const OptionalTensor& seen) {
-  const View a(logits);
-  const Checker check("sample", "logits", a);
+  Checker check("sample", "logits");
+  const View a = check.take("logits", logits);
   check.rank("logits", a, 2, "[batch, vocab]");
   check.float_dtype("logits", a);
   check.last_contiguous("logits", a);
@@ -652,7 +689,8 @@ inline SampleParams sample(const Tensor& logits, const OptionalTensor& temperatu
   p.seed = check.parameter<int64_t>("seed", seed, DType::kInt64, {batch});
   p.position = check.parameter<int64_t>("position", position, DType::kInt64, {batch});
   p.repetition_penalty = check.parameter<float>("repetition_penalty", repetition_penalty, DType::kFloat32, {batch});
-  p.seen = const_cast<bool*>(check.parameter<bool>("seen", seen, DType::kBool, {batch, vocab}));
+  p.seen = check.written_parameter<bool>("seen", seen, DType::kBool, {batch, vocab});
+  check.written_apart();
   return p;
 }
 

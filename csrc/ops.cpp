@@ -17,7 +17,9 @@ STABLE_TORCH_LIBRARY(flashdecpp, m)
   m.def("gemv(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("flat_gemm(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, *, str impl=\"auto\") -> Tensor");
+  // Python's part makes the first of the second: torch leaks a str that a kernel of the stable ABI returns.
   m.def("linear_choice(Tensor x, Tensor weight) -> str");
+  m.def("linear_choice_index(Tensor x, Tensor weight) -> int");
   m.def("quantized_linear(Tensor x, Tensor weight, Tensor scales, Tensor? offsets=None, Tensor? bias=None) -> Tensor");
 
   m.def(

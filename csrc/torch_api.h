@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -39,9 +40,33 @@ inline std::string list_text(const int64_t* values, int64_t count) {
   return text + "]";
 }
 
+// Of memory: "5.5 TB".
+inline std::string bytes_text(double bytes) {
+  const char* const units[] = {" bytes", " kB", " MB", " GB", " TB", " PB", " EB"};
+  size_t unit = 0;
+  for (; bytes >= 1000 && unit + 1 < std::size(units); ++unit) bytes /= 1000;
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%.3g", bytes);
+  return digits + std::string(units[unit]);
+}
+
+// A complaint about an argument. It alone begins with "flashdecpp::OP: ", which is how the wrappers tell that it is a
+// ValueError.
 template <class... Args>
 [[noreturn]] void fail(const char* op, const Args&... args) {
   throw std::runtime_error("flashdecpp::" + std::string(op) + ": " + (text_of(args) + ...));
+}
+
+// Anything else that goes wrong.
+template <class... Args>
+[[noreturn]] void fault(const Args&... args) {
+  throw std::runtime_error("flashdecpp: " + (text_of(args) + ...));
+}
+
+// The wrappers know it by its beginning.
+template <class... Args>
+[[noreturn]] void out_of_memory(const Args&... args) {
+  fault("out of memory: ", args...);
 }
 
 // The message is built only when the check fails: REQUIRE(ok, op, "q must be ..., got ", q.shape()).
@@ -92,9 +117,32 @@ inline const char* name(DType dtype) {
     case DType::kInt32: return "int32";
     case DType::kInt64: return "int64";
     case DType::kBool: return "bool";
-    case DType::kOther: return "another dtype";
+    case DType::kOther: break;
   }
   return "another dtype";
+}
+
+// Of any dtype: torch's code for it.
+inline std::string dtype_name(int32_t code) {
+  const struct {
+    int32_t code;
+    const char* name;
+  } others[] = {{aoti_torch_dtype_float64(), "float64"},
+                {aoti_torch_dtype_int16(), "int16"},
+                {aoti_torch_dtype_uint16(), "uint16"},
+                {aoti_torch_dtype_uint32(), "uint32"},
+                {aoti_torch_dtype_uint64(), "uint64"},
+                {aoti_torch_dtype_complex32(), "complex32"},
+                {aoti_torch_dtype_complex64(), "complex64"},
+                {aoti_torch_dtype_complex128(), "complex128"},
+                {aoti_torch_dtype_float8_e5m2(), "float8_e5m2"},
+                {aoti_torch_dtype_float8_e5m2fnuz(), "float8_e5m2fnuz"},
+                {aoti_torch_dtype_float8_e4m3fnuz(), "float8_e4m3fnuz"}};
+  for (const auto& other : others) {
+    if (other.code == code) return other.name;
+  }
+  const DType dtype = dtype_from_torch(code);
+  return dtype == DType::kOther ? "dtype " + std::to_string(code) : name(dtype);
 }
 
 struct Device {
@@ -103,6 +151,7 @@ struct Device {
   bool operator!=(const Device& other) const { return !(*this == other); }
   std::string str() const {
     if (type == aoti_torch_device_type_cpu()) return "cpu";
+    if (type == aoti_torch_device_type_meta()) return "meta";
     const std::string kind = type == aoti_torch_device_type_cuda() ? "cuda" : "device type " + std::to_string(type);
     return kind + ":" + std::to_string(index);
   }
@@ -115,23 +164,26 @@ struct View {
   const int64_t* strides = nullptr;
   int64_t dim = 0;
   DType dtype = DType::kOther;
+  int32_t dtype_code = 0;  // torch's
   Device device;
+  bool defined = false;  // else it was None, where a schema asks for a tensor
 
   View() = default;
   explicit View(const Tensor& tensor) {
     const AtenTensorHandle handle = tensor.get();
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle, &defined));
+    if (!defined) return;
     int64_t *size_ptr = nullptr, *stride_ptr = nullptr;
-    int32_t code = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &size_ptr));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &stride_ptr));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &code));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype_code));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device.type));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device.index));
     sizes = size_ptr;
     strides = stride_ptr;
-    dtype = dtype_from_torch(code);
+    dtype = dtype_from_torch(dtype_code);
   }
 
   int64_t numel() const {
@@ -149,6 +201,7 @@ struct View {
     return true;
   }
   bool last_dim_contiguous() const { return dim > 0 && (strides[dim - 1] == 1 || sizes[dim - 1] <= 1); }
+  std::string dtype_name() const { return flashdecpp::dtype_name(dtype_code); }
   std::string shape() const { return list_text(sizes, dim); }
   std::string stride_list() const { return list_text(strides, dim); }
 };
@@ -163,9 +216,14 @@ inline Tensor new_tensor(const int64_t* sizes, int64_t dim, DType dtype, Device 
     strides[i] = step;
     step *= sizes[i] > 0 ? sizes[i] : 1;
   }
+  const int32_t code = dtype_to_torch(dtype);
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype_to_torch(dtype), device.type, device.index, &handle));
+  if (aoti_torch_empty_strided(dim, sizes, strides, code, device.type, device.index, &handle) != AOTI_TORCH_SUCCESS) {
+    double bytes = static_cast<double>(aoti_torch_dtype_element_size(code));
+    for (int64_t i = 0; i < dim; ++i) bytes *= static_cast<double>(sizes[i]);
+    out_of_memory(bytes_text(bytes), " could not be had on ", device.str(), " for a result of shape ",
+                  list_text(sizes, dim), " in ", name(dtype));
+  }
   return Tensor(handle);
 }
 
@@ -173,17 +231,45 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, DType dtype, Devi
   return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, device);
 }
 
-// Any op that returns a tensor, by its name, with all its arguments.
-template <class... Args>
-Tensor call_op(const char* name, const Args&... args) {
-  StableIValue stack[] = {torch::stable::detail::from(args)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+// The same memory under other sizes and strides. Autograd does not see it.
+inline Tensor alias(const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                    std::initializer_list<int64_t> strides) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                        strides.begin(), 0, &handle));
+  return Tensor(handle);
 }
 
-// torch's own linear: the vendor BLAS.
-inline Tensor blas_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  return call_op("aten::linear", x, weight, bias);
+template <class Copy>
+Tensor copy_or_say(const Tensor& tensor, Copy copy) {
+  try {
+    return copy(tensor);
+  } catch (const std::exception&) {
+    const View t(tensor);
+    const auto bytes =
+        static_cast<double>(aoti_torch_dtype_element_size(t.dtype_code)) * static_cast<double>(t.numel());
+    out_of_memory(bytes_text(bytes), " could not be had on ", t.device.str(), " for a copy of shape ", t.shape());
+  }
+}
+
+// The same values, packed: in a tensor of their own, or in the tensor itself where they lie so already.
+inline Tensor packed(const Tensor& tensor) {
+  return copy_or_say(tensor, [](const Tensor& t) { return torch::stable::contiguous(t); });
+}
+
+// In a tensor of their own.
+inline Tensor packed_copy(const Tensor& tensor) {
+  return copy_or_say(tensor, [](const Tensor& t) { return torch::stable::contiguous(torch::stable::clone(t)); });
+}
+
+// Any op that returns a tensor, by its name and overload, with all its arguments.
+template <class... Args>
+Tensor call_op(const char* name, const char* overload, const Args&... args) {
+  StableIValue stack[] = {torch::stable::detail::from(args)...};
+  if (torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
+    fault("torch's ", name, " failed");
+  }
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace flashdecpp

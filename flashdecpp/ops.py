@@ -4,22 +4,34 @@ Every op takes CPU or GPU tensors, runs on the current stream, syncs with nothin
 `torch.compile(fullgraph=True)` and in CUDA graphs: lengths, block tables and phi are read on the device when
 the op runs. What an op computes is defined by the function of its name in `flashdecpp.reference`.
 
-An argument of the wrong dtype, device, shape or stride raises a ValueError that names the argument, what it
-must be and what it was, before anything is launched or written. Values that only the device knows (lengths,
-block ids) can't be checked without a sync: the ops stay inside the cache whatever they are, and `check`
-reports them.
+An argument of the wrong dtype, device, shape or stride, or in place in memory of another one, raises a
+ValueError that names the argument, what it must be and what it was, before anything is launched or written;
+one that is no tensor or number where there must be one a TypeError. Values that only the device knows
+(lengths, block ids) can't be checked without a sync: the ops stay inside the cache whatever they are, and
+`check` reports them. Results that no memory is left for raise torch.OutOfMemoryError.
+
+No op has a backward. Where an argument requires grad, a backward through the result is a RuntimeError, and an
+op that updates its arguments in place is refused with a ValueError unless gradients are off. Calls of
+`torch.ops.flashdecpp.*` themselves have torch's own rules for such ops: a backward warns, and gives nothing.
+Autocast changes nothing of what an op computes.
 
 "The paper" is Hong et al., FlashDecoding++, MLSys 2024 (arXiv 2311.01282).
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd.graph import increment_version
 
 from . import (
     _library,  # noqa: F401  (loading it registers torch.ops.flashdecpp)
 )
+from ._autograd import refuse_gradients, without_backward
 
 __all__ = [
     "check",
@@ -45,6 +57,7 @@ _gemv = torch.ops.flashdecpp.gemv.default
 _flat_gemm = torch.ops.flashdecpp.flat_gemm.default
 _linear = torch.ops.flashdecpp.linear.default
 _linear_choice = torch.ops.flashdecpp.linear_choice.default
+_linear_choice_index = torch.ops.flashdecpp.linear_choice_index.default
 _linear_fused = torch.ops.flashdecpp.linear_fused.default
 _linear_fused_residual = torch.ops.flashdecpp.linear_fused.residual
 _quantized_linear = torch.ops.flashdecpp.quantized_linear.default
@@ -60,12 +73,73 @@ _sample = torch.ops.flashdecpp.sample.default
 _sample_seen = torch.ops.flashdecpp.sample.seen
 
 
-def _translate(error: RuntimeError) -> Exception:
-    """The ValueError for an op's complaint about an argument; any other error as it is."""
-    complaint = str(error).partition("\n")[0]
-    if complaint.startswith("flashdecpp::") and " must " in complaint:
-        return ValueError(complaint)
-    return error
+# What csrc/torch_api.h begins its messages with: fail, out_of_memory.
+_COMPLAINT = re.compile(r"flashdecpp::\w+: ")
+_OUT_OF_MEMORY = "flashdecpp: out of memory: "
+_KINDS = {
+    "Tensor": "a tensor",
+    "float": "a number",
+    "int": "an int of 64 bits",
+    "bool": "a bool",
+    "str": "a string",
+}
+
+
+def _translate(error: RuntimeError, op: OpOverload, arguments: Mapping[str, object]) -> Exception:
+    """What to raise for a call of `op` that failed: an error that names the argument, if it was one."""
+    message = str(error).partition("\n")[0]
+    if type(error) is RuntimeError and _COMPLAINT.match(message):
+        return ValueError(message)
+    if message.startswith(_OUT_OF_MEMORY):
+        return torch.OutOfMemoryError(message)
+    named = re.search(r"for argument '(\w+)' but instead found", str(error))  # torch's own words
+    for argument in op._schema.arguments:
+        value = arguments.get(argument.name)
+        kind = str(argument.type)
+        missing = kind == "Tensor" and not isinstance(value, Tensor)
+        if argument.name == named[1] if named else missing:
+            kind = _KINDS.get(re.sub(r"Optional\[(\w+)\]", r"\1", kind), kind)
+            got = type(value).__name__ if kind == "a tensor" else f"{value!r:.80}"
+            return TypeError(f"{op._schema.name}: {argument.name} must be {kind}, got {got}")
+    foreign = _foreign(op, arguments)
+    return ValueError(foreign) if foreign else error
+
+
+def _foreign(op: OpOverload, arguments: Mapping[str, object]) -> str | None:
+    """The complaint about the first tensor on another device than the first, or of another layout."""
+    names = [argument.name for argument in op._schema.arguments]
+    tensors = {name: arguments[name] for name in names if isinstance(arguments.get(name), Tensor)}
+    first = next(iter(tensors), None)
+    for name, x in tensors.items():
+        if x.device != tensors[first].device:
+            return f"{op._schema.name}: {name} must be on {tensors[first].device} as {first}, got {x.device}"
+        if x.layout is not torch.strided:
+            return f"{op._schema.name}: {name} must be strided, got {x.layout}"
+    return None
+
+
+def _fake(*ops: OpOverload) -> Callable[[Callable], Callable]:
+    """Registers a function as what ops give where tensors have no memory, which all of them must then be.
+
+    A single meta tensor among others brings torch's dispatcher here, too.
+    """
+
+    def checked(op: OpOverload, function: Callable) -> Callable:
+        names = [argument.name for argument in op._schema.arguments]
+
+        def fake(*args, **kwargs):
+            if foreign := _foreign(op, dict(zip(names, args, strict=False)) | kwargs):
+                raise RuntimeError(foreign)
+            return function(*args, **kwargs)
+
+        return fake
+
+    def register(function: Callable) -> Callable:
+        for op in ops:
+            torch.library.register_fake(op)(checked(op, function))
+        return function
+
+    return register
 
 
 # ------------------------------------------------------------------------------------------------- attention
@@ -114,7 +188,7 @@ def decode_attention(
         seq_lens: [batch] int32, keys of each sequence with the new tokens counted; 0 gives zeros and an lse
             of -inf. These and the table are read as early as a weight (`gemv`).
         block_table: [batch, max_blocks] int32, the cache block of each block_size tokens of a sequence.
-        scale: 1 / sqrt(head_dim) if None.
+        scale: 1 / sqrt(head_dim) if None. This and softcap are numbers that float32 holds.
         phi: [q_heads] or [batch, q_heads] float32, the unified maximum in the units of x. None: online
             softmax.
         softcap: 0 for none.
@@ -142,12 +216,14 @@ def decode_attention(
         op, unified_maximum = _decode_attention, {"phi": phi}
     elif phi is None:
         op, unified_maximum = _decode_attention_carry, {"carried_phi": carried_phi}
+        if torch.is_grad_enabled():
+            refuse_gradients("decode_attention", "carried_phi", carried_phi=carried_phi)
     else:
         raise ValueError(
             "flashdecpp::decode_attention: phi must be None where carried_phi is given, got a tensor"
         )
     try:
-        return op(
+        out, lse = op(
             q,
             k_cache,
             v_cache,
@@ -165,11 +241,18 @@ def decode_attention(
             fallback_count=fallback_count,
         )
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, op, locals()) from None
+    if carried_phi is not None:
+        increment_version(carried_phi)
+    if fallback_count is not None:
+        increment_version(fallback_count)
+    if out.requires_grad:
+        scales = (alibi_slopes, sinks, k_scale, v_scale)
+        return without_backward("decode_attention", (out, lse), q, k_cache, v_cache, phi, *scales)
+    return out, lse
 
 
-@torch.library.register_fake("flashdecpp::decode_attention")
-@torch.library.register_fake("flashdecpp::decode_attention.carry")
+@_fake(_decode_attention, _decode_attention_carry)
 def _(q, k_cache, v_cache, seq_lens, block_table=None, **_):
     batch, q_len, q_heads, _head_dim = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
@@ -230,9 +313,10 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: an argument is not as described.
     """
     try:
-        return _gemv(x, weight, bias)
+        out = _gemv(x, weight, bias)
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, _gemv, locals()) from None
+    return without_backward("gemv", (out,), x, weight, bias)[0] if out.requires_grad else out
 
 
 def flat_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -243,9 +327,10 @@ def flat_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     those of `gemv`.
     """
     try:
-        return _flat_gemm(x, weight, bias)
+        out = _flat_gemm(x, weight, bias)
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, _flat_gemm, locals()) from None
+    return without_backward("flat_gemm", (out,), x, weight, bias)[0] if out.requires_grad else out
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
@@ -268,10 +353,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
     """
     try:
         if impl == "auto":  # the op's own default: a string takes half a microsecond to pass
-            return _linear(x, weight, bias)
-        return _linear(x, weight, bias, impl=impl)
+            out = _linear(x, weight, bias)
+        else:
+            out = _linear(x, weight, bias, impl=impl)
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, _linear, locals()) from None
+    return without_backward("linear", (out,), x, weight, bias)[0] if out.requires_grad else out
 
 
 def linear_fused(
@@ -307,9 +394,9 @@ def linear_fused(
         weight: [N, K] as in `linear`; with an activation [2 * features, K], the rows of the gate, then those
             of the up projection, and bias in the same order.
         norm_weight: [K], contiguous, x's dtype or float32; read as early as a weight (`gemv`). None: no norm.
-        norm_eps: added to the mean of squares.
+        norm_eps: added to the mean of squares; 0 or a positive number that float32 holds.
         activation: "silu", "gelu" (erf), "gelu_tanh" or "relu"; not with a residual.
-        residual: [..., N] of x's dtype with x's rows, contiguous; shares no memory with x.
+        residual: [..., N] of x's dtype with x's rows, contiguous; shares no memory with another argument.
 
     Returns:
         [..., N] of x's dtype, [..., features] with an activation, None with a residual.
@@ -317,23 +404,26 @@ def linear_fused(
     Raises:
         ValueError: an argument is not as described.
     """
+    inputs = (x, weight, bias, norm_weight)
+    if residual is None:
+        around = {"norm_weight": norm_weight, "norm_eps": norm_eps, "activation": activation, "impl": impl}
+        try:
+            out = _linear_fused(x, weight, bias, **around)
+        except RuntimeError as error:
+            raise _translate(error, _linear_fused, locals()) from None
+        return without_backward("linear_fused", (out,), *inputs)[0] if out.requires_grad else out
+
+    _no_activation("linear_fused", activation)
+    if torch.is_grad_enabled():
+        tensors = {"x": x, "weight": weight, "bias": bias, "norm_weight": norm_weight, "residual": residual}
+        refuse_gradients("linear_fused", "residual", **tensors)
     try:
-        if residual is None:
-            return _linear_fused(
-                x,
-                weight,
-                bias,
-                norm_weight=norm_weight,
-                norm_eps=norm_eps,
-                activation=activation,
-                impl=impl,
-            )
-        _no_activation("linear_fused", activation)
         _linear_fused_residual(
             x, weight, bias, residual=residual, norm_weight=norm_weight, norm_eps=norm_eps, impl=impl
         )
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, _linear_fused_residual, locals()) from None
+    increment_version(residual)
     return None
 
 
@@ -344,13 +434,12 @@ def _no_activation(op: str, activation: str | None) -> None:
         )
 
 
-@torch.library.register_fake("flashdecpp::linear_fused")
+@_fake(_linear_fused)
 def _(x, weight, bias=None, *, norm_weight=None, norm_eps=1e-6, activation=None, impl="auto"):
     return _fused_output(x, weight, activation)
 
 
-@torch.library.register_fake("flashdecpp::linear_fused.residual")
-@torch.library.register_fake("flashdecpp::quantized_linear_fused.residual")
+@_fake(_linear_fused_residual, _quantized_linear_fused_residual)
 def _(*_args, **_):
     return None
 
@@ -366,14 +455,19 @@ def linear_choice(x: Tensor, weight: Tensor) -> str:
     torch.compile: the choice is made when linear runs.
     """
     try:
-        return _linear_choice(x, weight)
+        return _choose_linear(x, weight)
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, _linear_choice, locals()) from None
 
 
-@torch.library.register_fake("flashdecpp::gemv")
-@torch.library.register_fake("flashdecpp::flat_gemm")
-@torch.library.register_fake("flashdecpp::linear")
+def _choose_linear(x: Tensor, weight: Tensor) -> str:
+    return ("gemv", "flat_gemm", "blas")[_linear_choice_index(x, weight)]
+
+
+torch.library.impl("flashdecpp::linear_choice", ("cpu", "cuda"), _choose_linear)
+
+
+@_fake(_gemv, _flat_gemm, _linear)
 def _(x, weight, bias=None, *, impl="auto"):
     return x.new_empty((*x.shape[:-1], weight.size(0)))
 
@@ -419,12 +513,15 @@ def quantized_linear(
         ValueError: an argument is not as described.
     """
     try:
-        return _quantized_linear(x, weight, scales, offsets, bias)
+        out = _quantized_linear(x, weight, scales, offsets, bias)
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, _quantized_linear, locals()) from None
+    if out.requires_grad:
+        return without_backward("quantized_linear", (out,), x, scales, offsets, bias)[0]
+    return out
 
 
-@torch.library.register_fake("flashdecpp::quantized_linear")
+@_fake(_quantized_linear)
 def _(x, weight, scales, offsets=None, bias=None):
     return x.new_empty((*x.shape[:-1], weight.size(0)))
 
@@ -457,35 +554,32 @@ def quantized_linear_fused(
     Raises:
         ValueError: an argument is not as described.
     """
+    stored = (weight, scales, offsets, bias)
+    if residual is None:
+        around = {"norm_weight": norm_weight, "norm_eps": norm_eps, "activation": activation}
+        try:
+            out = _quantized_linear_fused(x, *stored, **around)
+        except RuntimeError as error:
+            raise _translate(error, _quantized_linear_fused, locals()) from None
+        if out.requires_grad:
+            return without_backward("quantized_linear_fused", (out,), x, *stored[1:], norm_weight)[0]
+        return out
+
+    _no_activation("quantized_linear_fused", activation)
+    if torch.is_grad_enabled():
+        tensors = {"x": x, "scales": scales, "offsets": offsets, "bias": bias, "norm_weight": norm_weight}
+        refuse_gradients("quantized_linear_fused", "residual", **tensors, residual=residual)
     try:
-        if residual is None:
-            return _quantized_linear_fused(
-                x,
-                weight,
-                scales,
-                offsets,
-                bias,
-                norm_weight=norm_weight,
-                norm_eps=norm_eps,
-                activation=activation,
-            )
-        _no_activation("quantized_linear_fused", activation)
         _quantized_linear_fused_residual(
-            x,
-            weight,
-            scales,
-            offsets,
-            bias,
-            residual=residual,
-            norm_weight=norm_weight,
-            norm_eps=norm_eps,
+            x, *stored, residual=residual, norm_weight=norm_weight, norm_eps=norm_eps
         )
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, _quantized_linear_fused_residual, locals()) from None
+    increment_version(residual)
     return None
 
 
-@torch.library.register_fake("flashdecpp::quantized_linear_fused")
+@_fake(_quantized_linear_fused)
 def _(x, weight, scales, offsets=None, bias=None, *, norm_weight=None, norm_eps=1e-6, activation=None):
     return _fused_output(x, weight, activation)
 
@@ -499,7 +593,9 @@ def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: 
     Args:
         x: [..., hidden], contiguous last dim, evenly spaced rows; float32, float16 or bfloat16.
         weight: [hidden], x's dtype or float32.
-        residual: x's shape and dtype, contiguous. Becomes residual + x, and the norm is taken of that.
+        residual: x's shape and dtype, contiguous; shares no memory with another argument. Becomes
+            residual + x, and the norm is taken of that.
+        eps: 0 or a positive number that float32 holds.
 
     Returns:
         x's shape and dtype; the maths is float32.
@@ -507,12 +603,21 @@ def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: 
     Raises:
         ValueError: an argument is not as described.
     """
+    if residual is None:
+        try:
+            out = _rms_norm(x, weight, eps=eps)
+        except RuntimeError as error:
+            raise _translate(error, _rms_norm, locals()) from None
+        return without_backward("rms_norm", (out,), x, weight)[0] if out.requires_grad else out
+
+    if torch.is_grad_enabled():
+        refuse_gradients("rms_norm", "residual", x=x, weight=weight, residual=residual)
     try:
-        if residual is None:
-            return _rms_norm(x, weight, eps=eps)
-        return _rms_norm_residual(x, weight, residual, eps=eps)
+        out = _rms_norm_residual(x, weight, residual, eps=eps)
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, _rms_norm_residual, locals()) from None
+    increment_version(residual)
+    return out
 
 
 def layer_norm(
@@ -527,18 +632,24 @@ def layer_norm(
 
     bias is [hidden] of weight's dtype. Everything else is as in `rms_norm`.
     """
+    if residual is None:
+        try:
+            out = _layer_norm(x, weight, bias, eps=eps)
+        except RuntimeError as error:
+            raise _translate(error, _layer_norm, locals()) from None
+        return without_backward("layer_norm", (out,), x, weight, bias)[0] if out.requires_grad else out
+
+    if torch.is_grad_enabled():
+        refuse_gradients("layer_norm", "residual", x=x, weight=weight, bias=bias, residual=residual)
     try:
-        if residual is None:
-            return _layer_norm(x, weight, bias, eps=eps)
-        return _layer_norm_residual(x, weight, bias, residual, eps=eps)
+        out = _layer_norm_residual(x, weight, bias, residual, eps=eps)
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, _layer_norm_residual, locals()) from None
+    increment_version(residual)
+    return out
 
 
-@torch.library.register_fake("flashdecpp::rms_norm")
-@torch.library.register_fake("flashdecpp::rms_norm.residual")
-@torch.library.register_fake("flashdecpp::layer_norm")
-@torch.library.register_fake("flashdecpp::layer_norm.residual")
+@_fake(_rms_norm, _rms_norm_residual, _layer_norm, _layer_norm_residual)
 def _(x, *_args, **_):
     return x.new_empty(x.shape)
 
@@ -562,6 +673,9 @@ def rotary_append(
     Token i of a sequence has position seq_len - q_len + i. A negative one is left padding: it is neither
     rotated nor written. A position beyond `cos_sin` isn't rotated, one beyond the cache isn't written.
 
+    q, k, k_cache and v_cache share no memory with each other or with another argument. Views of one tensor
+    that pass between each other's elements don't.
+
     Args:
         q: [batch, q_len, q_heads, head_dim], contiguous last dim; float32, float16 or bfloat16. Any q_len.
         k, v: [batch, q_len, kv_heads, head_dim], q's dtype. q, k and v may be views of one packed tensor.
@@ -577,6 +691,9 @@ def rotary_append(
     Raises:
         ValueError: an argument is not as described.
     """
+    if torch.is_grad_enabled():
+        caches = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
+        refuse_gradients("rotary_append", "the cache", q=q, k=k, v=v, **caches, cos_sin=cos_sin)
     try:
         _rotary_append(
             q,
@@ -592,10 +709,11 @@ def rotary_append(
             v_scale=v_scale,
         )
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, _rotary_append, locals()) from None
+    increment_version((q, k, k_cache, v_cache))
 
 
-@torch.library.register_fake("flashdecpp::rotary_append")
+@_fake(_rotary_append)
 def _(*_args, **_):
     return None
 
@@ -614,12 +732,13 @@ def gated_activation(gate_up: Tensor, *, activation: str = "silu") -> Tensor:
         ValueError: an argument is not as described.
     """
     try:
-        return _gated_activation(gate_up, activation=activation)
+        out = _gated_activation(gate_up, activation=activation)
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, _gated_activation, locals()) from None
+    return without_backward("gated_activation", (out,), gate_up)[0] if out.requires_grad else out
 
 
-@torch.library.register_fake("flashdecpp::gated_activation")
+@_fake(_gated_activation)
 def _(gate_up, *, activation="silu"):
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.size(-1) // 2))
 
@@ -643,41 +762,37 @@ def sample(
     takes its randomness from Philox-4x32-10 of (seed, position), so a row's token doesn't depend on the rest
     of the batch.
 
-    Every parameter is a [batch] tensor on the device of logits.
+    Every parameter is a [batch] tensor on the device of logits. The most likely token passes every filter. As
+    the temperature falls to the smallest of float32 the draw becomes the greedy choice; it is even where the
+    temperature is infinite.
 
     Args:
-        logits: [batch, vocab], contiguous last dim; float32, float16 or bfloat16. NaN counts as -inf.
-        temperature: float32. None, or 0 in a row: greedy (the lowest index of equals).
+        logits: [batch, vocab], contiguous last dim; float32, float16 or bfloat16. NaN counts as -inf, and
+            what is -inf is never chosen, however many top_k asks for.
+        temperature: float32. None, or 0, less or NaN in a row: greedy (the lowest index of equals).
         top_k: int32; 0 or less is off.
-        top_p: float32; 1 or more is off.
-        min_p: float32; 0 or less is off.
+        top_p: float32; 1, more or NaN is off, less than 0 is 0.
+        min_p: float32; 0, less or NaN is off, more than 1 is 1.
         seed, position: int64; None is 0. The position makes successive draws of one seed independent.
         repetition_penalty: float32; divides the positive and multiplies the negative logits of seen tokens.
+            One that is not above 0, infinite or NaN is off.
         seen: [batch, vocab] bool, contiguous; the chosen token is marked in it. Needed by repetition_penalty.
 
     Returns:
-        [batch] int64.
+        [batch] int64; -1 for a row that has no logit above -inf.
 
     Raises:
         ValueError: an argument is not as described.
     """
+    if seen is None and repetition_penalty is not None:
+        raise ValueError("flashdecpp::sample: seen must be given with repetition_penalty, got None")
+    op, history = _sample, {}
+    if seen is not None:
+        op, history = _sample_seen, {"seen": seen, "repetition_penalty": repetition_penalty}
     try:
-        if seen is None:
-            if repetition_penalty is not None:
-                raise ValueError("flashdecpp::sample: seen must be given with repetition_penalty, got None")
-            return _sample(
-                logits,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                seed=seed,
-                position=position,
-            )
-        return _sample_seen(
+        token = op(
             logits,
-            seen=seen,
-            repetition_penalty=repetition_penalty,
+            **history,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -686,10 +801,12 @@ def sample(
             position=position,
         )
     except RuntimeError as error:
-        raise _translate(error) from None
+        raise _translate(error, op, locals()) from None
+    if seen is not None:
+        increment_version(seen)
+    return token
 
 
-@torch.library.register_fake("flashdecpp::sample")
-@torch.library.register_fake("flashdecpp::sample.seen")
+@_fake(_sample, _sample_seen)
 def _(logits, *_args, **_):
     return logits.new_empty((logits.size(0),), dtype=torch.int64)

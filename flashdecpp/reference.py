@@ -388,7 +388,8 @@ def sample(
 ) -> Tensor:
     """One token id a row of logits [batch, vocab]: the largest logit, or a draw where temperature > 0.
 
-    The draw is a function of (row, seed, position) alone; seed and position default to 0.
+    The draw is a function of (row, seed, position) alone; seed and position default to 0. A row with no logit
+    above -inf gives -1, and nothing is marked as seen.
     """
     batch = logits.size(0)
     weights = kept_weights(
@@ -410,12 +411,12 @@ def sample(
     last_kept = weights.size(-1) - 1 - (weights > 0).flip(-1).int().argmax(dim=-1)
     drawn = torch.where(beyond.any(dim=-1), beyond.int().argmax(dim=-1), last_kept)
 
-    # Nothing to draw from where all logits are -inf; argmax gives the first of equals, token 0.
-    drawing = (weights > 0).any(dim=-1)
-    drawing &= False if temperature is None else temperature > 0
-    token = torch.where(drawing, drawn, weights.argmax(dim=-1))
+    drawing = zeros > 0 if temperature is None else temperature > 0
+    token = torch.where(drawing, drawn, weights.argmax(dim=-1))  # argmax gives the first of equals
+    token = torch.where((weights > 0).any(dim=-1), token, -1)
     if seen is not None:
-        seen[torch.arange(batch, device=logits.device), token] = True
+        row = (token >= 0).nonzero()[:, 0]
+        seen[row, token[row]] = True
     return token
 
 
@@ -432,21 +433,25 @@ def kept_weights(
 ) -> Tensor:
     """The distribution that `sample` draws from, [batch, vocab], not normalised.
 
-    1 for the most likely token, 0 for those that a filter removed. Filters apply in transformers' order, and
-    keep every tie at their threshold.
+    1 for the most likely token, which passes every filter, 0 for those that a filter removed. Filters apply
+    in transformers' order, and keep every tie at their threshold. A parameter without a meaning is off: NaN,
+    and a penalty that is infinite or not above 0.
     """
     x = logits.to(compute_dtype)
     x = torch.where(x.isnan(), -torch.inf, x)
     if repetition_penalty is not None and seen is not None:
-        r = repetition_penalty[:, None].to(compute_dtype)
+        usable = (repetition_penalty > 0) & repetition_penalty.isfinite()
+        r = torch.where(usable, repetition_penalty, 1.0)[:, None].to(compute_dtype)
         x = torch.where(seen, torch.where(x > 0, x / r, x * r), x)
-    if temperature is not None:
-        # A greedy row only needs its largest logit to stay the largest.
-        x = x / torch.where(temperature > 0, temperature, 1.0)[:, None].to(compute_dtype)
 
     largest = x.amax(dim=-1, keepdim=True)
+    distance = x - largest
+    if temperature is not None:
+        # A greedy row only needs its largest logit to stay the largest; -inf by infinity would be NaN.
+        t = torch.where(temperature > 0, temperature, 1.0).clamp(max=torch.finfo(torch.float32).max)
+        distance = distance / t[:, None].to(compute_dtype)
     # The largest has weight 1 by definition: between infinities the subtraction could not tell.
-    weights = torch.where(x == largest, 1.0, torch.exp(x - largest)).masked_fill(x == -torch.inf, 0.0)
+    weights = torch.where(x == largest, 1.0, torch.exp(distance)).masked_fill(x == -torch.inf, 0.0)
 
     if top_k is not None:
         descending = x.sort(dim=-1, descending=True).values
@@ -460,7 +465,7 @@ def kept_weights(
         threshold = torch.where(top_p[:, None] < 1, descending.gather(-1, needed - 1), 0.0)
         weights = weights.masked_fill(weights < threshold, 0.0)
     if min_p is not None:
-        weights = weights.masked_fill(weights < min_p[:, None].to(compute_dtype), 0.0)
+        weights = weights.masked_fill(weights < min_p[:, None].to(compute_dtype).clamp(max=1), 0.0)
     return weights
 
 

@@ -56,13 +56,16 @@ def test_greedy_takes_the_first_of_equals(any_place):
 
 @pytest.mark.parametrize("temperature", [None, 1.0])
 def test_no_number_is_never_chosen(any_place, temperature):
-    """NaN counts as -inf; where all are -inf it is token 0."""
+    """NaN counts as -inf; where all are -inf there is no token."""
     inf, nan = torch.inf, torch.nan
     rows = [[nan, -inf, 2.0, nan, -inf], [-inf] * 5, [nan] * 5, [nan, nan, -inf, nan, -1e4]]
     logits = torch.tensor(rows).to(any_place.device, any_place.dtype)
     if temperature is not None:
         temperature = torch.full((4,), temperature, device=any_place.device)
-    assert ops.sample(logits, temperature=temperature).tolist() == [2, 0, 0, 4]
+    assert ops.sample(logits, temperature=temperature).tolist() == [2, -1, -1, 4]
+    seen = torch.zeros(4, 5, dtype=torch.bool, device=any_place.device)
+    assert ops.sample(logits, temperature=temperature, seen=seen).tolist() == [2, -1, -1, 4]
+    assert seen.nonzero().tolist() == [[0, 2], [3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +165,153 @@ def test_philox_known_answers(any_place):
     assert torch.equal(token, (reference.uniform(seed, position).double() * 2**16).long())
     unseeded = ops.sample(logits[:1], temperature=temperature[:1])
     assert unseeded == token[0]
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 50, 600])
+@pytest.mark.parametrize("vocab", [60, 272, 3001, 32000])
+def test_top_k_of_more_than_a_mask_leaves(any_place, vocab, top_k):
+    """As a grammar's mask leaves them: three tokens, wherever they are."""
+    arguments = sampling(any_place, 32, vocab, temperature=1.0, top_k=top_k)
+    allowed = torch.tensor([0, vocab // 2, vocab - 1], device=any_place.device)
+    masked = torch.full_like(arguments["logits"], -torch.inf)
+    masked[:, allowed] = arguments["logits"][:, allowed]
+    for nothing in (-torch.inf, torch.nan):
+        logits = masked.where(masked > -torch.inf, nothing)
+        token = assert_drawn(arguments | {"logits": logits})
+        assert set(token.tolist()) <= set(allowed.tolist())
+
+
+SMALLEST, LARGEST = 1e-45, 3.4e38
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9, "min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("temperature", [SMALLEST, 1e-40, 1e-38, 1e-30])
+def test_the_smallest_temperatures_are_greedy(any_place, temperature, filters):
+    arguments = sampling(any_place, 32, 300, temperature=temperature, **filters)
+    for factor in (1, -1, 1000):
+        logits = arguments["logits"] * factor
+        assert torch.equal(ops.sample(**arguments | {"logits": logits}), logits.float().argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e36, LARGEST, torch.inf])
+def test_the_largest_temperatures_are_even(any_place, temperature):
+    """And -inf is still no choice."""
+    arguments = sampling(any_place, 2000, 8, temperature=temperature)
+    arguments["logits"][:, 3] = -torch.inf
+    counts = ops.sample(**arguments).bincount(minlength=8).tolist()
+    assert counts.pop(3) == 0
+    assert min(counts) > 2000 / 7 * 0.7
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.5}], ids=str)
+def test_the_largest_logits(any_place, temperature, filters):
+    """Whose difference is beyond float32."""
+    most = torch.finfo(any_place.dtype).max
+    rows = torch.tensor([[-0.9, -0.5, -0.9, -0.8], [0.1, 0.9, -0.9, 0.8]], device=any_place.device) * most
+    logits = rows.to(any_place.dtype).repeat(10, 1)
+    arguments = sampling(any_place, 20, 4, temperature=temperature, **filters) | {"logits": logits}
+    if temperature < 1:
+        assert ops.sample(**arguments).tolist() == [1] * 20
+    assert_drawn(arguments)
+
+
+def test_the_largest_logits_at_the_largest_temperature(any_place):
+    """Where neither exponential vanishes: e to the -5.1 and 1 to what they differ by."""
+    logits = torch.tensor([[-1.7e38, 3.4e38]], device=any_place.device).repeat(20000, 1)
+    arguments = sampling(any_place, 20000, 2, temperature=1e38) | {"logits": logits}
+    share = (ops.sample(**arguments) == 0).float().mean().item()
+    assert abs(share - 0.00606) < 0.0025
+
+
+def test_infinite_logits(any_place):
+    """Several are equally likely, and nothing else is."""
+    logits = torch.zeros(200, 100, device=any_place.device, dtype=any_place.dtype)
+    logits[:, [7, 70]] = torch.inf
+    for filters in ({}, {"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}, {"temperature": 1e-40}):
+        arguments = sampling(any_place, 200, 1, **{"temperature": 1.0} | filters) | {"logits": logits}
+        assert ops.sample(**arguments).unique().tolist() == [7, 70]
+
+
+NAN, INF = torch.nan, torch.inf
+OFF = {"temperature": 1.0}
+GREEDY = {"temperature": 0.0}
+MEANINGS = [
+    ({"temperature": -1.0}, GREEDY),
+    ({"temperature": NAN}, GREEDY),
+    ({"temperature": -INF}, GREEDY),
+    ({"top_k": -(2**31)}, OFF),
+    ({"top_k": 2**31 - 1}, OFF),
+    ({"top_p": -5.0}, {"top_p": 0.0}),
+    ({"top_p": -INF}, {"top_p": 0.0}),
+    ({"top_p": NAN}, OFF),
+    ({"top_p": INF}, OFF),
+    ({"min_p": -1.0}, OFF),
+    ({"min_p": NAN}, OFF),
+    ({"min_p": 5.0}, {"min_p": 1.0}),
+    ({"min_p": INF}, {"min_p": 1.0}),
+    ({"top_p": -1.0, "min_p": INF, "top_k": 7}, {"top_p": 0.0, "min_p": 1.0, "top_k": 1}),
+    ({"repetition_penalty": 0.0}, {"repetition_penalty": 1.0}),
+    ({"repetition_penalty": -2.0}, {"repetition_penalty": 1.0}),
+    ({"repetition_penalty": NAN}, {"repetition_penalty": 1.0}),
+    ({"repetition_penalty": INF}, {"repetition_penalty": 1.0}),
+    ({"repetition_penalty": INF, "temperature": 0.0}, {"repetition_penalty": 1.0, "temperature": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("given", "meant"), MEANINGS, ids=str)
+def test_parameters_beyond_their_range(any_place, given, meant):
+    """Each has a meaning, which the reference knows, too."""
+    tokens = []
+    for parameters in (given, meant):
+        arguments = sampling(any_place, 64, 200, **{"temperature": 1.0} | parameters)
+        if "repetition_penalty" in parameters:
+            arguments["seen"] = randn(any_place, 64, 200, seed=5) > 0
+        if parameters.get("temperature", 1.0) > 0:
+            tokens.append(assert_drawn(arguments).tolist())
+        else:
+            tokens.append(ops.sample(**copy(arguments)).tolist())
+            assert tokens[-1] == reference.sample(**copy(arguments)).tolist()
+    assert tokens[0] == tokens[1]
+
+
+def copy(arguments: dict) -> dict:
+    return {name: x.clone() for name, x in arguments.items()}
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_float_there_is(any_place, data):
+    """Whatever the logits and the parameters are, the token is one that the reference could draw."""
+    draw = data.draw
+    batch, vocab = draw(st.integers(1, 4)), draw(st.integers(1, 300))
+    special = st.sampled_from([NAN, INF, -INF, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0, -1.0])
+    number = st.one_of(special, st.floats(width=32))
+    logits = torch.full((batch, vocab), draw(number), device=any_place.device)
+    for _ in range(draw(st.integers(0, 8))):
+        logits[draw(st.integers(0, batch - 1)), draw(st.integers(0, vocab - 1))] = draw(number)
+    arguments = sampling(any_place, batch, 1) | {"logits": logits.to(any_place.dtype)}
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        if draw(st.booleans()):
+            values = [draw(number) for _ in range(batch)]
+            arguments[name] = torch.tensor(values, dtype=torch.float32, device=any_place.device)
+    if draw(st.booleans()):
+        arguments["top_k"] = int32(any_place, [draw(st.integers(-2, 400)) for _ in range(batch)])
+    if "repetition_penalty" in arguments:
+        arguments["seen"] = randn(any_place, batch, vocab) > 0
+    kept = {name: arguments[name] for name in FILTERS if name in arguments}
+    before = copy(kept)
+    token = ops.sample(**arguments)
+    # Rounded once more or less, a weight may fall on the other side of a threshold: either is right.
+    possible = [
+        reference.kept_weights(arguments["logits"], **before, compute_dtype=dtype) > 0
+        for dtype in (torch.float64, torch.float32)
+    ]
+    candidates = (possible[0] | possible[1]).nonzero().tolist()
+    for row, chosen in enumerate(token.tolist()):
+        assert -1 <= chosen < vocab
+        allowed = [index for r, index in candidates if r == row]
+        assert chosen in allowed or (chosen == -1 and not allowed)
 
 
 @pytest.mark.parametrize("counter", ["seed", "position"])

@@ -221,13 +221,13 @@ def test_ties_at_a_threshold_are_kept():
 
 
 def test_sample_without_a_choice():
-    """NaN never wins, all -inf gives token 0, greedy or not, and the chosen token is marked."""
+    """NaN never wins, all -inf gives -1, greedy or not, and the chosen token is marked."""
     nan, inf = torch.nan, torch.inf
     logits = torch.tensor([[nan, -1.0, 2.0, 2.0], [-inf] * 4, [nan] * 4])
     seen = torch.zeros(3, 4, dtype=torch.bool)
-    assert reference.sample(logits, seen=seen).tolist() == [2, 0, 0]
-    assert seen.int().tolist() == [[0, 0, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
-    assert reference.sample(logits, temperature=torch.ones(3)).tolist()[1:] == [0, 0]
+    assert reference.sample(logits, seen=seen).tolist() == [2, -1, -1]
+    assert seen.int().tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert reference.sample(logits, temperature=torch.ones(3)).tolist()[1:] == [-1, -1]
 
 
 @pytest.mark.parametrize(

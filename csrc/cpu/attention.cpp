@@ -4,6 +4,7 @@
 #include <memory>
 #include <tuple>
 
+#include "boxing.h"
 #include "contract.h"
 #include "kernels.h"
 #include "scratch.h"
@@ -138,6 +139,6 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_c
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
   using namespace flashdecpp;
-  m.impl("decode_attention", TORCH_BOX(&cpu::decode_attention<OptionalTensor>));
-  m.impl("decode_attention.carry", TORCH_BOX(&cpu::decode_attention<Tensor>));
+  m.impl("decode_attention", boxed<&cpu::decode_attention<OptionalTensor>>);
+  m.impl("decode_attention.carry", boxed<&cpu::decode_attention<Tensor>>);
 }

@@ -1,8 +1,9 @@
 // The fused ops around attention and linear on a CPU: norms, rotary embedding with KV append, gated activations.
 #include <string>
 
-#include "contract.h"
+#include "boxing.h"
 #include "kernels.h"
+#include "linear_parts.h"
 
 namespace flashdecpp::cpu {
 namespace {
@@ -21,10 +22,6 @@ Tensor norm(const char* op, const Tensor& x, const OptionalTensor& weight, const
   torch::stable::parallel_for(0, p.rows, grain(p.cols),
                               [&](int64_t begin, int64_t end) { kernels().norm(p, begin, end); });
   return out;
-}
-
-Tensor rms_norm(Tensor x, Tensor weight, double eps) {
-  return norm("rms_norm", x, weight, std::nullopt, std::nullopt, eps, false);
 }
 
 Tensor rms_norm_residual(Tensor x, Tensor weight, Tensor residual, double eps) {
@@ -49,26 +46,34 @@ void rotary_append(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
                               [&](int64_t begin, int64_t end) { kernels().rotary(p, begin, end); });
 }
 
+}  // namespace
+}  // namespace flashdecpp::cpu
+
+namespace flashdecpp {
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  return cpu::norm("rms_norm", x, weight, std::nullopt, std::nullopt, eps, false);
+}
+
 Tensor gated_activation(Tensor gate_up, std::string activation) {
   GatedParams p = contract::gated_activation(gate_up, activation);
   Tensor out = contract::new_like_rows(View(gate_up), p.cols);
   p.out = View(out).data;
-  const Kernels& kernel = kernels();
-  torch::stable::parallel_for(0, p.rows, grain(p.cols), [&](int64_t begin, int64_t end) {
+  const cpu::Kernels& kernel = cpu::kernels();
+  torch::stable::parallel_for(0, p.rows, cpu::grain(p.cols), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) kernel.gated(p, row, 0, p.cols);
   });
   return out;
 }
 
-}  // namespace
-}  // namespace flashdecpp::cpu
+}  // namespace flashdecpp
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
-  m.impl("rms_norm", TORCH_BOX(&flashdecpp::cpu::rms_norm));
-  m.impl("rms_norm.residual", TORCH_BOX(&flashdecpp::cpu::rms_norm_residual));
-  m.impl("layer_norm", TORCH_BOX(&flashdecpp::cpu::layer_norm));
-  m.impl("layer_norm.residual", TORCH_BOX(&flashdecpp::cpu::layer_norm_residual));
-  m.impl("rotary_append", TORCH_BOX(&flashdecpp::cpu::rotary_append));
-  m.impl("gated_activation", TORCH_BOX(&flashdecpp::cpu::gated_activation));
+  m.impl("rms_norm", flashdecpp::boxed<&flashdecpp::rms_norm>);
+  m.impl("rms_norm.residual", flashdecpp::boxed<&flashdecpp::cpu::rms_norm_residual>);
+  m.impl("layer_norm", flashdecpp::boxed<&flashdecpp::cpu::layer_norm>);
+  m.impl("layer_norm.residual", flashdecpp::boxed<&flashdecpp::cpu::layer_norm_residual>);
+  m.impl("rotary_append", flashdecpp::boxed<&flashdecpp::cpu::rotary_append>);
+  m.impl("gated_activation", flashdecpp::boxed<&flashdecpp::gated_activation>);
 }

@@ -65,13 +65,13 @@ struct Kernels {
   void (*rotary)(const RotaryParams&, int64_t token_begin, int64_t token_end);  // a token of batch * q_len
   void (*gated)(const GatedParams&, int64_t row, int64_t col_begin, int64_t col_end);
 
-  // sample: the lowest index of the row's largest logit (NaN counts as -inf).
+  // sample: the lowest index of the row's largest logit, -1 where none is above -inf (NaN counts as -inf).
   int64_t (*argmax)(const void* logits, DType dtype, int64_t n);
-  // The row's logits after repetition penalty and temperature, NaN as -inf; returns the largest.
+  // The row's logits after the repetition penalty, NaN as -inf; returns the largest.
   float (*scores)(const SampleParams&, int64_t row, float* x);
-  // x -> exp(x - largest), the weights relative to the most likely token. block_sums[i] adds up weights
+  // x -> exp((x - largest) / temperature), the weights relative to the most likely token. block_sums[i] adds up weights
   // [i * kSumBlock, (i + 1) * kSumBlock).
-  void (*weights)(const float* x, float largest, float* w, int64_t n);
+  void (*weights)(const float* x, float largest, float temperature, float* w, int64_t n);
   void (*block_sums)(const float* w, double* sums, int64_t n);
   // maxima[i]: the largest of x[i * kMaxBlock, (i + 1) * kMaxBlock).
   void (*block_maxima)(const float* x, float* maxima, int64_t n);

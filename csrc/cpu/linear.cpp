@@ -1,8 +1,8 @@
 // gemv, flat_gemm and linear on a CPU: one kernel that streams the weights, and torch's BLAS for many rows.
 #include <string>
-#include <utility>
 
 #include "add_rows.h"
+#include "boxing.h"
 #include "kernels.h"
 #include "linear_parts.h"
 #include "linear_rule.h"
@@ -24,7 +24,7 @@ void run(const LinearParams& p) {
       [&](const LinearPart& part) { kernel.linear(p, x, packed_stride, part); });
 }
 
-Tensor own_linear(contract::Linear call) {
+Tensor own_linear(contract::Linear& call) {
   Tensor out = contract::new_like_rows(call.x_view, call.params.n);
   call.params.out = View(out).data;
   run(call.params);
@@ -34,11 +34,13 @@ Tensor own_linear(contract::Linear call) {
 constexpr const char* kFused = "linear_fused";
 
 Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
-  return own_linear(contract::linear("gemv", x, weight, bias));
+  contract::Linear call = contract::linear("gemv", x, weight, bias);
+  return own_linear(call);
 }
 
 Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
-  return own_linear(contract::linear("flat_gemm", x, weight, bias));
+  contract::Linear call = contract::linear("flat_gemm", x, weight, bias);
+  return own_linear(call);
 }
 
 // The choice of impl="auto": by what was measured on this CPU, else by the rule. gemv and flat_gemm are one kernel.
@@ -55,33 +57,33 @@ LinearImpl choose(const char* op, const std::string& impl, const LinearParams& p
 Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, std::string impl) {
   contract::Linear call = contract::linear("linear", x, weight, bias);
   const LinearImpl chosen = choose("linear", impl, call.params);
-  return chosen == LinearImpl::kBlas ? blas_linear(x, weight, bias) : own_linear(std::move(call));
+  return chosen == LinearImpl::kBlas ? blas_linear(call, weight, bias) : own_linear(call);
 }
 
 Tensor linear_fused(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, double norm_eps,
                     std::optional<std::string> activation, std::string impl) {
   contract::Linear call = contract::linear(kFused, x, weight, bias);
-  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
-  contract::fuse_activation(kFused, call, activation);
+  contract::fuse_norm(call, norm_weight, norm_eps);
+  contract::fuse_activation(call, activation);
   call.params = product_alone(call.params);
   const LinearImpl chosen = choose(kFused, impl, call.params);
   normalise(call, norm_weight, norm_eps);
   const bool blas = chosen == LinearImpl::kBlas;
-  return activate(blas ? blas_linear(call.x, weight, bias) : own_linear(std::move(call)), activation);
+  return activate(blas ? blas_linear(call, weight, bias) : own_linear(call), activation);
 }
 
 void linear_fused_residual(Tensor x, Tensor weight, OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
                            double norm_eps, std::string impl) {
   contract::Linear call = contract::linear(kFused, x, weight, bias);
-  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
-  contract::fuse_residual(kFused, call, x, residual);
+  contract::fuse_norm(call, norm_weight, norm_eps);
+  contract::fuse_residual(call, x, residual);
   const LinearImpl chosen = choose(kFused, impl, call.params);
   normalise(call, norm_weight, norm_eps);
-  chosen == LinearImpl::kBlas ? add_rows(call.params, blas_linear(call.x, weight, bias)) : run(call.params);
+  chosen == LinearImpl::kBlas ? add_rows(call.params, blas_linear(call, weight, bias)) : run(call.params);
 }
 
-std::string linear_choice(Tensor x, Tensor weight) {
-  return name(choose(contract::linear("linear_choice", x, weight, std::nullopt).params));
+int64_t linear_choice_index(Tensor x, Tensor weight) {
+  return static_cast<int64_t>(choose(contract::linear("linear_choice", x, weight, std::nullopt).params));
 }
 
 }  // namespace
@@ -89,12 +91,12 @@ std::string linear_choice(Tensor x, Tensor weight) {
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
-  m.impl("gemv", TORCH_BOX(&flashdecpp::cpu::gemv));
-  m.impl("flat_gemm", TORCH_BOX(&flashdecpp::cpu::flat_gemm));
-  m.impl("linear", TORCH_BOX(&flashdecpp::cpu::linear));
-  m.impl("linear_fused", TORCH_BOX(&flashdecpp::cpu::linear_fused));
-  m.impl("linear_fused.residual", TORCH_BOX(&flashdecpp::cpu::linear_fused_residual));
-  m.impl("linear_choice", TORCH_BOX(&flashdecpp::cpu::linear_choice));
+  m.impl("gemv", flashdecpp::boxed<&flashdecpp::cpu::gemv>);
+  m.impl("flat_gemm", flashdecpp::boxed<&flashdecpp::cpu::flat_gemm>);
+  m.impl("linear", flashdecpp::boxed<&flashdecpp::cpu::linear>);
+  m.impl("linear_fused", flashdecpp::boxed<&flashdecpp::cpu::linear_fused>);
+  m.impl("linear_fused.residual", flashdecpp::boxed<&flashdecpp::cpu::linear_fused_residual>);
+  m.impl("linear_choice_index", flashdecpp::boxed<&flashdecpp::cpu::linear_choice_index>);
 }
 
 // For Python, which calls it through ctypes; the only device of this library is "cpu".

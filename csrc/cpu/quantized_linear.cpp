@@ -1,5 +1,6 @@
 // quantized_linear on a CPU: few rows of x stream the quantised weights, more rows share strips of them dequantised.
 #include "add_rows.h"
+#include "boxing.h"
 #include "kernels.h"
 #include "linear_parts.h"
 #include "linear_rule.h"
@@ -48,15 +49,16 @@ void run_dequantized(const QuantizedLinearParams& p) {
 }
 
 // Where a dense weight would go to the BLAS, it is worth its memory for the length of the call.
-Tensor run_blas(const QuantizedLinearParams& p, const Tensor& x, const OptionalTensor& bias) {
+Tensor run_blas(const contract::QuantizedLinear& call, const OptionalTensor& bias) {
+  const QuantizedLinearParams& p = call.params;
   const Kernels& kernel = kernels();
-  const Tensor weight = new_tensor({p.n, p.k}, p.dtype, View(x).device);
+  const Tensor weight = new_tensor({p.n, p.k}, p.dtype, call.x_view.device);
   char* out = static_cast<char*>(View(weight).data);
   const int64_t row_bytes = p.k * contract::element_size(p.dtype);
   torch::stable::parallel_for(0, p.n, ceil_div(kMinElementsPerThread, p.k), [&](int64_t begin, int64_t end) {
     kernel.dequantize(p, out + begin * row_bytes, begin, end);
   });
-  return blas_linear(x, weight, bias);
+  return blas_linear(call, weight, bias);
 }
 
 constexpr const char* kFused = "quantized_linear_fused";
@@ -67,8 +69,8 @@ bool prefers_blas(const QuantizedLinearParams& p) {
 
 void run(const QuantizedLinearParams& p) { p.m < kDequantizeRows ? run_streamed(p) : run_dequantized(p); }
 
-Tensor run(contract::QuantizedLinear call, const OptionalTensor& bias) {
-  if (prefers_blas(call.params)) return run_blas(call.params, call.x, bias);
+Tensor run(contract::QuantizedLinear& call, const OptionalTensor& bias) {
+  if (prefers_blas(call.params)) return run_blas(call, bias);
   Tensor out = contract::new_like_rows(call.x_view, call.params.n);
   call.params.out = View(out).data;
   run(call.params);
@@ -76,28 +78,29 @@ Tensor run(contract::QuantizedLinear call, const OptionalTensor& bias) {
 }
 
 Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
-  return run(contract::quantized_linear("quantized_linear", x, weight, scales, offsets, bias), bias);
+  contract::QuantizedLinear call = contract::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
+  return run(call, bias);
 }
 
 Tensor quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
                               OptionalTensor norm_weight, double norm_eps, std::optional<std::string> activation) {
   contract::QuantizedLinear call = contract::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
-  contract::fuse_activation(kFused, call, activation);
+  contract::fuse_norm(call, norm_weight, norm_eps);
+  contract::fuse_activation(call, activation);
   call.params = product_alone(call.params);
   normalise(call, norm_weight, norm_eps);
-  return activate(run(std::move(call), bias), activation);
+  return activate(run(call, bias), activation);
 }
 
 void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets,
                                      OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
                                      double norm_eps) {
   contract::QuantizedLinear call = contract::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
-  contract::fuse_residual(kFused, call, x, residual);
+  contract::fuse_norm(call, norm_weight, norm_eps);
+  contract::fuse_residual(call, x, residual);
   normalise(call, norm_weight, norm_eps);
   const QuantizedLinearParams& p = call.params;
-  prefers_blas(p) ? add_rows(p, run_blas(p, call.x, bias)) : run(p);
+  prefers_blas(p) ? add_rows(p, run_blas(call, bias)) : run(p);
 }
 
 }  // namespace
@@ -105,7 +108,7 @@ void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, Opt
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
-  m.impl("quantized_linear", TORCH_BOX(&flashdecpp::cpu::quantized_linear));
-  m.impl("quantized_linear_fused", TORCH_BOX(&flashdecpp::cpu::quantized_linear_fused));
-  m.impl("quantized_linear_fused.residual", TORCH_BOX(&flashdecpp::cpu::quantized_linear_fused_residual));
+  m.impl("quantized_linear", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear>);
+  m.impl("quantized_linear_fused", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear_fused>);
+  m.impl("quantized_linear_fused.residual", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear_fused_residual>);
 }

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "boxing.h"
 #include "contract.h"
 #include "kernels.h"
 
@@ -66,10 +67,12 @@ float bound_of_largest(const Kernels& kernel, const float* x, int64_t n, int64_t
   return unordered(static_cast<uint32_t>(bucket) << (32 - kBucketBits));
 }
 
-// All of x[0, n) that reach its k-th largest: more than k where several are equal to it.
+// All of x[0, n) above -inf that reach its k-th largest: more than k where several are equal to it, fewer where there
+// are fewer. At least one of x is above -inf.
 Candidates largest(const Kernels& kernel, const float* x, int64_t n, int64_t k) {
   std::vector<float> maxima;
-  const float bound = bound_of_largest(kernel, x, n, k, maxima);
+  // Below the lowest finite number are -inf and, where the bucket of -inf begins, a NaN, which is not larger.
+  const float bound = std::max(std::numeric_limits<float>::lowest(), bound_of_largest(kernel, x, n, k, maxima));
   Candidates found;
   for (size_t block = 0; block < maxima.size(); ++block) {
     if (!(maxima[block] >= bound)) continue;
@@ -82,7 +85,7 @@ Candidates largest(const Kernels& kernel, const float* x, int64_t n, int64_t k) 
     }
   }
   std::vector<float> order = found.x;
-  const float threshold = kth_largest(order, k);
+  const float threshold = kth_largest(order, std::min(k, static_cast<int64_t>(order.size())));
   size_t kept = 0;
   for (size_t i = 0; i < found.x.size(); ++i) {
     if (found.x[i] < threshold) continue;
@@ -100,7 +103,8 @@ double sum(const Kernels& kernel, const float* w, int64_t n, std::vector<double>
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
-// The smallest weight that is kept when the largest weights are taken until `share` of the total is reached.
+// The smallest weight that is kept when the largest weights are taken until `share` of the total is reached, 0 <= share
+// < 1; the largest weight is 1.
 float top_p_threshold(const Kernels& kernel, const float* w, int64_t n, float share) {
   constexpr int kShift = 31 - kBucketBits;  // weights are not negative: their sign bit says nothing
   std::vector<double> sums;
@@ -150,9 +154,11 @@ int64_t draw(const Kernels& kernel, const float* w, int64_t n, float u) {
   return last;
 }
 
+// -1 where the row has no logit above -inf.
 int64_t choose(const SampleParams& p, const Kernels& kernel, int64_t row) {
   const int64_t n = p.vocab;
-  const bool greedy = !p.temperature || !(p.temperature[row] > 0);
+  const float temperature = p.temperature ? p.temperature[row] : 0.0f;
+  const bool greedy = !(temperature > 0);
   if (greedy && !p.repetition_penalty) {
     const auto* logits = static_cast<const char*>(p.logits);
     return kernel.argmax(logits + row * p.logits_stride * contract::element_size(p.dtype), p.dtype, n);
@@ -160,7 +166,7 @@ int64_t choose(const SampleParams& p, const Kernels& kernel, int64_t row) {
   const auto x = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(n));
   const float top = kernel.scores(p, row, x.get());
   if (greedy) return kernel.argmax(x.get(), DType::kFloat32, n);
-  if (top == -std::numeric_limits<float>::infinity()) return 0;
+  if (top == -std::numeric_limits<float>::infinity()) return -1;
 
   const int64_t k = p.top_k ? p.top_k[row] : 0;
   Candidates candidates;
@@ -171,9 +177,12 @@ int64_t choose(const SampleParams& p, const Kernels& kernel, int64_t row) {
     w = candidates.x.data();
     count = static_cast<int64_t>(candidates.x.size());
   }
-  kernel.weights(w, top, w, count);
-  float threshold = p.min_p ? p.min_p[row] : 0.0f;
-  if (p.top_p && p.top_p[row] < 1.0f) threshold = std::max(threshold, top_p_threshold(kernel, w, count, p.top_p[row]));
+  kernel.weights(w, top, temperature, w, count);
+  // The most likely token passes every filter. A comparison with NaN is false: such a filter is off.
+  float threshold = p.min_p && p.min_p[row] > 0.0f ? std::min(p.min_p[row], 1.0f) : 0.0f;
+  if (p.top_p && p.top_p[row] < 1.0f) {
+    threshold = std::max(threshold, top_p_threshold(kernel, w, count, std::max(p.top_p[row], 0.0f)));
+  }
   if (threshold > 0.0f) {
     for (int64_t i = 0; i < count; ++i) w[i] = w[i] < threshold ? 0.0f : w[i];
   }
@@ -191,7 +200,7 @@ Tensor run_sample(const Tensor& logits, SampleParams p) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t token = choose(p, kernel, row);
       p.out[row] = token;
-      if (p.seen) p.seen[row * p.vocab + token] = true;
+      if (p.seen && token >= 0) p.seen[row * p.vocab + token] = true;
     }
   });
   return out;
@@ -215,6 +224,6 @@ Tensor sample_seen(Tensor logits, Tensor seen, OptionalTensor repetition_penalty
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
-  m.impl("sample", TORCH_BOX(&flashdecpp::cpu::sample));
-  m.impl("sample.seen", TORCH_BOX(&flashdecpp::cpu::sample_seen));
+  m.impl("sample", flashdecpp::boxed<&flashdecpp::cpu::sample>);
+  m.impl("sample.seen", flashdecpp::boxed<&flashdecpp::cpu::sample_seen>);
 }

@@ -8,7 +8,7 @@ namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
 FLASHDECPP_INLINE Vec nan_to_minus_inf(Vec x) { return where_equal(x, x, x, set1(-kInf)); }
 
-// The first index of the largest of x[0, n); NaN counts as -inf.
+// The first index of the largest of x[0, n), -1 where none is above -inf; NaN counts as -inf.
 template <class T>
 int64_t argmax_typed(const T* x, int64_t n) {
   Vec largest[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
@@ -19,7 +19,7 @@ int64_t argmax_typed(const T* x, int64_t n) {
   }
   float top = max_lane(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
   for (; i < n; ++i) top = to_float(x[i]) > top ? to_float(x[i]) : top;
-  if (top == -kInf) return 0;
+  if (top == -kInf) return -1;
 
   const Vec wanted = set1(top);
   for (i = 0; i + 4 * kLanes <= n; i += 4 * kLanes) {
@@ -36,38 +36,34 @@ static int64_t argmax(const void* x, DType dtype, int64_t n) {
     case DType::kFloat32: return argmax_typed(static_cast<const float*>(x), n);
     case DType::kFloat16: return argmax_typed(static_cast<const fp16*>(x), n);
     case DType::kBFloat16: return argmax_typed(static_cast<const bf16*>(x), n);
-    default: return 0;
+    default: return -1;
   }
 }
 
 template <class T>
 float scores_typed(const SampleParams& p, int64_t row, float* x) {
   const T* logits = static_cast<const T*>(p.logits) + row * p.logits_stride;
-  const float temperature = p.temperature && p.temperature[row] > 0 ? p.temperature[row] : 1.0f;
-  Vec largest = set1(-kInf);
   if (p.repetition_penalty) {
     const bool* seen = p.seen + row * p.vocab;
-    const float penalty = p.repetition_penalty[row];
+    const float given = p.repetition_penalty[row], penalty = given > 0 && given < kInf ? given : 1.0f;
     for (int64_t i = 0; i < p.vocab; ++i) {
       float y = to_float(logits[i]);
       if (seen[i]) y = y > 0 ? y / penalty : y * penalty;
       x[i] = y;
     }
   }
+  Vec largest = set1(-kInf);
   int64_t i = 0;
-  auto step = [&](Vec y) __attribute__((always_inline)) {
-    y = nan_to_minus_inf(y);
-    if (temperature != 1.0f) y = y / set1(temperature);
+  for (; i + kLanes <= p.vocab; i += kLanes) {
+    const Vec y = nan_to_minus_inf(p.repetition_penalty ? load(x + i) : load(logits + i));
     largest = max(y, largest);
-    return y;
-  };
-  for (; i + kLanes <= p.vocab; i += kLanes) store(x + i, step(p.repetition_penalty ? load(x + i) : load(logits + i)));
+    store(x + i, y);
+  }
   float top = max_lane(largest);
   for (; i < p.vocab; ++i) {
-    float y = p.repetition_penalty ? x[i] : to_float(logits[i]);
-    y = y == y ? y / temperature : -kInf;
-    x[i] = y;
-    top = max(top, y);
+    const float y = p.repetition_penalty ? x[i] : to_float(logits[i]);
+    x[i] = y == y ? y : -kInf;
+    top = max(top, x[i]);
   }
   return top;
 }
@@ -81,10 +77,16 @@ static float scores(const SampleParams& p, int64_t row, float* x) {
   }
 }
 
-static void weights(const float* x, float largest, float* w, int64_t n) {
-  // The largest has weight 1 by definition: between infinities the subtraction could not tell.
-  const Vec top = set1(largest);
-  auto weight = [&](Vec y) __attribute__((always_inline)) { return where_equal(y, top, set1(1.0f), exp(y - top)); };
+static void weights(const float* x, float largest, float temperature, float* w, int64_t n) {
+  // (y - largest) / temperature, as quarters times 4 / temperature and both of them normal numbers: whatever the logits
+  // and the temperature are, nothing overflows on the way but to -inf, whose weight is 0. The largest has weight 1 by
+  // definition: between infinities the subtraction could not tell.
+  constexpr float most = 0x1.fffffep127f;
+  const Vec top = set1(largest), quarter_top = set1(-0.25f * largest);
+  const Vec inverse = set1(min(4.0f / min(temperature, most), most));
+  auto weight = [&](Vec y) __attribute__((always_inline)) {
+    return where_equal(y, top, set1(1.0f), exp(fma(y, set1(0.25f), quarter_top) * inverse));
+  };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(w + i, weight(load(x + i)));
   if (i < n) store(w + i, weight(load(x + i, static_cast<int>(n - i))), static_cast<int>(n - i));

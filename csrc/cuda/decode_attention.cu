@@ -1,6 +1,7 @@
 // Decode attention on a GPU, the host's side: check, guard, allocate, choose the way of the loads.
 #include "decode_attention.h"
 
+#include "../boxing.h"
 #include "../contract.h"
 #include "attention_tile.cuh"
 
@@ -63,8 +64,8 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_c
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
-  m.impl("decode_attention", TORCH_BOX(&decode_attention<OptionalTensor>));
-  m.impl("decode_attention.carry", TORCH_BOX(&decode_attention<Tensor>));
+  m.impl("decode_attention", boxed<&decode_attention<OptionalTensor>>);
+  m.impl("decode_attention.carry", boxed<&decode_attention<Tensor>>);
 }
 
 }  // namespace flashdecpp

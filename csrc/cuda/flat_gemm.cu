@@ -1,3 +1,4 @@
+#include "../boxing.h"
 #include "flat_gemm_kernel.cuh"
 #include "linear.h"
 #include "nonce.h"
@@ -67,7 +68,7 @@ void run_flat_gemm(const Launcher& launcher, const LinearParams& p, Device devic
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
-  m.impl("flat_gemm", TORCH_BOX(&flat_gemm));
+  m.impl("flat_gemm", boxed<&flat_gemm>);
 }
 
 }  // namespace flashdecpp

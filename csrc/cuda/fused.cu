@@ -1,5 +1,6 @@
 // The small ops between the matrix products: norms, rotary embedding with KV append, gated activation.
-#include "../contract.h"
+#include "../boxing.h"
+#include "../linear_parts.h"
 #include "gated_activation_kernel.cuh"
 #include "launch.h"
 #include "norm_kernel.cuh"
@@ -53,10 +54,6 @@ Tensor run_norm(const char* op, const Tensor& x, const OptionalTensor& weight, c
     p.weight_dtype == p.dtype ? launch_norm<T, T>(launcher, p) : launch_norm<T, float>(launcher, p);
   });
   return result;
-}
-
-Tensor rms_norm(Tensor x, Tensor weight, double eps) {
-  return run_norm("rms_norm", x, weight, std::nullopt, std::nullopt, eps, false);
 }
 
 Tensor rms_norm_residual(Tensor x, Tensor weight, Tensor residual, double eps) {
@@ -124,6 +121,12 @@ void launch_gated(const Launcher& launcher, const GatedParams& p) {
                                                       : start(gated_activation_kernel<T, 1>, 1);
 }
 
+}  // namespace
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  return run_norm("rms_norm", x, weight, std::nullopt, std::nullopt, eps, false);
+}
+
 Tensor gated_activation(Tensor gate_up, std::string activation) {
   GatedParams p = contract::gated_activation(gate_up, activation);
   const View view(gate_up);
@@ -136,16 +139,14 @@ Tensor gated_activation(Tensor gate_up, std::string activation) {
   return result;
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
-  m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("rms_norm.residual", TORCH_BOX(&rms_norm_residual));
-  m.impl("layer_norm", TORCH_BOX(&layer_norm));
-  m.impl("layer_norm.residual", TORCH_BOX(&layer_norm_residual));
-  m.impl("rotary_append", TORCH_BOX(&rotary_append));
-  m.impl("gated_activation", TORCH_BOX(&gated_activation));
+  m.impl("rms_norm", boxed<&rms_norm>);
+  m.impl("rms_norm.residual", boxed<&rms_norm_residual>);
+  m.impl("layer_norm", boxed<&layer_norm>);
+  m.impl("layer_norm.residual", boxed<&layer_norm_residual>);
+  m.impl("rotary_append", boxed<&rotary_append>);
+  m.impl("gated_activation", boxed<&gated_activation>);
 }
 
 }  // namespace flashdecpp

@@ -1,3 +1,4 @@
+#include "../boxing.h"
 #include "gemv_kernel.cuh"
 #include "linear.h"
 
@@ -53,7 +54,7 @@ void run_gemv(const Launcher& launcher, const LinearParams& p) {
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
-  m.impl("gemv", TORCH_BOX(&gemv));
+  m.impl("gemv", boxed<&gemv>);
 }
 
 }  // namespace flashdecpp

@@ -17,7 +17,7 @@
 namespace flashdecpp {
 
 inline void check_cuda(const char* op, cudaError_t error, const char* what) {
-  if (error != cudaSuccess) fail(op, what, " failed: ", cudaGetErrorString(error));
+  if (error != cudaSuccess) fault(op, ": ", what, " failed: ", cudaGetErrorString(error));
 }
 
 // f(properties) of every device; once, for it takes long.
@@ -25,11 +25,11 @@ template <class F>
 auto of_every_device(F f) {
   constexpr const char* what = "reading the devices' properties";
   int count = 0;
-  check_cuda("flashdecpp", cudaGetDeviceCount(&count), what);
+  check_cuda("devices", cudaGetDeviceCount(&count), what);
   std::vector<decltype(f(cudaDeviceProp{}))> found;
   for (int device = 0; device < count; ++device) {
     cudaDeviceProp properties;
-    check_cuda("flashdecpp", cudaGetDeviceProperties(&properties, device), what);
+    check_cuda("devices", cudaGetDeviceProperties(&properties, device), what);
     found.push_back(f(properties));
   }
   return found;

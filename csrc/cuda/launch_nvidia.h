@@ -12,7 +12,7 @@ inline constexpr bool kHasHopperKernels = true, kCopiesGoThroughRegisters = fals
 
 inline int32_t attribute(int32_t device, cudaDeviceAttr which) {
   int value = 0;
-  check_cuda("flashdecpp", cudaDeviceGetAttribute(&value, which, device), "reading the device's properties");
+  check_cuda("devices", cudaDeviceGetAttribute(&value, which, device), "reading the device's properties");
   return value;
 }
 

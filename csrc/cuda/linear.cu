@@ -1,6 +1,7 @@
 // The switch: which of the three implementations of a linear layer runs.
 #include <string>
 
+#include "../boxing.h"
 #include "../linear_parts.h"
 #include "../linear_table.h"
 #include "linear.h"
@@ -33,7 +34,7 @@ Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, std::string impl) {
   contract::Linear call = contract::linear("linear", x, weight, bias);
   const Launcher launcher("linear", call.x_view.device);
   const LinearImpl chosen = choose("linear", impl, launcher, call);
-  if (chosen == LinearImpl::kBlas) return blas_linear(x, weight, bias);
+  if (chosen == LinearImpl::kBlas) return blas_linear(call, weight, bias);
   require_vector_rows("linear", call);
   Tensor out = allocate(call);
   run(launcher, chosen, call);
@@ -52,12 +53,12 @@ void prepare(const Launcher& launcher, LinearImpl impl, contract::Linear& call, 
 Tensor linear_fused(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, double norm_eps,
                     std::optional<std::string> activation, std::string impl) {
   contract::Linear call = contract::linear(kFused, x, weight, bias);
-  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
-  contract::fuse_activation(kFused, call, activation);
+  contract::fuse_norm(call, norm_weight, norm_eps);
+  contract::fuse_activation(call, activation);
   const Launcher launcher(kFused, call.x_view.device);
   const LinearImpl chosen = choose(kFused, impl, launcher, call);
   prepare(launcher, chosen, call, norm_weight, norm_eps);
-  if (chosen == LinearImpl::kBlas) return activate(blas_linear(call.x, weight, bias), activation);
+  if (chosen == LinearImpl::kBlas) return activate(blas_linear(call, weight, bias), activation);
   Tensor out = allocate(call);
   run(launcher, chosen, call);
   return out;
@@ -66,13 +67,13 @@ Tensor linear_fused(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor
 void linear_fused_residual(Tensor x, Tensor weight, OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
                            double norm_eps, std::string impl) {
   contract::Linear call = contract::linear(kFused, x, weight, bias);
-  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
-  contract::fuse_residual(kFused, call, x, residual);
+  contract::fuse_norm(call, norm_weight, norm_eps);
+  contract::fuse_residual(call, x, residual);
   const Launcher launcher(kFused, call.x_view.device);
   const LinearImpl chosen = choose(kFused, impl, launcher, call);
   prepare(launcher, chosen, call, norm_weight, norm_eps);
   if (chosen == LinearImpl::kBlas) {
-    add_rows(launcher, call.params, blas_linear(call.x, weight, bias));
+    add_rows(launcher, call.params, blas_linear(call, weight, bias));
   } else if (!residual_fits(call.params)) {
     contract::Linear product = call;
     product.params.fusion.add = false;
@@ -92,9 +93,9 @@ __global__ void add_kernel(T* sums, const T* terms, int64_t count) {
   }
 }
 
-std::string linear_choice(Tensor x, Tensor weight) {
+int64_t linear_choice_index(Tensor x, Tensor weight) {
   const contract::Linear call = contract::linear("linear_choice", x, weight, std::nullopt);
-  return name(choose(Launcher("linear_choice", call.x_view.device), call));
+  return static_cast<int64_t>(choose(Launcher("linear_choice", call.x_view.device), call));
 }
 
 }  // namespace
@@ -112,10 +113,10 @@ void add_rows(const Launcher& launcher, const LinearParams& p, const Tensor& row
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_fused", TORCH_BOX(&linear_fused));
-  m.impl("linear_fused.residual", TORCH_BOX(&linear_fused_residual));
-  m.impl("linear_choice", TORCH_BOX(&linear_choice));
+  m.impl("linear", boxed<&linear>);
+  m.impl("linear_fused", boxed<&linear_fused>);
+  m.impl("linear_fused.residual", boxed<&linear_fused_residual>);
+  m.impl("linear_choice_index", boxed<&linear_choice_index>);
 }
 
 }  // namespace flashdecpp

@@ -17,14 +17,14 @@ template <class Params>
 void align_rows(contract::LinearCall<Params>& call) {
   const Params& p = call.params;
   if (rows_are_aligned(p.x, p.m, p.x_stride, p.dtype)) return;
-  call.take(torch::stable::contiguous(torch::stable::clone(call.x)));
+  call.take(packed_copy(call.x));
 }
 
 // What gemv and flat_gemm ask of a call beyond the contract that the CPU shares.
 inline void require_vector_rows(const char* op, contract::Linear& call) {
   const LinearParams& p = call.params;
   FLASHDECPP_REQUIRE(p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16, op,
-                     "x must be float16 or bfloat16 on this device, got ", name(p.dtype));
+                     "x must be float16 or bfloat16 on this device, got ", call.x_view.dtype_name());
   FLASHDECPP_REQUIRE(p.k % 8 == 0, op, "x must have a K that is a multiple of 8 on this device, got ", p.k);
   FLASHDECPP_REQUIRE(rows_are_aligned(p.weight, p.weight_rows(), p.weight_stride, p.dtype), op,
                      "weight must have rows that start on multiples of 16 bytes, got address remainder ",

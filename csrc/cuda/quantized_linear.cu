@@ -1,4 +1,5 @@
 // quantized_linear on a GPU: few rows of x stream the quantised weights, more have them dequantised for the BLAS.
+#include "../boxing.h"
 #include "../linear_parts.h"
 #include "dequantize_kernel.cuh"
 #include "linear.h"
@@ -41,7 +42,7 @@ OptionalTensor streamed(const Launcher& launcher, contract::QuantizedLinear& cal
 }
 
 Tensor run_blas(const Launcher& launcher, const contract::QuantizedLinear& call, const OptionalTensor& bias) {
-  return blas_linear(call.x, dequantize(launcher, product_alone(call.params), call.x_view.device), bias);
+  return blas_linear(call, dequantize(launcher, product_alone(call.params), call.x_view.device), bias);
 }
 
 Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
@@ -56,8 +57,8 @@ constexpr const char* kFused = "quantized_linear_fused";
 Tensor quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
                               OptionalTensor norm_weight, double norm_eps, std::optional<std::string> activation) {
   contract::QuantizedLinear call = contract::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
-  contract::fuse_activation(kFused, call, activation);
+  contract::fuse_norm(call, norm_weight, norm_eps);
+  contract::fuse_activation(call, activation);
   const Launcher launcher(kFused, call.x_view.device);
   normalise(call, norm_weight, norm_eps);
   if (const auto out = streamed(launcher, call)) return *out;
@@ -68,8 +69,8 @@ void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, Opt
                                      OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
                                      double norm_eps) {
   contract::QuantizedLinear call = contract::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  contract::fuse_norm(kFused, call, norm_weight, norm_eps);
-  contract::fuse_residual(kFused, call, x, residual);
+  contract::fuse_norm(call, norm_weight, norm_eps);
+  contract::fuse_residual(call, x, residual);
   const Launcher launcher(kFused, call.x_view.device);
   normalise(call, norm_weight, norm_eps);
   if (!can_stream(call.params) || !run_streamed(launcher, call))
@@ -80,9 +81,9 @@ void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, Opt
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
-  m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
-  m.impl("quantized_linear_fused", TORCH_BOX(&quantized_linear_fused));
-  m.impl("quantized_linear_fused.residual", TORCH_BOX(&quantized_linear_fused_residual));
+  m.impl("quantized_linear", boxed<&quantized_linear>);
+  m.impl("quantized_linear_fused", boxed<&quantized_linear_fused>);
+  m.impl("quantized_linear_fused.residual", boxed<&quantized_linear_fused_residual>);
 }
 
 }  // namespace flashdecpp

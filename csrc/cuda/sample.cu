@@ -1,3 +1,4 @@
+#include "../boxing.h"
 #include "../contract.h"
 #include "launch.h"
 #include "sample_kernel.cuh"
@@ -36,8 +37,8 @@ Tensor sample_seen(Tensor logits, Tensor seen, OptionalTensor repetition_penalty
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
-  m.impl("sample", TORCH_BOX(&sample));
-  m.impl("sample.seen", TORCH_BOX(&sample_seen));
+  m.impl("sample", boxed<&sample>);
+  m.impl("sample.seen", boxed<&sample_seen>);
 }
 
 }  // namespace flashdecpp

@@ -200,7 +200,8 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(SampleParams p) 
   SampleRow<T> row;
   row.logits = static_cast<const T*>(p.logits) + r * p.logits_stride;
   row.penalised = p.repetition_penalty ? p.seen + r * p.vocab : nullptr;
-  row.penalty = p.repetition_penalty ? p.repetition_penalty[r] : 1.f;
+  const float penalty = p.repetition_penalty ? p.repetition_penalty[r] : 1.f;
+  row.penalty = penalty > 0.f && penalty < INFINITY ? penalty : 1.f;
   row.vocab = static_cast<uint32_t>(p.vocab);
 
   // The largest value and, of its equals, the lowest index.
@@ -217,10 +218,17 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(SampleParams p) 
   token = ~static_cast<uint32_t>(best);
   largest = value_of(static_cast<uint32_t>(best >> 32));
 
-  if (temperature > 0.f && largest > -INFINITY) {
-    // The largest has weight 1 by definition: between infinities the subtraction could not tell.
-    const float inverse = 1.44269504f / temperature;
-    const auto weight_of = [&](float x) { return x == largest ? 1.f : exp2_approx((x - largest) * inverse); };
+  if (largest == -INFINITY) {  // nothing to choose from: the same for every thread
+    if (threadIdx.x == 0) p.out[r] = -1;
+    return;
+  }
+  if (temperature > 0.f) {
+    // (x - largest) / temperature, as quarters times 4 / temperature and both of them normal numbers: whatever the
+    // logits and the temperature are, nothing overflows on the way but to -inf, whose weight is 0. The largest has
+    // weight 1 by definition: between infinities the subtraction could not tell.
+    constexpr float most = 0x1.fffffep127f;
+    const float quarter = 0.25f * largest, inverse = fminf(5.77078016f / fminf(temperature, most), most);
+    const auto weight_of = [&](float x) { return x == largest ? 1.f : exp2_approx((0.25f * x - quarter) * inverse); };
     const auto units = [](float weight) { return __float2uint_rn(weight * 2147483648.f); };
 
     uint32_t least = 0;
@@ -230,17 +238,20 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(SampleParams p) 
           row, sums, least, [](float x) { return x > -INFINITY ? 1u : 0u; },
           [&](uint64_t) { return static_cast<uint64_t>(top_k); });
     }
+    // The most likely token passes every filter. A comparison with NaN is false: such a filter is off.
     const float top_p = p.top_p ? p.top_p[r] : 1.f;
     if (top_p < 1.f) {
       least = find_threshold(
           row, sums, least, [&](float x) { return units(weight_of(x)); },
-          [&](uint64_t total) { return max(uint64_t{1}, static_cast<uint64_t>(ceil(double{top_p} * total))); });
+          [&](uint64_t total) {
+            return max(uint64_t{1}, static_cast<uint64_t>(ceil(fmax(0., double{top_p}) * total)));
+          });
     }
     const float min_p = p.min_p ? p.min_p[r] : 0.f;
     const uint32_t random = philox(p.seed ? p.seed[r] : 0, p.position ? p.position[r] : 0);
     token = draw(row, scratch, random >> 8, [&](float x) {
       const float weight = weight_of(x);
-      return x == largest || (key_of(x) >= least && weight >= min_p) ? units(weight) : 0u;
+      return x == largest || (key_of(x) >= least && !(weight < min_p)) ? units(weight) : 0u;
     });
   }
   if (threadIdx.x == 0) {

@@ -15,8 +15,10 @@ inline auto tensor_map_encoder(const char* op) {
     cudaDriverEntryPointQueryResult found;
     check_cuda(op, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
                "looking for cuTensorMapEncodeTiled");
-    FLASHDECPP_REQUIRE(found == cudaDriverEntryPointSuccess, op, "the driver is older than CUDA 12 and has no ",
-                       "cuTensorMapEncodeTiled; set FLASHDECPP_GPU_KERNELS=generic");
+    if (found != cudaDriverEntryPointSuccess) {
+      fault(op, ": the driver is older than CUDA 12 and has no cuTensorMapEncodeTiled; ",
+            "set FLASHDECPP_GPU_KERNELS=generic");
+    }
     return reinterpret_cast<Encode>(entry);
   }();
   return encode;
@@ -34,8 +36,10 @@ CUtensorMap tensor_map(const char* op, const char* arg, CUtensorMapDataType type
   const CUresult result = tensor_map_encoder(op)(&map, type, dims, const_cast<void*>(data), sizes, strides, box, every,
                                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
                                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  FLASHDECPP_REQUIRE(result == CUDA_SUCCESS, op, arg, " has a layout that tensor copies refuse (driver error ",
-                     static_cast<int>(result), "); set FLASHDECPP_GPU_KERNELS=generic");
+  if (result != CUDA_SUCCESS) {
+    fault(op, ": ", arg, " has a layout that tensor copies refuse (driver error ", static_cast<int>(result),
+          "); set FLASHDECPP_GPU_KERNELS=generic");
+  }
   return map;
 }
 

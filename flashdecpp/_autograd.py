@@ -1,0 +1,57 @@
+"""What the ops tell autograd: they have no backward, and nobody shall miss a gradient without noticing.
+
+Kernels that torch's dispatcher would call for autograd cost more than the ops themselves. So the wrappers of
+`flashdecpp.ops` look at what came out: torch marks the results of an op without a backward as requiring grad
+where an argument does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("flashdecpp::no_backward", mutates_args=())
+def _no_backward(grad: Tensor, like: Tensor, op: str) -> Tensor:
+    """Stands in a backward pass, traced ones too, where a gradient of `like` would be computed."""
+    raise RuntimeError(
+        f"flashdecpp::{op} has no backward: call it under torch.no_grad(), or detach what it is given"
+    )
+
+
+@_no_backward.register_fake
+def _(grad, like, op):
+    return torch.empty_like(like)
+
+
+class _WithoutBackward(torch.autograd.Function):
+    """Its results, as they are, of the inputs that an op made them of."""
+
+    @staticmethod
+    def forward(op: str, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(result.view_as(result) for result in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.op, ctx.count, *tensors = inputs
+        ctx.likes = [x.detach() if x is not None and x.requires_grad else None for x in tensors[ctx.count :]]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_) -> tuple:
+        gradients = (like if like is None else _no_backward(grad, like, ctx.op) for like in ctx.likes)
+        return None, None, *[None] * ctx.count, *gradients
+
+
+def without_backward(op: str, results: tuple[Tensor, ...], *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """The results of an op such that a backward through them raises a RuntimeError that names the op."""
+    return _WithoutBackward.apply(op, len(results), *(x.detach() for x in results), *inputs)
+
+
+def refuse_gradients(op: str, in_place: str, **arguments: Tensor | None) -> None:
+    """A ValueError where one of the arguments of an op that updates `in_place` requires grad."""
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise ValueError(
+                f"flashdecpp::{op}: {name} must not require grad where {in_place} is updated in place while "
+                "gradients are recorded, got one that does: call the op under torch.no_grad()"
+            )
