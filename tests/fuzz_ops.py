@@ -374,7 +374,7 @@ def spoil(rng: random.Random, call: Call) -> None:
         if name in ("seq_lens", "block_table") and rng.random() < 0.3:
             edge = rng.choice((-1, -(2**31), 2**31 - 1, 10**6))
             call.arguments[name] = torch.full_like(value, edge)
-            call.undefined = True
+            call.undefined = call.arguments.get("block_table") is not None
             call.notes.append(f"{name} filled with {edge}")
             return
         kind = rng.choice([*TENSOR_CHANGES, "grad"])
