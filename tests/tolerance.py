@@ -108,7 +108,8 @@ def _size_of_terms(op: str, output: int | str, arguments: dict) -> float:
 
 def _random_sum(x: Tensor, weight: Tensor) -> float:
     """How large sums of x * weight get where signs are random."""
-    return (x.float().square() @ weight.float().square().T).sqrt().nan_to_num().max().item()
+    sums = (x.float().square() @ weight.float().square().T).sqrt().nan_to_num()
+    return sums.max().item() if sums.numel() else 0.0
 
 
 def _copies(arguments: dict) -> dict:
