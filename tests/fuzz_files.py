@@ -55,7 +55,7 @@ VALUES += [
     "a\nb",
     "x" * 100_000,
 ]
-VALUES += [[], {}, [None], [1, 2], ["x"], {"a": 1}, [[[]]], [0] * 100_000]
+VALUES += [[], {}, [None], [1, 2], ["x"], {"a": 1}, [[[]]], [0] * 100_000, 4096, 10**6, 10**7, "@deep"]
 # What a whole file may be replaced with
 CONTENTS = [b"", b"\0", b"[]", b"5", b"null", b'"x"', b"{}", b"{", b"\xff\xfe{\0}\0", POINTER, DEEP.encode()]
 CONTENTS += [b"<!DOCTYPE html><html></html>", b'{"a":' * 500 + b"1" + b"}" * 500, b"\0" * 100_000]
@@ -123,6 +123,10 @@ def json_changed(rng: random.Random, value: Any) -> tuple[Any, str]:
     return root.get(""), f"{kind} {path or 'all'}: {now}"
 
 
+def json_text(value: Any) -> str:
+    return json.dumps(value).replace('"@deep"', "[" * 5000 + "]" * 5000)
+
+
 def _places(holder: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
     items = holder.items() if isinstance(holder, dict) else enumerate(holder)
     for key, value in list(items)[:300]:
@@ -137,7 +141,7 @@ def spoil_json(name: str, *, same: bool = False) -> Spoil:
         data = path.read_bytes()
         if rng.random() < 0.75:
             value, what = json_changed(rng, json.loads(data))
-            path.write_text(json.dumps(value))
+            path.write_text(json_text(value))
             return f"{name}: {what}", same
         changed, what = bytes_changed(rng, data)
         path.write_bytes(changed)
@@ -170,7 +174,7 @@ def spoil_safetensors(rng: random.Random, folder: Path) -> tuple[str, bool]:
     start = 8 + struct.unpack("<Q", data[:8])[0]
     if rng.random() < 0.6:
         header, what = json_changed(rng, json.loads(data[8:start]))
-        text = json.dumps(header).encode()
+        text = json_text(header).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text + data[start:])
         return f"{path.name}: header, {what}", True
     if rng.random() < 0.2:
@@ -277,7 +281,7 @@ def _spoil_value(rng: random.Random, values: list[list[Any]]) -> str:
     else:
         entry[1], entry[2] = rng.choice(
             (
-                (4, rng.choice((0, 1, 3, 2**16, 2**31))),
+                (4, rng.choice((0, 1, 3, 2**16, 10**7, 2**31))),
                 (5, -1),
                 (10, rng.choice((0, 2**40, 2**64 - 1))),
                 (6, rng.choice((0.0, -1.0, float("nan"), float("inf"), 1e30, 0.5))),
