@@ -57,16 +57,23 @@ def read_json(path: Path, kind: type, error: type[ValueError]) -> Any:
     return value
 
 
-def read_small(path: Path, error: type[ValueError]) -> bytes:
-    """The bytes of a file that must not be larger than any JSON file is."""
+def check_small(path: Path, error: type[ValueError]) -> None:
+    """As check_file; and the file must not be larger than any JSON file is."""
     check_file(path, error)
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise error(
+            f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that a file of its kind may have"
+        )
+
+
+def read_small(path: Path, error: type[ValueError]) -> bytes:
+    """The bytes of such a file."""
+    check_small(path, error)
     try:
-        size = path.stat().st_size
-        if size <= MAX_JSON_BYTES:
-            return path.read_bytes()
+        return path.read_bytes()
     except OSError as problem:
         raise error(f"{path} can't be read: {problem.strerror}") from None
-    raise error(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that a JSON file may have")
 
 
 class JSONError(ValueError):

@@ -11,7 +11,7 @@ QUANTIZE = ("auto", "none", "int8", "int4")  # what LLM(quantize=) takes
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight is quantised. `stored`: in the checkpoint already, so nothing is rounded any more.
+    """How a weight is quantized. `stored`: in the checkpoint already, so nothing is rounded any more.
 
     Scales and offsets are float16, as in GGUF files.
     """

@@ -32,7 +32,7 @@ def check_file(path: Path) -> Path:
 
 
 def check_small_files(folder: Path) -> None:
-    """A ModelError where one of SMALL_FILES is there, but a pipe, a folder, a Git LFS pointer, ..."""
+    """A ModelError where one of SMALL_FILES is there, but a pipe, a folder, a Git LFS pointer, huge, ..."""
     for name in SMALL_FILES:
         if os.path.lexists(folder / name):
-            check_file(folder / name)
+            _files.check_small(folder / name, ModelError)

@@ -38,7 +38,7 @@ class WeightSource(Protocol):
         ...
 
     def format(self, name: str) -> Format | None:
-        """How the tensor is quantised, where it is and ops.quantized_linear can run it so."""
+        """How the tensor is quantized, where it is and ops.quantized_linear can run it so."""
         ...
 
     def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
@@ -128,7 +128,7 @@ class Weights:
     embed: Matrix  # [vocab, embed_dim]
     lm_head: Matrix  # [vocab, embed_dim]; the same as embed where they are tied
     layers: tuple[Layer, ...]
-    dtype: torch.dtype  # of what isn't quantised, and of activations
+    dtype: torch.dtype  # of what isn't quantized, and of activations
     norm: torch.Tensor | None = None  # [hidden]
     norm_bias: torch.Tensor | None = None
     positions: torch.Tensor | None = None  # [context + position_offset, hidden]
@@ -182,7 +182,7 @@ class Plan:
         return sum(slot.nbytes(dtype) for slot in self.slots)
 
     def quantized(self, quantize: str, source: WeightSource) -> "Plan":
-        """The plan with a format for every matrix that is quantised: `quantize` as in LLM.
+        """The plan with a format for every matrix that is quantized: `quantize` as in LLM.
 
         Where all pieces of a weight are stored in a format of the op, of the same bits, it stays what it is.
         Other weights are rounded where that is asked for and their columns fill whole groups, except for
