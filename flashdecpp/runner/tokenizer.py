@@ -131,7 +131,7 @@ class FolderTokenizer(BaseTokenizer):
         eos = self._tokenizer.eos_token_id
         self.eos_ids = () if eos is None else (eos,)
         added = self._tokenizer.added_tokens_decoder.items()
-        self.special_tokens = MappingProxyType({i: str(token) for i, token in added if token.special})
+        self.special_tokens = {i: str(token) for i, token in added if token.special}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(
