@@ -37,9 +37,9 @@ class BaseTokenizer:
         one that is a little beyond is not.
         """
         _check_text(text)
-        if limit is not None and len(text) > max(COUNTED, DENSE * limit):
-            self._check_length(text, limit)
         with model_error("the tokenizer can't encode the text"):
+            if limit is not None and len(text) > max(COUNTED, DENSE * limit):
+                self._check_length(text, limit)
             return self._encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
