@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,18 @@ def _varint(value: int) -> bytes:
     return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
 
 
-def write_sentencepiece(path: Path, *, kind: int = 2, add_space: int = 1, remove_spaces: int = 0) -> None:
-    """tokenizer.model with PIECES."""
-    pieces = zip(PIECES, SCORES, KINDS, strict=True)
+def write_sentencepiece(
+    path: Path,
+    *,
+    pieces: Sequence[str] = PIECES,
+    kind: int = 2,
+    add_space: int = 1,
+    remove_spaces: int = 0,
+) -> None:
+    """tokenizer.model with these pieces, of KINDS and SCORES."""
     whole = b"".join(
         protobuf(1, protobuf(1, piece.encode()) + protobuf(2, score) + protobuf(3, its))
-        for piece, score, its in pieces
+        for piece, score, its in zip(pieces, SCORES, KINDS, strict=True)
     )
     whole += protobuf(2, protobuf(3, kind) + protobuf(35, 1))
     whole += protobuf(

@@ -113,6 +113,16 @@ def test_prompt_and_answer_are_the_text_of_all_tokens(pieces, prompt, answer):
     assert pieces.decode(prompt_ids) + text == pieces.decode(prompt_ids + ids)
 
 
+WORDS = st.lists(st.sampled_from([0, 1, 2, *range(259, len(PIECES))]), max_size=25)
+
+
+@settings(max_examples=60, deadline=None)
+@given(WORDS, WORDS)
+def test_wherever_an_answer_begins_it_goes_on_from_there(pieces, prompt_ids, ids):
+    text = answer_of(pieces, ids, prompt_ids=prompt_ids)[0]
+    assert pieces.decode(prompt_ids) + text == pieces.decode(prompt_ids + ids)
+
+
 def test_a_special_token_before_the_answer_does_not_hide_the_prompt(pieces):
     prompt_ids = [*pieces.encode("hello"), *[PIECES.index("</s>")] * 20]
     assert answer_of(pieces, [PIECES.index("▁hello")], prompt_ids=prompt_ids)[0] == " hello"

@@ -50,6 +50,15 @@ def test_pairs_are_merged_by_their_scores(tokenizer, text):
     assert tokenizer.eos_ids == (2,)
 
 
+def test_a_piece_may_be_called_like_a_token_behind_the_pieces(tmp_path):
+    pieces = ["sop" if piece == "▁w" else piece for piece in PIECES]
+    write_sentencepiece(tmp_path / "tokenizer.model", pieces=pieces)
+    tokenizer = ChatGLMTokenizer(tmp_path)
+    ids = [BEHIND + 1, BEHIND + 3, pieces.index("▁hel"), pieces.index("sop"), BEHIND + 4, 10**6]
+    assert tokenizer.decode(ids) == "helsop"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "[gMASK]sop helsopeop"
+
+
 def test_chatglm2s_chat_is_rounds(tokenizer):
     first = {"role": "user", "content": "hello"}
     answer, second = {"role": "assistant", "content": "world"}, {"role": "user", "content": "lo"}

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 
 from .errors import ModelError
 from .sentencepiece import CONTROL, UNKNOWN, read_vocabulary
@@ -32,16 +31,15 @@ class ChatGLMTokenizer(BaseTokenizer):
         self._roles = ROLES if _has_roles(folder) else ()
         behind = (*BEHIND, *self._roles)
         size = len(vocabulary.pieces)
+        # Only here, not in the tokenizers library's object: "sop" may be a piece, too.
         self._behind = {token: size + index for index, token in enumerate(behind)}
+        self._names = [*vocabulary.pieces, *behind]
         with model_error(f"the tokenizer in {path} makes no sense"):
             self._tokenizer = vocabulary.tokenizer()
-            self._tokenizer.add_special_tokens(list(behind))
         self._tokenizer.encode_special_tokens = True  # as text, that is
         texts = enumerate(zip(vocabulary.pieces, vocabulary.kinds, strict=True))
         special = {index: piece for index, (piece, kind) in texts if kind in (CONTROL, UNKNOWN)}
-        self.special_tokens = MappingProxyType(
-            special | {index: token for token, index in self._behind.items()}
-        )
+        self.special_tokens = special | {index: token for token, index in self._behind.items()}
         ends = [index for index, piece in enumerate(vocabulary.pieces) if piece == "</s>"]
         # The model of the third generation hands over to the user, or to a tool that it calls.
         self.eos_ids = (
@@ -50,7 +48,9 @@ class ChatGLMTokenizer(BaseTokenizer):
         )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        hidden = self.special_tokens if skip_special_tokens else {}
+        shown = (token for token in ids if token not in hidden and token < len(self._names))
+        return self._tokenizer.decoder.decode([self._names[token] for token in shown])
 
     def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
         """ChatGLM2: rounds of questions and answers. ChatGLM3: as encode_chat, with the tokens' texts."""

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -138,9 +137,9 @@ class GGUFTokenizer(BaseTokenizer):
         self._prefix = [bos] if add_bos and bos is not None else []
         named = (self._special_id(name) for name in ("eos", "eot", "eom"))
         self.eos_ids = tuple(dict.fromkeys(token for token in (*named, *turn_ends) if token is not None))
-        self.special_tokens = MappingProxyType(
-            {i: self._tokens[i] for i, its in enumerate(kinds) if its in (CONTROL, UNKNOWN)}
-        )
+        self.special_tokens = {
+            index: self._tokens[index] for index, its in enumerate(kinds) if its in (CONTROL, UNKNOWN)
+        }
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -37,9 +37,9 @@ class BaseTokenizer:
         one that is a little beyond is not.
         """
         _check_text(text)
-        if limit is not None and len(text) > max(COUNTED, DENSE * limit):
-            self._check_length(text, limit)
         with model_error("the tokenizer can't encode the text"):
+            if limit is not None and len(text) > max(COUNTED, DENSE * limit):
+                self._check_length(text, limit)
             return self._encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -131,7 +131,7 @@ class FolderTokenizer(BaseTokenizer):
         eos = self._tokenizer.eos_token_id
         self.eos_ids = () if eos is None else (eos,)
         added = self._tokenizer.added_tokens_decoder.items()
-        self.special_tokens = MappingProxyType({i: str(token) for i, token in added if token.special})
+        self.special_tokens = {i: str(token) for i, token in added if token.special}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(
