@@ -3,11 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from .json_files import read_json
-
-# Beside the weights, by GPTQ, AWQ and NVIDIA's ModelOpt; in config.json, by mlx and compressed-tensors, too
+# Beside the weights, by GPTQ, AWQ and NVIDIA's ModelOpt, where config.json has no word of it
 FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-KEYS = ("quantization_config", "quantization", "compression_config")
 # What a weight's parts are called: by GPTQ, AWQ, EXL2; mlx; compressed-tensors; bitsandbytes; HQQ
 PARTS = {"qweight", "qzeros", "q_weight", "scales", "weight_packed", "weight_scale", "weight_scale_inv"}
 PARTS |= {"SCB", "absmax", "W_q"}
@@ -23,10 +20,5 @@ def sign_of_quantization(folder: Path, tensors: Iterable[str]) -> str | None:
     for name in FILES:
         if (folder / name).is_file():
             return f"it has a {name}"
-    if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        for key in KEYS:
-            if config.get(key):
-                return f"its config.json has {key}"
     part = next((name for name in tensors if name.rpartition(".")[2] in PARTS), None)
     return None if part is None else f"it has the tensor {part}"
