@@ -94,7 +94,7 @@ def _rope(settings: Settings, file: GGUFFile, head_dim: int) -> Rope:
                 divisors = _factors(file, f"rope_factors_{which}.weight", dim)
                 scaling[f"{which}_factor"] = [divisor * factor for divisor in divisors]
         else:
-            kind = "linear"
+            kind = "default" if factor == magnitude == 1.0 else "linear"
     scaling["attention_factor"] = magnitude
     theta = settings.number("rope.freq_base", 10000.0, above=1.0)
     return Rope(dim, theta, context, kind, scaling)
