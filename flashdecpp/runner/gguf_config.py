@@ -3,7 +3,7 @@
 from typing import Any
 
 from .architectures import find_gguf_architecture
-from .config import ModelConfig
+from .config import MOST_LAYERS, ModelConfig
 from .errors import ModelError
 from .gguf import GGUFFile
 from .rope import Rope, yarn_magnitude
@@ -30,14 +30,14 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     settings = GGUFSettings(metadata, source, prefix=f"{architecture.gguf}.")
     if settings.integer("expert_count", 0, low=0):
         raise ModelError("mixture-of-experts GGUF files are not supported")
-    layers, hidden = settings.integer("block_count"), settings.integer("embedding_length")
+    layers, hidden = settings.integer("block_count", high=MOST_LAYERS), settings.integer("embedding_length")
     q_heads = settings.integer("attention.head_count")
     head_dim = settings.integer("attention.key_length", hidden // q_heads)
     rope = _rope(settings, file, head_dim)
     # Vocabularies grow after the metadata was written: the tensor has a row for every token.
     vocab = tensors.get("token_embd.weight", (0,))[0] or settings.integer("vocab_size")
     tokens = Settings(metadata, source, prefix="tokenizer.ggml.")
-    ends = {token for kind in ENDS for token in tokens.token_ids(f"{kind}_token_id", vocab)}
+    ends = [token for kind in ENDS for token in tokens.token_ids(f"{kind}_token_id")]
     return ModelConfig(
         architecture=architecture,
         hidden=hidden,
@@ -56,7 +56,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         qkv_bias="blk.0.attn_q.bias" in tensors,
         o_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors,
-        eos_ids=tuple(sorted(ends)),
+        eos_ids=tuple(ends),
     )
 
 
@@ -94,7 +94,7 @@ def _rope(settings: Settings, file: GGUFFile, head_dim: int) -> Rope:
                 divisors = _factors(file, f"rope_factors_{which}.weight", dim)
                 scaling[f"{which}_factor"] = [divisor * factor for divisor in divisors]
         else:
-            kind = "linear"
+            kind = "default" if factor == magnitude == 1.0 else "linear"
     scaling["attention_factor"] = magnitude
     theta = settings.number("rope.freq_base", 10000.0, above=1.0)
     return Rope(dim, theta, context, kind, scaling)

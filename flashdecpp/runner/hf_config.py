@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .architectures import Architecture, Bias, find_architecture
-from .config import ModelConfig
+from .config import MOST_LAYERS, ModelConfig
 from .errors import ModelError
 from .json_files import read_json
 from .rope import Rope
@@ -34,7 +34,6 @@ SIZES = (
     "max_position_embeddings",
 )
 LAYER_KINDS = ("full_attention", "sliding_attention")
-MOST_LAYERS = 10_000  # far more than any model has
 
 # transformers 5 gathers theta and scaling in rope_parameters; 4 had rope_theta and rope_scaling.
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
@@ -61,6 +60,8 @@ def config_from_directory(path: Path, generation: Settings) -> ModelConfig:
                 f"{path} is quantised ({how.get('quant_method', key)}); "
                 "use a float16 / bfloat16 / float32 checkpoint or a GGUF"
             )
+    files = (top, top.section("text_config"), generation)
+    ends = [token for file in files for token in file.token_ids("eos_token_id")]
     architecture = find_architecture(top)
     settings = _settings(top, architecture)
     for key, needed in architecture.requires.items():
@@ -81,7 +82,6 @@ def config_from_directory(path: Path, generation: Settings) -> ModelConfig:
     window = settings.integer("sliding_window", -1) if architecture.windowed else -1
     ropes = _ropes(settings, kinds, head_dim, architecture)
     contexts = [rope.context for rope in ropes if rope is not None]
-    vocab = settings.integer("vocab_size")
     return ModelConfig(
         architecture=architecture,
         hidden=hidden,
@@ -90,7 +90,7 @@ def config_from_directory(path: Path, generation: Settings) -> ModelConfig:
         kv_heads=settings.integer("num_key_value_heads", q_heads),
         head_dim=head_dim,
         ffn=settings.integer("intermediate_size"),
-        vocab=vocab,
+        vocab=settings.integer("vocab_size"),
         embed_dim=settings.integer("word_embed_proj_dim", hidden),
         norm_eps=settings.number("rms_norm_eps", low=0.0),
         context=max(contexts, default=settings.integer("max_position_embeddings")),
@@ -105,7 +105,7 @@ def config_from_directory(path: Path, generation: Settings) -> ModelConfig:
         qkv_bias=_has_bias(settings, architecture.qkv_bias),
         o_bias=_has_bias(settings, architecture.o_bias),
         mlp_bias=_has_bias(settings, architecture.mlp_bias),
-        eos_ids=_eos_ids((top, top.section("text_config"), generation), vocab),
+        eos_ids=tuple(ends),
         dtype=_dtype(raw),
     )
 
@@ -124,6 +124,9 @@ def _settings(top: Settings, architecture: Architecture) -> Settings:
     for key in SIZES:
         stated.integer(key, None)
     stated.integer("num_hidden_layers", None, high=MOST_LAYERS)
+    kinds = stated.get("layer_types", [])
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        stated.refuse("layer_types", "a list of strings")
     for key in ROPE_KEYS:
         shared = stated.section(key)
         for parameters in (shared, *(shared.section(kind) for kind in LAYER_KINDS)):
@@ -205,10 +208,6 @@ def _scaling(parameters: Settings, kind: str) -> dict[str, Any]:
 
 def _kind(parameters: Settings) -> str:
     return parameters.text("rope_type", None) or parameters.text("type", "default")
-
-
-def _eos_ids(files: tuple[Settings, ...], vocab: int) -> tuple[int, ...]:
-    return tuple(sorted({token for file in files for token in file.token_ids("eos_token_id", vocab)}))
 
 
 def _dtype(raw: Mapping[str, Any]) -> torch.dtype:

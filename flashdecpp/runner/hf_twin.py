@@ -14,7 +14,8 @@ def transformers_twin(decoder: Decoder, dtype: torch.dtype) -> LlamaForCausalLM:
     """transformers' Llama with the weights of `decoder` in `dtype`. Weights of that dtype are shared."""
     config, weights = decoder.config, decoder.weights
     rope = config.ropes[0]
-    if config.architecture.name != "LlamaForCausalLM" or rope.kind != "default" or config.qkv_bias:
+    plain = rope.kind == "default" and "factors" not in rope.scaling
+    if config.architecture.name != "LlamaForCausalLM" or not plain or config.qkv_bias:
         raise ModelError(
             f"a twin is made of plain Llama models, not of {config.architecture.name} with these settings"
         )

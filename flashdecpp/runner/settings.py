@@ -87,13 +87,13 @@ class Settings:
             self.refuse(key, f"a list of {length} finite numbers{limit}")
         return [float(value) for value in values]
 
-    def token_ids(self, key: str, vocab: int) -> list[int]:
-        """The tokens of a vocabulary that are meant; -1 and others outside it stand for none."""
+    def token_ids(self, key: str) -> list[int]:
+        """One token id or several; none where the key is missing."""
         value = self.get(key, [])
         ids = value if isinstance(value, list) else [value]
         if not all(map(_is_integer, ids)):
             self.refuse(key, "a token id or a list of token ids")
-        return [token for token in ids if 0 <= token < vocab]
+        return ids
 
     def mapping(self, key: str, default: Any = REQUIRED) -> Any:
         """An object of its own, or the default."""
