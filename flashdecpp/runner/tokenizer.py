@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError
-from .json_files import check_file, read_json
+from .json_files import check_small_files, read_json
 from .sentencepiece import check_not_tiktoken
 from .templates import Message, Tool, first_line, render_chat
 from .text_stream import TextStream
@@ -113,15 +113,12 @@ class FolderTokenizer(BaseTokenizer):
 
     VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
     SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    OTHERS = ("merges.txt", "chat_template.jinja", "chat_template.json")
 
     def __init__(self, folder: Path) -> None:
         names = [name for name in self.VOCABULARIES if (folder / name).exists()]
         if not names:
             raise ModelError(f"{folder} has no tokenizer.json; copy the model's tokenizer files into it")
-        for name in (*names, *self.OTHERS):
-            if (folder / name).exists():
-                check_file(folder / name)
+        check_small_files(folder)
         settings = {name: read_json(folder / name) for name in self.SETTINGS if (folder / name).exists()}
         if "tokenizer.json" not in names:
             check_not_tiktoken(folder / "tokenizer.model")
