@@ -39,7 +39,16 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "mistral": ("Mistral", "Mistral", {}),
     "qwen2": ("Qwen2", "Qwen2", {}),
     "qwen3": ("Qwen3", "Qwen3", {"head_dim": 24}),
-    "gemma2": ("Gemma2", "Gemma2", {"head_dim": 256, "query_pre_attn_scalar": 100, "sliding_window": 24}),
+    "gemma2": (
+        "Gemma2",
+        "Gemma2",
+        {
+            "head_dim": 256,
+            "query_pre_attn_scalar": 100,
+            "sliding_window": 24,
+            "attn_implementation": "eager",  # older versions chose SDPA, which drops the softcap
+        },
+    ),
     "gemma3": ("Gemma3Text", "Gemma3", {"head_dim": 256, "query_pre_attn_scalar": 100, "sliding_window": 24}),
     "phi3": ("Phi3", "Phi3", {"pad_token_id": 258}),
     "opt": (

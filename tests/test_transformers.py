@@ -58,13 +58,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: make_model("llama"),
     "mistral": lambda: make_model("mistral", sliding_window=WINDOW),
     "qwen2": lambda: make_model("qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
-    "gemma2": lambda: make_model(
-        "gemma2",
-        head_dim=16,
-        sliding_window=WINDOW,
-        attn_logit_softcapping=2.0,
-        attn_implementation="eager",  # older versions choose SDPA by themselves, which drops the softcap
-    ),
+    "gemma2": lambda: make_model("gemma2", head_dim=16, sliding_window=WINDOW, attn_logit_softcapping=2.0),
     "gpt_oss": _gpt_oss,
     "llama4": _llama4,
 }
