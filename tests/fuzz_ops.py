@@ -472,7 +472,7 @@ def must_have_no_backward(outputs: list[Tensor]) -> None:
 
 
 def compare_or_refuse(call: Call) -> None:
-    """`compare`. A call that may be refused is made once before: what an op refuses, no reference should see."""
+    """`compare`, after a first call if the op may refuse it: the reference never sees what an op refuses."""
     if not call.valid:
         wrapper(call.op)(**call.arguments)
     try:
