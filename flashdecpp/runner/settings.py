@@ -1,0 +1,111 @@
+"""The values of a configuration file, each checked as it is read."""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from .errors import ModelError
+
+REQUIRED: Any = object()  # in place of a default
+LARGEST = 2**31 - 1  # of a size or a number of tokens: kernels count in 32 bits
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+class Settings:
+    """Values by key; null and a key that isn't there are the same.
+
+    source: what errors call the file. names: what the file calls a key, where it isn't the key itself.
+    defaults: of keys that the file lacks, whatever the caller's default is.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        source: str,
+        names: Mapping[str, str] = EMPTY,
+        defaults: Mapping[str, Any] = EMPTY,
+    ) -> None:
+        self.values, self.source = values, source
+        self._names, self._defaults = names, defaults
+
+    def name(self, key: str) -> str:
+        return self._names.get(key, key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, unchecked."""
+        value = self.values.get(self.name(key))
+        return self._defaults.get(key, default) if value is None else value
+
+    def integer(self, key: str, default: Any = REQUIRED, *, low: int = 1, high: int = LARGEST) -> Any:
+        """An int from `low` to `high`, or the default."""
+        value = self._get(key, default)
+        if value is not default and not (_is_integer(value) and low <= value <= high):
+            self.refuse(key, f"an integer from {low} to {high}")
+        return value
+
+    def number(
+        self,
+        key: str,
+        default: Any = REQUIRED,
+        *,
+        above: float = -math.inf,
+        low: float = -math.inf,
+        high: float = math.inf,
+    ) -> Any:
+        """A finite float above `above` and from `low` to `high`, or the default."""
+        value = self._get(key, default)
+        if value is default:
+            return value
+        if not (is_number(value) and value > above and low <= value <= high):
+            bounds = (("above", above), ("at least", low), ("at most", high))
+            limits = [f"{word} {limit:g}" for word, limit in bounds if math.isfinite(limit)]
+            self.refuse(key, " ".join(["a finite number", " and ".join(limits)]).strip())
+        return float(value)
+
+    def flag(self, key: str, default: Any = REQUIRED) -> Any:
+        """A bool, or the default."""
+        value = self._get(key, default)
+        if value is not default and not isinstance(value, bool):
+            self.refuse(key, "true or false")
+        return value
+
+    def text(self, key: str, default: Any = REQUIRED) -> Any:
+        """A str, or the default."""
+        value = self._get(key, default)
+        if value is not default and not isinstance(value, str):
+            self.refuse(key, "a string")
+        return value
+
+    def refuse(self, key: str, what: str) -> None:
+        """Raises the ModelError for a value that is not `what` it must be."""
+        raise ModelError(f"{self.source}: {self.name(key)} must be {what}, got {_shown(self.get(key))}")
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.get(key, default)
+        if value is REQUIRED:
+            raise ModelError(f"{self.source} has no {self.name(key)}")
+        return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite int or float; a bool is neither."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    """A value as an error quotes it: in one line, and not all of it where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, lists in lists
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
