@@ -85,7 +85,6 @@ class Batch:
         self._goes_on[self._eos_ids] = 0
         self._sampler = Sampler(config.vocab, self._eos_ids, max_batch, device)
 
-    @torch.inference_mode()
     def retain(self, requests: Sequence[Request]) -> None:
         """Gives up the rows of all others; those that stay move up, in their order."""
         kept = set(requests)
@@ -100,7 +99,6 @@ class Batch:
         self.requests = [self.requests[row] for row in rows]
         self._note_features()
 
-    @torch.inference_mode()
     def join(self, requests: Sequence[Request]) -> None:
         """Takes requests up, in the rows behind the others, all of their tokens known to the host.
 
@@ -121,7 +119,6 @@ class Batch:
         self.requests = [*self.requests, *requests]
         self._note_features()
 
-    @torch.inference_mode()
     def choose_first(self, requests: Sequence[Request], logits: torch.Tensor) -> Choice:
         """The first tokens of requests that have just joined, from the logits [1, vocab] of their prompt."""
         first = len(self.requests) - len(requests)
@@ -129,7 +126,6 @@ class Batch:
         features, rows = self._features, slice(first, len(self.requests))
         return self._send(rows, self._choose_processed(logits.repeat(len(requests), 1), rows, features))
 
-    @torch.inference_mode()
     def step(self) -> Choice:
         """The next token of every request: launched, not waited for."""
         rows = next(bucket for bucket in self.buckets if bucket >= len(self.requests))
@@ -140,7 +136,6 @@ class Batch:
             return self._send(used, self._choose_processed(logits, slice(0, rows), features))
         return self._send(used, self._compute((rows, features)))
 
-    @torch.inference_mode()
     def place(self, rows: Sequence[int], columns: Sequence[int], blocks: Sequence[int]) -> None:
         """Changes single blocks of the table."""
         changes = upload([rows, columns, blocks], torch.int64, self._device)

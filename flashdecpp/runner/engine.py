@@ -392,8 +392,10 @@ class Engine:
                     continue
                 self.counts.decoded_tokens += bool(request.token_ids)
                 self._advance(request, request.length)
-                with due_to(request):
+                try:
                     self._take_token(request, token, logprob)
+                except Exception as error:
+                    raise RequestError(request) from error
         self._drop_finished()
         return taken
 

@@ -18,7 +18,7 @@ from .request import Request, due_to
 from .sampling import SamplingFeatures
 from .transfer import host_tensor, upload
 
-# Rows of Sampler._fields, of 32 bits each. From TEMPERATURE on they are float32.
+# Rows of Sampler._fields, of 32 bits each. From TEMPERATURE on they are float32, as which _reals sees them.
 # EOS_FROM, STOPS_FROM: the length of the sequence from which on an end of sequence, or a token of
 # stop_token_ids, may be chosen.
 EOS_FROM, STOPS_FROM, TOP_K, TEMPERATURE, TOP_P, MIN_P, PENALTY, PRESENCE, FREQUENCY = range(9)
@@ -39,6 +39,7 @@ class Sampler:
     def __init__(self, vocab: int, eos_ids: torch.Tensor, max_batch: int, device: torch.device) -> None:
         self._vocab, self._eos_ids, self._device = vocab, eos_ids, device
         self._fields = torch.zeros(FIELDS, max_batch, dtype=torch.int32, device=device)
+        self._reals = self._fields.view(torch.float32)
         self._seeds = torch.zeros(max_batch, dtype=torch.int64, device=device)
         # Of each row, once one makes use of it:
         self._seen = _RowTable(max_batch, vocab, torch.bool, device)  # the tokens of prompt and answer
@@ -108,7 +109,7 @@ class Sampler:
         `own`: the logits as the model gave them, which log-probabilities are of; `logits` may be the same
         tensor, and may be changed.
         """
-        fields, floats = self._fields[:, rows], self._fields[:, rows].view(torch.float32)
+        fields, reals = self._fields, self._reals
         masked = features.masked or features.eos_held or features.stops_held
         kept = features.logprobs is not None and logits is own  # as they are
         if features.biased or features.counted or (masked and kept):
@@ -117,16 +118,17 @@ class Sampler:
             logits += self._bias.rows[rows]
         if features.counted:
             counts = self._counts.rows[rows]
-            logits -= floats[FREQUENCY, :, None] * counts + floats[PRESENCE, :, None] * (counts > 0)
+            frequency, presence = reals[FREQUENCY, rows, None], reals[PRESENCE, rows, None]
+            logits -= frequency * counts + presence * (counts > 0)
         if features.masked:
             allowed = (self._mask.rows[rows, :, None] >> self._bits) & 1
             logits.masked_fill_(allowed.flatten(1)[:, : self._vocab] == 0, -torch.inf)
         if features.eos_held and self._eos_ids.numel():
             held = logits.index_select(1, self._eos_ids)
-            held.masked_fill_((lengths < fields[EOS_FROM])[:, None], -torch.inf)
+            held.masked_fill_((lengths < fields[EOS_FROM, rows])[:, None], -torch.inf)
             logits.index_copy_(1, self._eos_ids, held)
         if features.stops_held:
-            early = lengths < fields[STOPS_FROM]
+            early = lengths < fields[STOPS_FROM, rows]
             logits.masked_fill_(self._stops.rows[rows] & early[:, None], -torch.inf)
         tokens = self._sample(logits, rows, lengths, features)
         if features.logprobs is None and not features.counted:
@@ -141,20 +143,19 @@ class Sampler:
     def _sample(
         self, logits: torch.Tensor, rows: slice, lengths: torch.Tensor, features: SamplingFeatures
     ) -> torch.Tensor:
-        fields, floats = self._fields[:, rows], self._fields[:, rows].view(torch.float32)
-        arguments = {}
+        reals, arguments = self._reals, {}
         if features.drawn:
             arguments = {
-                "temperature": floats[TEMPERATURE],
-                "top_k": fields[TOP_K],
-                "top_p": floats[TOP_P],
-                "min_p": floats[MIN_P],
+                "temperature": reals[TEMPERATURE, rows],
+                "top_k": self._fields[TOP_K, rows],
+                "top_p": reals[TOP_P, rows],
+                "min_p": reals[MIN_P, rows],
                 "seed": self._seeds[rows],
                 # The place of the token in its sequence: with the seed it determines the draw.
                 "position": lengths.long(),
             }
         if features.penalized:
-            arguments |= {"repetition_penalty": floats[PENALTY], "seen": self._seen.rows[rows]}
+            arguments |= {"repetition_penalty": reals[PENALTY, rows], "seen": self._seen.rows[rows]}
         tokens = ops.sample(logits, **arguments)
         # TODO(merge): ops.sample itself gives -1 there.
         return tokens.where((logits > -torch.inf).any(1), -1)
