@@ -50,12 +50,15 @@ def number(
     What float32 would round to 0 becomes its smallest: the limit that was meant, and nothing divides by 0.
     """
     real = isinstance(value, Real) and not isinstance(value, bool)
-    require(real and -FLOAT32_MAX <= value <= FLOAT32_MAX, name, "a finite number (of float32)", value)
-    require(value > above, name, f"above {above:g}", value)
-    require(value >= low, name, f"{low:g} or more", value)
-    require(value <= high, name, f"at most {high:g}", value)
-    value = float(value)
-    return math.copysign(FLOAT32_SMALLEST, value) if 0 < abs(value) < FLOAT32_SMALLEST else value
+    try:
+        wide = float(value) if real else math.nan
+    except OverflowError:  # an integer
+        wide = math.inf
+    require(abs(wide) <= FLOAT32_MAX, name, "a finite number (of float32)", value)
+    require(wide > above, name, f"above {above:g}", value)
+    require(wide >= low, name, f"{low:g} or more", value)
+    require(wide <= high, name, f"at most {high:g}", value)
+    return math.copysign(FLOAT32_SMALLEST, wide) if 0 < abs(wide) < FLOAT32_SMALLEST else wide
 
 
 def flag(name: str, value: Any) -> bool:

@@ -3,8 +3,8 @@
 A step is at most a chunk of prompts, one prompt after the other, then one token of every running sequence.
 The host only launches it: what the device needs for the next step it has itself (batch.py). While a GPU
 works, the host reads the tokens of the step before. So it learns one step late that a sequence has ended;
-what was launched for that one in the meantime is dropped. On the CPU, where a step is done once it's launched,
-and where the host has a word in what comes next (guides, logits processors), it reads each token at once.
+what was launched for that one in the meantime is dropped. On the CPU, where a step is done once launched, and
+where the host has a word in what comes next (guides, logits processors), it reads each token at once.
 Blocks of the cache are taken as sequences grow. When none is left, the youngest sequence gives its own back
 and goes on later. What was in them waits in the host's memory: computed again, as part of a prompt, it would
 differ in the last bits.

@@ -109,9 +109,12 @@ class SamplingParams:
 
     @property
     def constraints(self) -> list[str]:
-        """The names of what may exclude tokens."""
-        names = ("guide", "logits_processor", "logit_bias", "bad_words", "min_tokens", "ignore_eos")
-        return [name for name in names if getattr(self, name)]
+        """The names of what may have excluded all tokens."""
+        by_user = [
+            name for name in ("guide", "logits_processor", "logit_bias", "bad_words") if getattr(self, name)
+        ]
+        of_eos = [name for name in ("min_tokens", "ignore_eos") if getattr(self, name)]
+        return by_user + of_eos if by_user else []
 
 
 def fresh_seed() -> int:

@@ -1,23 +1,16 @@
 """Text to token ids and back: a Hugging Face folder's tokenizer, or one built from a GGUF's vocabulary."""
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from .errors import ModelError
 from .sentencepiece import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_vocabulary
-from .text_stream import TextStream
 
-__all__ = ["BaseTokenizer", "ChatGLMTokenizer", "FolderTokenizer", "GGUFTokenizer", "Message", "TextStream"]
-
-Message = Mapping[str, Any]  # {"role": ..., "content": ...}
-Tool = Mapping[str, Any] | Callable[..., Any]  # a JSON schema, or a function with type hints and a docstring
-
-COUNTED = 1 << 16  # characters of a text that are encoded at once only to be counted
+Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
 # The rules that split text before byte-pair encoding, by GGUF's tokenizer.ggml.pre
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -28,70 +21,24 @@ BYTE_LEVEL_RULES = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 
 
 class BaseTokenizer:
-    """What the runner asks of a tokenizer.
-
-    eos_ids: the tokens that end an answer. special_tokens: the text of those that decode leaves out, by id.
-    """
+    """What the runner asks of a tokenizer."""
 
     eos_ids: tuple[int, ...] = ()
-    special_tokens: Mapping[int, str] = MappingProxyType({})
 
-    def encode(self, text: str, add_special_tokens: bool = True, *, limit: int | None = None) -> list[int]:
-        """The text's token ids. ModelError for what is no text.
-
-        A text that is far beyond `limit` tokens is a ModelError, too, before it takes the time and memory;
-        one that is a little beyond is not.
-        """
-        _check_text(text)
-        if limit is not None and len(text) > COUNTED:
-            self._check_length(text, limit)
-        return self._encode(text, add_special_tokens)
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text, special tokens left out unless skip_special_tokens is False."""
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         raise NotImplementedError
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
-        """The messages in the model's chat format, up to where its answer begins.
-
-        tools: functions, or JSON schemas of functions, that the model may ask for.
-        """
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, special tokens left out."""
         raise NotImplementedError
 
-    def encode_chat(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Tool] | None = None,
-        *,
-        limit: int | None = None,
-    ) -> list[int]:
-        """The tokens of chat_prompt, whose template writes the special tokens itself; `limit` as for encode."""
-        return self.encode(self.chat_prompt(messages, tools), add_special_tokens=False, limit=limit)
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message]) -> str:
+        """The messages in the model's chat format, up to where its answer begins."""
         raise NotImplementedError
 
-    def _check_length(self, text: str, limit: int) -> None:
-        """Counts a piece at a time. Divided text may have more tokens than whole: twice as many is too many."""
-        tokens, most = 0, 2 * limit + len(text) // COUNTED + 1
-        for start in range(0, len(text), COUNTED):
-            tokens += len(self._encode(text[start : start + COUNTED], False))
-            if tokens > most:
-                raise ModelError(
-                    f"the prompt of {len(text)} characters has far more tokens than the {limit} that fit"
-                )
-
-
-def _check_text(text: str) -> None:
-    if not isinstance(text, str):
-        raise ModelError(f"a text to encode must be a string, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ModelError(
-            f"the text has U+{ord(text[error.start]):04X} at character {error.start}, which is half a character "
-            "and no Unicode text; decode bytes with errors='replace'"
-        ) from None
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of chat_prompt, whose template writes the special tokens itself."""
+        return self.encode(self.chat_prompt(messages), add_special_tokens=False)
 
 
 class FolderTokenizer(BaseTokenizer):
@@ -109,15 +56,13 @@ class FolderTokenizer(BaseTokenizer):
         eos = self._tokenizer.eos_token_id
         self.eos_ids = () if eos is None else (eos,)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode(
-            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
+    def chat_prompt(self, messages: Sequence[Message]) -> str:
         if not self._tokenizer.chat_template:
             raise ModelError("the model has no chat template; use generate with a plain prompt")
         try:
@@ -149,14 +94,14 @@ class ChatGLMTokenizer(BaseTokenizer):
         self._texts = {index for index, is_text in enumerate(texts) if is_text}
         self.eos_ids = (vocabulary.pieces.index("</s>"),)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [*self._prefix, *ids] if add_special_tokens else ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([token for token in ids if token in self._texts])
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
+    def chat_prompt(self, messages: Sequence[Message]) -> str:
         """Rounds of questions and answers."""
         parts, rounds = [], 0
         for message in messages:
@@ -169,14 +114,8 @@ class ChatGLMTokenizer(BaseTokenizer):
                 raise ModelError(f"ChatGLM2's chat format has no role {message['role']!r}")
         return "".join(parts)
 
-    def encode_chat(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Tool] | None = None,
-        *,
-        limit: int | None = None,
-    ) -> list[int]:
-        return self.encode(self.chat_prompt(messages, tools), limit=limit)
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        return self.encode(self.chat_prompt(messages))
 
 
 class GGUFTokenizer(BaseTokenizer):
@@ -214,14 +153,14 @@ class GGUFTokenizer(BaseTokenizer):
         eos = metadata.get("tokenizer.ggml.eos_token_id")
         self.eos_ids = () if eos is None else (eos,)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [self._bos, *ids] if add_special_tokens and self._add_bos and self._bos is not None else ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
+    def chat_prompt(self, messages: Sequence[Message]) -> str:
         template = self._metadata.get("tokenizer.chat_template")
         if not template:
             raise ModelError("the model has no chat template; use generate with a plain prompt")
@@ -231,6 +170,61 @@ class GGUFTokenizer(BaseTokenizer):
             return "" if index is None else self._tokens[index]
 
         return _render(template, messages=messages, bos_token=token("bos"), eos_token=token("eos"))
+
+
+class TextStream:
+    """Turns tokens into text as they come, never a broken character, and stops at a stop string.
+
+    What could be the beginning of a stop string is held back until it's known not to be one.
+    """
+
+    def __init__(self, tokenizer: BaseTokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []
+        # ids [start, read) have been decoded; they go along so that the joint to the next token is right.
+        self._start = self._read = 0
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain after this token."""
+        self._ids.append(token)
+        known = self._tokenizer.decode(self._ids[self._start : self._read])
+        longer = self._tokenizer.decode(self._ids[self._start :])
+        if len(longer) <= len(known) or longer.endswith("\ufffd"):
+            return ""  # a special token, or the first bytes of a character
+        self._start, self._read = self._read, len(self._ids)
+        return self._emit(longer[len(known) :], final=False)
+
+    def finish(self) -> str:
+        """The rest, once no token will follow."""
+        known = self._tokenizer.decode(self._ids[self._start : self._read])
+        rest = self._tokenizer.decode(self._ids[self._start :])[len(known) :]
+        self._start = self._read = len(self._ids)
+        return self._emit(rest, final=True)
+
+    def _emit(self, piece: str, final: bool) -> str:
+        if self.stopped:
+            return ""
+        held = self._held + piece
+        cut = min((at for at in (held.find(stop) for stop in self._stop) if at >= 0), default=-1)
+        if cut >= 0:
+            self.stopped = True
+            sure, self._held = held[:cut], ""
+        else:
+            keep = 0 if final else self._possible_stop(held)
+            sure, self._held = held[: len(held) - keep], held[len(held) - keep :]
+        self.text += sure
+        return sure
+
+    def _possible_stop(self, text: str) -> int:
+        """The length of the longest end of `text` with which a stop string begins."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any], rule: str) -> Tokenizer:
