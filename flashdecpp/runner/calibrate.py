@@ -48,7 +48,7 @@ class SoftmaxObserver:
 
     def __init__(self, config: ModelConfig, bar: tqdm) -> None:
         self._config, self._bar = config, bar
-        self._minimum = torch.full((config.layers, config.q_heads), torch.inf, dtype=torch.float32)
+        self._minimum = torch.full((config.layers, config.q_heads), torch.inf)
         self._row_maxima: list[list[torch.Tensor]] = [[] for _ in range(config.layers)]
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:

@@ -235,7 +235,7 @@ class Engine:
         # A prompt's last token is left to compute at least, for its logits.
         findable = (request.length - 1 if request.saved is None else request.cached) // BLOCK_SIZE
         if request.scores_prompt and request.saved is None:
-            findable = 0  # all logits are wanted
+            findable = 0  # all of its logits are wanted
         found = pool.share(pool.find(self._keys(request, findable)))
         missing = blocks_for(request.prefill_length) - len(found)
         # Those that run may each need a block soon, and would preempt the newcomer for it.
@@ -248,7 +248,8 @@ class Engine:
         found_tokens = len(found) * BLOCK_SIZE
         if request.saved is None:
             request.cached = found_tokens
-            request.found = max(request.found, min(found_tokens, len(request.prompt_ids)))
+            if not request.token_ids:
+                request.found = found_tokens
             self.counts.found_tokens += found_tokens
         else:
             lost = request.blocks[len(found) : blocks_for(request.cached)]

@@ -105,7 +105,7 @@ class Request:
     @property
     def scores_prompt(self) -> bool:
         """Whether it computes its prompt's log-probabilities, once for all samples."""
-        return self.params.prompt_logprobs is not None and self.sample == 0
+        return self.params.prompt_logprobs is not None and self.sample == 0 and not self.token_ids
 
     @property
     def needs_host(self) -> bool:

@@ -15,8 +15,8 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 class Settings:
     """Values by key; null and a key that isn't there are the same.
 
-    source: what errors call the file. names: what the file calls a key, where it isn't the key itself.
-    defaults: of keys that the file lacks, whatever the caller's default is.
+    source: what errors call the file. names: what the file calls a key, where it isn't the key itself behind
+    `prefix`. defaults: of keys that the file lacks, whatever the caller's default is.
     """
 
     def __init__(
@@ -25,12 +25,13 @@ class Settings:
         source: str,
         names: Mapping[str, str] = EMPTY,
         defaults: Mapping[str, Any] = EMPTY,
+        prefix: str = "",
     ) -> None:
         self.values, self.source = values, source
-        self._names, self._defaults = names, defaults
+        self._names, self._defaults, self._prefix = names, defaults, prefix
 
     def name(self, key: str) -> str:
-        return self._names.get(key, key)
+        return self._names.get(key, self._prefix + key)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value, unchecked."""
@@ -76,6 +77,34 @@ class Settings:
         if value is not default and not isinstance(value, str):
             self.refuse(key, "a string")
         return value
+
+    def numbers(self, key: str, length: int, *, above: float = -math.inf) -> list[float]:
+        """A list of finite floats above `above`."""
+        values = self._get(key, REQUIRED)
+        right = isinstance(values, list) and len(values) == length
+        if not right or not all(is_number(value) and value > above for value in values):
+            limit = f" above {above:g}" if math.isfinite(above) else ""
+            self.refuse(key, f"a list of {length} finite numbers{limit}")
+        return [float(value) for value in values]
+
+    def token_ids(self, key: str) -> list[int]:
+        """One token id or several; none where the key is missing."""
+        value = self.get(key, [])
+        ids = value if isinstance(value, list) else [value]
+        if not all(map(_is_integer, ids)):
+            self.refuse(key, "a token id or a list of token ids")
+        return ids
+
+    def mapping(self, key: str, default: Any = REQUIRED) -> Any:
+        """An object of its own, or the default."""
+        value = self._get(key, default)
+        if value is not default and not isinstance(value, Mapping):
+            self.refuse(key, "an object")
+        return value
+
+    def section(self, key: str) -> "Settings":
+        """The values of an object; of an empty one where there is none."""
+        return Settings(self.mapping(key, EMPTY), f"{self.source}, {self.name(key)}")
 
     def refuse(self, key: str, what: str) -> None:
         """Raises the ModelError for a value that is not `what` it must be."""
