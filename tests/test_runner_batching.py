@@ -59,9 +59,9 @@ def spy_on(llm: LLM, monkeypatch) -> list[tuple[str, int, int]]:
     return calls
 
 
-@pytest.mark.parametrize("phi", ["carry", "none"])
+@pytest.mark.parametrize(("phi", "behind"), [("carry", 1), ("none", 0)])
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["found-again", "computed-again"])
-def test_a_tiny_pool_preempts_and_changes_no_answer(folder, alone, prefix_cache, phi):
+def test_a_tiny_pool_preempts_and_changes_no_answer(folder, alone, prefix_cache, phi, behind):
     """Random lengths, beginnings in common, greedy and sampled, several samples a prompt."""
     rng = random.Random(5)
     common = random_tokens(40, seed=1)
@@ -90,6 +90,7 @@ def test_a_tiny_pool_preempts_and_changes_no_answer(folder, alone, prefix_cache,
         prefix_cache=prefix_cache,
         phi=phi,
     )
+    llm._engine.behind = behind
     for _ in range(2):
         assert token_ids(llm, prompts, params) == expected
         assert llm.stats.preemptions > 10
@@ -259,28 +260,35 @@ def test_prompts_of_one_call_share_their_beginning(folder, alone):
     assert llm.stats.peak_blocks == 4 + 5 * (blocks_for(79 + 19) - 4)
 
 
-def test_blocks_grow_with_the_answer(folder):
+@pytest.mark.parametrize("behind", [0, 1])
+def test_blocks_grow_with_the_answer(folder, behind):
     llm = load(folder)
+    llm._engine.behind = behind
     stream = llm.stream(random_tokens(10), SamplingParams(max_tokens=100, ignore_eos=True))
     used = []
     for piece in stream:
         if piece.token_id is not None:
             used.append(llm._engine.pool.used_blocks)
-    # When token i is read, the step that puts it into the cache is under way; at the end all is given back.
-    assert used == [blocks_for(11 + i) for i in range(99)] + [0]
+    # When token i is read, on a GPU the step that puts it into the cache is under way; at the end all is
+    # given back.
+    assert used == [blocks_for(10 + behind + i) for i in range(99)] + [0]
 
 
-def test_tokens_are_read_one_step_behind(folder, monkeypatch):
+@pytest.mark.parametrize("behind", [0, 1])
+def test_tokens_are_read_one_step_behind_on_a_gpu_and_at_once_on_the_cpu(folder, monkeypatch, behind):
     llm = load(folder, max_batch=2)
+    assert llm._engine.behind == 0
+    llm._engine.behind = behind
     calls, take = spy_on(llm, monkeypatch), llm._engine._take_token
 
-    def spied_take(request, token):
+    def spied_take(request, token, logprob):
         calls.append(("read", request.length, token))
-        take(request, token)
+        take(request, token, logprob)
 
     monkeypatch.setattr(llm._engine, "_take_token", spied_take)
     llm.generate([random_tokens(10)], SamplingParams(max_tokens=5, ignore_eos=True))
-    assert [name for name, *_ in calls] == ["prefill", *["decode", "read"] * 4, "read"]
+    steps = ["decode", "read"] * 4
+    assert [name for name, *_ in calls] == ["prefill", *([*steps, "read"] if behind else ["read", *steps])]
     assert [length for name, length, _ in calls if name == "read"] == [10, 11, 12, 13, 14]
 
 

@@ -127,7 +127,7 @@ def test_features_of_sampling_have_graphs_of_their_own(folders):
     for params in (plain, SamplingParams(max_tokens=5, temperature=0.5), plain):
         llm.generate([random_tokens(5)], params)
     graphs = llm._engine._batch._graphs
-    assert {(rows, features.drawn, features.penalised) for rows, features in graphs} == {
+    assert {(rows, features.drawn, features.penalized) for rows, features in graphs} == {
         (1, False, False),
         (1, True, False),
     }

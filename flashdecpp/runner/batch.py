@@ -5,28 +5,29 @@ length, and a length of 0 for a sequence that has ended. So nothing is uploaded 
 graph replays it, captured once for each number of rows (a power of two) and set of sampling features. Rows
 without a sequence have the length 0: attention gives them zeros and nothing of theirs gets into the cache.
 
-The host changes rows between steps, and only those where a sequence joins, leaves or gets a block. It reads
-the chosen tokens whenever it likes: each step leaves them in a `Choice`, on the way to pinned memory.
+The host changes rows between steps, and only those where a sequence joins, leaves or gets a block, or has a
+guide. It reads the chosen tokens whenever it likes: each step leaves them in a `Choice`, on the way to pinned
+memory. Where functions of the user's change logits, a graph ends with these, and tokens are chosen behind it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from flashdecpp import ops
-
+from . import logprobs
 from .cache import KVCache, blocks_for
+from .errors import ModelError
+from .logprobs import TokenLogprob
 from .model import Decoder
-from .request import Request
+from .request import Request, due_to
+from .sampler import Chosen, Sampler
 from .sampling import SamplingFeatures
 from .transfer import Readback, upload
 
-# Rows of Batch._fields: what a sequence has of 32 bits. From TEMPERATURE on they are float32.
-LENGTH, TOP_K, ENDLESS, TEMPERATURE, TOP_P, MIN_P, PENALTY = range(7)
-FIELDS = 7
-# Rows of Batch._longs
-TOKEN, SEED = range(2)
+# What a graph computes of so many rows: tokens by these features; None: the logits alone
+Step = tuple[int, SamplingFeatures | None]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Choice:
     """The tokens that were chosen for some requests, perhaps not there yet."""
 
     requests: list[Request]
-    readback: Readback
+    tokens: Readback
+    logprobs: Readback | None
 
 
 class Batch:
@@ -62,30 +64,27 @@ class Batch:
         self.buckets = _powers_of_two(max_batch) if on_gpu else list(range(1, max_batch + 1))
         if all_rows:
             self.buckets = [max_batch]
-        self._graphs: dict[tuple[int, SamplingFeatures], torch.cuda.CUDAGraph] | None = None
+        # Each with the tensors that it leaves its results in
+        self._graphs: dict[Step, tuple[torch.cuda.CUDAGraph, Any]] | None = None
         if on_gpu and cuda_graphs:
             self._graphs, self._memory = {}, torch.cuda.graph_pool_handle()
         self._spare: list[Readback] = []
         self._features = SamplingFeatures()
 
         config, device = decoder.config, self._device
-        self._fields = torch.zeros(FIELDS, max_batch, dtype=torch.int32, device=device)
-        self._longs = torch.zeros(2, max_batch, dtype=torch.int64, device=device)
+        self._lengths = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self._tokens = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self._block_table = torch.zeros(max_batch, blocks_for(max_len), dtype=torch.int32, device=device)
         self._phi: torch.Tensor | None = None  # carried along: NaN where a sequence is new
         if carry_phi:
-            self._phi = torch.full((config.layers, max_batch, config.q_heads), torch.nan, device=device)
-        self._seen: torch.Tensor | None = None  # bool [max_batch, vocab], once a penalty asks for it
+            shape = (config.layers, max_batch, config.q_heads)
+            self._phi = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
         self._eos_ids = upload(sorted(eos_ids), torch.int64, device)
         # int32 [vocab]: 0 for a token that ends a sequence, 1 for others
         self._goes_on = torch.ones(config.vocab, dtype=torch.int32, device=device)
         self._goes_on[self._eos_ids] = 0
-        # Where a request is its row, the dimension of the rows: what moves when requests leave.
-        self._movable = [(self._fields, 1), (self._longs, 1), (self._block_table, 0)]
-        if self._phi is not None:
-            self._movable.append((self._phi, 1))
+        self._sampler = Sampler(config.vocab, self._eos_ids, max_batch, device)
 
-    @torch.inference_mode()
     def retain(self, requests: Sequence[Request]) -> None:
         """Gives up the rows of all others; those that stay move up, in their order."""
         kept = set(requests)
@@ -94,65 +93,49 @@ class Batch:
             return
         if rows and rows[-1] != len(rows) - 1:
             index = upload(rows, torch.int64, self._device)
-            for tensor, dim in self._movable:
+            for tensor, dim in self._movable():
                 tensor.narrow(dim, 0, len(rows)).copy_(tensor.index_select(dim, index))
-        self._fields[LENGTH, len(rows) : len(self.requests)] = 0
+        self._lengths[len(rows) : len(self.requests)] = 0
         self.requests = [self.requests[row] for row in rows]
         self._note_features()
 
-    @torch.inference_mode()
     def join(self, requests: Sequence[Request]) -> None:
         """Takes requests up, in the rows behind the others, all of their tokens known to the host.
 
         All of these but the newest are in the cache; where no token was chosen yet, `choose_first` is next.
         """
         first, rows = len(self.requests), slice(len(self.requests), len(self.requests) + len(requests))
-        params = [request.params for request in requests]
-        counts = [
-            [request.length for request in requests],
-            [p.top_k for p in params],
-            [p.ignore_eos for p in params],
-        ]
-        reals = [[getattr(p, name) for p in params] for name in ("temperature", "top_p", "min_p")]
-        reals.append([p.repetition_penalty for p in params])
-        floats = torch.tensor(reals, dtype=torch.float32).view(torch.int32).tolist()
-        self._fields[:, rows] = upload(counts + floats, torch.int32, self._device)
+        lengths = [request.length for request in requests]
+        self._lengths[rows] = upload(lengths, torch.int32, self._device)
         newest = [request.token_ids[-1] if request.token_ids else 0 for request in requests]
-        seeds = [request.seed for request in requests]
-        self._longs[:, rows] = upload([newest, seeds], torch.int64, self._device)
+        self._tokens[rows] = upload(newest, torch.int64, self._device)
         used = max(len(request.blocks) for request in requests)
         blocks = [request.blocks + [0] * (used - len(request.blocks)) for request in requests]
         self._block_table[rows, :used] = upload(blocks, torch.int32, self._device)
-        for row, request in enumerate(requests, start=first):
-            if self._phi is not None:
+        if self._phi is not None:
+            for row, request in enumerate(requests, start=first):
                 self._phi[:, row] = torch.nan if request.carried_phi is None else request.carried_phi
-            if request.params.repetition_penalty != 1:
-                self._mark_seen(row, request)
+        self._sampler.join(requests, first)
         self.requests = [*self.requests, *requests]
         self._note_features()
 
-    @torch.inference_mode()
     def choose_first(self, requests: Sequence[Request], logits: torch.Tensor) -> Choice:
         """The first tokens of requests that have just joined, from the logits [1, vocab] of their prompt."""
-        count = len(self.requests)
-        rows = slice(count - len(requests), count)
-        self._choose(logits.repeat(len(requests), 1), rows, self._features)
-        return self._send(rows)
+        first = len(self.requests) - len(requests)
+        self._sampler.write_masks(requests, first)
+        features, rows = self._features, slice(first, len(self.requests))
+        return self._send(rows, self._choose_processed(logits.repeat(len(requests), 1), rows, features))
 
-    @torch.inference_mode()
     def step(self) -> Choice:
         """The next token of every request: launched, not waited for."""
         rows = next(bucket for bucket in self.buckets if bucket >= len(self.requests))
-        if self._graphs is None:
-            self._compute(rows, self._features)
-        else:
-            key = (rows, self._features)
-            if key not in self._graphs:
-                self._graphs[key] = self._capture(*key)
-            self._graphs[key].replay()
-        return self._send(slice(0, len(self.requests)))
+        features, used = self._features, slice(0, len(self.requests))
+        self._sampler.write_masks(self.requests, 0)
+        if features.processed:
+            logits = self._compute((rows, None))
+            return self._send(used, self._choose_processed(logits, slice(0, rows), features))
+        return self._send(used, self._compute((rows, features)))
 
-    @torch.inference_mode()
     def place(self, rows: Sequence[int], columns: Sequence[int], blocks: Sequence[int]) -> None:
         """Changes single blocks of the table."""
         changes = upload([rows, columns, blocks], torch.int64, self._device)
@@ -162,73 +145,111 @@ class Batch:
         """float32 [layers, q_heads]: what a request takes along that leaves and comes back."""
         return None if self._phi is None else self._phi[:, self.requests.index(request)].clone()
 
-    def read(self, choice: Choice) -> list[int]:
-        """Waits for the tokens of a choice, which is read once."""
-        tokens = choice.readback.wait()
-        self._spare.append(choice.readback)
-        return tokens
+    def read(self, choice: Choice) -> list[tuple[int, TokenLogprob | None]]:
+        """Waits for what was chosen for each request of a choice, which is read once.
 
-    def _compute(self, rows: int, features: SamplingFeatures) -> None:
-        """One step of the first rows, on the device alone: what a graph holds."""
+        A token of -1 stands for none: no logit was a number above -inf.
+        """
+        tokens = choice.tokens.wait()
+        self._spare.append(choice.tokens)
+        if choice.logprobs is None:
+            return [(token, None) for token in tokens]
+        rows = zip(tokens, choice.logprobs.wait(), choice.requests, strict=True)
+        return [(token, _logprob(request, token, row)) for token, row, request in rows]
+
+    def _compute(self, step: Step) -> Any:
+        """A step by its graph, or else kernel by kernel; what it leaves holds until the next."""
+        if self._graphs is None:
+            return self._launch(step)
+        if step not in self._graphs:
+            self._graphs[step] = self._capture(step)
+        graph, result = self._graphs[step]
+        graph.replay()
+        return result
+
+    def _launch(self, step: Step) -> Any:
+        """A step on the device alone: the logits [rows, vocab], or the tokens that were Chosen."""
+        rows, features = step
         phi = None if self._phi is None else self._phi[:, :rows]
-        tokens, lengths = self._longs[TOKEN, :rows], self._fields[LENGTH, :rows]
+        tokens, lengths = self._tokens[:rows], self._lengths[:rows]
         logits = self._decoder.decode(tokens, self._cache, lengths, self._block_table[:rows], phi)
-        self._choose(logits, slice(0, rows), features)
+        return logits if features is None else self._choose(logits, logits, slice(0, rows), features)
 
-    def _choose(self, logits: torch.Tensor, rows: slice, features: SamplingFeatures) -> None:
-        """Puts the rows' next tokens in their places, and counts them."""
-        fields, (tokens, seeds) = self._fields[:, rows], self._longs[:, rows]
-        lengths, floats = fields[LENGTH], fields.view(torch.float32)
-        if features.endless and self._eos_ids.numel():
-            stopping = logits.index_select(1, self._eos_ids)
-            stopping.masked_fill_(fields[ENDLESS, :, None].bool(), -torch.inf)
-            logits.index_copy_(1, self._eos_ids, stopping)
-        sampling = {}
-        if features.drawn:
-            sampling = {
-                "temperature": floats[TEMPERATURE],
-                "top_k": fields[TOP_K],
-                "top_p": floats[TOP_P],
-                "min_p": floats[MIN_P],
-                "seed": seeds,
-                # The place of the token in its sequence: with the seed it determines the draw.
-                "position": lengths.long(),
-            }
-        if features.penalised:
-            sampling |= {"repetition_penalty": floats[PENALTY], "seen": self._seen[rows]}
-        tokens.copy_(ops.sample(logits, **sampling))
+    def _choose(
+        self, logits: torch.Tensor, own: torch.Tensor, rows: slice, features: SamplingFeatures
+    ) -> Chosen:
+        """Puts the rows' next tokens in their places, and counts them; `own` as in Sampler.choose."""
+        tokens, lengths = self._tokens[rows], self._lengths[rows]
+        chosen = self._sampler.choose(logits, own, rows, lengths, features)
+        torch.clamp(chosen.tokens, min=0, out=tokens)  # where there is none the host will end the row
         lengths.add_(lengths > 0)
         if self._eos_ids.numel():
             lengths.mul_(self._goes_on.index_select(0, tokens))
+        return chosen
 
-    def _capture(self, rows: int, features: SamplingFeatures) -> torch.cuda.CUDAGraph:
-        changed = [tensor for tensor in (self._fields, self._longs, self._seen) if tensor is not None]
+    def _choose_processed(self, logits: torch.Tensor, rows: slice, features: SamplingFeatures) -> Chosen:
+        """_choose, after logits_processor."""
+        own = logits
+        if features.processed:
+            logits = logits.to(torch.float32, copy=True)
+            for row, request in zip(logits, self.requests[rows], strict=False):
+                if request.params.logits_processor is not None:
+                    with due_to(request):
+                        row.copy_(_processed(request, row))
+        return self._choose(logits, own, rows, features)
+
+    def _capture(self, step: Step) -> tuple[torch.cuda.CUDAGraph, Any]:
+        changed = [self._lengths, self._tokens, *self._sampler.changed()]
         before = [tensor.clone() for tensor in changed]
         # Libraries load kernels and allocate at first use, which a capture must not. No row is running then.
-        self._fields[LENGTH] = 0
-        self._compute(rows, features)
+        self._lengths.zero_()
+        self._launch(step)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            self._compute(rows, features)
+            result = self._launch(step)
         for tensor, values in zip(changed, before, strict=True):
             tensor.copy_(values)
-        return graph
+        return graph, result
 
-    def _send(self, rows: slice) -> Choice:
-        readback = self._spare.pop() if self._spare else Readback(self._longs.size(1), self._device)
-        readback.start(self._longs[TOKEN, rows])
-        return Choice(self.requests[rows], readback)
+    def _send(self, rows: slice, chosen: Chosen) -> Choice:
+        """What was chosen for rows, on its way; of `chosen`, which begins with them."""
+        requests = self.requests[rows]
+        tokens = self._spare.pop() if self._spare else self._readback(self._tokens.numel(), torch.int64)
+        tokens.start(chosen.tokens[: len(requests)])
+        if chosen.logprobs is None:
+            return Choice(requests, tokens, None)
+        scores = self._readback(chosen.logprobs.numel(), torch.float64)
+        scores.start(chosen.logprobs[: len(requests)])
+        return Choice(requests, tokens, scores)
 
-    def _mark_seen(self, row: int, request: Request) -> None:
-        if self._seen is None:
-            shape = (self._fields.size(1), self._decoder.config.vocab)
-            self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
-            self._movable.append((self._seen, 0))
-        self._seen[row] = False
-        self._seen[row, upload(request.history, torch.int64, self._device)] = True
+    def _readback(self, size: int, dtype: torch.dtype) -> Readback:
+        return Readback(size, dtype, self._device)
+
+    def _movable(self) -> list[tuple[torch.Tensor, int]]:
+        """Where a request is its row, the dimension of the rows: what moves when requests leave."""
+        phi = [] if self._phi is None else [(self._phi, 1)]
+        own = [(self._lengths, 0), (self._tokens, 0), (self._block_table, 0)]
+        return [*own, *phi, *self._sampler.movable()]
 
     def _note_features(self) -> None:
-        self._features = SamplingFeatures.of([request.params for request in self.requests])
+        params = [request.params for request in self.requests]
+        self._features = SamplingFeatures.of(params, self._goes_on.numel())
+
+
+def _logprob(request: Request, token: int, row: Sequence[float]) -> TokenLogprob | None:
+    count = request.params.logprobs
+    return None if count is None else logprobs.unpack(token, row, count)
+
+
+def _processed(request: Request, logits: torch.Tensor) -> torch.Tensor:
+    """What the request's logits_processor makes of logits [vocab]."""
+    result = request.params.logits_processor(request.history, logits)
+    if not isinstance(result, torch.Tensor) or result.shape != logits.shape:
+        kind = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
+        raise ModelError(
+            f"logits_processor must return logits of the shape {tuple(logits.shape)}, got {kind}"
+        )
+    return result
 
 
 def _powers_of_two(limit: int) -> list[int]:

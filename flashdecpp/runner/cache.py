@@ -1,6 +1,6 @@
 """The paged KV cache: a pool of blocks that sequences share, and find again by the tokens in them."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -50,7 +50,7 @@ class BlockPool:
         for block in taken:
             self._users[block] = 1
             if self._keys[block] is not None:
-                del self._published[self._keys[block]]
+                self._published.pop(self._keys[block], None)
                 self._keys[block] = None
         self._note_peak()
         return taken
@@ -85,6 +85,17 @@ class BlockPool:
                 break
             found.append(self._published[key])
         return found
+
+    def recount(self, held: Iterable[Sequence[int]]) -> None:
+        """Makes these the uses of blocks, after an error that may have come before they were noted."""
+        users = Counter(block for blocks in held for block in blocks)
+        for block in range(self.num_blocks):
+            if users[block]:
+                self._free.pop(block, None)
+            elif block not in self._free:
+                self._users[block] = 1
+                self.give_back([block])
+            self._users[block] = users[block]
 
     def _note_peak(self) -> None:
         self.peak_blocks = max(self.peak_blocks, self.used_blocks)

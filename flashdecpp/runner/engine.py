@@ -1,9 +1,10 @@
 """Continuous batching: requests join the batch and leave it between decode steps.
 
 A step is at most a chunk of prompts, one prompt after the other, then one token of every running sequence.
-The host only launches it: what the device needs for the next step it has itself (batch.py). While it works,
-the host reads the tokens of the step before. So it learns one step late that a sequence has ended; what was
-launched for that one in the meantime is dropped.
+The host only launches it: what the device needs for the next step it has itself (batch.py). While a GPU
+works, the host reads the tokens of the step before. So it learns one step late that a sequence has ended;
+what was launched for that one in the meantime is dropped. On the CPU, where a step is done once launched, and
+where the host has a word in what comes next (guides, logits processors), it reads each token at once.
 Blocks of the cache are taken as sequences grow. When none is left, the youngest sequence gives its own back
 and goes on later. What was in them waits in the host's memory: computed again, as part of a prompt, it would
 differ in the last bits.
@@ -13,20 +14,22 @@ chunked prefill: Sarathi, Agrawal et al. 2023.)
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
+from threading import Lock, get_ident
 
 import torch
 
 from .batch import Batch, Choice
 from .cache import BLOCK_SIZE, BlockPool, KVCache, block_bytes, blocks_for
-from .errors import OutOfMemory
+from .errors import ModelError, OutOfMemory
+from .logprobs import PromptScores, TokenLogprob
 from .memory import available_bytes
 from .model import Decoder
-from .request import Event, Request
+from .request import Event, Request, RequestError, due_to
+from .surroundings import undisturbed
 from .transfer import upload
 
 # What a cache that isn't given a size leaves free at least: a share of a CPU's memory, where saved sequences
@@ -66,6 +69,7 @@ class Engine:
         self.cuda_graphs, self.batch_invariant = cuda_graphs, batch_invariant
         self.counts = Counts()
         on_gpu = decoder.device.type == "cuda"
+        self.behind = 1 if on_gpu else 0  # steps that the host launches before it reads a token
         self._on_device = partial(torch.cuda.device, decoder.device) if on_gpu else nullcontext
         self._fixed_blocks = None if cache_tokens is None else blocks_for(cache_tokens)
         self._wanted_blocks = 0  # of the cache, had there been memory for more
@@ -78,54 +82,99 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._batch: Batch | None = None  # of this cache; None: to be made of the running ones
         self._unread: deque[Choice] = deque()  # tokens on their way here, oldest first
+        self._prompts_done = False  # of this step
         self._lock = Lock()
+        self._worker: int | None = None  # the thread that has the lock
+        self._left: deque[Sequence[Request]] = deque()  # by callers who went away while it was had
 
     @property
     def pool(self) -> BlockPool:
         return self.cache.pool
 
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
-        """Generates for all requests; every token is an event, and so is every request's end."""
+        """Generates for all requests; every token is an event, and so is every request's end.
+
+        What one of them can't go on for is raised here, and ends all of them; those of other runs go on.
+        """
         if not requests:
             return
         events: deque[Event] = deque()
         now = time.perf_counter()
         for request in requests:
             request.events, request.started_at = events, now
-        with self._lock:
-            with self._recovering():
-                self._read()  # nothing is left under way that would keep the cache from being replaced
-            self._provide_cache(requests)
-            self.pool.peak_blocks = self.pool.used_blocks
-            self._waiting.extend(request for request in requests if request.sample == 0)
         unfinished = len(requests)
         try:
+            with self._working():
+                self._begin(requests)
             while unfinished:
                 while events:
                     event = events.popleft()
-                    unfinished -= event[1] is None
+                    request, token, _ = event
+                    if request.error is not None:
+                        raise request.error
+                    unfinished -= token is None
                     yield event
                 if unfinished:
-                    with self._lock:
+                    with self._working():
                         self._step()
         finally:
             if unfinished:  # the caller stopped early, or an error ended the run
-                with self._lock:
-                    self._forget(requests)
+                self._leave(requests)
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """One thread at a time, undisturbed by what its caller has set in torch."""
+        with self._lock, undisturbed(self.decoder.device, inference=True), self._on_device():
+            self._worker = get_ident()
+            try:
+                yield
+            finally:
+                while self._left:
+                    self._forget(self._left.popleft())
+                self._worker = None
+
+    def _leave(self, requests: Sequence[Request]) -> None:
+        """Forgets requests whose caller is gone; it may be garbage that this thread collects in a step."""
+        if self._worker == get_ident():
+            self._left.append(requests)
+        else:
+            with self._working():
+                self._forget(requests)
+
+    def _begin(self, requests: Sequence[Request]) -> None:
+        with self._recovering():
+            self._read()  # nothing is left under way that would keep the cache from being replaced
+        self._provide_cache(requests)
+        self.pool.peak_blocks = self.pool.used_blocks
+        self._waiting.extend(request for request in requests if request.sample == 0)
 
     def _step(self) -> None:
-        with self._recovering(), self._on_device():
-            self._prefill()
+        with self._recovering():
+            if not self._prompts_done:
+                self._prefill()
+                self._prompts_done = True
+                if self._read(leave=self._behind()):
+                    return  # somebody's first token is known: the caller may want to see it before it goes on
+            self._prompts_done = False
             self._rotate_anew()
             self._grow()
             launched = self._decode()
-            self._read(leave=1 if launched else 0)
+            self._read(leave=self._behind() if launched else 0)
+
+    def _behind(self) -> int:
+        """How many of the last choices the host needn't know before the next step."""
+        waiting = any(request.needs_host for request in self._running)
+        return 0 if waiting else self.behind
 
     @contextmanager
     def _recovering(self) -> Iterator[None]:
-        """An error ends the run that it comes up in. Requests of other runs go on with what is certain."""
+        """An error ends the request that it is due to, else the run that it comes up in. Requests of other
+        runs go on with what is certain."""
         try:
             yield
+        except RequestError as error:
+            self._recover()
+            self._fail(error.request, error.__cause__)
         except BaseException:
             self._recover()
             raise
@@ -141,12 +190,24 @@ class Engine:
             again.append(self._prefilling)
         for request in again:
             self._release(request)
+            for sibling in request.siblings:
+                self._release(sibling)
             if request.saved is None:
                 request.cached = 0
         for request in (*begun, *again):
             request.unread = 0
-        self._waiting.extendleft(reversed(again))
+        others = (request for request in self._waiting if request not in again)
+        self._waiting = deque((*again, *others))
         self._running, self._prefilling = begun, None
+        self._prompts_done = False
+        # The error may have come between taking blocks and noting whose they are.
+        self.pool.recount(request.blocks for request in (*self._running, *self._waiting))
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """Ends a request with an error, which its run raises."""
+        request.error, request.finish_reason = error, "error"
+        request.events.append((request, None, ""))
+        self._remove([request])
 
     def _prefill(self) -> None:
         """A chunk of tokens of prompts. A prompt is cut where it would be cut without others."""
@@ -158,9 +219,10 @@ class Engine:
             if stop - start > left:
                 return
             left -= stop - start
-            logits = self._compute(request, stop) if stop > start else None
-            if stop == end:
-                self._start_decoding(request, logits)
+            with due_to(request):
+                logits = self._compute(request, stop) if stop > start else None
+                if stop == end:
+                    self._start_decoding(request, logits)
 
     def _admit(self) -> bool:
         """Takes the oldest waiting request, once there's a place in the batch and room in the cache."""
@@ -170,17 +232,22 @@ class Engine:
         request, pool = self._waiting[0], self.pool
         # A prompt's last token is left to compute at least, for its logits.
         findable = (request.length - 1 if request.saved is None else request.cached) // BLOCK_SIZE
+        if request.scores_prompt and request.saved is None:
+            findable = 0  # all of its logits are wanted
         found = pool.share(pool.find(self._keys(request, findable)))
         missing = blocks_for(request.prefill_length) - len(found)
         # Those that run may each need a block soon, and would preempt the newcomer for it.
         if missing + active > pool.free_blocks:
             pool.give_back(found)
             return False
-        self._prefilling = self._waiting.popleft()
+        self._prefilling = request
+        self._waiting.popleft()
         request.blocks = found + pool.take(missing)
         found_tokens = len(found) * BLOCK_SIZE
         if request.saved is None:
             request.cached = found_tokens
+            if not request.token_ids:
+                request.found = found_tokens
             self.counts.found_tokens += found_tokens
         else:
             lost = request.blocks[len(found) : blocks_for(request.cached)]
@@ -194,8 +261,12 @@ class Engine:
         device, start = self.decoder.device, request.cached
         tokens = upload(request.history[start:stop], torch.int64, device)
         table = upload([request.blocks], torch.int32, device)
+        wanted = {}
+        if request.scores_prompt:
+            scores = request.prompt_logprobs, request.prompt_ids, request.params.prompt_logprobs
+            wanted["score"] = PromptScores(*scores).add
         logits = self.decoder.prefill(
-            tokens, self.cache, table, start=start, prompt_length=request.rotated_for
+            tokens, self.cache, table, start=start, prompt_length=request.rotated_for, **wanted
         )
         self._advance(request, stop)
         return logits
@@ -204,19 +275,19 @@ class Engine:
         """Takes up a request whose tokens are in the cache, with its siblings where the prompt was new."""
         joining, active = [request], self._active()
         if not request.token_ids:
-            places = self.max_batch - len(active) - 1
-            joining += request.siblings[:places]
-            # The others come with the next places, and find the prompt's full blocks.
-            self._waiting.extendleft(reversed(request.siblings[places:]))
-            request.siblings = []
+            joining += request.siblings[: self.max_batch - len(active) - 1]
             for sibling in joining[1:]:
                 sibling.blocks, sibling.cached = self.pool.share(request.blocks), request.cached
+                sibling.found = request.found
         batch = self._batch_of(active)
         batch.join(joining)
         if not request.token_ids:
             self._note_chosen(batch.choose_first(joining, logits))
         self._running += joining
         self._prefilling = None
+        # The others come with the next places, and find the prompt's full blocks.
+        self._waiting.extendleft(reversed(request.siblings[len(joining) - 1 :]))
+        request.siblings = []
 
     def _active(self) -> list[Request]:
         """The running requests that need another token, as far as the host knows: without those whose last
@@ -323,18 +394,26 @@ class Engine:
         for request in choice.requests:
             request.unread += 1
 
-    def _read(self, leave: int = 0) -> None:
-        """Takes the tokens that were chosen, all but those of the last `leave` times."""
+    def _read(self, leave: int = 0) -> bool:
+        """Takes the tokens that were chosen, not those of the last `leave` times; whether there were any."""
+        taken = False
         while len(self._unread) > leave:
-            choice = self._unread.popleft()
-            for request, token in zip(choice.requests, self._batch.read(choice), strict=True):
+            choice, taken = self._unread.popleft(), True
+            for request, (token, logprob) in zip(choice.requests, self._batch.read(choice), strict=True):
                 request.unread -= 1
                 if request.finish_reason is not None:  # launched before its end was known
                     continue
+                if token < 0:
+                    self._fail(request, _no_token(request))
+                    continue
                 self.counts.decoded_tokens += bool(request.token_ids)
                 self._advance(request, request.length)
-                self._take_token(request, token)
+                try:
+                    self._take_token(request, token, logprob)
+                except Exception as error:
+                    raise RequestError(request) from error
         self._drop_finished()
+        return taken
 
     def _advance(self, request: Request, cached: int) -> None:
         """Notes that tokens are in the cache, and publishes the blocks that they filled."""
@@ -356,16 +435,21 @@ class Engine:
         # A rope scaling may go by the prompt's length: keys and values then depend on it as well.
         return request.block_keys(blocks, rotation=self.decoder.config.rotation(request.rotated_for))
 
-    def _take_token(self, request: Request, token: int) -> None:
+    def _take_token(self, request: Request, token: int, logprob: TokenLogprob | None) -> None:
         """Adds a token to a request, and ends it where this was the last one."""
-        request.last_token_at = time.perf_counter()
+        now = time.perf_counter()
         if request.first_token_at is None:
-            request.first_token_at = request.last_token_at
-        if token in self.eos_ids:
-            request.finish_reason = "stop"
+            request.first_token_at = request.last_token_at = now
+        if token in self.eos_ids or token in request.params.stop_token_ids:
+            request.finish_reason, request.stop_match = "stop", token
         else:
-            request.token_ids.append(token)
+            for guide in request.guides:
+                guide.accept(token)
             text = request.text.push(token)
+            request.token_ids.append(token)
+            request.last_token_at = now
+            if logprob is not None:
+                request.logprobs.append(logprob)
             if request.text.stopped:
                 request.finish_reason = "stop"
             elif request.length >= request.final_length(self.max_len):
@@ -373,8 +457,8 @@ class Engine:
             request.events.append((request, token, text))
         if request.finish_reason is not None:
             rest = request.text.finish()
-            if request.text.stopped:  # the held back text completed a stop string
-                request.finish_reason = "stop"
+            if request.text.stopped:  # perhaps by the text that was held back
+                request.finish_reason, request.stop_match = "stop", request.text.matched
             request.events.append((request, None, rest))
 
     def _drop_finished(self) -> None:
@@ -384,18 +468,24 @@ class Engine:
         self._running = [request for request in self._running if request.finish_reason is None]
 
     def _forget(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            request.finish_reason = request.finish_reason or "abandoned"
+        self._remove(requests)
+
+    def _remove(self, requests: Iterable[Request]) -> None:
+        """Takes requests out of all lists, and their blocks back."""
         gone = set(requests)
         self._running = [request for request in self._running if request not in gone]
         self._waiting = deque(request for request in self._waiting if request not in gone)
         if self._prefilling in gone:
             self._prefilling = None
-        for request in requests:
-            request.finish_reason = request.finish_reason or "abandoned"
+        for request in gone:
             self._release(request)
 
     def _release(self, request: Request) -> None:
-        self.pool.give_back(request.blocks)
-        request.blocks = []
+        if request.blocks:
+            self.pool.give_back(request.blocks)
+            request.blocks = []
 
     def _provide_cache(self, requests: Sequence[Request]) -> None:
         """Sees to a cache in which each request fits, and as many at once as the memory allows.
@@ -427,6 +517,14 @@ class Engine:
 
     def _new_cache(self, num_blocks: int) -> KVCache:
         return KVCache(self.decoder.config, num_blocks, self.decoder.device, self.decoder.dtype)
+
+
+def _no_token(request: Request) -> ModelError:
+    """For a request whose logits are all NaN or -inf."""
+    after = f"after {len(request.token_ids)} tokens of the answer no token can be chosen"
+    if constraints := request.params.constraints:
+        return ModelError(f"{after}: {', '.join(constraints)} may exclude all, or the logits are NaN")
+    return ModelError(f"{after}: all logits are NaN, as where a model's weights are damaged or overflow")
 
 
 def _next_column(request: Request) -> int:

@@ -1,8 +1,9 @@
 """LLM: a model that generates text."""
 
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,19 +12,25 @@ from tqdm import tqdm
 
 from flashdecpp._library import gpu_library
 
+from .arguments import flag, integer, is_integer, require, shown
 from .checkpoint import open_checkpoint
+from .config import ModelConfig
 from .engine import Counts, Engine
 from .errors import ModelError, OutOfMemory
 from .formats import QUANTIZE
+from .generation_config import GenerationDefaults
+from .logprobs import TokenLogprob
 from .memory import available_bytes, gigabytes, peak_bytes
 from .model import PREFILL_CHUNK, Decoder
 from .phi import Phi, load_phi
+from .prompts import Prompt, read_messages, read_prompt, read_prompts
 from .request import Event, Request
 from .sampling import SamplingParams
-from .tokenizer import Message
+from .surroundings import undisturbed
+from .tokenizer import Message, Tool
 from .weights import load_weights
 
-Prompt = str | Sequence[int]
+MAX_BATCH = 4096  # rows, which the device has tables for
 
 INVARIANT_SPLITS = 8  # of every sequence's keys, where the number mustn't depend on the batch
 
@@ -36,22 +43,59 @@ class Completion:
     text: str
     token_ids: list[int]
     prompt_token_ids: list[int]
-    finish_reason: str  # "stop": end of sequence or a stop string; "length": max_tokens or the context's end
+    finish_reason: str  # "stop": end of sequence or a stop; "length": max_tokens or the context's end
     time_to_first_token: float  # seconds since the call, waiting for a place in the batch included
     tokens_per_second: float  # after the first token
     sample: int = 0  # which of its prompt's SamplingParams.n answers
+    index: int = 0  # which of the call's prompts
+    seed: int = 0  # SamplingParams(seed=...) with which this answer comes again, alone
+    stop_match: str | int | None = None  # the stop string, or the token, that ended it
+    found_tokens: int = 0  # of the prompt, that were in the cache already
+    logprobs: list[TokenLogprob] | None = None  # of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # of prompt_token_ids: None for the first
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def generated_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @classmethod
+    def of(cls, request: Request) -> "Completion":
+        """What came of a request that has ended."""
+        params = request.params
+        return cls(
+            prompt=request.prompt,
+            text=request.text.text,
+            token_ids=request.token_ids,
+            prompt_token_ids=request.prompt_ids,
+            finish_reason=request.finish_reason,
+            time_to_first_token=request.time_to_first_token,
+            tokens_per_second=request.tokens_per_second,
+            sample=request.sample,
+            index=request.index,
+            seed=request.seed,
+            stop_match=request.stop_match,
+            found_tokens=request.found,
+            logprobs=None if params.logprobs is None else request.logprobs,
+            prompt_logprobs=None if params.prompt_logprobs is None else request.prompt_logprobs,
+        )
 
 
 @dataclass(frozen=True)
 class Piece:
     """A piece of a streamed answer; text may be empty while a character or a stop string is incomplete.
 
-    The last piece has no token, the text that was still held back, and the finish reason.
+    The last piece has no token, the text that was still held back, the finish reason and what matched.
     """
 
     text: str
     token_id: int | None
     finish_reason: str | None = None
+    logprob: TokenLogprob | None = None  # of the token, if asked for
+    stop_match: str | int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +152,12 @@ class LLM:
     batch_invariant: the bits of an answer don't depend on what else is decoded, at the price of steps that
         always compute max_batch rows and split keys alike. Together with prefix_cache=False a prompt then
         gets the same answer always, in half precision too.
+    generation_config: what the model says of its sampling (generation_config.json: temperature, top_k and
+        more) holds where SamplingParams say nothing; `defaults` has it. False is greedy, up to 256 tokens.
+
+    Any number of threads may use it at once, and their requests are decoded together. What they have set in
+    torch (autocast, default dtype and device, inference mode) doesn't change what it computes. An error in
+    one request is raised by its own call and ends no other's; the LLM stays usable.
     """
 
     def __init__(
@@ -125,101 +175,134 @@ class LLM:
         quantize: str = "auto",
         cuda_graphs: bool = True,
         batch_invariant: bool = False,
+        generation_config: bool = True,
     ) -> None:
+        require(isinstance(model, str | os.PathLike), "model", "a name or a path", model)
         if quantize not in QUANTIZE:
             raise ModelError(f"quantize must be one of {', '.join(QUANTIZE)}, got {quantize}")
-        self.device = resolve_device(device)
-        checkpoint = open_checkpoint(model)
-        self.name, self.path = checkpoint.name, checkpoint.path
-        self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
-        self.dtype = resolve_dtype(dtype, self.device, self.config.dtype)
-        if self.dtype == torch.float16 and not self.config.architecture.float16:
-            raise ModelError(f"{self.config.architecture.name} overflows float16; run it in bfloat16")
-        self.max_len = self.config.context if max_len is None else max_len
-        if not 0 < self.max_len <= self.config.context:
-            raise ModelError(
-                f"max_len must be from 1 to the model's context of {self.config.context}, got {max_len}"
-            )
-        if max_batch < 1:
-            raise ModelError(f"max_batch must be 1 or more, got {max_batch}")
-        if prefill_chunk < 1:
-            raise ModelError(f"prefill_chunk must be 1 or more, got {prefill_chunk}")
-        plan = checkpoint.plan.quantized(quantize, checkpoint.source)
+        max_batch = integer("max_batch", max_batch, 1, MAX_BATCH)
+        prefill_chunk = integer("prefill_chunk", prefill_chunk, 1)
         if cache_tokens is not None:
-            self._check_room(plan.nbytes(self.dtype), cache_tokens)
-        unified_maximum = load_phi(phi, checkpoint.path, self.config, self.device)
-        weights = load_weights(plan, checkpoint.source, self.device, self.dtype)
-        carry = isinstance(unified_maximum, str)
-        unified = "carried phi" if carry else "fixed phi"
-        self._softmax = "online softmax" if unified_maximum is None else unified
-        self.decoder = Decoder(
-            self.config,
-            weights,
-            self.max_len,
-            None if carry else unified_maximum,
-            INVARIANT_SPLITS if batch_invariant else 0,
-        )
-        self._engine = Engine(
-            self.decoder,
-            checkpoint.eos_ids,
-            self.max_len,
-            max_batch,
-            cache_tokens,
-            carry,
-            prefill_chunk,
-            prefix_cache,
-            cuda_graphs,
-            batch_invariant,
-        )
+            cache_tokens = integer("cache_tokens", cache_tokens, 1)
+        flag("prefix_cache", prefix_cache)
+        flag("cuda_graphs", cuda_graphs)
+        flag("batch_invariant", batch_invariant)
+        flag("generation_config", generation_config)
+        self.device = resolve_device(device)
+        with undisturbed(self.device, inference=False):
+            checkpoint = open_checkpoint(model)
+            self.name, self.path = checkpoint.name, checkpoint.path
+            self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
+            self.dtype = resolve_dtype(dtype, self.device, self.config.dtype)
+            if self.dtype == torch.float16 and not self.config.architecture.float16:
+                raise ModelError(f"{self.config.architecture.name} overflows float16; run it in bfloat16")
+            self.max_len = self.config.context if max_len is None else max_len
+            fits = is_integer(self.max_len) and 0 < self.max_len <= self.config.context
+            require(fits, "max_len", f"from 1 to the model's context of {self.config.context}", max_len)
+            self.max_len = int(self.max_len)
+            # TODO(merge): checkpoint.defaults
+            own = getattr(checkpoint, "defaults", GenerationDefaults())
+            self.defaults = own if generation_config else GenerationDefaults()
+            plan = checkpoint.plan.quantized(quantize, checkpoint.source)
+            if cache_tokens is not None:
+                self._check_room(plan.nbytes(self.dtype), cache_tokens)
+            if phi is None or isinstance(phi, str | Path):
+                unified_maximum = load_phi(phi, checkpoint.path, self.config, self.device)
+            else:
+                unified_maximum = _own_phi(phi, self.config, self.device)
+            weights = load_weights(plan, checkpoint.source, self.device, self.dtype)
+            carry = isinstance(unified_maximum, str)
+            unified = "carried phi" if carry else "fixed phi"
+            self._softmax = "online softmax" if unified_maximum is None else unified
+            self.decoder = Decoder(
+                self.config,
+                weights,
+                self.max_len,
+                None if carry else unified_maximum,
+                INVARIANT_SPLITS if batch_invariant else 0,
+            )
+            self._engine = Engine(
+                self.decoder,
+                checkpoint.eos_ids,
+                self.max_len,
+                max_batch,
+                cache_tokens,
+                carry,
+                prefill_chunk,
+                prefix_cache,
+                cuda_graphs,
+                batch_invariant,
+            )
         self.stats: Stats | None = None
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         progress: bool = False,
     ) -> list[Completion]:
-        """Answers to prompts (strings or lists of token ids), in the order of the prompts.
+        """Answers to prompts, in the order of the prompts.
 
-        A single prompt gives a list of one. `params`: for all, or one for each prompt; where params.n is more
-        than one, the answers to a prompt follow each other. Any number of prompts keeps up to max_batch
-        sequences decoding together. `progress`: a bar on stderr, where that's a terminal.
+        prompts: one or several, each a text or token ids: a list, an array, a 1-D tensor, or a mapping with
+            input_ids, such as transformers' tokenizers return. A single one gives a list of one.
+        params: for all, or one for each prompt; where params.n is more than one, the answers to a prompt
+            follow each other.
+        progress: a bar on stderr, where that's a terminal.
+
+        Any number of prompts keeps up to max_batch sequences decoding together. Raises ModelError for what
+        can't be answered: all arguments are checked before anything is computed.
         """
-        requests = self._requests(_as_list(prompts), params)
-        with _ProgressBar(len(requests), progress) as bar:
-            for _, token, _ in self._run(requests):
-                bar.count(token)
-        return [
-            Completion(
-                prompt=request.prompt,
-                text=request.text.text,
-                token_ids=request.token_ids,
-                prompt_token_ids=request.prompt_ids,
-                finish_reason=request.finish_reason,
-                time_to_first_token=request.time_to_first_token,
-                tokens_per_second=request.tokens_per_second,
-                sample=request.sample,
-            )
-            for request in requests
-        ]
+        answers = list(self.completions(prompts, params, progress=progress))
+        return sorted(answers, key=lambda answer: (answer.index, answer.sample))
+
+    def completions(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> Iterator[Completion]:
+        """What generate gives, each answer as soon as it has ended: `index` and `sample` say which it is.
+
+        The call itself raises errors of its arguments.
+        """
+        return self._completions(self._requests(prompts, params), progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """The answer to one prompt as it is generated. The call itself raises errors of its arguments."""
         _need_one_answer(params)
-        return self._pieces(self._requests([prompt], params))
+        return self._pieces(self._requests([read_prompt(prompt)], params))
 
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: bool = False
+        self,
+        messages: Iterable[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        stream: bool = False,
     ) -> Completion | Iterator[Piece]:
-        """The model's answer to messages like {"role": "user", "content": "..."}."""
+        """The model's answer to messages like {"role": "user", "content": "..."}.
+
+        tools: functions, or JSON schemas of functions, that the chat template tells the model of.
+        """
         _need_one_answer(params)
-        ids = self.tokenizer.encode_chat(messages)
+        ids = self.tokenizer.encode_chat(read_messages(messages), tools, limit=self.max_len)
         return self.stream(ids, params) if stream else self.generate([ids], params)[0]
 
+    def _completions(self, requests: list[Request], progress: bool) -> Iterator[Completion]:
+        with _ProgressBar(len(requests), progress) as bar:
+            for request, token, _ in self._run(requests):
+                bar.count(token)
+                if token is None:
+                    yield Completion.of(request)
+
     def _pieces(self, requests: list[Request]) -> Iterator[Piece]:
-        for request, token, text in self._run(requests):
-            yield Piece(text, token, request.finish_reason if token is None else None)
+        for number, (request, token, text) in enumerate(self._run(requests)):
+            if token is None:
+                yield Piece(text, None, request.finish_reason, stop_match=request.stop_match)
+            else:
+                yield Piece(text, token, logprob=request.logprobs[number] if request.logprobs else None)
 
     def _run(self, requests: list[Request]) -> Iterator[Event]:
         counts, fallbacks = replace(self._engine.counts), int(self.decoder.fallbacks.item())
@@ -229,35 +312,52 @@ class LLM:
             self.stats = self._measure(requests, counts, fallbacks)
 
     def _requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None,
     ) -> list[Request]:
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ModelError(f"{len(prompts)} prompts need as many SamplingParams, got {len(params)}")
-        pairs = zip(prompts, params, strict=True)
-        return [request for prompt, p in pairs for request in self._samples(prompt, p)]
+        """n requests for each prompt, once nothing is wrong with any of them."""
+        texts = read_prompts(prompts)
+        each = self._resolved(params, len(texts))
+        pairs = enumerate(zip(texts, each, strict=True))
+        return [request for index, (prompt, p) in pairs for request in self._samples(prompt, p, index)]
 
-    def _samples(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
+    def _resolved(
+        self, params: SamplingParams | Iterable[SamplingParams] | None, prompts: int
+    ) -> list[SamplingParams]:
+        """A prompt's params for each, with the model's defaults, checked against its vocabulary."""
+        single = params is None or isinstance(params, SamplingParams)
+        what = "SamplingParams, or as many as there are prompts"
+        several = isinstance(params, Iterable) and not isinstance(params, str | bytes | Mapping)
+        require(single or several, "params", what, params)
+        given = [SamplingParams() if params is None else params] if single else list(params)
+        for p in given:
+            require(isinstance(p, SamplingParams), "params", what, p)
+        if not single and len(given) != prompts:
+            raise ModelError(f"{prompts} prompts need as many SamplingParams, got {len(given)}")
+        resolved = [p.resolved(self.defaults) for p in given]
+        for p in resolved:
+            p.check_vocabulary(self.config.vocab)
+        return resolved * prompts if single else resolved
+
+    def _samples(self, prompt: str | list[int], params: SamplingParams, index: int) -> list[Request]:
         if isinstance(prompt, str):
-            text, ids = prompt, self.tokenizer.encode(prompt)
+            text, ids = prompt, self.tokenizer.encode(prompt, limit=self.max_len)
         else:
-            ids = [int(token) for token in prompt]
-            outside = [token for token in ids if not 0 <= token < self.config.vocab]
-            if outside:
-                raise ModelError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab}")
-            text = self.tokenizer.decode(ids)
+            text, ids = None, prompt
+        outside = next((token for token in ids if not 0 <= token < self.config.vocab), None)
+        if outside is not None:
+            raise ModelError(f"token id {outside} is outside the vocabulary of {self.config.vocab}")
         if not ids:
             raise ModelError("the prompt is empty")
         if len(ids) >= self.max_len:
             raise ModelError(
                 f"the prompt has {len(ids)} tokens, which leaves no room for an answer within {self.max_len}"
             )
-        return Request.samples(text, ids, params, self.tokenizer)
+        text = self.tokenizer.decode(ids) if text is None else text
+        return Request.samples(text, ids, params, self.tokenizer, index)
 
     def _check_room(self, weight_bytes: int, cache_tokens: int) -> None:
-        if cache_tokens < 1:
-            raise ModelError(f"cache_tokens must be 1 or more, got {cache_tokens}")
         cache_bytes = self.config.cache_bytes_per_token(self.dtype) * cache_tokens
         free = available_bytes(self.device)
         if weight_bytes + cache_bytes > free:
@@ -319,13 +419,21 @@ class _ProgressBar(tqdm):
 
 
 def _need_one_answer(params: SamplingParams | None) -> None:
+    require(params is None or isinstance(params, SamplingParams), "params", "SamplingParams", params)
     if params is not None and params.n > 1:
         raise ModelError(f"stream and chat give one answer, got n={params.n}")
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [prompts] if single else prompts
+def _own_phi(phi: Sequence[torch.Tensor], config: ModelConfig, device: torch.device) -> list[torch.Tensor]:
+    """A caller's phi for each layer, float32 [q_heads] on the device."""
+    try:
+        layers = [torch.as_tensor(layer, dtype=torch.float32, device=device) for layer in phi]
+    except (TypeError, ValueError, RuntimeError):
+        layers = []
+    fits = len(layers) == config.layers and all(layer.shape == (config.q_heads,) for layer in layers)
+    what = f"auto, carry, none, a file, or numbers [{config.q_heads}] for each of {config.layers} layers"
+    require(fits and all(layer.isfinite().all() for layer in layers), "phi", what, phi)
+    return layers
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -333,14 +441,22 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         usable = torch.cuda.is_available() and gpu_library().loaded
         return torch.device("cuda" if usable else "cpu")
+    if not isinstance(device, str | torch.device):
+        raise ModelError(f"device must be a name such as cpu or cuda, got {shown(device)}")
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise ModelError(f"device {device!r} is not known; cpu and cuda are") from None
-    if chosen.type not in ("cpu", "cuda"):
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if chosen.type != "cuda":
         raise ModelError(f"device must be cpu or cuda, got {device}")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device cuda was asked for, but torch finds no GPU here")
+    if not torch.cuda.is_available():
+        raise ModelError(f"device {device} was asked for, but torch finds no GPU here")
+    count = torch.cuda.device_count()
+    if chosen.index is not None and chosen.index >= count:
+        last = f"cuda:{count - 1} is the last"
+        raise ModelError(f"device {device} was asked for, but torch finds {count} GPUs here; {last}")
     return chosen
 
 
@@ -355,5 +471,6 @@ def resolve_dtype(
     allowed = (torch.float16, torch.bfloat16) + ((torch.float32,) if device.type == "cpu" else ())
     if named not in allowed:
         names = ", ".join(str(a).removeprefix("torch.") for a in allowed)
-        raise ModelError(f"dtype on {device.type} must be one of {names}, got {dtype}")
+        got = dtype if isinstance(dtype, str) else shown(dtype)
+        raise ModelError(f"dtype on {device.type} must be one of {names}, got {got}")
     return named

@@ -22,6 +22,9 @@ PREFILL_CHUNK = 1024
 # From more rows than these on, every linear layer goes to the BLAS.
 BLAS_ROWS = 128
 
+# Rows whose logits are made at once where those of a whole prompt are wanted: they take much memory
+LOGITS_ROWS = 64
+
 # Tokens of a sequence that the decode op takes at once
 MAX_Q_LEN = 16
 
@@ -41,6 +44,9 @@ Norm = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
 # (layer, q, k) of a prompt's chunk, as its attention takes them: q [1, q_len, q_heads, head_dim] are the last
 # of the tokens of k [1, tokens, kv_heads, head_dim]
 Observe = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+# (position of the first, logits [rows, vocab]) of successive tokens of a prompt
+Score = Callable[[int, torch.Tensor], None]
 
 
 class Decoder:
@@ -118,11 +124,12 @@ class Decoder:
         *,
         start: int = 0,
         prompt_length: int | None = None,
+        score: Score | None = None,
     ) -> torch.Tensor:
         """A prompt, tokens int64 [length], block_table [1, max_blocks]. Logits [1, vocab] of its last token.
 
         One prompt at a time, so that its result doesn't depend on what it's batched with. `observe` is
-        shown what the softmax of every layer is computed from.
+        shown what the softmax of every layer is computed from, `score` the logits of all tokens.
 
         Or a piece of a prompt of `prompt_length` tokens, of which the cache holds `start` already.
         """
@@ -135,6 +142,9 @@ class Decoder:
             attend = self._prompt_attention(cache, block_table, first, stop, observe)
             chunk = tokens[None, first - start : stop - start]
             stream = self._layers(chunk, cache, seq_lens, block_table, cos_sin, attend)
+            if score is not None:
+                for row in range(0, len(stream), LOGITS_ROWS):
+                    score(first + row, self._logits(stream[row : row + LOGITS_ROWS]))
         return self._logits(stream[-1:])
 
     def _check_room(self, max_len: int) -> None:

@@ -7,26 +7,31 @@ import torch
 
 def upload(values: Sequence, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor of these values on the device. What is launched next sees it; the host goes on at once."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
+def host_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of the host that is copied from and to the device without waiting; with anything in it."""
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+
+
 class Readback:
-    """Tokens on their way to the host: int64, up to `size` of them at a time."""
+    """Numbers on their way to the host, up to `size` of them at a time."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self._host = torch.empty(size, dtype=torch.int64, pin_memory=on_gpu)
-        self._done = torch.cuda.Event() if on_gpu else None
-        self._count = 0
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._host = host_tensor((size,), dtype, device)
+        self._done = torch.cuda.Event() if device.type == "cuda" else None
+        self._shape = torch.Size((0,))
 
-    def start(self, tokens: torch.Tensor) -> None:
-        self._count = tokens.numel()
-        self._host[: self._count].copy_(tokens, non_blocking=True)
+    def start(self, values: torch.Tensor) -> None:
+        self._shape = values.shape
+        self._host[: values.numel()].view(values.shape).copy_(values, non_blocking=True)
         if self._done is not None:
             self._done.record()
 
-    def wait(self) -> list[int]:
+    def wait(self) -> list:
+        """The values as nested lists."""
         if self._done is not None:
             self._done.synchronize()
-        return self._host[: self._count].tolist()
+        return self._host[: self._shape.numel()].view(self._shape).tolist()
