@@ -367,7 +367,6 @@ def test_a_gguf_files_wrong_value_is_named(original, tmp_path, changes, match):
         {"llama.vocab_size": 10**6},
         {"llama.vocab_size": None},
         {"llama.attention.sliding_window": 0},
-        {"tokenizer.ggml.eot_token_id": 10**9},
         {"tokenizer.ggml.eom_token_id": -1},
     ],
     ids=str,
