@@ -18,11 +18,11 @@ from unittest import mock
 
 import pytest
 import torch
-from flashdecpp.runner.logprobs import TokenLogprob
 from runner_models import byte_tokens, save_model
 
 from flashdecpp import Completion, Piece, SamplingParams, runner
 from flashdecpp.cli import main
+from flashdecpp.runner.logprobs import TokenLogprob
 
 
 def flashdecpp(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
