@@ -30,7 +30,7 @@ def snapshot(folder: Path) -> Path | None:
     """In a folder models--organization--name of the cache: what main stood for when it was last fetched, else
     the only revision that is there."""
     main, snapshots = folder / "refs" / "main", folder / "snapshots"
-    if main.is_file() and (found := snapshots / main.read_text().strip()).is_dir():
+    if main.is_file() and (found := snapshots / main.read_text(errors="replace").strip()).is_dir():
         return found
     revisions = [path for path in snapshots.iterdir() if path.is_dir()] if snapshots.is_dir() else []
     return revisions[0] if len(revisions) == 1 else None
