@@ -1,8 +1,8 @@
 """Many prompts of random lengths through one model, in a block pool that is far too small for them.
 
-Every answer must be the one that its prompt gets alone, no block may leak and memory must stay flat. The model
-is a random one of a Llama's make, or a folder or file, or the demo model. Either thousands of prompts in one
-call (of a demo that is slow alone, compare every fifth, say: --alone-every 5):
+Every answer must be the one that its prompt gets alone, no block may leak and memory must stay flat. The
+model is a random one of a Llama's make, or a folder or file, or the demo model. Either thousands of prompts
+in one call (of a demo that is slow alone, compare every fifth, say: --alone-every 5):
 
     python tests/stress_runner.py [--device cuda] [--prompts 10000] [--model random|demo|PATH]
 
