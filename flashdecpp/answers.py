@@ -10,6 +10,8 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from flashdecpp.terminal import UNUSABLE
+
 if TYPE_CHECKING:
     from flashdecpp.runner import LLM, Completion, Piece
 
@@ -24,7 +26,7 @@ def print_stream(pieces: Iterator[Piece]) -> tuple[str, bool]:
                 answer += piece.text
         except KeyboardInterrupt:
             interrupted = True
-        except ValueError:
+        except UNUSABLE:
             if answer:
                 print(flush=True)
             raise

@@ -11,7 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from flashdecpp._interrupt import raise_again
+
+# Of a model, a prompt or a setting: what a person at a terminal can act on.
+UNUSABLE = (ValueError, MemoryError, torch.OutOfMemoryError)
 
 _SURROGATES = re.compile("[\ud800-\udfff]")  # what Python has in place of bytes that are no text
 
@@ -36,7 +41,7 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
+    except (*UNUSABLE, OSError, ImportError) as error:
         complain(error)
         sys.exit(1)
     finally:

@@ -503,6 +503,12 @@ def test_a_full_disk_is_one_line(puppet) -> None:
     )
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError()])
+def test_memory_that_runs_out_is_one_line(puppet, error) -> None:
+    puppet.answers = [error]
+    assert "emory" in run("generate", "a").complaint
+
+
 LONG = ["generate", "x", "-n", "30000", "--ignore-eos", "--device", "cpu", "--dtype", "float32", "--model"]
 
 
