@@ -57,7 +57,7 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	@touch $@
 
 $(VENV)/.test-tools: $(VENV)/.packages
-	$(PIP) install -c constraints.txt --quiet pytest hypothesis matplotlib
+	$(PIP) install -c constraints.txt --quiet pytest hypothesis matplotlib llguidance
 	@touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.packages

@@ -22,24 +22,46 @@ from flashdecpp.quantization import QuantizedLinear, quantize_
 
 if TYPE_CHECKING:
     from flashdecpp.integrations.transformers import accelerate
-    from flashdecpp.runner import LLM, Completion, ModelError, OutOfMemory, Piece, SamplingParams, Stats
+    from flashdecpp.runner import (
+        LLM,
+        Completion,
+        Guide,
+        ModelError,
+        OutOfMemory,
+        Piece,
+        SamplingParams,
+        Stats,
+        TokenLogprob,
+    )
 
 __version__ = metadata.version("flashdecpp")
 __all__ = [
     "LLM",
     "Completion",
+    "Guide",
     "ModelError",
     "OutOfMemory",
     "Piece",
     "QuantizedLinear",
     "SamplingParams",
     "Stats",
+    "TokenLogprob",
     "accelerate",
     "check",
     "ops",
     "quantize_",
 ]
-_OF_RUNNER = ("LLM", "Completion", "ModelError", "OutOfMemory", "Piece", "SamplingParams", "Stats")
+_OF_RUNNER = {
+    "LLM",
+    "Completion",
+    "Guide",
+    "ModelError",
+    "OutOfMemory",
+    "Piece",
+    "SamplingParams",
+    "Stats",
+    "TokenLogprob",
+}
 
 dispatch.install()
 

@@ -346,20 +346,18 @@ def _append(
 ) -> None:
     """Writes x [batch, q_len, kv_heads, head_dim] to its tokens' places, those that the cache has."""
     block_size = cache.size(1)
-    sequences = torch.arange(x.size(0), device=x.device)[:, None].expand_as(positions)
-    written = (positions >= 0) & (positions < capacity(cache, block_table))
+    held = (positions >= 0) & (positions < capacity(cache, block_table))
+    x, positions, sequences = x[held], positions[held], held.nonzero()[:, 0]
     if block_table is None:
         blocks, slots = sequences, positions
     else:
-        last = block_table.size(1) - 1
-        blocks = block_table.long()[sequences, (positions // block_size).clamp(0, last)]
-        slots = positions % block_size
-        written &= (blocks >= 0) & (blocks < cache.size(0))
+        blocks, slots = block_table.long()[sequences, positions // block_size], positions % block_size
+    known = (blocks >= 0) & (blocks < cache.size(0))
 
     if cache.dtype == torch.float8_e4m3fn:
         x = x.float() if scale is None else x.float() / scale[:, None]
         x = x.clamp(-E4M3_MAX, E4M3_MAX)
-    _raw(cache)[blocks[written], slots[written]] = _raw(x[written].to(cache.dtype))
+    _raw(cache)[blocks[known], slots[known]] = _raw(x[known].to(cache.dtype))
 
 
 def gated_activation(

@@ -200,9 +200,7 @@ class LLM:
             fits = is_integer(self.max_len) and 0 < self.max_len <= self.config.context
             require(fits, "max_len", f"from 1 to the model's context of {self.config.context}", max_len)
             self.max_len = int(self.max_len)
-            # TODO(merge): checkpoint.defaults
-            own = getattr(checkpoint, "defaults", GenerationDefaults())
-            self.defaults = own if generation_config else GenerationDefaults()
+            self.defaults = checkpoint.defaults if generation_config else GenerationDefaults()
             plan = checkpoint.plan.quantized(quantize, checkpoint.source)
             if cache_tokens is not None:
                 self._check_room(plan.nbytes(self.dtype), cache_tokens)

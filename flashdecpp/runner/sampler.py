@@ -156,9 +156,7 @@ class Sampler:
             }
         if features.penalized:
             arguments |= {"repetition_penalty": reals[PENALTY, rows], "seen": self._seen.rows[rows]}
-        tokens = ops.sample(logits, **arguments)
-        # TODO(merge): ops.sample itself gives -1 there.
-        return tokens.where((logits > -torch.inf).any(1), -1)
+        return ops.sample(logits, **arguments)
 
     def _join_row(self, row: int, request: Request) -> None:
         params, device = request.params, self._device
