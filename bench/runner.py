@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import measure
 import torch
@@ -30,11 +30,12 @@ from tqdm import tqdm
 
 from flashdecpp import ops
 from flashdecpp.quantization import quantize
-from flashdecpp.runner.architectures import find_architecture
+from flashdecpp.runner.architectures import ARCHITECTURES
 from flashdecpp.runner.batch import Batch
 from flashdecpp.runner.cache import BLOCK_SIZE, KVCache, blocks_for
 from flashdecpp.runner.config import ModelConfig
 from flashdecpp.runner.engine import Engine
+from flashdecpp.runner.generation_config import GenerationDefaults
 from flashdecpp.runner.model import MAX_Q_LEN, Decoder
 from flashdecpp.runner.request import Request
 from flashdecpp.runner.rope import Rope
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
 
 STEPS, ROUNDS, WARM_UP = 16, 5, 4  # a time is the median of rounds of so many steps
 GENERATED = 64  # tokens of transformers' generate
-ENDLESS = SamplingParams(max_tokens=None)
+# Random logits might end a sequence.
+ENDLESS = SamplingParams(max_tokens=None, ignore_eos=True).resolved(GenerationDefaults())
 PARTS = (
     "decode",
     "prefill",
@@ -73,7 +75,7 @@ def model(
     head_dim = hidden // q_heads
     rope = None if rotary is None else Rope(int(head_dim * rotary), 10000.0, 16384)
     return ModelConfig(
-        architecture=find_architecture([architecture]),
+        architecture=next(known for known in ARCHITECTURES if known.name == architecture),
         hidden=hidden,
         layers=layers,
         q_heads=q_heads,
@@ -137,7 +139,9 @@ KINDS = {
 class Words:
     """In place of a tokenizer: every token is a letter."""
 
-    def decode(self, ids: list[int]) -> str:
+    special_tokens: ClassVar[dict[int, str]] = {}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "x" * len(ids)
 
 
@@ -217,9 +221,6 @@ class Subject:
             Request("", [5] * context, ENDLESS, Words(), token_ids=[7], seed=0, blocks=blocks)
             for blocks in order
         ]
-        # Random logits might end a sequence
-        for request in requests:
-            request.params = replace(ENDLESS, ignore_eos=True)
         batch.join(requests)
         return batch
 
@@ -344,7 +345,7 @@ class Subject:
                 1024,
                 prefix_cache=False,
             )
-            params = SamplingParams(max_tokens=count, ignore_eos=True)
+            params = replace(ENDLESS, max_tokens=count)
             times = []
             for turn in range(3):
                 requests = [

@@ -1,6 +1,5 @@
 """LLM: a model that generates text."""
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -177,7 +176,6 @@ class LLM:
         batch_invariant: bool = False,
         generation_config: bool = True,
     ) -> None:
-        require(isinstance(model, str | os.PathLike), "model", "a name or a path", model)
         if quantize not in QUANTIZE:
             raise ModelError(f"quantize must be one of {', '.join(QUANTIZE)}, got {quantize}")
         max_batch = integer("max_batch", max_batch, 1, MAX_BATCH)

@@ -124,10 +124,22 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
     finally:  # an interrupt by the user, too
         ended = not thread.is_alive()
         if not ended:
-            # Python has no other way to end a thread. It takes effect between two steps of the template.
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Ended))
+            _end(thread)
     if not ended:
         raise TimeoutError
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _end(thread: threading.Thread) -> None:
+    """Raises an exception in a thread, for Python has no other way to end one.
+
+    It takes effect between two steps of the template. A finalizer that is at work swallows it, hence the
+    repetition.
+    """
+    for _ in range(10):
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Ended))
+        thread.join(0.1)
+        if not thread.is_alive():
+            return
