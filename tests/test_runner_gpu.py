@@ -9,7 +9,7 @@ import pytest
 import torch
 from runner_models import FAMILIES, random_tokens, save_chatglm, save_model
 
-from flashdecpp.runner import LLM, SamplingParams
+from flashdecpp.runner import LLM, ModelError, SamplingParams
 from flashdecpp.runner.cache import BLOCK_SIZE, blocks_for
 
 pytestmark = pytest.mark.gpu
@@ -131,6 +131,113 @@ def test_features_of_sampling_have_graphs_of_their_own(folders):
         (1, False, False),
         (1, True, False),
     }
+
+
+class EvenThenOdd:
+    """A guide: tokens alternate between even and odd ones."""
+
+    def __init__(self) -> None:
+        self.accepted = 0
+
+    def fill(self, mask: torch.Tensor) -> None:
+        mask.fill_(0x2AAAAAAA if self.accepted % 2 else 0x55555555)
+
+    def accept(self, token: int) -> None:
+        assert token % 2 == self.accepted % 2
+        self.accepted += 1
+
+
+def halve_small_ids(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    assert logits.is_cuda and logits.dim() == 1 and token_ids
+    return torch.where(torch.arange(len(logits), device=logits.device) < 100, logits / 2, logits)
+
+
+OPTIONS = {
+    "presence": {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+    "bias": {"logit_bias": {5: 100.0, 6: 100.0}, "temperature": 1.0},
+    "minimum": {"min_tokens": 20, "stop_token_ids": list(range(0, 200, 2))},
+    "bad words": {"bad_words": ["a", "bc"], "temperature": 2.0},
+    "processor": {"logits_processor": halve_small_ids, "temperature": 1.0},
+    "guide": {"guide": EvenThenOdd, "temperature": 1.0},
+    "logprobs": {"logprobs": 4, "prompt_logprobs": 2, "temperature": 0.7, "repetition_penalty": 1.2},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_sampling_options_in_a_graph(folders, option):
+    """Replayed steps give what launched ones give, and rows that don't use an option are left alone."""
+    plain = SamplingParams(max_tokens=24, ignore_eos=True, seed=1)
+    ends = {"ignore_eos": option != "minimum"}
+    special = SamplingParams(**({"max_tokens": 24, "seed": 2, "n": 2} | ends | OPTIONS[option]))
+    prompts, params = (
+        [random_tokens(20), random_tokens(9, seed=2), random_tokens(31, seed=3)],
+        [plain, special, plain],
+    )
+    results = {}
+    for graphs in (False, True):
+        llm = load(
+            folders("llama"), max_batch=4, cuda_graphs=graphs, batch_invariant=True, prefix_cache=False
+        )
+        found = llm.generate(prompts, params)
+        results[graphs] = [(a.token_ids, a.finish_reason, a.logprobs, a.prompt_logprobs) for a in found]
+        without = llm.generate(prompts[0], plain)[0]
+        assert without.token_ids == found[0].token_ids
+        assert llm._engine.pool.used_blocks == 0
+    assert results[True] == results[False]
+    first, second = (answer[0] for answer in results[True][1:3])
+    if option == "bias":
+        assert set(first) == set(second) == {5, 6}
+    elif option == "guide":
+        assert [token % 2 for token in first] == [0, 1] * 12
+    elif option == "minimum":
+        assert len(first) >= 20
+    elif option == "logprobs":
+        assert all(len(one.top) == 4 for one in results[True][1][2])
+
+
+def test_logits_that_are_nan_are_an_error_of_their_own(folders):
+    """Not a device-side assertion, after which the process could use its GPU no more."""
+    broken = load(folders("llama"))
+    down = broken.decoder.weights.layers[0].down
+    kept = down.clone()
+    down.fill_(torch.nan)
+    with pytest.raises(ModelError, match=r"(?i)nan"):
+        broken.generate([random_tokens(5)], SamplingParams(max_tokens=5, ignore_eos=True))
+    down.copy_(kept)
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    prompt = random_tokens(6, seed=5)
+    assert answers(broken, [prompt], params) == answers(load(folders("llama")), [prompt], params)
+
+
+def test_requests_that_no_kernel_must_see_are_refused(folders):
+    llm = load(folders("llama"))
+    usual = answers(llm, [random_tokens(5)], SamplingParams(max_tokens=5))
+    for prompt in ([[llm.config.vocab]], [[-1]], [[2**40]]):
+        with pytest.raises(ModelError, match="vocabulary"):
+            llm.generate(prompt)
+    for params in ({"stop_token_ids": [llm.config.vocab]}, {"logit_bias": {-1: 1.0}}, {"top_k": 2**31}):
+        with pytest.raises(ModelError, match=next(iter(params))):
+            llm.generate([random_tokens(5)], SamplingParams(**params))
+    assert answers(llm, [random_tokens(5)], SamplingParams(max_tokens=5)) == usual
+
+
+def test_settings_of_the_process_change_nothing(folders):
+    prompts, params = workload(6, seed=9)
+    expected = answers(load(folders("llama")), prompts, params)
+    with torch.autocast("cuda", dtype=torch.float16):
+        assert answers(load(folders("llama")), prompts, params) == expected
+    with torch.device("cuda"):
+        assert answers(load(folders("llama")), prompts, params) == expected
+        on_cpu = LLM(folders("llama"), device="cpu", dtype="float32")
+        assert (
+            len(on_cpu.generate(prompts[0], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
+        )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert answers(load(folders("llama")), prompts, params) == expected
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_a_prompt_in_chunks_is_the_prompt(folders):

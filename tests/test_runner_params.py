@@ -266,7 +266,7 @@ def test_settings_of_another_kind_are_refused(folder, setting):
 
 def test_a_model_that_is_no_path_and_a_gpu_that_is_not_there(folder, monkeypatch):
     for model in (None, 5, b"x", ["a"]):
-        refused(lambda model=model: LLM(model), "^model must be a name or a path")
+        refused(lambda model=model: LLM(model), "^model must be a path or a name")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     refused(lambda: load(folder, device="cuda:9"), "cuda:9 was asked for, but torch finds 2 GPUs")
