@@ -332,7 +332,7 @@ def _with_nan(rng: random.Random, call: Call, name: str) -> Tensor:
     x = call.arguments[name]
     if x.dtype not in DTYPES or x.numel() == 0:
         return x
-    x = x.clone()
+    x = x.clone(memory_format=torch.contiguous_format)
     x.view(-1)[rng.randrange(x.numel())] = NAN
     return x
 
