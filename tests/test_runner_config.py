@@ -97,6 +97,7 @@ SIZES = [
     ({"max_position_embeddings": 10**12}, "max_position_embeddings must be"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+    ({"rms_norm_eps": 1e308}, "rms_norm_eps must be a number that float32 holds"),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps must be .* at least 0"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
     ({"attention_bias": "yes"}, "attention_bias"),

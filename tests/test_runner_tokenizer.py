@@ -265,6 +265,29 @@ def with_merges(pre: str):
     return gguf_tokenizer(*tokens, kind=NORMAL, pre=pre, merges=MERGES)
 
 
+@pytest.mark.parametrize("place", ["vocabulary", "added"])
+def test_an_id_as_large_as_the_memory(tmp_path, place):
+    """The tokenizers library would make a table for it, and end the process where it can't have that."""
+    folder_tokenizer(tmp_path, "<turn>")
+
+    def change(values):
+        if place == "vocabulary":
+            values["model"]["vocab"]["a"] = 1 << 31
+        else:
+            values["added_tokens"][-1]["id"] = 1 << 40
+
+    edit_json(tmp_path / "tokenizer.json", change)
+    with pytest.raises(ModelError, match=r"tokenizer\.json has a token of the id \d+; ids must be at most"):
+        FolderTokenizer(tmp_path)
+
+
+def test_text_that_looks_like_a_large_id(tmp_path):
+    numbers = {'x": 4294967296, "': 259, "4294967296": 260}
+    folder_tokenizer(tmp_path)
+    edit_json(tmp_path / "tokenizer.json", lambda values: values["model"]["vocab"].update(numbers))
+    assert FolderTokenizer(tmp_path).decode([260]) == "4294967296"
+
+
 @pytest.mark.parametrize("pre", FAMILIES)
 def test_other_names_of_a_pre_tokenizer(pre):
     expected = with_merges(pre).encode(SPOKEN)

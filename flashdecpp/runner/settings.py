@@ -8,6 +8,7 @@ from typing import Any
 from .errors import ModelError
 
 REQUIRED: Any = object()  # in place of a default
+FLOAT32_MAX = 3.4028234663852886e38
 LARGEST = 2**31 - 1  # of a size or a number of tokens: kernels count in 32 bits
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -54,10 +55,12 @@ class Settings:
         low: float = -math.inf,
         high: float = math.inf,
     ) -> Any:
-        """A finite float above `above` and from `low` to `high`, or the default."""
+        """A float32 above `above` and from `low` to `high`, or the default."""
         value = self._get(key, default)
         if value is default:
             return value
+        if is_number(value) and abs(value) > FLOAT32_MAX:
+            self.refuse(key, "a number that float32 holds")
         if not (is_number(value) and value > above and low <= value <= high):
             bounds = (("above", above), ("at least", low), ("at most", high))
             limits = [f"{word} {limit:g}" for word, limit in bounds if math.isfinite(limit)]

@@ -1,5 +1,6 @@
 """Text to token ids and back: what the runner asks of a tokenizer, and that of a Hugging Face folder."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["BaseTokenizer", "FolderTokenizer", "Message", "TextStream", "Tool", "model_error"]
 
 COUNTED = 1 << 16  # characters of a text that are encoded at once only to be counted
+MAX_TOKEN_ID = 1 << 24  # beyond every vocabulary
 DENSE = 8  # characters of a token: text of more for each token that fits is counted first
 
 
@@ -120,6 +122,9 @@ class FolderTokenizer(BaseTokenizer):
             raise ModelError(f"{folder} has no tokenizer.json; copy the model's tokenizer files into it")
         check_small_files(folder)
         settings = {name: read_json(folder / name) for name in self.SETTINGS if (folder / name).exists()}
+        for name in ("tokenizer.json", "vocab.json", "added_tokens.json"):
+            if (folder / name).exists():
+                _check_ids(folder / name)
         if "tokenizer.json" not in names:
             check_not_tiktoken(folder / "tokenizer.model")
         own_code = "auto_map" in settings.get("tokenizer_config.json", {})
@@ -140,6 +145,24 @@ class FolderTokenizer(BaseTokenizer):
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def _check_ids(path: Path) -> None:
+    """The tokenizers library keeps a table as long as the largest token id, and ends the process without it.
+
+    A search for long numbers comes first, since parsing the file takes several times as long.
+    """
+    if not re.search(rb'"\s*:\s*\d{8}', path.read_bytes()):
+        return
+    content = read_json(path)
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else content
+    added = content.get("added_tokens")
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    largest = max((token for token in ids if isinstance(token, int)), default=0)
+    if largest > MAX_TOKEN_ID:
+        raise ModelError(f"{path} has a token of the id {largest}; ids must be at most {MAX_TOKEN_ID}")
 
 
 def _load(folder: Path, own_code: bool) -> "PreTrainedTokenizerBase":
