@@ -51,29 +51,18 @@ __all__ = [
     "ops",
     "quantize_",
 ]
-_OF_RUNNER = {
-    "LLM",
-    "Completion",
-    "Guide",
-    "ModelError",
-    "OutOfMemory",
-    "Piece",
-    "SamplingParams",
-    "Stats",
-    "TokenLogprob",
-}
 
 dispatch.install()
 
 
 def __getattr__(name: str) -> object:
     # These bring transformers along, which takes seconds to import: only for those who use them.
-    if name in _OF_RUNNER:
-        from flashdecpp import runner
-
-        return getattr(runner, name)
     if name == "accelerate":
         from flashdecpp.integrations.transformers import accelerate
 
         return accelerate
+    if name in __all__:
+        from flashdecpp import runner
+
+        return getattr(runner, name)
     raise AttributeError(f"module 'flashdecpp' has no attribute {name!r}")

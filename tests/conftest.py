@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from strategies import Place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from flashdecpp import LLM
 
 # The same examples every time: a red test stays red. No deadline: some machines are slow.
 settings.register_profile(
@@ -49,6 +57,31 @@ def any_place(request) -> Place:
 def one_place(request) -> Place:
     """A device, for what doesn't depend on the dtype."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """That of a random Llama."""
+    from runner_models import save_model  # late, with transformers: tests of ops do without it
+
+    folder = tmp_path_factory.mktemp("llama")
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder) -> LLM:
+    from runner_models import load
+
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder) -> PreTrainedModel:
+    """The same model as transformers runs it."""
+    import transformers
+
+    return transformers.LlamaForCausalLM.from_pretrained(folder).eval()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -59,6 +60,11 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "glm": ("Glm", "Glm", {"head_dim": 16, "pad_token_id": 258}),
     "glm4": ("Glm4", "Glm4", {"head_dim": 16, "pad_token_id": 258}),
 }
+
+
+def load(folder: Path, **settings: Any) -> LLM:
+    """On the CPU in float32, where answers are the same bit for bit whatever is decoded beside them."""
+    return LLM(folder, **({"device": "cpu", "dtype": "float32"} | settings))
 
 
 def make_model(kind: str = "llama", **overrides) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from runner_models import random_tokens, save_model
+from runner_models import load, random_tokens, save_model
 
 from flashdecpp.runner import LLM, ModelError, OutOfMemory, SamplingParams
 from flashdecpp.runner.batch import Batch
@@ -22,20 +22,9 @@ SAMPLED = SamplingParams(temperature=1.0, seed=11, max_tokens=20, ignore_eos=Tru
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    save_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def alone(folder) -> LLM:
     """What answers are compared with: one sequence at a time, nothing shared, nothing cut up."""
     return LLM(folder, device="cpu", dtype="float32", max_batch=1, prefix_cache=False)
-
-
-def load(folder, **settings) -> LLM:
-    return LLM(folder, device="cpu", dtype="float32", **settings)
 
 
 def token_ids(llm: LLM, prompts, params) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runner_models import random_tokens, save_model
+from runner_models import random_tokens
 from tqdm import tqdm
 
 from flashdecpp.runner import LLM, ModelError, SamplingParams
@@ -13,18 +13,6 @@ from flashdecpp.runner.calibrate import SoftmaxObserver
 from flashdecpp.runner.tokenizer import TextStream
 
 SAMPLED = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, seed=7, max_tokens=24)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    save_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llm(folder) -> LLM:
-    return LLM(folder, device="cpu", dtype="float32")
 
 
 def test_results_carry_prompt_tokens_and_timings(llm):

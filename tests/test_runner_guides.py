@@ -7,28 +7,12 @@ import json
 import pytest
 import torch
 import transformers
-from runner_models import VOCAB, random_tokens, save_model
+from runner_models import VOCAB, load, random_tokens
 
-from flashdecpp.runner import LLM, Guide, ModelError, SamplingParams
+from flashdecpp.runner import Guide, ModelError, SamplingParams
 
 PROMPT = random_tokens(12, seed=4)
 EOS = 257
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    save_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llm(folder) -> LLM:
-    return load(folder)
-
-
-def load(folder, **settings) -> LLM:
-    return LLM(folder, **({"device": "cpu", "dtype": "float32"} | settings))
 
 
 class Choices:

@@ -4,33 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
-from runner_models import random_tokens, save_model, transformers_logits
+from runner_models import load, random_tokens, transformers_logits
 
-from flashdecpp.runner import LLM, SamplingParams
+from flashdecpp.runner import SamplingParams
 
 PROMPT = random_tokens(70, seed=3)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    save_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llm(folder) -> LLM:
-    return load(folder)
-
-
-@pytest.fixture(scope="module")
-def theirs(folder):
-    return transformers.LlamaForCausalLM.from_pretrained(folder).eval()
-
-
-def load(folder, **settings) -> LLM:
-    return LLM(folder, **({"device": "cpu", "dtype": "float32"} | settings))
 
 
 def check(found, tokens: list[int], expected: torch.Tensor, count: int) -> None:

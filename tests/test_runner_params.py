@@ -13,34 +13,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from runner_models import VOCAB, random_tokens, save_model
+from runner_models import VOCAB, load, random_tokens
 
 from flashdecpp.runner import LLM, ModelError, SamplingParams
 from flashdecpp.runner.generation_config import GenerationDefaults
 
 PROMPT = random_tokens(12, seed=4)
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    save_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llm(folder) -> LLM:
-    return load(folder)
-
-
-@pytest.fixture(scope="module")
-def theirs(folder):
-    return transformers.LlamaForCausalLM.from_pretrained(folder).eval()
-
-
-def load(folder, **settings) -> LLM:
-    return LLM(folder, **({"device": "cpu", "dtype": "float32"} | settings))
 
 
 def tokens(llm: LLM, params: SamplingParams = GREEDY, prompt=PROMPT) -> list[int]:
