@@ -25,6 +25,11 @@ from flashdecpp.cli import main
 from flashdecpp.runner.logprobs import TokenLogprob
 
 
+def interruptible() -> None:
+    """For a child process: a shell that runs the tests in the background has interrupts ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def flashdecpp(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "flashdecpp", *arguments],
@@ -32,6 +37,7 @@ def flashdecpp(*arguments: str, stdin: str = "", **environment: str) -> subproce
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
+        preexec_fn=interruptible,
     )
 
 
@@ -523,7 +529,8 @@ def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("how", ["Ctrl-C", "closed pipe"])
 def test_a_process_that_is_cut_short(long_folder: Path, how: str) -> None:
     command = [sys.executable, "-m", "flashdecpp", *LONG, str(long_folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, preexec_fn=interruptible) as process:
         assert process.stdout.read(4)
         if how == "Ctrl-C":
             process.send_signal(signal.SIGINT)
