@@ -21,15 +21,17 @@ command -v apt-get >/dev/null && command -v dpkg >/dev/null || stop "this is no 
 find_clang() {
   for name in clang++-19 clang++-20 clang++-18 clang++-17; do
     path=$(command -v "$name") || continue
-    [ -e "$(dirname "$(readlink -f "$path")")/lld" ] || continue
+    bin=$(dirname "$(readlink -f "$path")")
+    [ -e "$bin/lld" ] && [ -e "$bin/clang-offload-bundler" ] || continue
     "$path" --print-targets 2>/dev/null | grep -q amdgcn && echo "$path" && return 0
   done
   return 1
 }
 if ! clang=$(find_clang); then
-  [ "$(id -u)" = 0 ] || stop "clang-19, lld-19 and llvm-19 are missing; as root: apt-get install clang-19 lld-19 llvm-19"
-  { apt-get update -q && apt-get install -y -q --no-install-recommends clang-19 lld-19 llvm-19; } \
-    >"$folder/apt.log" 2>&1 || stop "clang-19 could not be installed; $folder/apt.log says why"
+  packages="clang-19 clang-tools-19 lld-19 llvm-19"
+  [ "$(id -u)" = 0 ] || stop "some of $packages are missing; as root: apt-get install $packages"
+  { apt-get update -q && apt-get install -y -q --no-install-recommends $packages; } \
+    >"$folder/apt.log" 2>&1 || stop "$packages could not be installed; $folder/apt.log says why"
   clang=$(find_clang) || stop "the clang that was installed has no AMDGPU backend"
 fi
 
