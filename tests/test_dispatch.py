@@ -355,6 +355,7 @@ BAD = {
     "version must be 1, got None": lambda raw: [raw],
     "kind must be one of cuda, cpu, got 'tpu'": lambda raw: raw | {"kind": "tpu"},
     "device must be a device's name, got 3": lambda raw: raw | {"device": 3},
+    r"device must be a device's name, got '\\ud800'": lambda raw: raw | {"device": "\ud800"},
     "device must be there": lambda raw: {name: raw[name] for name in ("version", "kind", "shapes")},
     "shapes must be a list": lambda raw: raw | {"shapes": {}},
     r"shapes\[0\] must be an object, got 5": lambda raw: raw | {"shapes": [5]},

@@ -88,7 +88,8 @@ class Table:
 
     def __post_init__(self) -> None:
         _need(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}", self.kind)
-        _need(isinstance(self.device, str) and self.device != "", "device", "a device's name", self.device)
+        named = isinstance(self.device, str) and self.device != "" and self.device.isprintable()
+        _need(named, "device", "a device's name", self.device)
         keys = [profile.key for profile in self.profiles]
         _need(len(set(keys)) == len(keys), "shapes", "different from each other", keys)
         object.__setattr__(self, "profiles", tuple(sorted(self.profiles, key=lambda profile: profile.key)))

@@ -22,7 +22,7 @@ from .logprobs import TokenLogprob
 from .memory import available_bytes, gigabytes, peak_bytes
 from .model import PREFILL_CHUNK, Decoder
 from .phi import Phi, load_phi
-from .prompts import Prompt, read_messages, read_prompt, read_prompts
+from .prompts import Prompt, read_prompt, read_prompts
 from .request import Event, Request
 from .sampling import SamplingParams
 from .surroundings import undisturbed
@@ -283,7 +283,7 @@ class LLM:
         tools: functions, or JSON schemas of functions, that the chat template tells the model of.
         """
         _need_one_answer(params)
-        ids = self.tokenizer.encode_chat(read_messages(messages), tools, limit=self.max_len)
+        ids = self.tokenizer.encode_chat(messages, tools, limit=self.max_len)
         return self.stream(ids, params) if stream else self.generate([ids], params)[0]
 
     def _completions(self, requests: list[Request], progress: bool) -> Iterator[Completion]:

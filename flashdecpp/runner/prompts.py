@@ -7,7 +7,6 @@ import torch
 
 from .arguments import is_integer, shown
 from .errors import ModelError
-from .tokenizer import Message
 
 # A text or its token ids: a list, a tuple, an array, a 1-D tensor, what a tokenizer of transformers returns
 Prompt = str | Iterable[int] | Mapping[str, Any]
@@ -55,15 +54,6 @@ def token_ids(name: str, values: Iterable[int], what: str = KIND) -> list[int]:
             raise ModelError(f"{name} must be {what}, which are integers, got {shown(value)} among them")
         ids.append(token)
     return ids
-
-
-def read_messages(messages: Iterable[Message]) -> list[Message]:
-    """A conversation's messages; what is in them is the chat template's matter."""
-    what = 'a list of messages like {"role": "user", "content": "..."}'
-    values = [] if isinstance(messages, (str, Mapping)) else _values(messages, "messages", what)
-    if not values or not all(isinstance(message, Mapping) and "role" in message for message in values):
-        raise ModelError(f"messages must be {what}, got {shown(messages)}")
-    return values
 
 
 def _encoded(encoding: Mapping[str, Any], name: str = "prompts") -> list[list[int]]:
