@@ -17,7 +17,7 @@ def edited(
     source: Path,
     target: Path,
     metadata: Mapping[str, Any],
-    tensors: Mapping[str, Sequence[float]] | None = None,
+    tensors: Mapping[str, Sequence[float] | np.ndarray] | None = None,
 ) -> Path:
     """A copy of `source` with other values, of whatever kind they are, and more tensors. None drops a key."""
     reader = gguf.GGUFReader(source)
@@ -36,7 +36,7 @@ def edited(
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, numbers in (tensors or {}).items():
-        writer.add_tensor(name, np.array(numbers, np.float32))
+        writer.add_tensor(name, numbers if isinstance(numbers, np.ndarray) else np.array(numbers, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gguf_files import edited
@@ -374,6 +375,7 @@ def test_a_gguf_files_longrope_goes_by_the_context(file, folder, max_len):
         ({"rope.dimension_count": 0}, {}, "dimension_count must be an integer from 1 to 16, got 0"),
         ({"rope.dimension_count": 7}, {}, "even number of dimensions"),
         ({"rope.scaling.type": "longrope"}, {}, r"rope_factors_short\.weight must have the shape \(8,\)"),
+        ({}, {"rope_freqs.weight": np.ones(8, np.int8)}, r"rope_freqs\.weight has the type I8"),
         ({}, {"rope_freqs.weight": [1.0] * 7}, r"rope_freqs\.weight must have the shape \(8,\), got \(7,\)"),
         (
             {},

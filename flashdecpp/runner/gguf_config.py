@@ -105,6 +105,7 @@ def _factors(file: GGUFFile, name: str, dim: int) -> list[float]:
     shape = file.shapes.get(name)
     if shape != (dim // 2,):
         raise ModelError(f"{file.path}: {name} must have the shape ({dim // 2},), got {shape}")
+    file.check(name)
     factors = file.rows(name, 0, dim // 2)
     if not bool((factors.isfinite() & (factors > 0)).all()):
         raise ModelError(f"{file.path}: {name} must hold finite numbers above 0")
