@@ -83,6 +83,7 @@ class Engine:
         self._batch: Batch | None = None  # of this cache; None: to be made of the running ones
         self._unread: deque[Choice] = deque()  # tokens on their way here, oldest first
         self._prompts_done = False  # of this step
+        self._rekeyed = decoder.config.rekeyed
         self._lock = Lock()
         self._worker: int | None = None  # the thread that has the lock
         self._left: deque[Sequence[Request]] = deque()  # by callers who went away while it was had
@@ -315,7 +316,7 @@ class Engine:
     def _rotate_anew(self) -> None:
         """Sequences that outgrow the frequencies of their keys, where the model then computes keys anew, are
         the next to be admitted, all their tokens being a prompt."""
-        if not any(map(self._outgrown, self._active())):
+        if not (self._rekeyed and any(map(self._outgrown, self._active()))):
             return
         self._read()  # their newest tokens must be known
         for request in reversed(list(filter(self._outgrown, self._active()))):
@@ -325,10 +326,8 @@ class Engine:
             self._waiting.appendleft(request)
 
     def _outgrown(self, request: Request) -> bool:
-        config = self.decoder.config
-        return config.rekeyed and config.rotation(request.chosen_length) != config.rotation(
-            request.rotated_for
-        )
+        rotation = self.decoder.config.rotation
+        return rotation(request.chosen_length) != rotation(request.rotated_for)
 
     def _grow(self) -> None:
         """Gives every running sequence a block of its own for its next token, at the cost of the youngest."""
