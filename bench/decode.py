@@ -4,7 +4,7 @@ Same weights, same device, same threads, one process; the contestants take turns
 machine meets all. transformers runs its forward pass in a bare greedy loop, without generate's overhead;
 flashdecpp its whole `generate`, tokenizer and streaming text included.
 
-    python bench/decode.py [--device cpu] [--rounds 7] [--output bench/results/decode_cpu.json]
+    python bench/decode.py [--device cpu] [--rounds 7] [--output FILE]
 """
 
 from __future__ import annotations
