@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,17 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "glm": ("Glm", "Glm", {"head_dim": 16, "pad_token_id": 258}),
     "glm4": ("Glm4", "Glm4", {"head_dim": 16, "pad_token_id": 258}),
 }
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """That of the process, as a program around the runner may have set it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def load(folder: Path, **settings: Any) -> LLM:

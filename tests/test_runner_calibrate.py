@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,13 +19,6 @@ from flashdecpp.runner import model as decoder_module
 from flashdecpp.runner.phi import PERCENTILES, SAFE_WINDOWS, Calibration, phi_path
 
 LAYERS, HEADS = 3, 4
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    save_model(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

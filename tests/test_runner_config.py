@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gguf_files import edited
-from runner_models import VOCAB, save_chatglm, save_model
+from runner_models import VOCAB, default_dtype, save_chatglm, save_model
 from test_runner_gguf import write_gguf
 
 from flashdecpp import LLM, SamplingParams
@@ -628,16 +627,6 @@ def test_a_configurations_own_code_is_never_run(folder, tmp_path, monkeypatch, a
 
 
 LONGROPE = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize(

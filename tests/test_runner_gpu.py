@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from runner_models import FAMILIES, random_tokens, save_chatglm, save_model
+from runner_models import FAMILIES, default_dtype, random_tokens, save_chatglm, save_model
 
 from flashdecpp.runner import LLM, ModelError, SamplingParams
 from flashdecpp.runner.cache import BLOCK_SIZE, blocks_for
@@ -232,12 +232,8 @@ def test_settings_of_the_process_change_nothing(folders):
         assert (
             len(on_cpu.generate(prompts[0], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
         )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         assert answers(load(folders("llama")), prompts, params) == expected
-    finally:
-        torch.set_default_dtype(before)
 
 
 def test_a_prompt_in_chunks_is_the_prompt(folders):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from runner_models import VOCAB, load, random_tokens
+from runner_models import VOCAB, default_dtype, load, random_tokens
 
 from flashdecpp.runner import LLM, ModelError, SamplingParams
 from flashdecpp.runner.generation_config import GenerationDefaults
@@ -613,16 +613,6 @@ def test_figures_are_of_the_tokens_that_were_computed(folder, monkeypatch):
 
 
 # What the program around it has set in torch
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

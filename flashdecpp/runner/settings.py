@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from .arguments import FLOAT32_MAX
 from .errors import ModelError
 
 REQUIRED: Any = object()  # in place of a default
-FLOAT32_MAX = 3.4028234663852886e38
 LARGEST = 2**31 - 1  # of a size or a number of tokens: kernels count in 32 bits
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
