@@ -1,6 +1,6 @@
 // The inflection points of linear that were measured, by device, dtype and shape: what impl="auto" consults before the
 // rules of heuristics.h. No torch, no CUDA. Each op library has its own; Python fills it when the package is imported
-// (flashdecpp/dispatch) and whoever runs without Python by flashdecpp_install_linear_table.
+// (flashdecpp/tuning) and whoever runs without Python by flashdecpp_install_linear_table.
 #pragma once
 
 #include <algorithm>
