@@ -39,7 +39,7 @@ void norm(int rows, int cols, bool layer, bool with_residual) {
   p.outer_stride = int64_t{rows} * cols;
   p.eps = 1e-5f;
   p.subtract_mean = layer;
-  simulated::machine().launch({static_cast<unsigned>(rows)}, 128, 0, [&] { norm_kernel<T, T, 8>(p); });
+  simulated::gpu().launch({static_cast<unsigned>(rows)}, 128, 0, [&] { norm_kernel<T, T, 8>(p); });
   bool good = true;
   for (int r = 0; r < rows; ++r) {
     double mean = 0, square = 0;
@@ -61,8 +61,8 @@ void gated(int rows, int cols) {
   check.fill(gate_up);
   GatedParams p{gate_up.data(), out.data(), rows, cols, Activation::kSilu, DType::kBFloat16};
   const unsigned parts = (cols + kGatedThreads * 8 - 1) / (kGatedThreads * 8);
-  simulated::machine().launch({static_cast<unsigned>(rows), parts}, kGatedThreads, 0,
-                              [&] { gated_activation_kernel<T, 8>(p); });
+  simulated::gpu().launch({static_cast<unsigned>(rows), parts}, kGatedThreads, 0,
+                          [&] { gated_activation_kernel<T, 8>(p); });
   bool good = true;
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < cols; ++c) {
@@ -122,7 +122,7 @@ void rotary(bool interleaved) {
   p.interleaved = interleaved;
   p.dtype = p.kv_dtype = DType::kFloat16;
   const unsigned parts = (rotary_items<8>(p) + kRotaryThreads - 1) / kRotaryThreads;
-  simulated::machine().launch({1, parts}, kRotaryThreads, 0, [&] { rotary_append_kernel<T, 8>(p); });
+  simulated::gpu().launch({1, parts}, kRotaryThreads, 0, [&] { rotary_append_kernel<T, 8>(p); });
 
   const auto expected = [&](const std::vector<float>& x, int head, int d) {
     if (d >= turned) return double{x[head * dim + d]};
@@ -166,7 +166,7 @@ void sample(int vocab) {
   p.batch = batch;
   p.vocab = p.logits_stride = vocab;
   p.dtype = DType::kFloat32;
-  simulated::machine().launch({batch}, kSampleThreads, 0, [&] { sample_kernel<float>(p); });
+  simulated::gpu().launch({batch}, kSampleThreads, 0, [&] { sample_kernel<float>(p); });
   for (int r = 0; r < batch; ++r) {
     int larger = 0;
     for (int i = 0; i < vocab; ++i) larger += logits[r * vocab + i] > logits[r * vocab + out[r]];

@@ -14,7 +14,7 @@ void gemv(int n, int k, Fusion fusion) {
     Call<T> call(m, n, k, fusion);
     const int groups = kGemvThreads / arch::kWarpSize / warps * kGemvRows;
     const auto blocks = static_cast<unsigned>((call.p.weight_rows() + groups - 1) / groups);
-    simulated::machine().launch({blocks}, kGemvThreads, 0, [&] {
+    simulated::gpu().launch({blocks}, kGemvThreads, 0, [&] {
       call.p.fusion.any() ? gemv_kernel<T, m, true>(call.p, warps) : gemv_kernel<T, m, false>(call.p, warps);
     });
     call.compare("gemv, " + std::to_string(warps) + " warps");
@@ -41,11 +41,11 @@ void flat_gemm(int m, int n, int k, int splits, Fusion fusion) {
   }
   for (int replay = 0; replay < 2; ++replay) {  // the flags are ready for the next launch
     call.restore();
-    simulated::machine().launch({static_cast<unsigned>(tiles), static_cast<unsigned>(split.splits)}, G::kThreads,
-                                G::kSharedBytes, [&] {
-                                  call.p.fusion.any() ? flat_gemm_kernel<T, tile_index, true>(call.p, split)
-                                                      : flat_gemm_kernel<T, tile_index, false>(call.p, split);
-                                });
+    simulated::gpu().launch({static_cast<unsigned>(tiles), static_cast<unsigned>(split.splits)}, G::kThreads,
+                            G::kSharedBytes, [&] {
+                              call.p.fusion.any() ? flat_gemm_kernel<T, tile_index, true>(call.p, split)
+                                                  : flat_gemm_kernel<T, tile_index, false>(call.p, split);
+                            });
     call.compare("flat GEMM, tile " + std::to_string(tile_index) + ", " + std::to_string(splits) + " splits");
   }
 }

@@ -14,7 +14,7 @@ void gemv(int m, int n, int k, Fusion fusion, float size = 1) {
   Call<T> call(m, n, k, fusion);
   for (int i = 0; i < m * k; ++i) call.x[i] = arch::from_float<T>(arch::to_float(call.x[i]) * size);
   const auto blocks = static_cast<unsigned>((call.p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
-  simulated::machine().launch({blocks}, G::kThreads, fusion.norm ? norm_bytes<G>(k) : 0, [&] {
+  simulated::gpu().launch({blocks}, G::kThreads, fusion.norm ? norm_bytes<G>(k) : 0, [&] {
     if constexpr (G::kRowTiles == 1) {
       if (fusion.norm) return mma_gemv_kernel<T, G, true, true>(call.p);
     }
@@ -61,7 +61,7 @@ void quantized(int m, int n, int k, int group, Fusion fusion, bool with_offsets)
   }
   const QuantizedLaunch launch{shift, G::kExchange ? group / 32 : 4};
   const auto blocks = static_cast<unsigned>((rows + G::kBlockN - 1) / G::kBlockN);
-  simulated::machine().launch({blocks}, G::kThreads, G::kSharedBytes, [&] {
+  simulated::gpu().launch({blocks}, G::kThreads, G::kSharedBytes, [&] {
     p.fusion.any() ? quantized_gemv_kernel<T, G, true>(p, launch) : quantized_gemv_kernel<T, G, false>(p, launch);
   });
   call.compare(std::to_string(G::kBits) + " bit, groups of " + std::to_string(group));

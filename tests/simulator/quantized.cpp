@@ -27,7 +27,7 @@ void launch(const QuantizedLinearParams& p) {
 #if defined(USE_ROCM)
   const auto run = [&](auto* shape) {
     using G = std::remove_pointer_t<decltype(shape)>;
-    simulated::machine().launch({blocks}, G::kThreads, 0, [&] { stream_gemv_kernel<T, G>(p); });
+    simulated::gpu().launch({blocks}, G::kThreads, 0, [&] { stream_gemv_kernel<T, G>(p); });
   };
   if (bits < 16 && p.group < 128 && p.group < p.k) {
     run(static_cast < StreamGemv<bits, tiles, bits<16>*>(nullptr));
@@ -39,8 +39,8 @@ void launch(const QuantizedLinearParams& p) {
   const QuantizedLaunch launch{p.group == p.k ? 31 : std::countr_zero(static_cast<uint64_t>(p.group)), blocks_a_group};
   const auto run = [&](auto* shape) {
     using G = std::remove_pointer_t<decltype(shape)>;
-    simulated::machine().launch({blocks}, G::kThreads, G::kSharedBytes,
-                                [&] { quantized_gemv_kernel<T, G, false>(p, launch); });
+    simulated::gpu().launch({blocks}, G::kThreads, G::kSharedBytes,
+                            [&] { quantized_gemv_kernel<T, G, false>(p, launch); });
   };
   const auto rows = [&]<bool exchange>() {
     if (p.m <= 8) return run(static_cast<QuantizedGemv<bits, 1, tiles, exchange>*>(nullptr));
