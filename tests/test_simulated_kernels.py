@@ -135,7 +135,7 @@ FAULTS = {
         "shfl_xor(mine, rows / 2)",
         "shfl_xor(mine, 1)",
     ),
-    "the norm factor of the wrong row": ("linear", "linear/gemv_kernel.cuh", "v, factors[i],", "v, factors[0],"),
+    "the wrong row's norm factor": ("linear", "linear/gemv_kernel.cuh", "v, factors[i],", "v, factors[0],"),
     "a split whose partial is not added": (
         "linear",
         "linear/flat_gemm_kernel.cuh",
