@@ -35,16 +35,15 @@ SEAMS = {
 
 
 @pytest.mark.parametrize("seam", SEAMS)
-@pytest.mark.parametrize("source", ["attention", "linear", "quantized", "fused"])
+@pytest.mark.parametrize("source", ["attention", "linear", "quantized", "elementwise"])
 def test_kernels_agree_with_their_definition(source: str, seam: str, tmp_path: Path) -> None:
     result = run(source, ROOT / "csrc", tmp_path / source, "-O2", *SEAMS[seam])
     assert result.returncode == 0, result.stdout
     assert result.stdout.endswith(" cases, 0 failures\n")
 
 
-def test_matrix_units(tmp_path: Path) -> None:
-    """Kernels that are NVIDIA's alone."""
-    result = run("linear_units", ROOT / "csrc", tmp_path / "linear_units", "-O2", *SEAMS["simulated"])
+def test_nvidia_tensor_core_gemvs(tmp_path: Path) -> None:
+    result = run("linear_mma", ROOT / "csrc", tmp_path / "linear_mma", "-O2", *SEAMS["simulated"])
     assert result.returncode == 0, result.stdout
     assert result.stdout.endswith(" cases, 0 failures\n")
 
@@ -118,44 +117,44 @@ FAULTS = {
         "(ref - new_ref) * kLog2E",
         "(new_ref - ref) * kLog2E",
     ),
-    "a buffer that is filled while it is read": (
+    "a stage refilled while it is read": (
         "linear",
         "linear/flat_gemm_kernel.cuh",
         "copy_wait<G::kStages - 2>();",
         "copy_wait<G::kStages - 1>();",
     ),
-    "another row's sums": (
+    "the partial of the wrong warp": (
         "linear",
         "linear/gemv_kernel.cuh",
         "mine += parts[warp() + other]",
         "mine += parts[other]",
     ),
-    "a gate that goes with another row": (
+    "a gate paired with the wrong row": (
         "linear",
         "linear/gemv_kernel.cuh",
         "shfl_xor(mine, rows / 2)",
         "shfl_xor(mine, 1)",
     ),
-    "a norm of another row": ("linear", "linear/gemv_kernel.cuh", "v, factors[i],", "v, factors[0],"),
-    "a part that is not added": (
+    "the wrong row's norm factor": ("linear", "linear/gemv_kernel.cuh", "v, factors[i],", "v, factors[0],"),
+    "a split whose partial is not added": (
         "linear",
         "linear/flat_gemm_kernel.cuh",
-        "for (int s = 0; s < others; ++s)",
-        "for (int s = 0; s < others - 1; ++s)",
+        "for (int s = 0; s < num_partials; ++s)",
+        "for (int s = 0; s < num_partials - 1; ++s)",
     ),
-    "words of weights that go to the wrong lanes": (
+    "weight words sent to the wrong lanes": (
         "quantized",
         "nvidia/quantized_gemv.cuh",
         "exchange_words<1>(b)",
         "exchange_words<2>(b)",
     ),
-    "words of weights that go to the wrong lanes, AMD": (
+    "weight words sent to the wrong lanes, AMD": (
         "quantized",
         "gfx942:stream_gemv_amd.h",
         "exchange_words<16>(b)",
         "exchange_words<8>(b)",
     ),
-    "another group's scale": (
+    "the scale of the wrong group": (
         "quantized",
         "gfx1100:stream_gemv_amd.h",
         "step * G::kStepK + i * 32, k - 1)",
@@ -173,7 +172,7 @@ FAULTS = {
         "    arch::warp_sync();\n  }\n\n  __device__ __forceinline__ Rows keys",
         "  }\n\n  __device__ __forceinline__ Rows keys",
     ),
-    "a write before a tensor": (
+    "a store before the start of a tensor": (
         "linear",
         "linear/gemv_kernel.cuh",
         "write_output<T, fused>(p, lane() / rows, first_row + r, mine)",

@@ -1,4 +1,5 @@
-// act(gate) * up over packed gate and up halves. One vector a thread; floor: three times the bytes of the output.
+// act(gate) * up over packed [gate, up] rows. One vector of `vector` outputs per thread, no shared memory. Floor: three
+// times the bytes of the output over the memory bandwidth.
 #pragma once
 
 #include "cuda/elementwise/activation.cuh"
