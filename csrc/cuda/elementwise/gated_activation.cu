@@ -14,8 +14,8 @@ void launch_gated(const Launcher& launcher, const GatedParams& p) {
   const auto start = [&](auto* kernel, int vector) {
     const int64_t ctas_per_row = (p.cols + kGatedThreads * vector - 1) / (kGatedThreads * vector);
     check_grid_y("gated_activation", "gate_up", ctas_per_row);
-    launcher.overlapping(kernel, dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(ctas_per_row)), kGatedThreads, 0,
-                         p);
+    launcher.overlapping(kernel, dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(ctas_per_row)),
+                         kGatedThreads, 0, p);
   };
   constexpr int vector = kVector<T>;
   vectors_fit(p.gate_up, sizeof(T), vector, {p.cols}) ? start(gated_activation_kernel<T, vector>, vector)

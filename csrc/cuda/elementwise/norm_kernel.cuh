@@ -1,9 +1,9 @@
 // RMSNorm and LayerNorm of rows, with an optional residual add before.
 //
-// One CTA per row; each thread handles `vector` neighboring elements at a time. Shared memory: 128 bytes of sums. Each
-// pass (mean, squares, output) reads the row again, from L1. The weight does not depend on the preceding kernel, so it
-// is loaded while that still runs. Floor: the bytes of x, residual and out over the memory bandwidth; in decode, the
-// latency of one pass.
+// One CTA per row; each thread handles `vector` neighboring elements at a time. Shared memory: 128 bytes of sums.
+// Every pass after the first (centered squares, output) reads the row again, from L1. The weight does not depend on the
+// preceding kernel, so it is loaded while that still runs. Floor: the bytes of x, residual and out over the memory
+// bandwidth; in decode, the latency of one pass.
 #pragma once
 
 #include "cuda/numeric.cuh"

@@ -1,7 +1,7 @@
 // Rotary embedding of q and k in place, and the append of k and v to the cache.
 //
-// A CTA processes items of one token, one per thread: `vector` pairs of a head of q or k to rotate, or `vector` elements
-// of v or of k's unrotated columns to copy. Every element of q and k belongs to one thread, so rotating in
+// A CTA processes items of one token, one per thread: `vector` pairs of a head of q or k to rotate, or `vector`
+// elements of v or of k's unrotated columns to copy. Every element of q and k belongs to one thread, so rotating in
 // place needs no barrier. No shared memory. Floor: the bytes of q, k and v, each read and written once, over the memory
 // bandwidth; in decode, latency.
 #pragma once

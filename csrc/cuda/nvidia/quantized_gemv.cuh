@@ -6,7 +6,7 @@
 // sum is scaled in float32, and the group's sum of x, from an MMA with ones, corrects for the zero point and applies
 // the offset. The result differs from the float32 reference in the order of summation only.
 //
-// An m16n8k16 product must not mix groups, yet the four lanes of a row load 32 consecutive 4-bit weights each. Groups
+// An m16n8k16 product must not mix groups, yet each of a row's four lanes loads 32 consecutive 4-bit weights. Groups
 // of 128 and more hold all of them. For smaller groups the four lanes exchange words: then each lane has a quarter of
 // every block of 32 weights, and a block is two products.
 //
@@ -72,7 +72,7 @@ struct Integers<arch::half, 8> {
   }
 };
 
-// bfloat16's mantissa is shorter: an integer below 128 is the mantissa of a number from 128 on. A byte is two nibbles.
+// bfloat16's mantissa is shorter: an integer n below 128 is the mantissa of 128 + n. A byte is two nibbles.
 template <>
 struct Integers<arch::bfloat16, 4> {
   static constexpr float kUnit = 1.f, kFirst = 1.f, kZero = 128.f;
@@ -159,8 +159,9 @@ struct StagedColumns {
 
   // Issues the copies of a step into stage `index` % 2.
   __device__ __forceinline__ void load(int index, int step) {
-    constexpr int chunks = G::kStepK / 8, rows = 2 * arch::kWarpSize / chunks;  // rows of two copies
-    static_assert(rows == 4);                                                   // the period of the swizzle
+    // A warp copies `rows` rows in two instructions, the period of the swizzle.
+    constexpr int chunks = G::kStepK / 8, rows = 2 * arch::kWarpSize / chunks;
+    static_assert(rows == 4);
     unsigned char* const stage = stages + index % 2 * G::kStageBytes;
     const int row = arch::lane() / chunks, chunk = arch::lane() % chunks, at = step * G::kStepK + chunk * 8;
     const T* from = x + row * stride + at;
@@ -375,7 +376,7 @@ __global__ void __launch_bounds__(G::kThreads, 2)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float products_factor = of_products[i][half], x_factor = of_x[i][half];
-            if constexpr (G::kExchange) {  // the lane of the quad that loaded this block's
+            if constexpr (G::kExchange) {  // from the lane of the quad that loaded this block's group
               products_factor = shfl(products_factor, lane() / 4 * 4 + block);
               x_factor = shfl(x_factor, lane() / 4 * 4 + block);
             }
