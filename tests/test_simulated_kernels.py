@@ -126,8 +126,8 @@ FAULTS = {
     "the partial of the wrong warp": (
         "linear",
         "linear/gemv_kernel.cuh",
-        "mine += parts[warp() + other]",
-        "mine += parts[other]",
+        "mine += partials[warp() + other]",
+        "mine += partials[other]",
     ),
     "a gate paired with the wrong row": (
         "linear",
@@ -135,7 +135,12 @@ FAULTS = {
         "shfl_xor(mine, rows / 2)",
         "shfl_xor(mine, 1)",
     ),
-    "the wrong row's norm factor": ("linear", "linear/gemv_kernel.cuh", "v, factors[i],", "v, factors[0],"),
+    "an activation left out": (
+        "linear",
+        "linear/epilogue.cuh",
+        "    value = activate(p.fusion.activation, value);\n    if",
+        "    if",
+    ),
     "a split whose partial is not added": (
         "linear",
         "linear/flat_gemm_kernel.cuh",

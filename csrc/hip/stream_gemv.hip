@@ -46,14 +46,14 @@ struct DenseGemvs {
 
 bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
   if (p.fusion.any()) return false;
-  launch_parts<QuantizedGemvs>(launcher, p);
+  launch_row_chunks<QuantizedGemvs>(launcher, p);
   return true;
 }
 
 bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
   constexpr int64_t min_rows = 3;
   if (p.m < min_rows || p.fusion.any()) return false;
-  launch_parts<DenseGemvs>(launcher, QuantizedLinearParams{p});
+  launch_row_chunks<DenseGemvs>(launcher, QuantizedLinearParams{p});
   return true;
 }
 

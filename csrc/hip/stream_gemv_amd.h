@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(G::kThreads, 2) stream_gemv_kernel(QuantizedLi
     }
   }
   // Bias is loaded only here: while weights are in flight, no registers are free.
-  write_warp_sums<T, G, false>(p, sums, first_n, Addends<T, G, false>(p, first_n));
+  write_warp_sums<T, G, false>(p, sums, first_n, EpilogueOperands<T, G, false>(p, first_n));
 }
 
 }  // namespace flashdecpp

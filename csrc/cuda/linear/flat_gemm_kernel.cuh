@@ -180,8 +180,8 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
       }
     }
   }
-  if (gated) {
-    if (split.partials) {  // a gate and its up value are held by different threads
+  if (fused && p.fusion.activates()) {  // output by output: different threads hold a gate and its up value
+    if (split.partials) {
 #pragma unroll
       for (int j = 0; j < vectors; ++j) {
         const int i = j * G::kThreads + threadIdx.x;
@@ -189,12 +189,13 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
       }
       __syncthreads();
     }
-    constexpr int columns = G::kBlockN / 2;
+    const int columns = gated ? G::kBlockN / 2 : G::kBlockN;
 #pragma unroll 1
     for (int i = threadIdx.x; i < count / row_vectors * columns; i += G::kThreads) {
       const int m = i / columns, column = i % columns;
-      const float* const row = outputs + m * G::kOutStride + column;
-      if (first_n + column < p.n) write_output<T, fused>(p, first_m + m, first_n + column, row[0], row[columns]);
+      const float* const value = outputs + m * G::kOutStride + column;
+      const float up = gated ? value[G::kBlockN / 2] : 0.f;
+      if (first_n + column < p.n) write_output<T, fused>(p, first_m + m, first_n + column, *value, up);
     }
     return;
   }

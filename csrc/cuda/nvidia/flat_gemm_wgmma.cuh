@@ -164,10 +164,10 @@ __device__ __forceinline__ void flat_gemm_wgmma(const LinearParams& p, const CUt
   } else {
     warpgroup_sync();
   }
-  // Every CTA of the cluster reduces and writes its slice of the tile: one output per thread if gated, otherwise eight
-  // neighbors.
-  if (gated) {
-    constexpr int columns = G::kBlockN / 2;
+  // Every CTA of the cluster reduces and writes its slice of the tile: one output per thread with a gate or an
+  // activation, otherwise eight neighbors.
+  if (fused && p.fusion.activates()) {
+    const int columns = gated ? G::kBlockN / 2 : G::kBlockN;
     const int count = static_cast<int>(p.m) * columns;
 #pragma unroll 1
     for (int i = count * rank / cluster + threadIdx.x; i < count * (rank + 1) / cluster; i += kWarpgroup) {
@@ -176,7 +176,7 @@ __device__ __forceinline__ void flat_gemm_wgmma(const LinearParams& p, const CUt
       float value = 0.f, up = 0.f;
       for (int other = 0; other < cluster; ++other) {
         value += load_shared_cluster<float>(mine, other);
-        up += load_shared_cluster<float>(mine + columns, other);
+        if (gated) up += load_shared_cluster<float>(mine + G::kBlockN / 2, other);
       }
       if (n + column < p.n) write_output<T, fused>(p, m, n + column, value, up);
     }

@@ -30,33 +30,6 @@ __device__ __forceinline__ uint4 load_weight(const void* p) {
 __device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
-// The two products of two packed numbers of type T, each rounded.
-template <class T>
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  using Pair = std::conditional_t<std::is_same_v<T, half>, __half2, __nv_bfloat162>;
-  const Pair product = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
-  return reinterpret_cast<const uint32_t&>(product);
-}
-
-// v rounded to T, in both halves.
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float v) {
-  if constexpr (std::is_same_v<T, half>) {
-    const __half2 pair = __float2half2_rn(v);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __nv_bfloat162 pair = __float2bfloat162_rn(v);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
-
-// Per half (fp16), the larger magnitude; a NaN loses to a number.
-__device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
-  const __half2 larger =
-      __hmax2(__habs2(reinterpret_cast<const __half2&>(a)), __habs2(reinterpret_cast<const __half2&>(b)));
-  return reinterpret_cast<const uint32_t&>(larger);
-}
-
 // ---- sm_90a: call only under `if constexpr (kHasWgmma)` -------------------------------------------------------------
 
 // wgmma is in the architecture-specific feature set: compiling for plain sm_90 does not provide it.

@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(G::kThreads, 2)
     }
   };
 
-  Addends<T, G, fused> addends(p, first_n);
+  EpilogueOperands<T, G, fused> operands(p, first_n);
   TileC totals[tiles][row_tiles];
   StagedColumns<T, G> staged(p, dynamic_shared());
   int stage = 0;
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(G::kThreads, 2)
     for (int u = 0; u < G::kSteps; ++u) load_weights(weights[u], base + u);
     if (!waited) {
       wait_for_previous_kernel();
-      addends.load_before(p, first_n);
+      operands.load_residual(p, first_n);
       if constexpr (G::kStaged) {
         staged.load(0, base);
         copy_commit();
@@ -392,10 +392,10 @@ __global__ void __launch_bounds__(G::kThreads, 2)
 
   if (!waited) {  // this warp has no step
     wait_for_previous_kernel();
-    addends.load_before(p, first_n);
+    operands.load_residual(p, first_n);
   }
   if constexpr (G::kStaged) copy_wait<0>();
-  write_warp_sums<T, G, fused>(p, totals, first_n, addends);
+  write_warp_sums<T, G, fused>(p, totals, first_n, operands);
 }
 
 }  // namespace flashdecpp
