@@ -1,5 +1,5 @@
-// The CPU kernels of one instruction set without torch, against double precision: conversions, functions, decode
-// attention, linear. It runs wherever a compiler for the target and something to run it (an emulator, say) exist.
+// The CPU kernels of one instruction set, without torch, against double precision: conversions, functions, decode
+// attention, linear. It needs only a compiler for the target and a machine or an emulator to run the program.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -27,7 +27,7 @@ bool near(double got, double want, double relative, double absolute = 0) {
   return std::isnan(want) ? std::isnan(got) : std::fabs(got - want) <= relative * std::fabs(want) + absolute;
 }
 
-// Every bit pattern of T through the vector loads, and a spread of floats through the vector store.
+// Every bit pattern of T through the vector loads, and floats across the whole range through the vector store.
 template <class T, class Bits>
 void conversions(const char* what) {
   constexpr int kAll = 1 << (8 * sizeof(T)), kStep = 2 * kLanes;
@@ -93,7 +93,7 @@ std::vector<T> normal(size_t n) {
   return x;
 }
 
-// One sequence, in pages out of order if block_size is less than its capacity; every head of every split in one task.
+// One sequence, with its blocks in reverse order; each split is one task for all heads.
 template <class KV, class Q>
 void attention(DType kv_dtype, DType q_dtype, int q_heads, int kv_heads, int head_dim, int q_len, int length,
                int block_size, int splits, const float* phi, float tolerance) {
