@@ -1,3 +1,4 @@
+// Chooses the kernel table: the best instruction set of this CPU, unless FLASHDECPP_CPU_ISA names another.
 #include "cpu/kernels.h"
 
 #if defined(FLASHDECPP_HAS_AMX)
@@ -15,13 +16,13 @@ namespace flashdecpp::cpu {
 namespace {
 
 #if defined(FLASHDECPP_HAS_AMX)
-// Whether this process may use AMX. A processor, or a virtual machine, that advertises it is not enough: tiles fault
-// unless the operating system has agreed to keep them when it switches threads, and it wants to be asked.
-bool tiles_are_granted() {
+// Whether this process may use AMX. CPUID alone does not say: tiles fault unless the process has asked the kernel for
+// permission, which the kernel grants if it saves tile state across context switches.
+bool may_use_tiles() {
   unsigned a, b, c, d;
   constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bfloat16) || !(d & tiles)) return false;
-  constexpr long get_permission = 0x1022, request_permission = 0x1023, tile_data = 18;  // of <asm/prctl.h>
+  constexpr long get_permission = 0x1022, request_permission = 0x1023, tile_data = 18;  // from <asm/prctl.h>
   uint64_t granted = 0;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0 &&
          syscall(SYS_arch_prctl, get_permission, &granted) == 0 && (granted >> tile_data & 1);
@@ -40,7 +41,7 @@ const Kernels& choose() {
     bool supported;
   } choices[] = {
 #if defined(FLASHDECPP_HAS_AMX)
-      {kAvx512AmxKernels, bf16 && tiles_are_granted()},
+      {kAvx512AmxKernels, bf16 && may_use_tiles()},
 #endif
       {kAvx512Bf16Kernels, bf16},
       {kAvx512Kernels, avx512},
@@ -80,7 +81,7 @@ const Kernels& kernels() {
 
 }  // namespace flashdecpp::cpu
 
-// For `flashdecpp info`, which reads it through ctypes.
+// The chosen table's name, for Python through ctypes.
 extern "C" __attribute__((visibility("default"))) const char* flashdecpp_cpu_isa() {
   try {
     return flashdecpp::cpu::kernels().name;
