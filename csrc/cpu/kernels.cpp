@@ -1,7 +1,7 @@
 // Chooses the kernel table: the best instruction set of this CPU, unless FLASHDECPP_CPU_ISA names another.
 #include "cpu/kernels.h"
 
-#if defined(FLASHDECPP_HAS_AMX)
+#if defined(FLASHDECPP_HAS_AVX512_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,7 +15,7 @@
 namespace flashdecpp::cpu {
 namespace {
 
-#if defined(FLASHDECPP_HAS_AMX)
+#if defined(FLASHDECPP_HAS_AVX512_AMX)
 // Whether this process may use AMX. CPUID alone does not say: tiles fault unless the process has asked the kernel for
 // permission, which the kernel grants if it saves tile state across context switches.
 bool may_use_tiles() {
@@ -32,20 +32,28 @@ bool may_use_tiles() {
 const Kernels& choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  [[maybe_unused]] const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                                       __builtin_cpu_supports("avx512dq");
+  [[maybe_unused]] const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const struct {
     const Kernels& kernels;
     bool supported;
   } choices[] = {
-#if defined(FLASHDECPP_HAS_AMX)
+#if defined(FLASHDECPP_HAS_AVX512_AMX)
       {kAvx512AmxKernels, bf16 && may_use_tiles()},
 #endif
+#if defined(FLASHDECPP_HAS_AVX512_BF16)
       {kAvx512Bf16Kernels, bf16},
+#endif
+#if defined(FLASHDECPP_HAS_AVX512)
       {kAvx512Kernels, avx512},
+#endif
+#if defined(FLASHDECPP_HAS_AVX2)
       {kAvx2Kernels, avx2},
+#endif
       {kBaselineKernels, true}};
 #elif defined(__aarch64__)
   const struct {
