@@ -18,8 +18,8 @@ import measure
 import torch
 import transformers
 
-from flashdecpp.runner import LLM, SamplingParams
-from flashdecpp.runner.hf_twin import transformers_twin
+from flashdecpp import LLM, SamplingParams
+from flashdecpp.models.to_transformers import transformers_twin
 
 SHORT_PROMPT, LONG_PROMPT, DECODE_TOKENS = 32, 512, 32
 DTYPES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16, torch.float16)}

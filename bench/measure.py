@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from flashdecpp.dispatch import machine, timing
-from flashdecpp.dispatch.timing import graph_median_us as graph_median_us
+from flashdecpp.tuning import device, timing
+from flashdecpp.tuning.timing import graph_median_us as graph_median_us
 
 L2_BYTES = 50 << 20  # of an H100; kept for every GPU, so that results compare
 
@@ -42,14 +42,14 @@ def environment() -> dict[str, object]:
         "command": f"python {shlex.join(_without_output(sys.argv))}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": machine.cpu_name(),
+        "cpu": device.cpu_name(),
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
         record |= {
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
-            "driver": machine.driver_version(),
+            "driver": device.driver_version(),
         }
     return record
 

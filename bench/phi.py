@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flashdecpp import ops, reference
-from flashdecpp.runner import LLM, SamplingParams
-from flashdecpp.runner import calibrate as calibration
-from flashdecpp.runner.calibration_text import TEXT
-from flashdecpp.runner.model import Decoder
-from flashdecpp.runner.phi import SAFE_WINDOWS
+from flashdecpp import LLM, SamplingParams, ops, reference
+from flashdecpp.calibration import calibrate as calibration
+from flashdecpp.calibration.text import TEXT
+from flashdecpp.models.decoder import Decoder
+from flashdecpp.models.phi import SAFE_WINDOWS
 
 STORY = ["Once upon a time, in a small village by the sea,"]
 QUESTIONS = [

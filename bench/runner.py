@@ -29,18 +29,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from flashdecpp import ops
+from flashdecpp.engine.engine import Engine
+from flashdecpp.engine.executor import Batch
+from flashdecpp.engine.request import Request
+from flashdecpp.engine.sampling import SamplingParams
+from flashdecpp.loading.generation_config import GenerationDefaults
+from flashdecpp.models.architectures import ARCHITECTURES
+from flashdecpp.models.config import ModelConfig
+from flashdecpp.models.decoder import MAX_Q_LEN, Decoder
+from flashdecpp.models.kv_cache import BLOCK_SIZE, KVCache, blocks_for
+from flashdecpp.models.rope import Rope
+from flashdecpp.models.weights import Layer, Matrix, Weights
 from flashdecpp.quantization import quantize
-from flashdecpp.runner.architectures import ARCHITECTURES
-from flashdecpp.runner.batch import Batch
-from flashdecpp.runner.cache import BLOCK_SIZE, KVCache, blocks_for
-from flashdecpp.runner.config import ModelConfig
-from flashdecpp.runner.engine import Engine
-from flashdecpp.runner.generation_config import GenerationDefaults
-from flashdecpp.runner.model import MAX_Q_LEN, Decoder
-from flashdecpp.runner.request import Request
-from flashdecpp.runner.rope import Rope
-from flashdecpp.runner.sampling import SamplingParams
-from flashdecpp.runner.weights import Layer, Matrix, Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -522,7 +522,7 @@ def transformers_ms(subject: Subject, rows: int, context: int) -> dict[str, obje
     transformers' own loop, eager. A ratio is what the drop-in gains. What can't be compiled says why.
     """
     from flashdecpp.integrations.transformers import accelerate, attention_calls, restore
-    from flashdecpp.runner.hf_twin import transformers_twin
+    from flashdecpp.models.to_transformers import transformers_twin
 
     config, device = subject.decoder.config, subject.decoder.device
     model = transformers_twin(subject.decoder, subject.decoder.dtype)

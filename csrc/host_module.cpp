@@ -7,8 +7,9 @@
 #include <string>
 
 #include "build_info.h"
-#include "heuristics.h"
-#include "linear_table.h"
+#include "heuristics/attention.h"
+#include "heuristics/linear.h"
+#include "heuristics/linear_table.h"
 
 namespace py = pybind11;
 using namespace flashdecpp;
@@ -30,7 +31,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<DeviceProperties>(m, "DeviceProperties", "The device properties that heuristics read.")
       .def(py::init<int32_t, int32_t>(), py::arg("multiprocessors"), py::arg("arch"))
-      .def_readonly("multiprocessors", &DeviceProperties::multiprocessors)
+      .def_readonly("multiprocessors", &DeviceProperties::num_sms)
       .def_readonly("arch", &DeviceProperties::arch);
 
   py::class_<InflectionPoints>(m, "InflectionPoints", "gemv below m1, flat_gemm from m1 to m2, blas from m2 on.")
@@ -56,18 +57,19 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("install", &LinearTables::install, py::arg("device"), py::arg("rows"))
       .def("find", &LinearTables::find, py::arg("device"), py::arg("dtype"), py::arg("n"), py::arg("k"), py::arg("m"));
-  m.def("choose_attention_team", &choose_attention_team, py::arg("resident"), py::arg("units"), py::arg("num_splits"),
-        py::arg("most"), "Blocks of a cluster that share a unit of decode_attention where there are clusters.");
+  m.def("choose_attention_cluster", &choose_attention_cluster, py::arg("resident"), py::arg("units"),
+        py::arg("num_splits"), py::arg("most"),
+        "Blocks of a cluster that share a unit of decode_attention where there are clusters.");
   m.def(
       "choose_attention_grid",
-      [](int64_t resident, int64_t batch, int64_t sequence_units, int64_t num_splits, int64_t groups,
-         int64_t min_groups, int64_t enough_blocks, int64_t max_slots) {
-        const AttentionGrid grid = choose_attention_grid(resident, batch, sequence_units, num_splits, groups,
-                                                         min_groups, enough_blocks, max_slots);
-        return std::make_tuple(grid.unit_blocks, grid.least_by_unit, grid.shares, grid.most_shares, grid.blocks,
+      [](int64_t resident, int64_t batch, int64_t work_tiles_per_sequence, int64_t num_splits, int64_t groups,
+         int64_t min_kv_tiles, int64_t min_ctas, int64_t max_slots) {
+        const AttentionGrid grid = choose_attention_grid(resident, batch, work_tiles_per_sequence, num_splits, groups,
+                                                         min_kv_tiles, min_ctas, max_slots);
+        return std::make_tuple(grid.uniform_splits, grid.min_uniform_tiles, grid.streams, grid.max_streams, grid.blocks,
                                grid.slots);
       },
-      py::arg("resident"), py::arg("batch"), py::arg("sequence_units"), py::arg("num_splits"), py::arg("groups"),
-      py::arg("min_groups"), py::arg("enough_blocks"), py::arg("max_slots"),
+      py::arg("resident"), py::arg("batch"), py::arg("work_tiles_per_sequence"), py::arg("num_splits"),
+      py::arg("groups"), py::arg("min_kv_tiles"), py::arg("min_ctas"), py::arg("max_slots"),
       "Blocks and workspace slots of decode_attention on a GPU.");
 }

@@ -11,34 +11,32 @@ Four ways in:
 
 from __future__ import annotations
 
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 from flashdecpp import _interrupt as _interrupt
 from flashdecpp import _library as _library
-from flashdecpp import dispatch, ops
+from flashdecpp import ops, tuning
+from flashdecpp.errors import ModelError, OutOfMemory
 from flashdecpp.ops import check
 from flashdecpp.quantization import QuantizedLinear, quantize_
 
 if TYPE_CHECKING:
+    from flashdecpp.engine.block_pool import BlockPool
+    from flashdecpp.engine.guides import Guide
+    from flashdecpp.engine.llm import LLM, Completion, Piece, Stats
+    from flashdecpp.engine.logprobs import TokenLogprob
+    from flashdecpp.engine.sampling import SamplingParams
     from flashdecpp.integrations.transformers import accelerate
-    from flashdecpp.runner import (
-        LLM,
-        Completion,
-        Guide,
-        ModelError,
-        OutOfMemory,
-        Piece,
-        SamplingParams,
-        Stats,
-        TokenLogprob,
-    )
+    from flashdecpp.models.kv_cache import KVCache
 
 __version__ = metadata.version("flashdecpp")
 __all__ = [
     "LLM",
+    "BlockPool",
     "Completion",
     "Guide",
+    "KVCache",
     "ModelError",
     "OutOfMemory",
     "Piece",
@@ -52,17 +50,24 @@ __all__ = [
     "quantize_",
 ]
 
-dispatch.install()
+tuning.install()
+
+# Imported on first use: most of these bring transformers along, which takes seconds to import.
+_HOMES = {
+    "LLM": "flashdecpp.engine.llm",
+    "BlockPool": "flashdecpp.engine.block_pool",
+    "Completion": "flashdecpp.engine.llm",
+    "Guide": "flashdecpp.engine.guides",
+    "KVCache": "flashdecpp.models.kv_cache",
+    "Piece": "flashdecpp.engine.llm",
+    "SamplingParams": "flashdecpp.engine.sampling",
+    "Stats": "flashdecpp.engine.llm",
+    "TokenLogprob": "flashdecpp.engine.logprobs",
+    "accelerate": "flashdecpp.integrations.transformers",
+}
 
 
 def __getattr__(name: str) -> object:
-    # These bring transformers along, which takes seconds to import: only for those who use them.
-    if name == "accelerate":
-        from flashdecpp.integrations.transformers import accelerate
-
-        return accelerate
-    if name in __all__:
-        from flashdecpp import runner
-
-        return getattr(runner, name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'flashdecpp' has no attribute {name!r}")

@@ -11,9 +11,9 @@ import torch
 import flashdecpp
 from flashdecpp import _C, ops
 from flashdecpp._library import LIBRARIES, cpu_instruction_set, gpu_library
-from flashdecpp.dispatch import Found, find_tables
-from flashdecpp.dispatch.machine import device_name, gfx_target, gpu_properties
-from flashdecpp.dispatch.table import DTYPES, Shape, TableError, check_sizes
+from flashdecpp.tuning import Found, find_tables
+from flashdecpp.tuning.device import device_name, gfx_target, gpu_properties
+from flashdecpp.tuning.table import DTYPES, Shape, TableError, check_sizes
 
 _NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
 _MOST_ROWS = 1024  # up to which choices are looked up

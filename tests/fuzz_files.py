@@ -415,7 +415,7 @@ def calibrate(folder: Path) -> None:
     """phi.json, so that it is read."""
     import torch
 
-    from flashdecpp.runner.phi import PERCENTILES, SAFE_WINDOWS, Calibration
+    from flashdecpp.models.phi import PERCENTILES, SAFE_WINDOWS, Calibration
 
     numbers = torch.zeros(1, 4)
     Calibration(
@@ -426,7 +426,7 @@ def calibrate(folder: Path) -> None:
 
 
 def tokens_of(model: Path) -> list[int]:
-    from flashdecpp.runner import LLM, SamplingParams
+    from flashdecpp import LLM, SamplingParams
 
     llm = LLM(model, device="cpu", dtype="float32")
     params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
@@ -435,7 +435,7 @@ def tokens_of(model: Path) -> list[int]:
 
 def judge(case: Case, expected: list[int]) -> tuple[str, str]:
     """ "right", "refused" or "wrong", and what was said."""
-    from flashdecpp.runner import ModelError
+    from flashdecpp import ModelError
 
     def late(*_: object) -> None:
         raise TimeoutError(f"not done after {2 * SECONDS} s")

@@ -25,22 +25,22 @@ BUNDLE = b"__CLANG_OFFLOAD_BUNDLE__"
 
 
 @dataclass(frozen=True)
-class Machine:
-    """A target: the registers a lane that a SIMD unit's waves share, taken in steps; its most waves; the
+class AttentionConfig:
+    """A target: the registers a lane that a SIMD unit's warps share, taken in steps; its most warps; the
     LDS that blocks share, and with how many SIMD units (a compute unit, or RDNA's pair of them)."""
 
     name: str
     registers: int
     step: int
-    waves: int
+    warps: int
     shared: int
     simds: int
 
 
 MACHINES = {
-    "gfx90a": Machine("MI210", 512, 8, 8, 64 << 10, 4),
-    "gfx942": Machine("MI300X", 512, 8, 8, 64 << 10, 4),
-    "gfx1100": Machine("RX 7900 XTX", 1536, 24, 16, 128 << 10, 4),
+    "gfx90a": AttentionConfig("MI210", 512, 8, 8, 64 << 10, 4),
+    "gfx942": AttentionConfig("MI300X", 512, 8, 8, 64 << 10, 4),
+    "gfx1100": AttentionConfig("RX 7900 XTX", 1536, 24, 16, 128 << 10, 4),
 }
 INSTRUCTIONS = {
     "matrix": r"v_(mfma|wmma)_\w+",
@@ -62,7 +62,7 @@ class Kernel:
     scratch: int  # bytes a lane
     static_shared: int
     threads: int
-    wave: int
+    warp: int
     counts: Counter[str]  # of INSTRUCTIONS, and "all"
 
     @cached_property
@@ -74,31 +74,31 @@ class Kernel:
         return self.static_shared + dynamic_shared(self.name)
 
     @property
-    def waves(self) -> float:
+    def warps(self) -> float:
         """That a SIMD unit holds at once, by registers and LDS."""
         machine = MACHINES[self.target]
         by_registers = min(
-            machine.waves, machine.registers // (-(-self.vgprs // machine.step) * machine.step)
+            machine.warps, machine.registers // (-(-self.vgprs // machine.step) * machine.step)
         )
-        block_waves = self.threads / self.wave
-        blocks = min(by_registers * machine.simds // block_waves, machine.shared // max(self.shared, 1))
-        return blocks * block_waves / machine.simds
+        block_warps = self.threads / self.warp
+        blocks = min(by_registers * machine.simds // block_warps, machine.shared // max(self.shared, 1))
+        return blocks * block_warps / machine.simds
 
 
 def dynamic_shared(name: str) -> int:
-    """Bytes that the launch names: SharedMemory::kBytes of attention_tile.cuh, FlatGemm::kSharedBytes."""
-    if match := re.search(r"AttentionTile<\w+, (\w+), (\d+), BlockShape<(\d+), (\d+), \d+, (\d+)>", name):
+    """Bytes that the launch names: SharedMemory::kBytes of tile.cuh, FlatGemm::kSharedBytes."""
+    if match := re.search(r"AttentionTile<\w+, (\w+), (\d+), CtaShape<(\d+), (\d+), \d+, (\d+)>", name):
         element = 1 if match[1] == "float8" else 2
-        dims, waves, stages, merge_rows = map(int, match.groups()[1:])
+        dims, warps, stages, merge_rows = map(int, match.groups()[1:])
         ring = stages * 2 * 16 * (dims + 16 // element) * element
-        return waves * (ring + 16 * (dims + 8) * 2 + merge_rows * (dims + 8) * 4)
+        return warps * (ring + 16 * (dims + 8) * 2 + merge_rows * (dims + 8) * 4)
     if match := re.search(r"flat_gemm_kernel<\w+, (\d), \w+>", name):
-        text = (ROOT / "csrc/heuristics.h").read_text()
+        text = (ROOT / "csrc/heuristics/linear.h").read_text()
         table = re.search(r"kFlatTiles\[\] = \{(.*?)\n\};", text, re.DOTALL)[1]
         tile = re.findall(r"\{([^}]*)\}", table)[int(match[1])].split(",")
         block_m, block_n, block_k, _, _, stages = map(int, tile[:6])
         stage = (block_m + block_n) * (block_k + 8) * 2
-        return min(stages, (64 << 10) // stage, 2) * stage  # 2: kMostStages of arch_amd.h
+        return min(stages, (64 << 10) // stage, 2) * stage  # 2: kMaxStages of arch_amd.h
     return 0
 
 
@@ -185,7 +185,7 @@ def kernels_of(target: str, path: str) -> list[Kernel]:
                 scratch=number["private_segment_fixed_size"],
                 static_shared=number["group_segment_fixed_size"],
                 threads=number["max_flat_workgroup_size"],
-                wave=number["wavefront_size"],
+                warp=number["wavefront_size"],
                 counts=counts,
             )
         )
@@ -243,13 +243,13 @@ def compiler() -> str:
 
 
 def report(found: list[Kernel]) -> str:
-    """A line for each kernel and target; waves: that a SIMD unit holds at once, by registers and LDS."""
-    fields = ("VGPR", "SGPR", "spills", "scratch", "LDS", "threads", "waves", "code")
-    counted = [name for name in INSTRUCTIONS if name != "scratch"]
-    rows = [("target", *fields, *counted, "kernel")]
+    """A line for each kernel and target; warps: that a SIMD unit holds at once, by registers and LDS."""
+    fields = ("VGPR", "SGPR", "spills", "scratch", "LDS", "threads", "warps", "code")
+    rescale_or_one = [name for name in INSTRUCTIONS if name != "scratch"]
+    rows = [("target", *fields, *rescale_or_one, "kernel")]
     for k in found:
-        needs = (k.vgprs, k.sgprs, k.vgpr_spills, k.scratch, k.shared, k.threads, k.waves, k.counts["all"])
-        rows.append((k.target, *needs, *(k.counts[name] for name in counted), k.name))
+        needs = (k.vgprs, k.sgprs, k.vgpr_spills, k.scratch, k.shared, k.threads, k.warps, k.counts["all"])
+        rows.append((k.target, *needs, *(k.counts[name] for name in rescale_or_one), k.name))
     lines = ["".join(f"{value!s:>10}" for value in row[:-1]) + f"  {row[-1]}" for row in rows]
     return "\n".join([f"{compiler()}; written by python tests/hip_code.py", *lines]) + "\n"
 

@@ -14,8 +14,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from flashdecpp.runner import LLM
-from flashdecpp.runner.cache import KVCache, blocks_for
+from flashdecpp import LLM
+from flashdecpp.models.kv_cache import KVCache, blocks_for
 
 VOCAB = 272  # 256 bytes, three special tokens, and some that no text uses
 CHAT_TEMPLATE = (

@@ -10,9 +10,9 @@ from typing import Any
 
 from runner_models import byte_tokens, save_tokenizer
 
-from flashdecpp.runner.gguf_header import Metadata
-from flashdecpp.runner.gguf_tokenizer import GGUFTokenizer
-from flashdecpp.runner.tokenizer import FolderTokenizer
+from flashdecpp.loading.gguf_header import Metadata
+from flashdecpp.loading.gguf_tokenizer import GGUFTokenizer
+from flashdecpp.loading.tokenizer import FolderTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

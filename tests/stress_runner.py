@@ -33,8 +33,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from flashdecpp.runner import LLM, Completion, ModelError, SamplingParams, TokenLogprob
-from flashdecpp.runner.cache import BLOCK_SIZE, blocks_for
+from flashdecpp import LLM, Completion, ModelError, SamplingParams, TokenLogprob
+from flashdecpp.models.kv_cache import BLOCK_SIZE, blocks_for
 
 LONGEST_PROMPT, LONGEST_ANSWER = 200, 100
 

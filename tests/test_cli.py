@@ -20,9 +20,10 @@ import pytest
 import torch
 from runner_models import byte_tokens, save_model
 
-from flashdecpp import Completion, Piece, SamplingParams, runner
+import flashdecpp as package
+from flashdecpp import Completion, Piece, SamplingParams
 from flashdecpp.cli import main
-from flashdecpp.runner.logprobs import TokenLogprob
+from flashdecpp.engine.logprobs import TokenLogprob
 
 
 def interruptible() -> None:
@@ -266,7 +267,7 @@ class Puppet:
 def puppet(monkeypatch: pytest.MonkeyPatch) -> type[Puppet]:
     monkeypatch.setattr(Puppet, "asked", [])
     monkeypatch.setattr(Puppet, "answers", ())
-    monkeypatch.setattr(runner, "LLM", Puppet)
+    monkeypatch.setattr(package, "LLM", Puppet)
     return Puppet
 
 
@@ -545,7 +546,7 @@ def test_a_process_that_is_cut_short(long_folder: Path, how: str) -> None:
 
 def test_an_interrupt_while_torch_is_imported_is_quiet(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), 2)\ntime.sleep(9)\n")
-    paths = [str(tmp_path), str(Path(runner.__file__).parents[2])]
+    paths = [str(tmp_path), str(Path(package.__file__).parents[1])]
     result = flashdecpp("info", PYTHONPATH=os.pathsep.join(paths))
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
@@ -556,7 +557,7 @@ def test_an_interrupt_while_torch_is_imported_is_quiet(tmp_path: Path) -> None:
 @pytest.fixture
 def talk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """With room for 64 tokens."""
-    monkeypatch.setattr(runner, "LLM", functools.partial(runner.LLM, cache_tokens=64))
+    monkeypatch.setattr(package, "LLM", functools.partial(package.LLM, cache_tokens=64))
     options = ["--model", str(folder), "--device", "cpu", "--dtype", "float32", "-n", "8", "--ignore-eos"]
     return lambda stdin, **streams: run("chat", *options, stdin=stdin, **streams)
 
@@ -615,9 +616,9 @@ def test_info_lists_spoiled_tables(tmp_path: Path) -> None:
 
 
 def test_a_clone_that_was_not_built_says_what_it_hides(tmp_path: Path) -> None:
-    package = Path(runner.__file__).parents[1]
+    folder = Path(package.__file__).parent
     ignored = shutil.ignore_patterns("lib", "*.so", "__pycache__")
-    shutil.copytree(package, tmp_path / "flashdecpp", ignore=ignored)
+    shutil.copytree(folder, tmp_path / "flashdecpp", ignore=ignored)
     code = """
 import sys
 for path in [], [sys.argv[1]]:
@@ -627,12 +628,12 @@ for path in [], [sys.argv[1]]:
     except ImportError as error:
         print(error)
 """
-    command = [sys.executable, "-c", code, str(package.parent)]
+    command = [sys.executable, "-c", code, str(folder.parent)]
     environment = {**os.environ, "PYTHONPATH": ""}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     alone, hiding = result.stdout.splitlines()
     assert f"run `pip install .` in {tmp_path}, or from another directory" in alone
-    assert f"{tmp_path} hides the flashdecpp installed in {package.parent}; run from another" in hiding
+    assert f"{tmp_path} hides the flashdecpp installed in {folder.parent}; run from another" in hiding
 
 
 def test_a_child_that_was_forked_before_any_op_works() -> None:

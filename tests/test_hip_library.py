@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not hip_code.LIBRARY.exists(), reason="no HIP library: `make hip` builds one")
 
 # Head dimensions of decode attention up to which no register is spilled; beyond, the report has what is.
-# A wave of 32 has 256 registers, of which the output takes half a head_dim.
+# A warp of 32 has 256 registers, of which the output takes half a head_dim.
 NO_SPILLS = {"gfx90a": 128, "gfx942": 128, "gfx1100": 64}
 MATRIX = ("decode_attention_kernel", "flat_gemm_kernel", "stream_gemv_kernel")
 
@@ -53,7 +53,7 @@ def test_memory_is_read_16_bytes_at_a_time(kernels: list[hip_code.Kernel]) -> No
 
 
 def test_registers_are_not_spilled(kernels: list[hip_code.Kernel]) -> None:
-    few = {("gfx1100", "stream_gemv_kernel"): 4}  # of 256, where a wave holds 16 weights a lane of every row
+    few = {("gfx1100", "stream_gemv_kernel"): 4}  # of 256, where a warp holds 16 weights a lane of every row
     hot = [k for k in kernels if head_dim(k) <= NO_SPILLS[k.target]]
     spilling = [k for k in hot if k.vgpr_spills > few.get((k.target, k.family), 0)]
     assert [(k.target, k.name, k.vgpr_spills) for k in spilling] == []
@@ -62,7 +62,7 @@ def test_registers_are_not_spilled(kernels: list[hip_code.Kernel]) -> None:
 def test_a_block_fits_into_its_machine(kernels: list[hip_code.Kernel]) -> None:
     for kernel in kernels:
         assert kernel.shared <= 64 << 10, kernel.name
-        assert kernel.waves > 0, kernel.name
+        assert kernel.warps > 0, kernel.name
 
 
 def test_the_report_is_up_to_date(kernels: list[hip_code.Kernel]) -> None:
@@ -101,7 +101,7 @@ def test_it_loads_beside_a_hip_runtime_and_registers_every_op(tmp_path: Path) ->
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     ops = dict(line.split() for line in result.stdout.splitlines())
-    sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu"))
+    sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").rglob("*.cu"))
     expected = {f"flashdecpp::{name}" for name in re.findall(r'm\.impl\("([\w.]+)"', sources)}
     assert {op for op, registered in ops.items() if registered == "True"} == expected
     assert len(expected) > 10

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashdecpp import info
-from flashdecpp.dispatch import machine
+from flashdecpp.tuning import device
 
 CUDA = torch.device("cuda", 0)
 
@@ -35,19 +35,19 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Simp
 
 def test_a_device_is_known_by_its_target(gpu: SimpleNamespace) -> None:
     target = gpu.gcnArchName.partition(":")[0]
-    assert machine.gfx_target(CUDA) == target
-    assert machine.device_name(CUDA) == target
-    assert machine.gpu_properties(CUDA).arch == int(target[3:], 16)
-    assert machine.gpu_properties(CUDA).multiprocessors == 104
+    assert device.gfx_target(CUDA) == target
+    assert device.device_name(CUDA) == target
+    assert device.gpu_properties(CUDA).arch == int(target[3:], 16)
+    assert device.gpu_properties(CUDA).multiprocessors == 104
 
 
 def test_inputs_are_rotated_past_the_memory_side_cache(gpu: SimpleNamespace) -> None:
     expected = {"gfx90a": 8 << 20, "gfx942": 256 << 20, "gfx1100": 96 << 20}
-    assert machine.cache_bytes(CUDA) == expected[machine.gfx_target(CUDA)]
+    assert device.cache_bytes(CUDA) == expected[device.gfx_target(CUDA)]
 
 
 def test_a_table_says_with_which_rocm_it_was_measured(gpu: SimpleNamespace) -> None:
-    record = machine.environment(CUDA)
+    record = device.environment(CUDA)
     assert record["hip"] == "6.4.43482"
     assert record["driver"] != ""
     assert "cuda" not in record
@@ -55,7 +55,7 @@ def test_a_table_says_with_which_rocm_it_was_measured(gpu: SimpleNamespace) -> N
 
 def test_info_names_target_and_waves_and_what_is_missing(gpu: SimpleNamespace) -> None:
     text = "\n".join(info._gpu_lines())
-    target = machine.gfx_target(CUDA)
+    target = device.gfx_target(CUDA)
     assert f"{target}, waves of {gpu.warp_size}, 104 compute units, 64 GiB" in text
     assert "the hip op library is not loaded" in text
 
@@ -69,4 +69,4 @@ def test_info_says_which_kernels_run(gpu: SimpleNamespace, monkeypatch: pytest.M
 
 def test_an_nvidia_gpu_has_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
-    assert machine.gfx_target(CUDA) is None
+    assert device.gfx_target(CUDA) is None

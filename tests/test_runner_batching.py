@@ -13,9 +13,9 @@ import pytest
 import torch
 from runner_models import load, random_tokens, save_model
 
-from flashdecpp.runner import LLM, ModelError, OutOfMemory, SamplingParams
-from flashdecpp.runner.batch import Batch
-from flashdecpp.runner.cache import BLOCK_SIZE, blocks_for
+from flashdecpp import LLM, ModelError, OutOfMemory, SamplingParams
+from flashdecpp.engine.executor import Batch
+from flashdecpp.models.kv_cache import BLOCK_SIZE, blocks_for
 
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=1.0, seed=11, max_tokens=20, ignore_eos=True)
@@ -409,7 +409,8 @@ def test_threads_share_the_batch(folder, alone):
 
 def test_the_pool_fits_the_memory(folder, monkeypatch):
     """One context at least, where there is room; never more than a share of what's free."""
-    from flashdecpp.runner import cache, engine
+    from flashdecpp.engine import engine
+    from flashdecpp.models import kv_cache
 
     llm = load(folder)
     llm.generate(["hello"], GREEDY)
@@ -418,7 +419,7 @@ def test_the_pool_fits_the_memory(folder, monkeypatch):
     assert llm.stats.cache_blocks == 4 * blocks_for(160)
     small = load(folder)
     room = 7.5 * engine.block_bytes(llm.config, torch.float32) / (1 - engine.CPU_SHARE_LEFT)
-    for module in (cache, engine):
+    for module in (kv_cache, engine):
         monkeypatch.setattr(module, "available_bytes", lambda device: room)
     small.generate([random_tokens(50, seed=i) for i in range(4)], SamplingParams(max_tokens=60))
     assert small.stats.cache_blocks == small.stats.peak_blocks == 7
@@ -453,7 +454,7 @@ def test_progress_is_shown_on_a_terminal_alone(folder, capsys, monkeypatch):
 
 
 def test_the_pool_of_a_gpu_is_made_once_and_leaves_room(folder, monkeypatch):
-    from flashdecpp.runner import engine
+    from flashdecpp.engine import engine
 
     llm = load(folder, max_batch=3)
     made = []

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from runner_models import save_model
 
-from flashdecpp.runner import LLM, OutOfMemory
-from flashdecpp.runner.cache import BLOCK_SIZE, BlockPool, KVCache
-from flashdecpp.runner.request import Request
+from flashdecpp import LLM, OutOfMemory
+from flashdecpp.engine.block_pool import BlockPool
+from flashdecpp.engine.request import Request
+from flashdecpp.models.kv_cache import BLOCK_SIZE, KVCache
 
 BLOCKS = 6
 

@@ -13,10 +13,10 @@ from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
-from flashdecpp.runner import LLM, ModelError, SamplingParams
-from flashdecpp.runner import calibrate as calibration
-from flashdecpp.runner import model as decoder_module
-from flashdecpp.runner.phi import PERCENTILES, SAFE_WINDOWS, Calibration, phi_path
+from flashdecpp import LLM, ModelError, SamplingParams
+from flashdecpp.calibration import calibrate as calibration
+from flashdecpp.models import decoder as decoder_module
+from flashdecpp.models.phi import PERCENTILES, SAFE_WINDOWS, Calibration, phi_path
 
 LAYERS, HEADS = 3, 4
 
@@ -270,7 +270,7 @@ def test_a_plot_is_a_png(tmp_path, measured):
 
 @pytest.mark.demo
 def test_the_demo_model_answers_the_same_with_its_phi():
-    from flashdecpp.runner.calibration_text import TEXT
+    from flashdecpp.calibration.text import TEXT
 
     llm = LLM("demo", device="cpu", dtype="float32", phi="none")
     found = calibration.measure(llm, llm.tokenizer.encode(TEXT)[:256])

@@ -18,11 +18,10 @@ from gguf_files import edited
 from runner_models import VOCAB, default_dtype, save_chatglm, save_model
 from test_runner_gguf import write_gguf
 
-from flashdecpp import LLM, SamplingParams
-from flashdecpp.runner import ModelError
-from flashdecpp.runner.checkpoint import open_checkpoint
-from flashdecpp.runner.generation_config import GenerationDefaults
-from flashdecpp.runner.rope import Rope
+from flashdecpp import LLM, ModelError, SamplingParams
+from flashdecpp.loading.checkpoint import open_checkpoint
+from flashdecpp.loading.generation_config import GenerationDefaults
+from flashdecpp.models.rope import Rope
 
 EOS = 257
 FIVE = SamplingParams(max_tokens=5, ignore_eos=True, temperature=0.0)

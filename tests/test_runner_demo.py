@@ -12,9 +12,9 @@ import torch
 from runner_models import runner_logits, transformers_logits
 from transformers import LlamaForCausalLM
 
-from flashdecpp.runner import LLM, ModelError, SamplingParams
-from flashdecpp.runner import demo as demo_module
-from flashdecpp.runner.hf_twin import transformers_twin
+from flashdecpp import LLM, ModelError, SamplingParams
+from flashdecpp.loading import demo as demo_module
+from flashdecpp.models.to_transformers import transformers_twin
 
 GREEDY = json.loads((Path(__file__).parent / "data" / "smollm2_greedy.json").read_text())
 UNSEEN = [
@@ -167,8 +167,8 @@ def test_peak_memory(llm):
     script = """
 import torch, numpy, gguf, tokenizers, tqdm
 from gguf import quants
-from flashdecpp.runner import LLM, SamplingParams
-from flashdecpp.runner.memory import peak_bytes
+from flashdecpp import LLM, SamplingParams
+from flashdecpp._memory import peak_bytes
 cpu = torch.device("cpu")
 before = peak_bytes(cpu)
 llm = LLM("demo", device="cpu", dtype="float32", cache_tokens=2048)

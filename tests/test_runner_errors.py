@@ -9,8 +9,8 @@ import pytest
 import torch
 from runner_models import random_tokens, save_model
 
-from flashdecpp.runner import LLM, ModelError, OutOfMemory, SamplingParams
-from flashdecpp.runner import llm as llm_module
+from flashdecpp import LLM, ModelError, OutOfMemory, SamplingParams
+from flashdecpp.engine import llm as llm_module
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_cache_out_of_memory_before_loading(folder):
 
 
 def test_weights_out_of_memory(tmp_path, monkeypatch):
-    from flashdecpp.runner import weights
+    from flashdecpp.loading import weights
 
     save_model(tmp_path)
     monkeypatch.setattr(weights, "available_bytes", lambda device: 1000)
@@ -162,9 +162,10 @@ def test_params_and_prompts_must_pair_up(llm):
 
 
 def test_cache_out_of_memory_in_a_call(llm, monkeypatch):
-    from flashdecpp.runner import cache, engine
+    from flashdecpp.engine import engine
+    from flashdecpp.models import kv_cache
 
-    for module in (cache, engine):
+    for module in (kv_cache, engine):
         monkeypatch.setattr(module, "available_bytes", lambda device: 10_000)
     with pytest.raises(OutOfMemory, match=r"a KV cache of \d+ tokens needs .* on cpu, where .* are free"):
         llm.generate("hello", SamplingParams(max_tokens=200))

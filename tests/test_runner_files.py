@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save_model as save_safetensors
 from transformers import AutoModelForCausalLM
 
-from flashdecpp import LLM, SamplingParams
-from flashdecpp.runner import ModelError
-from flashdecpp.runner.json_files import read_json
+from flashdecpp import LLM, ModelError, SamplingParams
+from flashdecpp.loading.json_files import read_json
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5\n"
 UP, DOWN, HEAD = (

@@ -7,10 +7,10 @@ import torch
 from runner_models import random_tokens
 from tqdm import tqdm
 
-from flashdecpp.runner import LLM, ModelError, SamplingParams
-from flashdecpp.runner.cache import KVCache, blocks_for
-from flashdecpp.runner.calibrate import SoftmaxObserver
-from flashdecpp.runner.tokenizer import TextStream
+from flashdecpp import LLM, ModelError, SamplingParams
+from flashdecpp.calibration.calibrate import SoftmaxObserver
+from flashdecpp.loading.tokenizer import TextStream
+from flashdecpp.models.kv_cache import KVCache, blocks_for
 
 SAMPLED = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, seed=7, max_tokens=24)
 
@@ -79,7 +79,7 @@ def test_a_stream_left_early_gives_its_cache_back(llm):
         stream = llm.stream("hello", SamplingParams(max_tokens=24, ignore_eos=True))
         next(stream)
         stream.close()
-        assert llm._engine.cache.pool.used_blocks == 0
+        assert llm._engine.pool.used_blocks == 0
 
 
 def test_two_streams_at_once(llm):

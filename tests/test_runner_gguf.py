@@ -24,8 +24,8 @@ from runner_models import (
 )
 from transformers import AutoTokenizer
 
-from flashdecpp.runner import LLM, ModelError, SamplingParams
-from flashdecpp.runner.gguf import GGUFFile
+from flashdecpp import LLM, ModelError, SamplingParams
+from flashdecpp.loading.gguf import GGUFFile
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -182,7 +182,7 @@ def test_llama3_rope_is_a_tensor_of_factors(tmp_path):
 
 
 def test_tensors_are_read_in_pieces(tmp_path, monkeypatch):
-    from flashdecpp.runner import weights
+    from flashdecpp.loading import weights
 
     model = save_model(tmp_path / "hf")
     write_gguf(tmp_path / "m.gguf", model, quantisation=Q.Q8_0)
@@ -389,7 +389,7 @@ def test_parts_that_are_missing_or_others_are_named(tmp_path, parts):
 
 @pytest.mark.parametrize("kind", [Q.Q8_K, Q.Q8_1, Q.F64, Q.I32])
 def test_types_that_nobody_dequantizes_are_refused_before_loading(tmp_path, monkeypatch, kind):
-    from flashdecpp.runner import llm as llm_module
+    from flashdecpp.engine import llm as llm_module
 
     model = save_model(tmp_path / "hf", hidden_size=256, intermediate_size=256)
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]

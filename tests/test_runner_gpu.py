@@ -9,8 +9,8 @@ import pytest
 import torch
 from runner_models import FAMILIES, default_dtype, random_tokens, save_chatglm, save_model
 
-from flashdecpp.runner import LLM, ModelError, SamplingParams
-from flashdecpp.runner.cache import BLOCK_SIZE, blocks_for
+from flashdecpp import LLM, ModelError, SamplingParams
+from flashdecpp.models.kv_cache import BLOCK_SIZE, blocks_for
 
 pytestmark = pytest.mark.gpu
 KINDS = [*FAMILIES, "chatglm"]

@@ -9,7 +9,7 @@ import torch
 import transformers
 from runner_models import VOCAB, load, random_tokens
 
-from flashdecpp.runner import Guide, ModelError, SamplingParams
+from flashdecpp import Guide, ModelError, SamplingParams
 
 PROMPT = random_tokens(12, seed=4)
 EOS = 257

@@ -6,7 +6,7 @@ import pytest
 import torch
 from runner_models import load, random_tokens, transformers_logits
 
-from flashdecpp.runner import SamplingParams
+from flashdecpp import SamplingParams
 
 PROMPT = random_tokens(70, seed=3)
 

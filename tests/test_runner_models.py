@@ -24,12 +24,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from flashdecpp.runner import LLM, ModelError, SamplingParams
-from flashdecpp.runner import model as decoder_module
-from flashdecpp.runner.checkpoint import open_checkpoint
-from flashdecpp.runner.model import Decoder
-from flashdecpp.runner.rope import Rope
-from flashdecpp.runner.weights import load_weights
+from flashdecpp import LLM, ModelError, SamplingParams
+from flashdecpp.loading.checkpoint import open_checkpoint
+from flashdecpp.loading.weights import load_weights
+from flashdecpp.models import decoder as decoder_module
+from flashdecpp.models.decoder import Decoder
+from flashdecpp.models.rope import Rope
 
 LLAMA3 = {
     "rope_type": "llama3",

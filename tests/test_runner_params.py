@@ -15,8 +15,8 @@ import torch
 import transformers
 from runner_models import VOCAB, default_dtype, load, random_tokens
 
-from flashdecpp.runner import LLM, ModelError, SamplingParams
-from flashdecpp.runner.generation_config import GenerationDefaults
+from flashdecpp import LLM, ModelError, SamplingParams
+from flashdecpp.loading.generation_config import GenerationDefaults
 
 PROMPT = random_tokens(12, seed=4)
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)

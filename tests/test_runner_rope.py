@@ -13,8 +13,7 @@ from gguf_files import edited
 from runner_models import random_tokens, runner_logits, save_model, transformers_logits
 from test_runner_gguf import write_gguf
 
-from flashdecpp import LLM, SamplingParams
-from flashdecpp.runner import ModelError
+from flashdecpp import LLM, ModelError, SamplingParams
 
 SHORT, LONG = [1.0 + 0.1 * i for i in range(8)], [1.0 + 0.9 * i for i in range(8)]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -176,10 +175,10 @@ def test_a_million_positions_of_dynamic_scaling_load_at_once(folder):
 
 
 def test_positions_beyond_the_memory_are_refused(folder, monkeypatch):
-    from flashdecpp.runner import model
+    from flashdecpp.models import decoder
 
     edit_config(folder, max_position_embeddings=10**9)
-    monkeypatch.setattr(model, "available_bytes", lambda device: 10**9)
+    monkeypatch.setattr(decoder, "available_bytes", lambda device: 10**9)
     with pytest.raises(ModelError, match=r"rotary tables of 1000000000 positions need .* lower max_len"):
         load(folder)
     assert load(folder, max_len=100).max_len == 100

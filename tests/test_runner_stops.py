@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from runner_models import VOCAB, make_model, save_model
 from runner_tokenizers import PIECES, USER_DEFINED, folder_tokenizer, gguf_tokenizer, spm_tokenizer
 
-from flashdecpp.runner import LLM, SamplingParams
-from flashdecpp.runner.tokenizer import BaseTokenizer, TextStream
+from flashdecpp import LLM, SamplingParams
+from flashdecpp.loading.tokenizer import BaseTokenizer, TextStream
 
 TEXT = "naïve 🚀 日本語, hello\n"
 

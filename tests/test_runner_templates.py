@@ -10,8 +10,9 @@ import pytest
 from runner_tokenizers import edit_json, folder_tokenizer, gguf_tokenizer
 from transformers import AutoTokenizer
 
-from flashdecpp.runner import ModelError, templates
-from flashdecpp.runner.tokenizer import FolderTokenizer
+from flashdecpp import ModelError
+from flashdecpp.loading import templates
+from flashdecpp.loading.tokenizer import FolderTokenizer
 
 QUESTION = [{"role": "user", "content": "it's <b>é</b>"}]
 TALK = [

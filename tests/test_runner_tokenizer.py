@@ -19,9 +19,9 @@ from runner_tokenizers import (
     write_sentencepiece,
 )
 
-from flashdecpp.runner import LLM, ModelError, SamplingParams
-from flashdecpp.runner.chatglm_tokenizer import ChatGLMTokenizer
-from flashdecpp.runner.tokenizer import FolderTokenizer
+from flashdecpp import LLM, ModelError, SamplingParams
+from flashdecpp.loading.chatglm_tokenizer import ChatGLMTokenizer
+from flashdecpp.loading.tokenizer import FolderTokenizer
 
 ENCODED = {  # by hand: the pair with the highest score is merged, again and again
     "hello": ["▁hello"],

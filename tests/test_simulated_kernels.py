@@ -19,18 +19,18 @@ FLAGS = ["-std=c++20", "-fno-strict-aliasing", "-w"]
 def run(source: str, csrc: Path, binary: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Compiles tests/simulator/`source`.cpp with the kernels of `csrc`, and runs it."""
     simulator = ROOT / "tests/simulator"
-    include = [f"-I{csrc}", f"-I{csrc / 'cuda'}", f"-I{simulator}"]
+    include = [f"-I{csrc}", f"-I{simulator}"]
     command = ["c++", *FLAGS, *flags, *include, str(simulator / f"{source}.cpp"), "-o", str(binary)]
     subprocess.run(command, check=True, timeout=300)
     return subprocess.run([str(binary)], capture_output=True, text=True, timeout=300)
 
 
 MACHINES = {
-    # a seam of the simulator's own, with the waves and matrix tiles of NVIDIA
-    "simulated": ("-DFLASHDECPP_SIMULATED", "-DFLASHDECPP_SIMULATED_WAVE=32"),
-    # csrc/hip/arch_amd.h: waves of 64 with MFMA, waves of 32 with WMMA
-    "gfx942": ("-DUSE_ROCM", "-D__gfx942__", "-DFLASHDECPP_SIMULATED_WAVE=64"),
-    "gfx1100": ("-DUSE_ROCM", "-D__GFX11__", "-DFLASHDECPP_SIMULATED_WAVE=32"),
+    # a seam of the simulator's own, with the warps and matrix tiles of NVIDIA
+    "simulated": ("-DFLASHDECPP_SIMULATED", "-DFLASHDECPP_SIMULATED_WARP=32"),
+    # csrc/hip/arch_amd.h: warps of 64 with MFMA, warps of 32 with WMMA
+    "gfx942": ("-DUSE_ROCM", "-D__gfx942__", "-DFLASHDECPP_SIMULATED_WARP=64"),
+    "gfx1100": ("-DUSE_ROCM", "-D__GFX11__", "-DFLASHDECPP_SIMULATED_WARP=32"),
 }
 
 
@@ -54,21 +54,21 @@ def test_matrix_units(tmp_path: Path) -> None:
 FAULTS = {
     "wrong mask at the ragged edge": (
         "attention",
-        "attention_walk.cuh",
+        "attention/compute.cuh",
         "key <= last_[s]",
         "key < last_[s]",
     ),
-    "no barrier before the waves' parts are read": (
+    "no barrier before the warps' parts are read": (
         "attention",
-        "attention_merge.cuh",
+        "attention/combine.cuh",
         "= state; });\n  __syncthreads();",
         "= state; });",
     ),
-    "a barrier that only one wave reaches": (
+    "a barrier that only one warp reaches": (
         "attention",
-        "attention_merge.cuh",
+        "attention/combine.cuh",
         "      return;\n    }\n  }\n  __syncthreads();",
-        "      return;\n    }\n  }\n  if (arch::wave() == 0) __syncthreads();",
+        "      return;\n    }\n  }\n  if (arch::warp() == 0) __syncthreads();",
     ),
     "the wrong lanes in a scan": (
         "attention",
@@ -78,74 +78,74 @@ FAULTS = {
     ),
     "a stage read before it has arrived": (
         "attention",
-        "attention_ring.cuh",
-        "arch::copy_wait<Tile::kStages - 1>();\n    arch::wave_sync();",
-        "arch::copy_wait<Tile::kStages>();\n    arch::wave_sync();",
+        "attention/pipeline.cuh",
+        "arch::copy_wait<Tile::kStages - 1>();\n    arch::warp_sync();",
+        "arch::copy_wait<Tile::kStages>();\n    arch::warp_sync();",
     ),
     "a part in the slot of another": (
         "attention",
-        "decode_attention_kernel.cuh",
+        "attention/decode_attention_kernel.cuh",
         "slot = schedule.first_slot + 1;",
         "slot = schedule.first_slot;",
     ),
     "a part that is not merged": (
         "attention",
-        "attention_schedule.cuh",
-        "begin + units, units, parts};",
-        "begin + units, units, parts - 1};",
+        "attention/scheduler.cuh",
+        "begin + work_tiles, work_tiles, parts};",
+        "begin + work_tiles, work_tiles, parts - 1};",
     ),
     "a team whose blocks do not wait for each other": (
         "attention",
-        "attention_merge.cuh",
-        "arch::cluster_sync();\n      merge_parts",
-        "merge_parts",
+        "attention/combine.cuh",
+        "arch::cluster_sync();\n      combine_partials",
+        "combine_partials",
     ),
     "one block's part for all of its team": (
         "attention",
-        "attention_merge.cuh",
+        "attention/combine.cuh",
         "memory.part_of(i);",
         "memory.part_of(0);",
     ),
     "groups that two blocks of a team take": (
         "attention",
-        "attention_schedule.cuh",
-        "rank_in_team(launch) * block_waves + arch::wave()",
-        "rank_in_team(launch) + arch::wave()",
+        "attention/scheduler.cuh",
+        "cluster_rank(launch) * block_warps + arch::warp()",
+        "cluster_rank(launch) + arch::warp()",
     ),
-    "references the wrong way round": (
+    "row_phi the wrong way round": (
         "attention",
-        "softmax.cuh",
+        "attention/softmax.cuh",
         "(ref - whole) * kLog2E",
         "(whole - ref) * kLog2E",
     ),
     "a buffer that is filled while it is read": (
         "linear",
-        "flat_gemm_kernel.cuh",
+        "linear/flat_gemm_kernel.cuh",
         "copy_wait<G::kStages - 2>();",
         "copy_wait<G::kStages - 1>();",
     ),
     "another row's sums": (
         "linear",
-        "gemv_kernel.cuh",
-        "mine += parts[wave() + other]",
+        "linear/gemv_kernel.cuh",
+        "mine += parts[warp() + other]",
         "mine += parts[other]",
     ),
     "a gate that goes with another row": (
         "linear",
-        "gemv_kernel.cuh",
-        "exchange_xor(mine, rows / 2)",
-        "exchange_xor(mine, 1)",
+        "linear/gemv_kernel.cuh",
+        "shfl_xor(mine, rows / 2)",
+        "shfl_xor(mine, 1)",
     ),
-    "a norm of another row": ("linear", "gemv_kernel.cuh", "v, factors[i],", "v, factors[0],"),
+    "a norm of another row": ("linear", "linear/gemv_kernel.cuh", "v, factors[i],", "v, factors[0],"),
     "a part that is not added": (
         "linear",
-        "flat_gemm_kernel.cuh",
+        "linear/flat_gemm_kernel.cuh",
         "for (int s = 0; s < others; ++s)",
         "for (int s = 0; s < others - 1; ++s)",
     ),
     "words of weights that go to the wrong lanes": (
         "quantized",
-        "quantized_linear_kernel.cuh",
+        "nvidia/quantized_gemv.cuh",
         "exchange_words<1>(b)",
         "exchange_words<2>(b)",
     ),
@@ -161,7 +161,7 @@ FAULTS = {
         "step * G::kStepK + i * 32, k - 1)",
         "step * G::kStepK, k - 1)",
     ),
-    "weights that the wrong half of a wave has": (
+    "weights that the wrong half of a warp has": (
         "attention",
         "gfx1100:arch_amd.h",
         "even_k = odd ? other : mine",
@@ -169,13 +169,13 @@ FAULTS = {
     ),
     "a group that replaces the one that is read": (
         "attention",
-        "gfx942:attention_ring_amd.h",
-        "    arch::wave_sync();\n  }\n\n  __device__ __forceinline__ Rows keys",
+        "gfx942:attention_pipeline_amd.h",
+        "    arch::warp_sync();\n  }\n\n  __device__ __forceinline__ Rows keys",
         "  }\n\n  __device__ __forceinline__ Rows keys",
     ),
     "a write before a tensor": (
         "linear",
-        "gemv_kernel.cuh",
+        "linear/gemv_kernel.cuh",
         "write_output<T, fused>(p, lane() / rows, first_row + r, mine)",
         "write_output<T, fused>(p, lane() / rows, first_row + r - 1, mine)",
     ),

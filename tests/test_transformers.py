@@ -21,12 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import flashdecpp
 from flashdecpp import ops
 from flashdecpp.integrations import transformers as integration
-from flashdecpp.integrations.transformers import (
-    accelerate,
-    attention_calls,
-    layer_fallbacks,
-    restore,
-)
+from flashdecpp.integrations.transformers import accelerate, attention_calls, layer_fallbacks, restore
 
 LAYERS = SIZES["num_hidden_layers"]
 PROMPT = 21  # longer than what decode_attention takes at once, and than the window
@@ -599,8 +594,8 @@ def test_without_transformers(monkeypatch):
 
 @pytest.mark.demo
 def test_the_demo_model_gives_the_same_tokens():
-    from flashdecpp.runner import LLM
-    from flashdecpp.runner.hf_twin import transformers_twin
+    from flashdecpp import LLM
+    from flashdecpp.models.to_transformers import transformers_twin
 
     llm = LLM("demo", device="cpu", dtype="float32")
     model = transformers_twin(llm.decoder, torch.float32).eval()

@@ -1,7 +1,7 @@
 // out += rows, for a linear whose product came from elsewhere.
 #pragma once
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 #include "torch_api.h"
 
 namespace flashdecpp::cpu {

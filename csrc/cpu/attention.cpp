@@ -5,9 +5,9 @@
 #include <tuple>
 
 #include "boxing.h"
-#include "contract.h"
-#include "kernels.h"
-#include "scratch.h"
+#include "checks/decode_attention.h"
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
 
 namespace flashdecpp::cpu {
 namespace {
@@ -51,7 +51,7 @@ void run(const AttentionParams& p) {
     if (keys.splits() > 1) partial_splits += keys.splits();
     total_keys += keys.end - keys.begin;
   }
-  const int64_t bytes = total_keys * p.kv_heads * p.head_dim * 2 * contract::element_size(p.kv_dtype);
+  const int64_t bytes = total_keys * p.kv_heads * p.head_dim * 2 * checks::element_size(p.kv_dtype);
   const int64_t threads = std::min<int64_t>(
       {static_cast<int64_t>(torch::stable::get_num_threads()), splits * p.kv_heads, 1 + bytes / kMinBytesPerThread});
   // A task has as many heads as leave enough tasks: the more, the longer the runs in which memory is read. What a
@@ -116,15 +116,15 @@ void run(const AttentionParams& p) {
   if (p.fallback_count) *p.fallback_count += fallbacks.load();
 }
 
-template <class Phi>  // as in contract::decode_attention
+template <class Phi>  // as in checks::decode_attention
 std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens,
                                             OptionalTensor block_table, std::optional<double> scale, Phi phi,
                                             double softcap, int64_t window, OptionalTensor alibi_slopes,
                                             OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale,
                                             int64_t num_splits, OptionalTensor fallback_count) {
   AttentionParams p =
-      contract::decode_attention(contract::kCpu, q, k_cache, v_cache, seq_lens, block_table, scale, phi, softcap,
-                                 window, alibi_slopes, sinks, k_scale, v_scale, num_splits, fallback_count);
+      checks::decode_attention(checks::kCpu, q, k_cache, v_cache, seq_lens, block_table, scale, phi, softcap, window,
+                               alibi_slopes, sinks, k_scale, v_scale, num_splits, fallback_count);
   Tensor out = new_tensor({p.batch, p.q_len, p.q_heads, p.head_dim}, p.q_dtype, View(q).device);
   Tensor lse = new_tensor({p.batch, p.q_heads, p.q_len}, DType::kFloat32, View(q).device);
   p.out = View(out).data;

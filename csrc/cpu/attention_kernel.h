@@ -7,10 +7,10 @@
 // head, that the arithmetic wants.
 #pragma once
 
-#include "kernels.h"
-#include "products.h"
-#include "simd.h"
-#include "softmax.h"
+#include "cpu/kernels.h"
+#include "cpu/products.h"
+#include "cpu/simd.h"
+#include "cpu/softmax.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
@@ -402,7 +402,7 @@ FLASHDECPP_INLINE void write_row(T* out, const float* x, int n, float scale) {
   if (i < n) store(out + i, load(x + i, n - i) * set1(scale), n - i);
 }
 
-// The end of a row: normalises acc into out, lse, and the row's maximum. Returns 1 if phi did not serve this row.
+// The end of a row: normalizes acc into out, lse, and the row's maximum. Returns 1 if phi did not serve this row.
 inline int32_t finish_row(const AttentionParams& p, int b, int h, int row, const SoftmaxState& state,
                           const float* acc) {
   const int group = p.q_heads / p.kv_heads, token = row / group, head = h * group + row % group;

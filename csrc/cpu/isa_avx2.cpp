@@ -1,6 +1,6 @@
 // Every kernel for AVX2, FMA and F16C. CMakeLists.txt gives this file its own flags.
 #define FLASHDECPP_ISA avx2
-#include "kernel_table.h"
+#include "cpu/kernel_table.h"
 
 namespace flashdecpp::cpu {
 const Kernels kAvx2Kernels = avx2::kernel_table("avx2");

@@ -1,6 +1,6 @@
 // Every kernel for AVX-512 F, BW, VL and DQ. CMakeLists.txt gives this file its own flags.
 #define FLASHDECPP_ISA avx512
-#include "kernel_table.h"
+#include "cpu/kernel_table.h"
 
 namespace flashdecpp::cpu {
 const Kernels kAvx512Kernels = avx512::kernel_table("avx512");

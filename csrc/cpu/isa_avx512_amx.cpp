@@ -1,6 +1,6 @@
 // Every kernel for AVX-512 with bfloat16 dot products and AMX tiles. CMakeLists.txt gives this file its own flags.
 #define FLASHDECPP_ISA avx512_amx
-#include "kernel_table.h"
+#include "cpu/kernel_table.h"
 
 namespace flashdecpp::cpu {
 const Kernels kAvx512AmxKernels = avx512_amx::kernel_table("avx512_amx");

@@ -1,6 +1,6 @@
 // Every kernel for AVX-512 with bfloat16 dot products. CMakeLists.txt gives this file its own flags.
 #define FLASHDECPP_ISA avx512_bf16
-#include "kernel_table.h"
+#include "cpu/kernel_table.h"
 
 namespace flashdecpp::cpu {
 const Kernels kAvx512Bf16Kernels = avx512_bf16::kernel_table("avx512_bf16");

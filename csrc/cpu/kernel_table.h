@@ -1,12 +1,12 @@
 // All kernels for one instruction set, as a table.
 #pragma once
 
-#include "attention_kernel.h"
-#include "fused_kernel.h"
-#include "kernels.h"
-#include "linear_kernel.h"
-#include "quantized_linear_kernel.h"
-#include "sample_kernel.h"
+#include "cpu/attention_kernel.h"
+#include "cpu/elementwise_kernel.h"
+#include "cpu/kernels.h"
+#include "cpu/linear_kernel.h"
+#include "cpu/quantized_linear_kernel.h"
+#include "cpu/sample_kernel.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 #if defined(FLASHDECPP_HAS_AMX)
 #include <cpuid.h>

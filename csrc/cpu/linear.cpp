@@ -1,14 +1,14 @@
 // gemv, flat_gemm and linear on a CPU: one kernel that streams the weights, and torch's BLAS for many rows.
 #include <string>
 
-#include "add_rows.h"
 #include "boxing.h"
-#include "kernels.h"
-#include "linear_parts.h"
-#include "linear_rule.h"
-#include "linear_split.h"
-#include "linear_table.h"
-#include "scratch.h"
+#include "cpu/add_rows.h"
+#include "cpu/kernels.h"
+#include "cpu/linear_rule.h"
+#include "cpu/linear_split.h"
+#include "cpu/scratch.h"
+#include "heuristics/linear_table.h"
+#include "linear_unfused.h"
 
 namespace flashdecpp::cpu {
 namespace {
@@ -19,13 +19,13 @@ void run(const LinearParams& p) {
   Scratch<float, 16384> packed(static_cast<size_t>(p.m * packed_stride));
   float* x = packed.data();
   split_linear(
-      p, p.k * contract::element_size(p.dtype),
+      p, p.k * checks::element_size(p.dtype),
       [&](int64_t begin, int64_t end) { kernel.pack(p, x, packed_stride, begin, end); },
       [&](const LinearPart& part) { kernel.linear(p, x, packed_stride, part); });
 }
 
-Tensor own_linear(contract::Linear& call) {
-  Tensor out = contract::new_like_rows(call.x_view, call.params.n);
+Tensor own_linear(checks::Linear& call) {
+  Tensor out = checks::new_like_rows(call.x_view, call.params.n);
   call.params.out = View(out).data;
   run(call.params);
   return out;
@@ -34,12 +34,12 @@ Tensor own_linear(contract::Linear& call) {
 constexpr const char* kFused = "linear_fused";
 
 Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
-  contract::Linear call = contract::linear("gemv", x, weight, bias);
+  checks::Linear call = checks::linear("gemv", x, weight, bias);
   return own_linear(call);
 }
 
 Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
-  contract::Linear call = contract::linear("flat_gemm", x, weight, bias);
+  checks::Linear call = checks::linear("flat_gemm", x, weight, bias);
   return own_linear(call);
 }
 
@@ -51,39 +51,39 @@ LinearImpl choose(const LinearParams& p) {
 }
 
 LinearImpl choose(const char* op, const std::string& impl, const LinearParams& p) {
-  return impl == "auto" ? choose(p) : contract::linear_impl(op, impl);
+  return impl == "auto" ? choose(p) : checks::linear_impl(op, impl);
 }
 
 Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, std::string impl) {
-  contract::Linear call = contract::linear("linear", x, weight, bias);
+  checks::Linear call = checks::linear("linear", x, weight, bias);
   const LinearImpl chosen = choose("linear", impl, call.params);
   return chosen == LinearImpl::kBlas ? blas_linear(call, weight, bias) : own_linear(call);
 }
 
 Tensor linear_fused(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, double norm_eps,
                     std::optional<std::string> activation, std::string impl) {
-  contract::Linear call = contract::linear(kFused, x, weight, bias);
-  contract::fuse_norm(call, norm_weight, norm_eps);
-  contract::fuse_activation(call, activation);
+  checks::Linear call = checks::linear(kFused, x, weight, bias);
+  checks::fuse_norm(call, norm_weight, norm_eps);
+  checks::fuse_activation(call, activation);
   call.params = product_alone(call.params);
   const LinearImpl chosen = choose(kFused, impl, call.params);
-  normalise(call, norm_weight, norm_eps);
+  normalize(call, norm_weight, norm_eps);
   const bool blas = chosen == LinearImpl::kBlas;
   return activate(blas ? blas_linear(call, weight, bias) : own_linear(call), activation);
 }
 
 void linear_fused_residual(Tensor x, Tensor weight, OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
                            double norm_eps, std::string impl) {
-  contract::Linear call = contract::linear(kFused, x, weight, bias);
-  contract::fuse_norm(call, norm_weight, norm_eps);
-  contract::fuse_residual(call, x, residual);
+  checks::Linear call = checks::linear(kFused, x, weight, bias);
+  checks::fuse_norm(call, norm_weight, norm_eps);
+  checks::fuse_residual(call, x, residual);
   const LinearImpl chosen = choose(kFused, impl, call.params);
-  normalise(call, norm_weight, norm_eps);
+  normalize(call, norm_weight, norm_eps);
   chosen == LinearImpl::kBlas ? add_rows(call.params, blas_linear(call, weight, bias)) : run(call.params);
 }
 
 int64_t linear_choice_index(Tensor x, Tensor weight) {
-  return static_cast<int64_t>(choose(contract::linear("linear_choice", x, weight, std::nullopt).params));
+  return static_cast<int64_t>(choose(checks::linear("linear_choice", x, weight, std::nullopt).params));
 }
 
 }  // namespace

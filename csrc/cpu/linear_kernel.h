@@ -5,7 +5,7 @@
 // whatever the tile around it. So an output's bits depend on its row of x and its row of weights alone: not on M, nor
 // on where the threads' shares of N begin.
 //
-// How weights are stored is a type: DenseWeights here, the quantised ones in quantized_linear_kernel.h. It has
+// How weights are stored is a type: DenseWeights here, the quantized ones in quantized_linear_kernel.h. It has
 //   Out, Packed               the types of an output and of x's packed numbers
 //   kStep                     a multiple of which are the lengths of runs along K
 //   tile_rows(m)              weight rows that a tile of m rows of x reads side by side
@@ -13,10 +13,10 @@
 //   run, finish               the products of a run, and what is left to do behind the last one
 #pragma once
 
-#include "kernels.h"
-#include "linear_tiles.h"
-#include "products.h"
-#include "simd.h"
+#include "cpu/kernels.h"
+#include "cpu/linear_tiles.h"
+#include "cpu/products.h"
+#include "cpu/simd.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 #include "torch_api.h"
 
 namespace flashdecpp::cpu {

@@ -1,14 +1,14 @@
 // The linear of bfloat16 for more rows of x than one pass of the vector kernel serves (kMaxTileM), on tile registers.
 //
 // 16 rows of the weight, 32 numbers each, are a tile as they lie in memory; 16 rows of x are packed so that they are
-// the other factor: pairs of neighbours along K, row beside row. Two tiles of either make four of sums, so that each is
+// the other factor: pairs of neighbors along K, row beside row. Two tiles of either make four of sums, so that each is
 // loaded once for two products; what is left of the weight at its edges goes through a copy with zeros around it. An
 // output is summed up along K from its start to its end, whatever is computed beside it. Subnormal numbers count as
 // zero, as they do in the vector instructions for bfloat16.
 #pragma once
 
-#include "kernels.h"
-#include "tiles.h"
+#include "cpu/kernels.h"
+#include "cpu/tiles.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 

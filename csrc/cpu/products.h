@@ -1,7 +1,7 @@
 // How numbers of each type are multiplied: the one place that knows which types have dot product instructions.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 

@@ -1,18 +1,18 @@
-// quantized_linear on a CPU: few rows of x stream the quantised weights, more rows share strips of them dequantised.
-#include "add_rows.h"
+// quantized_linear on a CPU: few rows of x stream the quantized weights, more rows share strips of them dequantized.
 #include "boxing.h"
-#include "kernels.h"
-#include "linear_parts.h"
-#include "linear_rule.h"
-#include "linear_split.h"
-#include "scratch.h"
+#include "cpu/add_rows.h"
+#include "cpu/kernels.h"
+#include "cpu/linear_rule.h"
+#include "cpu/linear_split.h"
+#include "cpu/scratch.h"
+#include "linear_unfused.h"
 
 namespace flashdecpp::cpu {
 namespace {
 
-// From so many rows on, dequantising a weight once costs less than decoding it for every 8 of them.
+// From so many rows on, dequantizing a weight once costs less than decoding it for every 8 of them.
 constexpr int64_t kDequantizeRows = 32;
-// Of a strip of dequantised weights: what stays in the second cache while the rows of x pass over it.
+// Of a strip of dequantized weights: what stays in the second cache while the rows of x pass over it.
 constexpr int64_t kStripBytes = 256 * 1024;
 
 void run_streamed(const QuantizedLinearParams& p) {
@@ -27,7 +27,7 @@ void run_streamed(const QuantizedLinearParams& p) {
 
 void run_dequantized(const QuantizedLinearParams& p) {
   const Kernels& kernel = kernels();
-  const int64_t size = contract::element_size(p.dtype), packed_stride = ceil_div(p.k, kPackAlign) * kPackAlign;
+  const int64_t size = checks::element_size(p.dtype), packed_stride = ceil_div(p.k, kPackAlign) * kPackAlign;
   const int64_t strip = std::max(kUnit, kStripBytes / (p.k * size) / kUnit * kUnit);
   Scratch<float, 16384> packed(static_cast<size_t>(p.m * packed_stride));
   float* x = packed.data();
@@ -49,12 +49,12 @@ void run_dequantized(const QuantizedLinearParams& p) {
 }
 
 // Where a dense weight would go to the BLAS, it is worth its memory for the length of the call.
-Tensor run_blas(const contract::QuantizedLinear& call, const OptionalTensor& bias) {
+Tensor run_blas(const checks::QuantizedLinear& call, const OptionalTensor& bias) {
   const QuantizedLinearParams& p = call.params;
   const Kernels& kernel = kernels();
   const Tensor weight = new_tensor({p.n, p.k}, p.dtype, call.x_view.device);
   char* out = static_cast<char*>(View(weight).data);
-  const int64_t row_bytes = p.k * contract::element_size(p.dtype);
+  const int64_t row_bytes = p.k * checks::element_size(p.dtype);
   torch::stable::parallel_for(0, p.n, ceil_div(kMinElementsPerThread, p.k), [&](int64_t begin, int64_t end) {
     kernel.dequantize(p, out + begin * row_bytes, begin, end);
   });
@@ -69,36 +69,36 @@ bool prefers_blas(const QuantizedLinearParams& p) {
 
 void run(const QuantizedLinearParams& p) { p.m < kDequantizeRows ? run_streamed(p) : run_dequantized(p); }
 
-Tensor run(contract::QuantizedLinear& call, const OptionalTensor& bias) {
+Tensor run(checks::QuantizedLinear& call, const OptionalTensor& bias) {
   if (prefers_blas(call.params)) return run_blas(call, bias);
-  Tensor out = contract::new_like_rows(call.x_view, call.params.n);
+  Tensor out = checks::new_like_rows(call.x_view, call.params.n);
   call.params.out = View(out).data;
   run(call.params);
   return out;
 }
 
 Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
-  contract::QuantizedLinear call = contract::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
+  checks::QuantizedLinear call = checks::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
   return run(call, bias);
 }
 
 Tensor quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
                               OptionalTensor norm_weight, double norm_eps, std::optional<std::string> activation) {
-  contract::QuantizedLinear call = contract::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  contract::fuse_norm(call, norm_weight, norm_eps);
-  contract::fuse_activation(call, activation);
+  checks::QuantizedLinear call = checks::quantized_linear(kFused, x, weight, scales, offsets, bias);
+  checks::fuse_norm(call, norm_weight, norm_eps);
+  checks::fuse_activation(call, activation);
   call.params = product_alone(call.params);
-  normalise(call, norm_weight, norm_eps);
+  normalize(call, norm_weight, norm_eps);
   return activate(run(call, bias), activation);
 }
 
 void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets,
                                      OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
                                      double norm_eps) {
-  contract::QuantizedLinear call = contract::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  contract::fuse_norm(call, norm_weight, norm_eps);
-  contract::fuse_residual(call, x, residual);
-  normalise(call, norm_weight, norm_eps);
+  checks::QuantizedLinear call = checks::quantized_linear(kFused, x, weight, scales, offsets, bias);
+  checks::fuse_norm(call, norm_weight, norm_eps);
+  checks::fuse_residual(call, x, residual);
+  normalize(call, norm_weight, norm_eps);
   const QuantizedLinearParams& p = call.params;
   prefers_blas(p) ? add_rows(p, run_blas(call, bias)) : run(p);
 }

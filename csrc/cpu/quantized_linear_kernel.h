@@ -5,8 +5,8 @@
 // sums lose less than those of numbers from 0 to 15.
 #pragma once
 
-#include "linear_kernel.h"
-#include "quantized_products.h"
+#include "cpu/linear_kernel.h"
+#include "cpu/quantized_products.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 

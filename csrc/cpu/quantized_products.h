@@ -1,4 +1,4 @@
-// How quantised weights are decoded in registers and multiplied: the one place that knows what an instruction set does
+// How quantized weights are decoded in registers and multiplied: the one place that knows what an instruction set does
 // best with bytes and nibbles.
 //
 // A decoder reads kWeights weights at once, as `Raw`, in kParts parts of kPart weights. Where a part's weights come
@@ -8,8 +8,8 @@
 
 #include <utility>
 
-#include "products.h"
-#include "simd.h"
+#include "cpu/products.h"
+#include "cpu/simd.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 

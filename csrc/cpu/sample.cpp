@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "boxing.h"
-#include "contract.h"
-#include "kernels.h"
+#include "checks/sample.h"
+#include "cpu/kernels.h"
 
 namespace flashdecpp::cpu {
 namespace {
@@ -161,7 +161,7 @@ int64_t choose(const SampleParams& p, const Kernels& kernel, int64_t row) {
   const bool greedy = !(temperature > 0);
   if (greedy && !p.repetition_penalty) {
     const auto* logits = static_cast<const char*>(p.logits);
-    return kernel.argmax(logits + row * p.logits_stride * contract::element_size(p.dtype), p.dtype, n);
+    return kernel.argmax(logits + row * p.logits_stride * checks::element_size(p.dtype), p.dtype, n);
   }
   const auto x = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(n));
   const float top = kernel.scores(p, row, x.get());
@@ -209,14 +209,14 @@ Tensor run_sample(const Tensor& logits, SampleParams p) {
 Tensor sample(Tensor logits, OptionalTensor temperature, OptionalTensor top_k, OptionalTensor top_p,
               OptionalTensor min_p, OptionalTensor seed, OptionalTensor position) {
   return run_sample(
-      logits, contract::sample(logits, temperature, top_k, top_p, min_p, seed, position, std::nullopt, std::nullopt));
+      logits, checks::sample(logits, temperature, top_k, top_p, min_p, seed, position, std::nullopt, std::nullopt));
 }
 
 Tensor sample_seen(Tensor logits, Tensor seen, OptionalTensor repetition_penalty, OptionalTensor temperature,
                    OptionalTensor top_k, OptionalTensor top_p, OptionalTensor min_p, OptionalTensor seed,
                    OptionalTensor position) {
-  return run_sample(
-      logits, contract::sample(logits, temperature, top_k, top_p, min_p, seed, position, repetition_penalty, seen));
+  return run_sample(logits,
+                    checks::sample(logits, temperature, top_k, top_p, min_p, seed, position, repetition_penalty, seen));
 }
 
 }  // namespace

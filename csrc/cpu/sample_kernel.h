@@ -1,8 +1,8 @@
 // The passes over a row of logits that sampling needs; the choice itself (sample.cpp) looks at few of them.
 #pragma once
 
-#include "kernels.h"
-#include "simd.h"
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 

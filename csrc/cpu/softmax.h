@@ -2,7 +2,7 @@
 // largest logit. The policy says what to subtract, for kLanes rows at once.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 #if defined(__AMX_BF16__) || defined(FLASHDECPP_SIMULATED_TILES)
 #define FLASHDECPP_TILES 1

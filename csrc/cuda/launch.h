@@ -6,8 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../heuristics.h"
-#include "launch_arch.h"
+#include "cuda/launch_arch.h"
+#include "heuristics/device.h"
 
 namespace flashdecpp {
 
@@ -31,7 +31,7 @@ class Launcher {
     return properties().arch == 90 && !(choice && std::strcmp(choice, "generic") == 0);
   }
 
-  int32_t wave_size() const { return attribute(cudaDevAttrWarpSize); }
+  int32_t warp_size() const { return attribute(cudaDevAttrWarpSize); }
   int32_t shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }  // a block can ask for
 
   template <class Kernel>
@@ -43,9 +43,9 @@ class Launcher {
                "asking for shared memory");
   }
 
-  // For kernels that load straight into registers: of what a multiprocessor shares out among shared memory and L1, its
+  // For kernels that load straight into registers: of what a SM shares out among shared memory and L1, its
   // blocks need `shared_bytes` in all, and the rest is to be L1, for a load under way takes a line of that. Unasked, a
-  // multiprocessor stays with the split of the kernel ahead where the two overlap and it allows for both.
+  // SM stays with the split of the kernel ahead where the two overlap and it allows for both.
   template <class Kernel>
   void keep_l1(Kernel* kernel, size_t shared_bytes) const {
     check_cuda(op_, arch::prefer_l1(reinterpret_cast<const void*>(kernel), shared_bytes, device_), "asking for L1");
@@ -64,7 +64,7 @@ class Launcher {
     overlapping_clusters(kernel, 1, grid, block, shared_bytes, std::forward<Args>(args)...);
   }
 
-  // The same, with `cluster` neighbouring blocks of a grid of one dimension on one part of the machine at one time.
+  // The same, with `cluster` neighboring blocks of a grid of one dimension on one part of the machine at one time.
   template <class... Params, class... Args>
   void overlapping_clusters(void (*kernel)(Params...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
                             Args&&... args) const {

@@ -12,7 +12,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../torch_api.h"
+#include "torch_api.h"
 
 namespace flashdecpp {
 
@@ -38,7 +38,7 @@ auto of_every_device(F f) {
 }  // namespace flashdecpp
 
 #if defined(USE_ROCM)
-#include "../hip/launch_amd.h"
+#include "hip/launch_amd.h"
 #else
-#include "launch_nvidia.h"
+#include "cuda/nvidia/launch_nvidia.h"
 #endif

@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
-#include "../params.h"
-#include "arch.h"
+#include "cuda/arch.h"
+#include "params.h"
 
 namespace flashdecpp::arch {
 
@@ -32,7 +32,7 @@ __device__ __forceinline__ float8 from_float<float8>(float x) {
   return float8(x);  // saturates to +-448
 }
 
-// n neighbours in memory in as few accesses as their size allows; p is a multiple of that size, or of 16 bytes where it
+// n neighbors in memory in as few accesses as their size allows; p is a multiple of that size, or of 16 bytes where it
 // is more.
 template <class T, int n>
 __device__ __forceinline__ void load_vector(float (&values)[n], const T* p) {

@@ -1,4 +1,4 @@
-// The seam of csrc/cuda/arch.h on AMD machines: CDNA (waves of 64, MFMA 16x16x16) and RDNA3 (waves of 32, WMMA
+// The seam of csrc/cuda/arch.h on AMD machines: CDNA (warps of 64, MFMA 16x16x16) and RDNA3 (warps of 32, WMMA
 // 16x16x16). A matrix tile is 16 x 16 x 16 on both.
 //
 // There are no copies to shared memory that a kernel could go on beside: copy_async copies. (gfx942 can load 4 bytes a
@@ -46,51 +46,49 @@ struct float8 {
 };
 
 #if defined(__GFX11__)
-inline constexpr int kWaveSize = 32;
+inline constexpr int kWarpSize = 32;
 #else  // CDNA; and the host, which asks the device
-inline constexpr int kWaveSize = 64;
+inline constexpr int kWarpSize = 64;
 #endif
 inline constexpr int kTileN = 16, kTilesOf16 = 1;
 inline constexpr int kBlockSharedBytes = 64 * 1024;
-inline constexpr int kMostStages = 2;  // one is filled, at once, while another is read
-inline constexpr bool kHasTensorCopies = false, kWidenedInOrder = true;
+inline constexpr int kMaxStages = 2;  // one is filled, at once, while another is read
+inline constexpr bool kHasTma = false, kWidenedInOrder = true;
 
 // ---- lanes ----------------------------------------------------------------------------------------------------------
-__device__ __forceinline__ int lane() { return threadIdx.x % kWaveSize; }
+__device__ __forceinline__ int lane() { return threadIdx.x % kWarpSize; }
 // Into a scalar register, of which there are enough.
 __device__ __forceinline__ int uniform(int x) { return __builtin_amdgcn_readfirstlane(x); }
-__device__ __forceinline__ int wave() { return uniform(threadIdx.x / kWaveSize); }
+__device__ __forceinline__ int warp() { return uniform(threadIdx.x / kWarpSize); }
 
-__device__ __forceinline__ float exchange_xor(float value, int mask) { return __shfl_xor(value, mask, kWaveSize); }
-__device__ __forceinline__ uint32_t exchange_xor(uint32_t value, int mask) {
-  return __shfl_xor(value, mask, kWaveSize);
-}
-__device__ __forceinline__ uint64_t exchange_xor(uint64_t value, int mask) {
-  return __shfl_xor(static_cast<unsigned long long>(value), mask, kWaveSize);
+__device__ __forceinline__ float shfl_xor(float value, int mask) { return __shfl_xor(value, mask, kWarpSize); }
+__device__ __forceinline__ uint32_t shfl_xor(uint32_t value, int mask) { return __shfl_xor(value, mask, kWarpSize); }
+__device__ __forceinline__ uint64_t shfl_xor(uint64_t value, int mask) {
+  return __shfl_xor(static_cast<unsigned long long>(value), mask, kWarpSize);
 }
 template <class T>
-__device__ __forceinline__ T* from_lane(T* value, int source) {
-  return reinterpret_cast<T*>(__shfl(reinterpret_cast<unsigned long long>(value), source, kWaveSize));
+__device__ __forceinline__ T* shfl(T* value, int source) {
+  return reinterpret_cast<T*>(__shfl(reinterpret_cast<unsigned long long>(value), source, kWarpSize));
 }
-__device__ __forceinline__ int from_lane(int value, int source) { return __shfl(value, source, kWaveSize); }
+__device__ __forceinline__ int shfl(int value, int source) { return __shfl(value, source, kWarpSize); }
 __device__ __forceinline__ int first_lane(bool value) { return __ffsll(__ballot(value)) - 1; }
-__device__ __forceinline__ bool wave_any(bool value) { return __ballot(value) != 0; }
-__device__ __forceinline__ void wave_sync() {
+__device__ __forceinline__ bool warp_any(bool value) { return __ballot(value) != 0; }
+__device__ __forceinline__ void warp_sync() {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
-  __builtin_amdgcn_wave_barrier();
+  __builtin_amdgcn_warp_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
 }
 
 __device__ __forceinline__ float exp2_approx(float x) { return __builtin_amdgcn_exp2f(x); }
 
-// A wave of 32 has no registers for more loads than are asked for at a time.
-__device__ __forceinline__ void steps_part() {
-  if constexpr (kWaveSize == 32) __builtin_amdgcn_sched_barrier(0);
+// A warp of 32 has no registers for more loads than are asked for at a time.
+__device__ __forceinline__ void scheduling_barrier() {
+  if constexpr (kWarpSize == 32) __builtin_amdgcn_sched_barrier(0);
 }
 
 // Addresses of 8 KiB of copies and of whole tiles are not worth the registers that the compiler would give them.
 template <class Int>
-__device__ __forceinline__ Int recomputed(Int x) {
+__device__ __forceinline__ Int rematerialize(Int x) {
 #if defined(__HIP_DEVICE_COMPILE__)
   asm volatile("" : "+v"(x));
 #endif
@@ -144,18 +142,18 @@ __device__ __forceinline__ void await(const uint64_t* flag, uint64_t value) {
 }
 __device__ __forceinline__ void cluster_sync() {}
 template <class V>
-__device__ __forceinline__ V* in_block(V* p, int /*rank*/) {
+__device__ __forceinline__ V* map_shared_rank(V* p, int /*rank*/) {
   return p;
 }
 __device__ __forceinline__ void wait_for_previous_kernel() {}
 __device__ __forceinline__ void allow_next_kernel() {}
 
 // ---- matrix tiles --------------------------------------------------------------------------------------------------
-// A lane holds kInner neighbours along K of one row of A and of one column of B, from first_k() on: MFMA spreads K over
-// the quarters of a wave, WMMA has all of it in both halves.
-inline constexpr int kInner = kWaveSize == 64 ? 4 : 16;
+// A lane holds kInner neighbors along K of one row of A and of one column of B, from first_k() on: MFMA spreads K over
+// the quarters of a warp, WMMA has all of it in both halves.
+inline constexpr int kInner = kWarpSize == 64 ? 4 : 16;
 __device__ __forceinline__ int outer() { return lane() % 16; }
-__device__ __forceinline__ int first_k() { return kWaveSize == 64 ? lane() / 16 * 4 : 0; }
+__device__ __forceinline__ int first_k() { return kWarpSize == 64 ? lane() / 16 * 4 : 0; }
 
 using Bits = uint16_t;  // of half or bfloat16
 using Bits8 = unsigned char;
@@ -172,7 +170,7 @@ struct TileB {
 // What the instruction calls C is the transpose of this one, as mma() swaps its factors, whose layouts are alike: so a
 // lane's values are of one row, and where they are the left factor of the next product, they are where that needs them.
 struct TileC {
-  static constexpr int kValues = 256 / kWaveSize, kRowSlots = 1, kRowLanes = kWaveSize / 16, kRowStride = 16;
+  static constexpr int kValues = 256 / kWarpSize, kRowSlots = 1, kRowLanes = kWarpSize / 16, kRowStride = 16;
   float v[kValues] = {};
 
   static constexpr __host__ __device__ int slot(int) { return 0; }
@@ -180,7 +178,7 @@ struct TileC {
   static __device__ __forceinline__ bool leads_row() { return lane() < 16; }
   static __device__ __forceinline__ int row(int) { return lane() % 16; }
   static __device__ __forceinline__ int col(int i) {
-    return kWaveSize == 64 ? lane() / 16 * 4 + i : i * 2 + lane() / 16;
+    return kWarpSize == 64 ? lane() / 16 * 4 + i : i * 2 + lane() / 16;
   }
 };
 
@@ -198,7 +196,7 @@ __device__ __forceinline__ Bits round_to<bfloat16>(float x) {
   return bits;
 }
 
-// kInner neighbours in shared memory, of which as many as make 16 bytes lie together.
+// kInner neighbors in shared memory, of which as many as make 16 bytes lie together.
 __device__ __forceinline__ void load_inner(Inner& v, const void* low, const void* high) {
   constexpr int half_bytes = sizeof(v) / 2;
   memcpy(&v, __builtin_assume_aligned(low, 4 * sizeof(Bits)), half_bytes);
@@ -258,7 +256,7 @@ __device__ __forceinline__ void load_b_transposed(TileB<T> (&tiles)[kTilesOf16],
   }
 }
 
-// A lane reads `run` neighbours of every key at once, one for each of the tiles.
+// A lane reads `run` neighbors of every key at once, one for each of the tiles.
 template <int run, int ahead, class T, class Rows>
 __device__ __forceinline__ void load_b_interleaved(TileB<T> (&b)[ahead][kTilesOf16], int at, const Rows& rows, int j) {
   using Element = typename Rows::Element;
@@ -285,7 +283,7 @@ __device__ __forceinline__ void load_b_interleaved(TileB<T> (&b)[ahead][kTilesOf
   }
 }
 
-// MFMA leaves a lane's values where they are needed; WMMA has given the odd ones along K to the other half of the wave.
+// MFMA leaves a lane's values where they are needed; WMMA has given the odd ones along K to the other half of the warp.
 template <class T>
 __device__ __forceinline__ void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) {
   if constexpr (kInner == TileC::kValues) {
@@ -296,7 +294,7 @@ __device__ __forceinline__ void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) 
 #pragma unroll
     for (int i = 0; i < TileC::kValues; i += 2) {
       const uint32_t mine = round_to<T>(c[0].v[i]) | static_cast<uint32_t>(round_to<T>(c[0].v[i + 1])) << 16;
-      const uint32_t other = exchange_xor(mine, 16), even_k = odd ? other : mine, odd_k = odd ? mine : other;
+      const uint32_t other = shfl_xor(mine, 16), even_k = odd ? other : mine, odd_k = odd ? mine : other;
       a.v[2 * i] = static_cast<Bits>(even_k);
       a.v[2 * i + 1] = static_cast<Bits>(odd_k);
       a.v[2 * i + 2] = static_cast<Bits>(even_k >> 16);
@@ -305,7 +303,7 @@ __device__ __forceinline__ void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) 
   }
 }
 
-using Sums = float __attribute__((vector_size(4 * 256 / kWaveSize)));
+using Sums = float __attribute__((vector_size(4 * 256 / kWarpSize)));
 
 template <class Factor>
 __device__ __forceinline__ Factor factor(const Inner& v) {
@@ -355,10 +353,10 @@ __device__ __forceinline__ void store(T* p, int stride, const TileC& c) {
 }
 
 // ---- decode attention -----------------------------------------------------------------------------------------------
-// A wave of 32 needs twice the registers for a tile, and four times for a factor, which both halves have whole.
-struct Walk {
-  static constexpr int kQueryColumns = kWaveSize == 64 ? 192 : 0, kAhead = kWaveSize == 64 ? 4 : 2;
-  static constexpr int run(int head_dim) { return kWaveSize == 64 && head_dim % 64 == 0 ? 4 : 2; }
+// A warp of 32 needs twice the registers for a tile, and four times for a factor, which both halves have whole.
+struct AttentionTuning {
+  static constexpr int kQueryColumns = kWarpSize == 64 ? 192 : 0, kAhead = kWarpSize == 64 ? 4 : 2;
+  static constexpr int run(int head_dim) { return kWarpSize == 64 && head_dim % 64 == 0 ? 4 : 2; }
 };
 
 }  // namespace flashdecpp::arch

@@ -2,22 +2,22 @@
 // all, and 64 KiB hold it.
 #pragma once
 
-#include "attention_ring_amd.h"
-#include "decode_attention_launch.cuh"
+#include "cuda/attention/decode_attention_launch.cuh"
+#include "hip/attention_pipeline_amd.h"
 
 namespace flashdecpp {
 
 template <class KV, int dims>
-struct Machine<CopyKind::kRegisters, KV, dims> {
+struct AttentionConfig<LoadPath::kRegister, KV, dims> {
   template <class Tile>
-  using Ring = RegisterRing<Tile>;
-  using Shape = BlockShape<(dims <= 128 ? 4 : 2), 1, 1, 4>;
-  using ShapeOfFew = Shape;
+  using Stages = RegisterStages<Tile>;
+  using Shape = CtaShape<(dims <= 128 ? 4 : 2), 1, 1, 4>;
+  using LatencyShape = Shape;
   static constexpr int kSharedBytes = arch::kBlockSharedBytes;
 };
 
 template <class Tile>
-typename RegisterRing<Tile>::Source ring_source(const AttentionParams&, RegisterRing<Tile>*) {
+typename RegisterStages<Tile>::Source stages_source(const AttentionParams&, RegisterStages<Tile>*) {
   return {};
 }
 

@@ -1,8 +1,8 @@
-#include "decode_attention_amd.h"
+#include "hip/decode_attention_amd.h"
 
 namespace flashdecpp {
 
-template void launch_decode_attention<arch::bfloat16, CopyKind::kRegisters>(const Launcher&, const AttentionLaunch&,
-                                                                            Device);
+template void launch_decode_attention<arch::bfloat16, LoadPath::kRegister>(const Launcher&, const AttentionLaunch&,
+                                                                           Device);
 
 }  // namespace flashdecpp

@@ -1,8 +1,7 @@
-#include "decode_attention_amd.h"
+#include "hip/decode_attention_amd.h"
 
 namespace flashdecpp {
 
-template void launch_decode_attention<arch::half, CopyKind::kRegisters>(const Launcher&, const AttentionLaunch&,
-                                                                        Device);
+template void launch_decode_attention<arch::half, LoadPath::kRegister>(const Launcher&, const AttentionLaunch&, Device);
 
 }  // namespace flashdecpp

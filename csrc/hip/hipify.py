@@ -1,48 +1,35 @@
 """Translates csrc/cuda for AMD with torch's own hipify: python hipify.py CSRC DEST TORCH.
 
-DEST becomes a copy of csrc whose hip/ also holds the files of cuda/, translated; csrc/hip itself is written
-by hand and copied as it is. What only NVIDIA machines have (*_sm80*, *_sm90*, tensor copies, mma.sync) is
-left out. Files whose text stays keep their time, so that nothing is compiled again for them. TORCH is the
-package's folder: pip's isolated builds hide it from import.
+DEST becomes a copy of csrc whose hip/ also holds the translated files of cuda/. csrc/hip itself is written by
+hand; only its includes of cuda/ are redirected to the translated files. cuda/nvidia, which has no counterpart on AMD, is left out. Files whose text does not
+change keep their timestamps, so nothing is recompiled for them. TORCH is the package's folder, because pip's
+isolated builds hide torch from import.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import io
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-NVIDIA = (
-    "*_sm[0-9]*",
-    "*_tensor.cu*",
-    "*_staged.cu",
-    "*_map.h",
-    "*_nvidia.h",
-    "quantized_gemv.cu",
-    "quantized_linear_kernel.cuh",
-)
 SOURCES = (".cu", ".cuh", ".h")
-
-
-def for_nvidia(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in NVIDIA)
 
 
 def translate(csrc: Path, work: Path) -> None:
     """Fills `work`, which must not exist yet."""
     from torch.utils.hipify.hipify_python import hipify
 
-    ignore = shutil.ignore_patterns(*NVIDIA, "cpu", "*.py", "*.sh")
+    ignore = shutil.ignore_patterns("nvidia", "cpu", "*.py", "*.sh")
     shutil.copytree(csrc, work, ignore=ignore)
     with contextlib.redirect_stderr(io.StringIO()):
         results = hipify(
             project_directory=str(work),
             output_directory=str(work),
             includes=[str(work / "cuda" / "*")],
+            header_include_dirs=[str(work)],
             extensions=SOURCES,
             header_extensions=(".cuh", ".h"),
             hip_clang_launch=True,  # <<<>>> stays
@@ -50,9 +37,11 @@ def translate(csrc: Path, work: Path) -> None:
             show_progress=False,
         )
     written = {Path(result.hipified_path) for result in results.values() if result.hipified_path}
-    by_hand = {work / "hip" / path.name for path in (csrc / "hip").iterdir()}
+    by_hand = {work / "hip" / path.relative_to(csrc / "hip") for path in (csrc / "hip").rglob("*")}
     if clash := written & by_hand:
         sys.exit(f"flashdecpp: csrc/cuda and csrc/hip both have {', '.join(sorted(p.name for p in clash))}")
+    for path in (path for path in by_hand if path.is_file()):
+        path.write_text(path.read_text().replace('#include "cuda/', '#include "hip/'))
     shutil.rmtree(work / "cuda")
 
 

@@ -1,7 +1,7 @@
-// Which linear layers run in stream_gemv_kernel: every quantised one that gemv would, and gemv itself from so many rows
+// Which linear layers run in stream_gemv_kernel: every quantized one that gemv would, and gemv itself from so many rows
 // of x on that the vector units' arithmetic, which grows with them, would be what it waits for (docs/amd.md).
-#include "linear.h"
-#include "stream_gemv_amd.h"
+#include "cuda/linear/linear.h"
+#include "hip/stream_gemv_amd.h"
 
 namespace flashdecpp {
 namespace {
@@ -10,7 +10,7 @@ template <class T, int bits, int tiles, bool fine>
 void launch_tile(const Launcher& launcher, const QuantizedLinearParams& p) {
   using G = StreamGemv<bits, tiles, fine>;
   const auto blocks = static_cast<unsigned>((p.n + G::kBlockN - 1) / G::kBlockN);
-  launcher(stream_gemv_kernel<T, G>, blocks, G::kWaves * launcher.wave_size(), 0, p);
+  launcher(stream_gemv_kernel<T, G>, blocks, G::kWarps * launcher.warp_size(), 0, p);
 }
 
 template <class T, int bits, bool fine>

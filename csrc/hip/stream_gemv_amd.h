@@ -7,14 +7,14 @@
 // what an offset adds is x's sum over the group, a product with ones. A lane's values are of one row of the weight, so
 // it has the scale that it needs. The result differs from the float32 reference by the order of summation alone.
 //
-// MFMA wants four neighbours along K of a lane, so a row's 16 bytes are in four lanes: those exchange words. WMMA wants
-// 16, and the two halves of a wave load the same.
+// MFMA wants four neighbors along K of a lane, so a row's 16 bytes are in four lanes: those exchange words. WMMA wants
+// 16, and the two halves of a warp load the same.
 //
 // Floor: the bytes of q, scales and offsets over the memory bandwidth.
 #pragma once
 
-#include "dequantize_kernel.cuh"
-#include "linear_epilogue.cuh"
+#include "cuda/linear/dequantize_kernel.cuh"
+#include "cuda/linear/epilogue.cuh"
 
 namespace flashdecpp {
 
@@ -23,7 +23,7 @@ struct StreamGemv {
   static constexpr int kBits = bits, kTiles = tiles;  // of 16 rows of the weight
   static constexpr bool kFine = fine;                 // a scale for every 32 weights is loaded; else one a step
   static constexpr int kRowTiles = 1, kMaxRows = 16, kBlockN = 16 * tiles;
-  static constexpr int kWaves = 8, kThreads = kWaves * arch::kWaveSize;
+  static constexpr int kWarps = 8, kThreads = kWarps * arch::kWarpSize;
   static constexpr int kRowLanes = 16 / arch::kInner;  // that have a row of the weight among them
   static constexpr int kStepK = kRowLanes > 1 ? 128 : 64, kProducts = kStepK / 16;
   static constexpr int kLoads = kStepK * bits / 128 / kRowLanes;                 // of a step, a row
@@ -117,7 +117,7 @@ struct StreamStep {
   }
 };
 
-// Of x for one product: `at` is where a lane's neighbours along K begin, `left` how many more there are in a row. A
+// Of x for one product: `at` is where a lane's neighbors along K begin, `left` how many more there are in a row. A
 // half of RDNA's 16 may be beyond the end.
 template <class T, bool whole>
 __device__ __forceinline__ arch::TileB<T> load_x(const T* at, int left) {
@@ -147,7 +147,7 @@ __device__ __forceinline__ void multiply_step(const QuantizedLinearParams& p, St
   for (int i = 0; i < G::kTiles; ++i) step[i].prepare();
 #pragma unroll
   for (int j = 0; j < G::kProducts; ++j) {
-    steps_part();
+    scheduling_barrier();
     const int place = StreamStep<G>::place(j);
     const TileB<T> b = load_x<T, whole>(x + at + place, left - place);
     if (G::kBits < 16 && p.offsets) mma(x_sums, ones, b);
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(G::kThreads, 2) stream_gemv_kernel(QuantizedLi
   const T* const x = static_cast<const T*>(p.x) + min(int64_t{outer()}, p.m - 1) * p.x_stride;
 
   TileC sums[tiles][1];
-  for (int base = wave() * G::kSteps; base < steps; base += G::kWaves * G::kSteps) {
+  for (int base = warp() * G::kSteps; base < steps; base += G::kWarps * G::kSteps) {
     StreamStep<G> loaded[G::kSteps][tiles];
 #pragma unroll
     for (int u = 0; u < G::kSteps; ++u) {
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(G::kThreads, 2) stream_gemv_kernel(QuantizedLi
     }
   }
   // Asked for here: registers are full while weights are under way.
-  write_wave_sums<T, G, false>(p, sums, first_n, Addends<T, G, false>(p, first_n));
+  write_warp_sums<T, G, false>(p, sums, first_n, Addends<T, G, false>(p, first_n));
 }
 
 }  // namespace flashdecpp

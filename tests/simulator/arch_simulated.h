@@ -23,11 +23,11 @@ struct Layout {
   static int c_col(int lane, int e) { return lane % 4 * 2 + e % 2; }
 };
 
-inline constexpr int kWaveSize = simulated::kWave;
+inline constexpr int kWarpSize = simulated::kWarp;
 inline constexpr int kTileN = Layout::kN;
 inline constexpr int kTilesOf16 = 16 / kTileN;
-inline constexpr int kBlockSharedBytes = 160 * 1024, kMostStages = 8;
-inline constexpr bool kHasTensorCopies = false, kWidenedInOrder = true;
+inline constexpr int kBlockSharedBytes = 160 * 1024, kMaxStages = 8;
+inline constexpr bool kHasTma = false, kWidenedInOrder = true;
 
 // ---- element types --------------------------------------------------------------------------------------------------
 using half = _Float16;
@@ -75,7 +75,7 @@ inline void narrow(bfloat16& to, float x) { to = __float2bfloat16(x); }
 using simulated::lane;
 using simulated::of_lane;
 using simulated::take_from;
-inline int wave() { return static_cast<int>(simulated::machine().thread() / kWaveSize); }
+inline int warp() { return static_cast<int>(simulated::machine().thread() / kWarpSize); }
 
 inline float __shfl_sync(unsigned, float value, int source) { return take_from(value, source, "__shfl_sync"); }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
@@ -85,37 +85,37 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   return result;
 }
 
-inline float exchange_xor(float value, int mask) { return take_from(value, lane() ^ mask, "exchange_xor"); }
-inline uint32_t exchange_xor(uint32_t value, int mask) { return take_from(value, lane() ^ mask, "exchange_xor"); }
-inline uint64_t exchange_xor(uint64_t value, int mask) { return take_from(value, lane() ^ mask, "exchange_xor"); }
+inline float shfl_xor(float value, int mask) { return take_from(value, lane() ^ mask, "shfl_xor"); }
+inline uint32_t shfl_xor(uint32_t value, int mask) { return take_from(value, lane() ^ mask, "shfl_xor"); }
+inline uint64_t shfl_xor(uint64_t value, int mask) { return take_from(value, lane() ^ mask, "shfl_xor"); }
 template <class T>
-T* from_lane(T* value, int source) {
-  return take_from(value, source, "from_lane");
+T* shfl(T* value, int source) {
+  return take_from(value, source, "shfl");
 }
-inline int from_lane(int value, int source) { return take_from(value, source, "from_lane"); }
-inline float from_lane(float value, int source) { return take_from(value, source, "from_lane"); }
+inline int shfl(int value, int source) { return take_from(value, source, "shfl"); }
+inline float shfl(float value, int source) { return take_from(value, source, "shfl"); }
 inline int first_lane(bool value) {
   const auto* lanes = simulated::machine().exchange(value, "first_lane");
-  for (int i = 0; i < kWaveSize; ++i) {
+  for (int i = 0; i < kWarpSize; ++i) {
     if (of_lane<bool>(lanes, i)) return i;
   }
   simulated::fail("first_lane: true for no lane");
 }
-inline bool wave_any(bool value) {
-  const auto* lanes = simulated::machine().exchange(value, "wave_any");
+inline bool warp_any(bool value) {
+  const auto* lanes = simulated::machine().exchange(value, "warp_any");
   bool any = false;
-  for (int i = 0; i < kWaveSize; ++i) any |= of_lane<bool>(lanes, i);
+  for (int i = 0; i < kWarpSize; ++i) any |= of_lane<bool>(lanes, i);
   return any;
 }
-inline void wave_sync() { simulated::machine().exchange(0, "wave_sync"); }
+inline void warp_sync() { simulated::machine().exchange(0, "warp_sync"); }
 
-inline void steps_part() {}
+inline void scheduling_barrier() {}
 inline int uniform(int x) {
   if (take_from(x, 0, "uniform") != x) simulated::fail("uniform: lanes differ");
   return x;
 }
 template <class Int>
-Int recomputed(Int x) {
+Int rematerialize(Int x) {
   return x;
 }
 
@@ -161,8 +161,8 @@ inline void await(const uint64_t* flag, uint64_t value) {
 }
 inline void cluster_sync() { simulated::machine().team_barrier(); }
 template <class V>
-V* in_block(V* p, int rank) {
-  return simulated::machine().in_block(p, rank);
+V* map_shared_rank(V* p, int rank) {
+  return simulated::machine().map_shared_rank(p, rank);
 }
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
@@ -199,12 +199,12 @@ struct TileC {
 
 template <class T>
 void load_a(TileA<T>& tile, const T* p, int stride) {
-  wave_sync();
+  warp_sync();
   for (int e = 0; e < Layout::kA; ++e) element(tile, e) = p[Layout::a_row(lane(), e) * stride + Layout::a_k(lane(), e)];
 }
 template <class T>
 void load_b(TileB<T>& tile, const T* p, int stride) {
-  wave_sync();
+  warp_sync();
   for (int e = 0; e < Layout::kB; ++e) element(tile, e) = p[Layout::b_n(lane(), e) * stride + Layout::b_k(lane(), e)];
 }
 
@@ -221,7 +221,7 @@ float element_of(const Rows& rows, int row, int column) {
 }
 template <class T, class Rows>
 void load_b(TileB<T> (&tiles)[kTilesOf16], const Rows& rows, int j) {
-  wave_sync();
+  warp_sync();
   for (int t = 0; t < kTilesOf16; ++t) {
     for (int e = 0; e < Layout::kB; ++e) {
       const int n = t * kTileN + Layout::b_n(lane(), e);
@@ -231,7 +231,7 @@ void load_b(TileB<T> (&tiles)[kTilesOf16], const Rows& rows, int j) {
 }
 template <class T, class Rows>
 void load_b_transposed(TileB<T> (&tiles)[kTilesOf16], const Rows& rows, int j) {
-  wave_sync();
+  warp_sync();
   for (int t = 0; t < kTilesOf16; ++t) {
     for (int e = 0; e < Layout::kB; ++e) {
       const int n = t * kTileN + Layout::b_n(lane(), e);
@@ -248,7 +248,7 @@ void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) {
   for (int t = 0; t < kTilesOf16; ++t) mine.c[t] = c[t];
   const auto* lanes = simulated::machine().exchange(mine, "as_a");
   float whole[16][16];
-  for (int l = 0; l < kWaveSize; ++l) {
+  for (int l = 0; l < kWarpSize; ++l) {
     const Tiles tiles = of_lane<Tiles>(lanes, l);
     for (int t = 0; t < kTilesOf16; ++t) {
       for (int e = 0; e < Layout::kC; ++e) {
@@ -267,7 +267,7 @@ void mma(TileC& c, const TileA<T>& a, const TileB<T>& b) {
   };
   const auto* lanes = simulated::machine().exchange(Factors{a, b}, "mma");
   float left[16][16], right[16][kTileN];
-  for (int l = 0; l < kWaveSize; ++l) {
+  for (int l = 0; l < kWarpSize; ++l) {
     Factors factors = of_lane<Factors>(lanes, l);
     for (int e = 0; e < Layout::kA; ++e) left[Layout::a_row(l, e)][Layout::a_k(l, e)] = widened(element(factors.a, e));
     for (int e = 0; e < Layout::kB; ++e) right[Layout::b_k(l, e)][Layout::b_n(l, e)] = widened(element(factors.b, e));
@@ -283,7 +283,7 @@ void store(T* p, int stride, const TileC& c) {
   for (int i = 0; i < TileC::kValues; ++i) narrow(p[TileC::row(i) * stride + TileC::col(i)], c.v[i]);
 }
 
-struct Walk {
+struct AttentionTuning {
   static constexpr int kQueryColumns = 192, kAhead = 4;
   static constexpr int run(int /*head_dim*/) { return 1; }
 };

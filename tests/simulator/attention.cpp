@@ -4,36 +4,36 @@
 #include <bit>
 
 #include "checks.h"
-#include "decode_attention_kernel.cuh"
+#include "cuda/attention/decode_attention_kernel.cuh"
 #if defined(USE_ROCM)
-#include "hip/attention_ring_amd.h"
+#include "hip/attention_pipeline_amd.h"
 #endif
-#include "heuristics.h"
+#include "heuristics/attention.h"
 
 using namespace flashdecpp;
 
 namespace {
 
 #if defined(USE_ROCM)
-using Shape = BlockShape<4, 1, 1, 4>;
+using Shape = CtaShape<4, 1, 1, 4>;
 template <class Tile>
-using MachineRing = RegisterRing<Tile>;
+using SeamStages = RegisterStages<Tile>;
 #else
-using Shape = BlockShape<4, 2, 1, 4>;
+using Shape = CtaShape<4, 2, 1, 4>;
 template <class Tile>
-using MachineRing = StagedRing<Tile>;
+using SeamStages = CpAsyncStages<Tile>;
 #endif
 
 template <class Tile>
-struct TeamRing : MachineRing<Tile> {
-  using MachineRing<Tile>::MachineRing;
-  static constexpr bool kTeams = true;
+struct ClusterStages : SeamStages<Tile> {
+  using SeamStages<Tile>::SeamStages;
+  static constexpr bool kUsesClusters = true;
 };
 
 struct Case {
   std::vector<int> lengths;
   int q_heads = 4, kv_heads = 2, head_dim = 64, q_len = 1, block_size = 16;
-  int window = 0, num_splits = 0, resident = 12, team = 1;
+  int window = 0, num_splits = 0, resident = 12, cluster = 1;
   float softcap = 0.f, phi = 1.f;
   bool paged = true, alibi = false, sinks = false, graph = false;
 };
@@ -95,10 +95,10 @@ void compare(const Case& c, const AttentionParams& p, const simulated::Tensor<T>
         name + ": off by " + std::to_string(worst) + ", lse by " + std::to_string(worst_lse));
 }
 
-template <class T, class KV, int dims, class Policy, template <class> class RingOf = MachineRing>
+template <class T, class KV, int dims, class Policy, template <class> class StagesOf = SeamStages>
 void run(const Case& c, const std::string& name) {
   using Tile = AttentionTile<T, KV, dims, Shape>;
-  using Ring = RingOf<Tile>;
+  using Stages = StagesOf<Tile>;
   const int batch = static_cast<int>(c.lengths.size());
   const int longest = std::max(*std::max_element(c.lengths.begin(), c.lengths.end()), 1);
   const int max_blocks = c.paged ? (longest + c.block_size - 1) / c.block_size : 1;
@@ -157,30 +157,30 @@ void run(const Case& c, const std::string& name) {
   p.softcap = c.softcap;
   p.window = c.window;
 
-  launch.cut_rows(Tile::kRows);
-  const int64_t groups = std::max<int64_t>((p.capacity() + kGroup - 1) / kGroup, 1);
-  const int64_t resident = std::max(c.resident / c.team, 1);
-  const AttentionGrid grid = choose_attention_grid(resident, batch, launch.sequence_units(), c.num_splits, groups,
-                                                   2 * c.team, 1, int64_t{1} << 12);
-  launch.team_log2 = std::bit_width(static_cast<unsigned>(c.team)) - 1;
-  launch.worth_log2 = std::bit_width(static_cast<unsigned>(c.team * Tile::kWaves)) - 1;
-  launch.unit_teams = static_cast<int32_t>(grid.unit_blocks);
-  launch.shares = static_cast<uint32_t>(grid.shares);
-  launch.most_shares = static_cast<uint32_t>(grid.most_shares);
-  launch.least_by_unit = static_cast<float>(grid.least_by_unit) * kGroup;
+  launch.set_query_tiles(Tile::kRows);
+  const int64_t kv_tiles = std::max<int64_t>((p.capacity() + kKvTile - 1) / kKvTile, 1);
+  const int64_t resident = std::max(c.resident / c.cluster, 1);
+  const AttentionGrid grid = choose_attention_grid(resident, batch, launch.work_tiles_per_sequence(), c.num_splits,
+                                                   kv_tiles, 2 * c.cluster, 1, int64_t{1} << 12);
+  launch.cluster_size_log2 = std::bit_width(static_cast<unsigned>(c.cluster)) - 1;
+  launch.min_kv_tiles_log2 = std::bit_width(static_cast<unsigned>(c.cluster * Tile::kWarps)) - 1;
+  launch.uniform_splits = static_cast<int32_t>(grid.uniform_splits);
+  launch.streams = static_cast<uint32_t>(grid.streams);
+  launch.max_streams = static_cast<uint32_t>(grid.max_streams);
+  launch.min_uniform_tiles = static_cast<float>(grid.min_uniform_tiles) * kKvTile;
   const size_t slots = std::max<int64_t>(grid.slots, 1), rows = launch.slot_rows;
-  simulated::Tensor<float> part_out(slots * rows * c.head_dim);
-  simulated::Tensor<RowPart> part_state(slots * rows);
+  simulated::Tensor<float> partial_out(slots * rows * c.head_dim);
+  simulated::Tensor<SoftmaxState> partial_states(slots * rows);
   simulated::Tensor<uint64_t> ready(slots);
-  launch.part_out = part_out.data();
-  launch.part_state = part_state.data();
+  launch.partial_out = partial_out.data();
+  launch.partial_states = partial_states.data();
   launch.ready = ready.data();
   launch.nonce = 0x123456789abcdefull;
 
   for (int replay = 0; replay < (c.graph ? 2 : 1); ++replay) {
     simulated::machine().launch(
-        {static_cast<unsigned>(grid.blocks * c.team)}, Tile::kThreads, SharedMemory<Tile, Ring>::kBytes,
-        [&] { decode_attention_kernel<Tile, Policy, Ring>(launch, {}); }, c.team);
+        {static_cast<unsigned>(grid.blocks * c.cluster)}, Tile::kThreads, SharedMemory<Tile, Stages>::kBytes,
+        [&] { decode_attention_kernel<Tile, Policy, Stages>(launch, {}); }, c.cluster);
     compare<T, KV>(c, p, out, lse, table, name);
   }
 }
@@ -194,7 +194,7 @@ void run_policies(const Case& c, const std::string& name) {
 template <class T, class KV, int dims>
 void run_type(const std::string& type) {
   const auto go = [&](const char* what, const Case& c) { run_policies<T, KV, dims>(c, type + ", " + what); };
-  go("one sequence, by unit, twice", {.lengths = {300}, .head_dim = dims, .graph = true});
+  go("one sequence, by work_tile, twice", {.lengths = {300}, .head_dim = dims, .graph = true});
   go("ragged, by line, twice", {.lengths = {400, 3, 17, 0, 90}, .head_dim = dims, .graph = true});
   go("even lengths", {.lengths = {100, 100, 97}, .head_dim = dims});
   go("contiguous", {.lengths = {130, 7}, .head_dim = dims, .paged = false});
@@ -209,19 +209,20 @@ void run_type(const std::string& type) {
 }
 
 // Clusters of blocks, which other machines do not have.
-void run_teams() {
+void run_clusters() {
 #if !defined(USE_ROCM)
   const auto go = [](const char* what, const Case& c) {
-    run<arch::half, arch::half, 64, OnlineMax, TeamRing>(c, std::string("teams, ") + what + ", online");
-    run<arch::half, arch::half, 64, UnifiedMax<arch::half>, TeamRing>(c, std::string("teams, ") + what + ", unified");
+    run<arch::half, arch::half, 64, OnlineMax, ClusterStages>(c, std::string("clusters, ") + what + ", online");
+    run<arch::half, arch::half, 64, UnifiedMax<arch::half>, ClusterStages>(
+        c, std::string("clusters, ") + what + ", unified");
   };
-  go("of 2, by unit, twice", {.lengths = {300}, .team = 2, .graph = true});
-  go("of 4, several a unit", {.lengths = {400}, .q_heads = 16, .resident = 24, .team = 4, .graph = true});
-  go("of 8, little to do", {.lengths = {5}, .team = 8});
-  go("of 2, by line, twice", {.lengths = {400, 3, 17, 0, 90}, .team = 2, .graph = true});
-  go("of 4, by line", {.lengths = {30, 200, 1}, .q_heads = 6, .q_len = 3, .resident = 16, .team = 4});
-  go("of 2, fixed splits", {.lengths = {200, 33}, .num_splits = 3, .team = 2});
-  go("of 2, alone", {.lengths = {70, 90}, .team = 1});
+  go("of 2, by work_tile, twice", {.lengths = {300}, .cluster = 2, .graph = true});
+  go("of 4, several a work_tile", {.lengths = {400}, .q_heads = 16, .resident = 24, .cluster = 4, .graph = true});
+  go("of 8, little to do", {.lengths = {5}, .cluster = 8});
+  go("of 2, by line, twice", {.lengths = {400, 3, 17, 0, 90}, .cluster = 2, .graph = true});
+  go("of 4, by line", {.lengths = {30, 200, 1}, .q_heads = 6, .q_len = 3, .resident = 16, .cluster = 4});
+  go("of 2, fixed splits", {.lengths = {200, 33}, .num_splits = 3, .cluster = 2});
+  go("of 2, alone", {.lengths = {70, 90}, .cluster = 1});
 #endif
 }
 
@@ -254,7 +255,7 @@ void run_random(int count) {
 
 int main() {
   run_type<arch::half, arch::half, 64>("half");
-  run_teams();
+  run_clusters();
 #if !defined(FLASHDECPP_SIMULATED_FEW)
   run_type<arch::bfloat16, arch::bfloat16, 64>("bfloat16");
   run_type<arch::half, arch::float8, 64>("half with float8");

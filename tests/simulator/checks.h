@@ -5,7 +5,7 @@
 #include <random>
 #include <string>
 
-#include "numeric.cuh"
+#include "cuda/numeric.cuh"
 
 class Checks {
  public:

@@ -3,10 +3,10 @@
 #include <algorithm>
 
 #include "checks.h"
-#include "gated_activation_kernel.cuh"
-#include "norm_kernel.cuh"
-#include "rotary_append_kernel.cuh"
-#include "sample_kernel.cuh"
+#include "cuda/elementwise/gated_activation_kernel.cuh"
+#include "cuda/elementwise/norm_kernel.cuh"
+#include "cuda/elementwise/rotary_append_kernel.cuh"
+#include "cuda/sampling/sample_kernel.cuh"
 
 using namespace flashdecpp;
 using simulated::Tensor;
@@ -141,7 +141,7 @@ void rotary(bool interleaved) {
     good &= near(expected(before_k, 0, d), arch::to_float(k_cache[at + d]));
     good &= arch::to_float(v_cache[at + d]) == arch::to_float(v[d]);
   }
-  check(good, interleaved ? "rotary, neighbours" : "rotary, halves");
+  check(good, interleaved ? "rotary, neighbors" : "rotary, halves");
 }
 
 void sample(int vocab) {

@@ -1,7 +1,7 @@
 // The GEMV and the flat GEMM for every GPU on the simulated one, against sums in double. The last line says how many
 // cases failed.
-#include "flat_gemm_kernel.cuh"
-#include "gemv_kernel.cuh"
+#include "cuda/linear/flat_gemm_kernel.cuh"
+#include "cuda/linear/gemv_kernel.cuh"
 #include "linear_calls.h"
 
 using namespace flashdecpp;
@@ -10,14 +10,14 @@ namespace {
 
 template <class T, int m>
 void gemv(int n, int k, Fusion fusion) {
-  for (const int waves : {1, 2}) {
+  for (const int warps : {1, 2}) {
     Call<T> call(m, n, k, fusion);
-    const int groups = kGemvThreads / arch::kWaveSize / waves * kGemvRows;
+    const int groups = kGemvThreads / arch::kWarpSize / warps * kGemvRows;
     const auto blocks = static_cast<unsigned>((call.p.weight_rows() + groups - 1) / groups);
     simulated::machine().launch({blocks}, kGemvThreads, 0, [&] {
-      call.p.fusion.any() ? gemv_kernel<T, m, true>(call.p, waves) : gemv_kernel<T, m, false>(call.p, waves);
+      call.p.fusion.any() ? gemv_kernel<T, m, true>(call.p, warps) : gemv_kernel<T, m, false>(call.p, warps);
     });
-    call.compare("gemv, " + std::to_string(waves) + " waves");
+    call.compare("gemv, " + std::to_string(warps) + " warps");
   }
 }
 

@@ -1,9 +1,9 @@
-// What the GEMV and the quantised one take from linear_arch_sm90.cuh, on the simulated GPU.
+// What the GEMV and the quantized one take from linear_arch_sm90.cuh, on the simulated GPU.
 #pragma once
 
 #include <cmath>
 
-#include "arch.h"
+#include "cuda/arch.h"
 
 namespace flashdecpp::arch {
 

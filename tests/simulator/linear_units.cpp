@@ -1,8 +1,8 @@
-// The GEMVs that stream on NVIDIA's matrix units, dense and quantised, on the simulated GPU. The last line says how
+// The GEMVs that stream on NVIDIA's matrix units, dense and quantized, on the simulated GPU. The last line says how
 // many cases failed.
-#include "gemv_sm90.cuh"
+#include "cuda/nvidia/gemv_mma.cuh"
+#include "cuda/nvidia/quantized_gemv.cuh"
 #include "linear_calls.h"
-#include "quantized_linear_kernel.cuh"
 
 using namespace flashdecpp;
 
@@ -16,15 +16,14 @@ void gemv(int m, int n, int k, Fusion fusion, float size = 1) {
   const auto blocks = static_cast<unsigned>((call.p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
   simulated::machine().launch({blocks}, G::kThreads, fusion.norm ? norm_bytes<G>(k) : 0, [&] {
     if constexpr (G::kRowTiles == 1) {
-      if (fusion.norm) return tensor_gemv_kernel<T, G, true, true>(call.p);
+      if (fusion.norm) return mma_gemv_kernel<T, G, true, true>(call.p);
     }
-    call.p.fusion.any() ? tensor_gemv_kernel<T, G, true, false>(call.p)
-                        : tensor_gemv_kernel<T, G, false, false>(call.p);
+    call.p.fusion.any() ? mma_gemv_kernel<T, G, true, false>(call.p) : mma_gemv_kernel<T, G, false, false>(call.p);
   });
   call.compare("matrix units, loads of " + std::to_string(G::kLoads));
 }
 
-// A call whose weights are the numbers that the quantised ones stand for.
+// A call whose weights are the numbers that the quantized ones stand for.
 template <class T, class G>
 void quantized(int m, int n, int k, int group, Fusion fusion, bool with_offsets) {
   Call<T> call(m, n, k, fusion);
@@ -72,17 +71,17 @@ template <class T>
 void run() {
   const Fusion gated{.bias = true, .gated = true}, added{.bias = true, .add = true};
   const Fusion norm{.norm = true}, all{.bias = true, .norm = true, .gated = true};
-  gemv<T, TensorGemv<1, 1, 8>>(3, 37, 2120, {.bias = true});
-  gemv<T, TensorGemv<1, 1, 8>>(8, 21, 264, gated);
-  gemv<T, TensorGemv<1, 2, 4>>(5, 45, 520, added);
-  gemv<T, TensorGemv<2, 1, 8>>(13, 24, 520, gated);
-  for (const int m : {1, 2, 3, 4, 5, 8}) gemv<T, TensorGemv<1, 1, 8>>(m, 19, 2120, norm);
-  gemv<T, TensorGemv<1, 2, 4>>(3, 40, 136, all);
-  gemv<T, TensorGemv<1, 2, 4>>(8, 21, 520, all);
-  gemv<T, TensorGemv<2, 2, 4>>(12, 21, 520, gated);
-  gemv<T, TensorGemv<2, 1, 8>>(16, 21, 72, {.bias = true, .add = true});
-  gemv<T, TensorGemv<1, 1, 8>>(8, 21, 72, {.norm = true, .add = true});
-  for (const float size : {2e3f, 1e-3f}) gemv<T, TensorGemv<1, 1, 8>>(2, 19, 520, norm, size);
+  gemv<T, MmaGemv<1, 1, 8>>(3, 37, 2120, {.bias = true});
+  gemv<T, MmaGemv<1, 1, 8>>(8, 21, 264, gated);
+  gemv<T, MmaGemv<1, 2, 4>>(5, 45, 520, added);
+  gemv<T, MmaGemv<2, 1, 8>>(13, 24, 520, gated);
+  for (const int m : {1, 2, 3, 4, 5, 8}) gemv<T, MmaGemv<1, 1, 8>>(m, 19, 2120, norm);
+  gemv<T, MmaGemv<1, 2, 4>>(3, 40, 136, all);
+  gemv<T, MmaGemv<1, 2, 4>>(8, 21, 520, all);
+  gemv<T, MmaGemv<2, 2, 4>>(12, 21, 520, gated);
+  gemv<T, MmaGemv<2, 1, 8>>(16, 21, 72, {.bias = true, .add = true});
+  gemv<T, MmaGemv<1, 1, 8>>(8, 21, 72, {.norm = true, .add = true});
+  for (const float size : {2e3f, 1e-3f}) gemv<T, MmaGemv<1, 1, 8>>(2, 19, 520, norm, size);
 
   quantized<T, QuantizedGemv<4, 1, 1, false>>(3, 21, 384, 128, {.bias = true}, false);
   quantized<T, QuantizedGemv<4, 1, 2, true>>(8, 37, 1056, 32, gated, true);

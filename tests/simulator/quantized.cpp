@@ -1,4 +1,4 @@
-// Linear layers of quantised weights on the simulated GPU, by each machine's own kernel, against sums in double; on AMD
+// Linear layers of quantized weights on the simulated GPU, by each machine's own kernel, against sums in double; on AMD
 // machines the same kernel with weights of 16 bits. The last line says how many cases failed.
 #include <algorithm>
 #include <bit>
@@ -7,7 +7,7 @@
 #if defined(USE_ROCM)
 #include "hip/stream_gemv_amd.h"
 #else
-#include "quantized_linear_kernel.cuh"
+#include "cuda/nvidia/quantized_gemv.cuh"
 #endif
 
 using namespace flashdecpp;

@@ -5,9 +5,9 @@
 // Shared memory is NaN until somebody in the block writes it, and so is global memory around a tensor, where nobody may
 // write: what lies beyond its end, and a page before it, may not be touched at all.
 //
-// A fiber runs until it waits for its wave (a collective operation), its block (__syncthreads) or its team; a wave,
+// A fiber runs until it waits for its warp (a collective operation), its block (__syncthreads) or its team; a warp,
 // picked at random, as far as it gets without the others, and any of its lanes first. Where all wait and nothing comes,
-// or lanes of a wave are in different operations, the program ends with an error.
+// or lanes of a warp are in different operations, the program ends with an error.
 #pragma once
 
 #include <link.h>
@@ -88,8 +88,8 @@ inline void __threadfence() {}
 
 namespace simulated {
 
-inline constexpr int kWave = FLASHDECPP_SIMULATED_WAVE;
-inline constexpr int kMostBytes = 512;  // that a lane hands to its wave at once
+inline constexpr int kWarp = FLASHDECPP_SIMULATED_WARP;
+inline constexpr int kMaxBytes = 512;  // that a lane hands to its warp at once
 inline constexpr size_t kStackBytes = 256 << 10;
 
 [[noreturn]] inline void fail(const char* what) {
@@ -119,8 +119,8 @@ inline Bytes declared_shared() {
   return found;
 }
 
-struct Wave {
-  alignas(64) unsigned char lanes[2][kWave][kMostBytes];
+struct Warp {
+  alignas(64) unsigned char lanes[2][kWarp][kMaxBytes];
   const char* operation[2];
   int size = 0, arrived = 0;
   unsigned generation = 0;
@@ -145,7 +145,7 @@ struct Block {
   dim3 index;
   std::vector<unsigned char> shared, declared;  // `declared` while another block of the team runs
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Wave> waves;
+  std::vector<Warp> warps;
   unsigned at_barrier = 0, barrier_generation = 0;
 };
 
@@ -161,7 +161,7 @@ class Machine {
   const Block& block() const { return *block_; }
   unsigned thread() const { return running_->thread; }
   Fiber& fiber() { return *running_; }
-  Wave& wave() { return block_->waves[running_->thread / kWave]; }
+  Warp& warp() { return block_->warps[running_->thread / kWarp]; }
 
   void launch(dim3 grid, unsigned block, size_t shared_bytes, const std::function<void()>& kernel, unsigned team = 1) {
     grid_size = grid;
@@ -189,7 +189,7 @@ class Machine {
 
   // What is at p, in the running block's shared memory, in that of another of its team.
   template <class V>
-  V* in_block(V* p, int rank) {
+  V* map_shared_rank(V* p, int rank) {
     Block& other = *team_.at(rank);
     if (&other == block_) return p;
     const Bytes declared = declared_shared(), own{block_->shared.data(), block_->shared.size()};
@@ -197,19 +197,19 @@ class Machine {
     const auto in = [&](const Bytes& bytes) { return byte >= bytes.data && byte < bytes.data + bytes.size; };
     if (in(declared)) return reinterpret_cast<V*>(other.declared.data() + (byte - declared.data));
     if (in(own)) return reinterpret_cast<V*>(other.shared.data() + (byte - own.data));
-    fail("in_block: not in shared memory");
+    fail("map_shared_rank: not in shared memory");
   }
 
   // All lanes' values, once all have come here.
  template <class T>
- const unsigned char (*exchange(const T& value, const char* operation)) [kMostBytes] {
-   static_assert(sizeof(T) <= kMostBytes);
-   Wave& w = wave();
+ const unsigned char (*exchange(const T& value, const char* operation)) [kMaxBytes] {
+   static_assert(sizeof(T) <= kMaxBytes);
+   Warp& w = warp();
    const unsigned generation = w.generation;
    const int buffer = generation % 2;
    if (w.arrived == 0) w.operation[buffer] = operation;
-   if (w.operation[buffer] != operation) fail("lanes of a wave are in different operations");
-   std::memcpy(w.lanes[buffer][thread() % kWave], &value, sizeof(T));
+   if (w.operation[buffer] != operation) fail("lanes of a warp are in different operations");
+   std::memcpy(w.lanes[buffer][thread() % kWarp], &value, sizeof(T));
    progress_ = true;
    if (++w.arrived == w.size) {
      w.arrived = 0;
@@ -248,7 +248,7 @@ class Machine {
     block.index = index;
     block.shared.assign(shared_bytes + 1024, 0xff);
     block.declared.assign(declared_shared().size, 0xff);
-    block.waves.assign((threads + kWave - 1) / kWave, Wave());
+    block.warps.assign((threads + kWarp - 1) / kWarp, Warp());
     block.fibers.resize(threads);
     block.at_barrier = 0;
     for (unsigned t = 0; t < threads; ++t) {
@@ -257,7 +257,7 @@ class Machine {
       fiber.done = false;
       fiber.thread = t;
       fiber.copies.assign(1, {});
-      ++block.waves[t / kWave].size;
+      ++block.warps[t / kWarp].size;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
       fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -294,14 +294,14 @@ class Machine {
     std::memcpy(block_->declared.data(), declared.data, declared.size);
   }
 
-  // Every wave until it waits; whether some are not done.
+  // Every warp until it waits; whether some are not done.
   bool run_block(bool& any_progress) {
     bool alive = false;
-    const unsigned first = random_(), waves = static_cast<unsigned>(block_->waves.size());
-    for (unsigned w = 0; w < waves; ++w) {
+    const unsigned first = random_(), warps = static_cast<unsigned>(block_->warps.size());
+    for (unsigned w = 0; w < warps; ++w) {
       do {
         progress_ = false;
-        alive |= run_wave((first + w) % waves);
+        alive |= run_warp((first + w) % warps);
         any_progress |= progress_;
       } while (progress_);
     }
@@ -309,11 +309,11 @@ class Machine {
   }
 
   // Every lane until it waits, any of them first; whether some are not done.
-  bool run_wave(unsigned wave) {
+  bool run_warp(unsigned warp) {
     bool alive = false;
     const unsigned first = random_();
-    for (unsigned l = 0; l < kWave; ++l) {
-      const unsigned thread = wave * kWave + (first + l) % kWave;
+    for (unsigned l = 0; l < kWarp; ++l) {
+      const unsigned thread = warp * kWarp + (first + l) % kWarp;
       if (thread >= block_size.x || block_->fibers[thread]->done) continue;
       alive = true;
       running_ = block_->fibers[thread].get();
@@ -334,11 +334,11 @@ class Machine {
 
 inline Machine& machine() { return Machine::instance(); }
 
-inline int lane() { return static_cast<int>(machine().thread() % kWave); }
+inline int lane() { return static_cast<int>(machine().thread() % kWarp); }
 
 // What a lane handed to exchange().
 template <class T>
-T of_lane(const unsigned char (*lanes)[kMostBytes], int source) {
+T of_lane(const unsigned char (*lanes)[kMaxBytes], int source) {
   T value;
   std::memcpy(&value, lanes[source], sizeof(T));
   return value;

@@ -29,20 +29,20 @@ inline __hip_bfloat16 __float2bfloat16(float x) { return {simulated::bfloat16_bi
 
 namespace simulated {
 
-// C += A B for 16 x 16 x 16: `inner` neighbours along K a lane, from first_k on. MFMA has four rows of C below each
+// C += A B for 16 x 16 x 16: `inner` neighbors along K a lane, from first_k on. MFMA has four rows of C below each
 // other in a lane, WMMA every second one.
 template <class Factor, class Sums, class Widen>
 Sums multiply(const Factor& a, const Factor& b, Sums c, Widen widen, const char* name) {
-  constexpr int inner = kWave == 64 ? 4 : 16;
+  constexpr int inner = kWarp == 64 ? 4 : 16;
   struct Factors {
     Factor a, b;
   };
   const auto* lanes = machine().exchange(Factors{a, b}, name);
   const int col = lane() % 16;
-  for (int i = 0; i < 256 / kWave; ++i) {
-    const int row = kWave == 64 ? lane() / 16 * 4 + i : 2 * i + lane() / 16;
+  for (int i = 0; i < 256 / kWarp; ++i) {
+    const int row = kWarp == 64 ? lane() / 16 * 4 + i : 2 * i + lane() / 16;
     for (int k = 0; k < 16; ++k) {
-      const int from_k = kWave == 64 ? k / 4 * 16 : 0;
+      const int from_k = kWarp == 64 ? k / 4 * 16 : 0;
       c[i] += widen(of_lane<Factors>(lanes, from_k + row).a[k % inner]) *
               widen(of_lane<Factors>(lanes, from_k + col).b[k % inner]);
     }
@@ -53,25 +53,25 @@ Sums multiply(const Factor& a, const Factor& b, Sums c, Widen widen, const char*
 }  // namespace simulated
 
 template <class T>
-T __shfl(T value, int source, int = simulated::kWave) {
-  return simulated::take_from(value, source % simulated::kWave, "__shfl");
+T __shfl(T value, int source, int = simulated::kWarp) {
+  return simulated::take_from(value, source % simulated::kWarp, "__shfl");
 }
 template <class T>
-T __shfl_xor(T value, int mask, int = simulated::kWave) {
+T __shfl_xor(T value, int mask, int = simulated::kWarp) {
   return simulated::take_from(value, simulated::lane() ^ mask, "__shfl_xor");
 }
 inline int __builtin_amdgcn_readfirstlane(int value) { return value; }  // of the lanes that are there: no meeting
 inline unsigned long long __ballot(bool value) {
   const auto* lanes = simulated::machine().exchange(value, "__ballot");
   unsigned long long ballot = 0;
-  for (int i = 0; i < simulated::kWave; ++i)
+  for (int i = 0; i < simulated::kWarp; ++i)
     ballot |= static_cast<unsigned long long>(simulated::of_lane<bool>(lanes, i)) << i;
   return ballot;
 }
 inline int __ffsll(unsigned long long bits) { return bits == 0 ? 0 : __builtin_ctzll(bits) + 1; }
 
 #define __builtin_amdgcn_fence(...) static_cast<void>(0)
-#define __builtin_amdgcn_wave_barrier() static_cast<void>(simulated::machine().exchange(0, "wave_barrier"))
+#define __builtin_amdgcn_warp_barrier() static_cast<void>(simulated::machine().exchange(0, "warp_barrier"))
 #define __builtin_amdgcn_sched_barrier(...) static_cast<void>(0)
 // Selectors of 0 to 3 take bytes of the second, 4 to 7 of the first.
 inline unsigned __builtin_amdgcn_perm(unsigned high, unsigned low, unsigned selectors) {

@@ -1,0 +1,160 @@
+// Rotary embedding of q and k in place, then k and v into their places in the cache.
+//
+// A block works on one token; a thread has one item of it: `vector` pairs of a head of q or k to rotate, or `vector`
+// elements of k that the rotation leaves alone, or of v. Every element of q and k belongs to one thread, so rotating in
+// place needs no barrier. Floor: the bytes of q, k and v, read and written once; in decode, latency.
+#pragma once
+
+#include "cuda/numeric.cuh"
+
+namespace flashdecpp {
+
+inline constexpr int kRotaryThreads = 256;
+
+// Where a token's key and value go.
+struct CacheSlot {
+  int64_t block, slot;
+  bool exists;
+};
+
+__device__ __forceinline__ CacheSlot find_slot(const RotaryParams& p, int64_t sequence, int64_t position) {
+  if (position < 0 || position >= p.capacity()) return {0, 0, false};
+  const int64_t index = position / p.block_size;
+  const int64_t block = p.block_table ? p.block_table[sequence * p.table_stride + index] : sequence;
+  return {block, position % p.block_size, block >= 0 && block < p.num_blocks};
+}
+
+// Writes values of `head` from element d on to a cache of T or fp8.
+template <class T, int vector>
+__device__ __forceinline__ void append(const RotaryParams& p, void* cache, const CacheLayout& layout,
+                                       const float* scales, const CacheSlot& at, int head, int d,
+                                       float (&values)[vector]) {
+  using namespace arch;
+  const int64_t offset = at.block * layout.block_stride + at.slot * layout.token_stride + head * layout.head_stride + d;
+  if (p.kv_dtype == DType::kFloat8E4M3) {
+    const float scale = scales ? scales[head] : 1.f;
+    float scaled[vector];
+#pragma unroll
+    for (int i = 0; i < vector; ++i) scaled[i] = values[i] / scale;
+    store_vector(static_cast<float8*>(cache) + offset, scaled);
+  } else {
+    store_vector(static_cast<T*>(cache) + offset, values);
+  }
+}
+
+// Rotates the pairs [pair, pair + vector) of a head: first[i], second[i] become what T holds of them. Returns where
+// first and second lie in the head.
+template <class T, int vector>
+struct Pairs {
+  float first[vector], second[vector];  // as they lie in memory: two runs of neighbors
+  int first_at, second_at;
+
+  __device__ __forceinline__ Pairs(const RotaryParams& p, const T* head, int pair)
+      : first_at(p.interleaved ? 2 * pair : pair),
+        second_at(p.interleaved ? 2 * pair + vector : pair + p.rotary_dim / 2) {
+    arch::load_vector(first, head + first_at);
+    arch::load_vector(second, head + second_at);
+  }
+
+  __device__ __forceinline__ void rotate(const RotaryParams& p, int64_t position, int pair) {
+    float cosine[vector], sine[vector];
+    const float* const angles = p.cos_sin + position * p.cos_sin_stride + pair;
+    arch::load_vector(cosine, angles);
+    arch::load_vector(sine, angles + p.rotary_dim / 2);
+    if (!p.interleaved || vector == 1) {
+#pragma unroll
+      for (int i = 0; i < vector; ++i) turn(first[i], second[i], cosine[i], sine[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < vector; i += 2) {  // neighbors are pairs
+        turn(first[i], first[i + 1], cosine[i / 2], sine[i / 2]);
+        turn(second[i], second[i + 1], cosine[(vector + i) / 2], sine[(vector + i) / 2]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(T* head) const {
+    arch::store_vector(head + first_at, first);
+    arch::store_vector(head + second_at, second);
+  }
+
+ private:
+  static __device__ __forceinline__ void turn(float& a, float& b, float cosine, float sine) {
+    const float turned_a = a * cosine - b * sine, turned_b = b * cosine + a * sine;
+    a = arch::to_float(arch::from_float<T>(turned_a));
+    b = arch::to_float(arch::from_float<T>(turned_b));
+  }
+};
+
+// Items of one token: rotations of q, rotations of k, the rest of k, v.
+template <int vector>
+__host__ __device__ __forceinline__ int64_t rotary_items(const RotaryParams& p) {
+  const int64_t rotations = p.rotary_dim / 2 / vector, rest = (p.head_dim - p.rotary_dim) / vector;
+  return rotations * p.q_heads + (rotations + rest + p.head_dim / vector) * p.kv_heads;
+}
+
+// Grid: (batch * q_len, items of a token / threads).
+template <class T, int vector>
+__global__ void __launch_bounds__(kRotaryThreads) rotary_append_kernel(RotaryParams p) {
+  arch::allow_next_kernel();
+  // No kernel that lets this one overlap with it writes lengths or tables.
+  const int64_t sequence = blockIdx.x / p.q_len, token = blockIdx.x % p.q_len;
+  const int64_t position = int64_t{p.seq_lens[sequence]} - p.q_len + token;
+  const CacheSlot at = find_slot(p, sequence, position);
+  // Attention is next and needs all of this sequence's table; weights that passed may have driven it out of L2.
+  constexpr int line = 32;
+  const int64_t entry = threadIdx.x * int64_t{line};
+  if (p.block_table && blockIdx.y == 0 && token == 0 && entry < p.max_blocks && entry <= position / p.block_size) {
+    arch::prefetch(p.block_table + sequence * p.table_stride + entry);
+  }
+  arch::wait_for_previous_kernel();
+  if (position < 0) return;  // left padding
+  const bool turns = position < p.max_positions;
+
+  const int rotations = p.rotary_dim / 2 / vector, rest = (p.head_dim - p.rotary_dim) / vector;
+  int64_t item = blockIdx.y * int64_t{kRotaryThreads} + threadIdx.x;
+  if (item < int64_t{rotations} * p.q_heads) {
+    if (!turns) return;
+    const int head = static_cast<int>(item / rotations), pair = static_cast<int>(item % rotations) * vector;
+    T* const q = static_cast<T*>(p.q) + sequence * p.q_batch_stride + token * p.q_token_stride + head * p.q_head_stride;
+    Pairs<T, vector> pairs(p, q, pair);
+    pairs.rotate(p, position, pair);
+    pairs.store(q);
+    return;
+  }
+  item -= int64_t{rotations} * p.q_heads;
+  if (item < int64_t{rotations} * p.kv_heads) {
+    const int head = static_cast<int>(item / rotations), pair = static_cast<int>(item % rotations) * vector;
+    T* const k = static_cast<T*>(p.k) + sequence * p.k_batch_stride + token * p.k_token_stride + head * p.k_head_stride;
+    Pairs<T, vector> pairs(p, k, pair);
+    if (turns) {
+      pairs.rotate(p, position, pair);
+      pairs.store(k);
+    }
+    if (at.exists) {
+      append<T>(p, p.k_cache, p.kc, p.k_scale, at, head, pairs.first_at, pairs.first);
+      append<T>(p, p.k_cache, p.kc, p.k_scale, at, head, pairs.second_at, pairs.second);
+    }
+    return;
+  }
+  item -= int64_t{rotations} * p.kv_heads;
+  if (!at.exists) return;
+  float values[vector];
+  if (item < int64_t{rest} * p.kv_heads) {
+    const int head = static_cast<int>(item / rest), d = p.rotary_dim + static_cast<int>(item % rest) * vector;
+    arch::load_vector(values, static_cast<const T*>(p.k) + sequence * p.k_batch_stride + token * p.k_token_stride +
+                                  head * p.k_head_stride + d);
+    append<T>(p, p.k_cache, p.kc, p.k_scale, at, head, d, values);
+    return;
+  }
+  item -= int64_t{rest} * p.kv_heads;
+  const int head_items = p.head_dim / vector;
+  if (item < int64_t{head_items} * p.kv_heads) {
+    const int head = static_cast<int>(item / head_items), d = static_cast<int>(item % head_items) * vector;
+    arch::load_vector(values, static_cast<const T*>(p.v) + sequence * p.v_batch_stride + token * p.v_token_stride +
+                                  head * p.v_head_stride + d);
+    append<T>(p, p.v_cache, p.vc, p.v_scale, at, head, d, values);
+  }
+}
+
+}  // namespace flashdecpp

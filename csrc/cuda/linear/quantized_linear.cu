@@ -1,0 +1,89 @@
+// quantized_linear on a GPU: few rows of x stream the quantized weights, more have them dequantized for the BLAS.
+#include "boxing.h"
+#include "cuda/linear/dequantize_kernel.cuh"
+#include "cuda/linear/linear.h"
+#include "linear_unfused.h"
+
+namespace flashdecpp {
+namespace {
+
+// Beyond, reading the weights once for every 16 rows costs more than writing and reading them in x's dtype once.
+constexpr int64_t kStreamedRows = 48;
+
+bool can_stream(const QuantizedLinearParams& p) {
+  return (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && p.m <= kStreamedRows && p.k % 16 == 0 &&
+         rows_are_aligned(p.weight, p.weight_rows(), p.weight_stride, DType::kUInt8);
+}
+
+Tensor dequantize(const Launcher& launcher, const QuantizedLinearParams& p, Device device) {
+  Tensor weight = new_tensor({p.n, p.k}, p.dtype, device);
+  if (p.n == 0) return weight;
+  constexpr int threads = 256, max_rows = 65535;
+  const dim3 grid(static_cast<unsigned>((p.k + threads - 1) / threads),
+                  static_cast<unsigned>(std::min<int64_t>(p.n, max_rows)));
+  arch::with_float_type(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    launcher(dequantize_kernel<T>, grid, threads, 0, p, static_cast<T*>(View(weight).data));
+  });
+  return weight;
+}
+
+// Whether a call that can be streamed was, into its out.
+bool run_streamed(const Launcher& launcher, checks::QuantizedLinear& call) {
+  align_rows(call);
+  const QuantizedLinearParams& p = call.params;
+  return p.m == 0 || p.n == 0 || launch_quantized_gemv(launcher, p);
+}
+
+OptionalTensor streamed(const Launcher& launcher, checks::QuantizedLinear& call) {
+  if (!can_stream(call.params)) return std::nullopt;
+  Tensor out = allocate(call);
+  return run_streamed(launcher, call) ? OptionalTensor(out) : std::nullopt;
+}
+
+Tensor run_blas(const Launcher& launcher, const checks::QuantizedLinear& call, const OptionalTensor& bias) {
+  return blas_linear(call, dequantize(launcher, product_alone(call.params), call.x_view.device), bias);
+}
+
+Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+  checks::QuantizedLinear call = checks::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
+  const Launcher launcher("quantized_linear", call.x_view.device);
+  if (const auto out = streamed(launcher, call)) return *out;
+  return run_blas(launcher, call, bias);
+}
+
+constexpr const char* kFused = "quantized_linear_fused";
+
+Tensor quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
+                              OptionalTensor norm_weight, double norm_eps, std::optional<std::string> activation) {
+  checks::QuantizedLinear call = checks::quantized_linear(kFused, x, weight, scales, offsets, bias);
+  checks::fuse_norm(call, norm_weight, norm_eps);
+  checks::fuse_activation(call, activation);
+  const Launcher launcher(kFused, call.x_view.device);
+  normalize(call, norm_weight, norm_eps);
+  if (const auto out = streamed(launcher, call)) return *out;
+  return activate(run_blas(launcher, call, bias), activation);
+}
+
+void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets,
+                                     OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
+                                     double norm_eps) {
+  checks::QuantizedLinear call = checks::quantized_linear(kFused, x, weight, scales, offsets, bias);
+  checks::fuse_norm(call, norm_weight, norm_eps);
+  checks::fuse_residual(call, x, residual);
+  const Launcher launcher(kFused, call.x_view.device);
+  normalize(call, norm_weight, norm_eps);
+  if (!can_stream(call.params) || !run_streamed(launcher, call))
+    add_rows(launcher, call.params, run_blas(launcher, call, bias));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
+{
+  m.impl("quantized_linear", boxed<&quantized_linear>);
+  m.impl("quantized_linear_fused", boxed<&quantized_linear_fused>);
+  m.impl("quantized_linear_fused.residual", boxed<&quantized_linear_fused_residual>);
+}
+
+}  // namespace flashdecpp

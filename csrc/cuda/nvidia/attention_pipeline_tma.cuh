@@ -1,0 +1,105 @@
+// The ring of attention_ring.cuh with tensor copies: one lane asks for a group in boxes of 16 rows of 128 bytes, and a
+// barrier a stage counts the bytes. For caches whose blocks hold whole groups.
+#pragma once
+
+#include "cuda/attention/pipeline.cuh"
+
+namespace flashdecpp {
+
+// The cache as [head_dim, block_size, kv_heads, num_blocks], nearest first. Columns and rows beyond it read as zeros.
+struct CacheMaps {
+  CUtensorMap k, v;
+};
+
+template <class Tile>
+class TmaStages {
+  using KV = typename Tile::KV;
+
+ public:
+  static constexpr int kBoxColumns = 128 / sizeof(KV), kBoxes = (Tile::kDims + kBoxColumns - 1) / kBoxColumns;
+  static constexpr int kBoxBytes = 128 * kKvTile, kTileBytes = kBoxes * kBoxBytes, kStageBytes = 2 * kTileBytes;
+  static constexpr int kBarrierBytes = Tile::kWarps * Tile::kStages * sizeof(arch::TmaBarrier);
+  static constexpr bool kAvailable = arch::kHasTma, kPrefetchesTable = true, kFillsEarly = false;
+  static constexpr bool kUsesClusters = Tile::kDims <= 128;  // wider rows leave no registers for it
+  using Rows = arch::SwizzledRows<KV, kKvTile>;
+  using Source = CacheMaps;
+
+  struct Next {
+    KvAddress address;
+    int kv_head;
+    bool used = false;
+  };
+
+  __device__ TmaStages(unsigned char* stages, unsigned char* barriers, const AttentionParams& p, const Source& source)
+      : p_(p),
+        source_(source),
+        stages_(stages),
+        barriers_(reinterpret_cast<arch::TmaBarrier*>(barriers) + arch::warp() * Tile::kStages) {
+    if (arch::lane() == 0) {
+      arch::prefetch_map(source.k);
+      arch::prefetch_map(source.v);
+    }
+    if (arch::lane() < Tile::kStages) barriers_[arch::lane()].init();
+    arch::fence_proxy_async();
+    arch::warp_sync();
+  }
+
+  __device__ __forceinline__ void locate(const Segment& segment, int kv_tile, Next& next) const {
+    next.kv_head = segment.kv_head;
+    next.address.locate(p_, segment.batch, (segment.sequence.first_kv_tile + kv_tile) * kKvTile);
+  }
+  __device__ __forceinline__ void resolve(const Segment& segment, int kv_tile, Next& next) const {
+    if (segment.sequence.length == 0) {  // its only group is filled with anything
+      next = {KvAddress(), segment.kv_head, next.used};
+    } else {
+      locate(segment, kv_tile, next);
+      next.address.resolve(p_, segment.batch);
+    }
+  }
+
+  __device__ __forceinline__ void fill(int stage, const Next& next) {
+    if (arch::lane() != 0 || !next.used) return;
+    unsigned char* to = stages_ + stage * kStageBytes;
+    arch::TmaBarrier& barrier = barriers_[stage];
+    const int block = next.address.checked_block(p_);
+    barrier.expect(kStageBytes);
+#pragma unroll
+    for (int b = 0; b < kBoxes; ++b) {
+      arch::tma_load(to + b * kBoxBytes, source_.k, b * kBoxColumns, next.address.within, next.kv_head, block, barrier);
+    }
+#pragma unroll
+    for (int b = 0; b < kBoxes; ++b) {
+      arch::tma_load(to + kTileBytes + b * kBoxBytes, source_.v, b * kBoxColumns, next.address.within, next.kv_head,
+                     block, barrier);
+    }
+  }
+
+  // The copies brought whole groups: what is not seen is taken out here.
+  __device__ __forceinline__ void wait(int stage, int begin, int end) {
+    barriers_[stage].wait(parity_ >> stage & 1);
+    parity_ ^= 1u << stage;
+    if (begin > 0 || end < kKvTile) {
+      unsigned char* values = stages_ + stage * kStageBytes + kTileBytes;
+      for (int i = arch::lane(); i < kTileBytes / 16; i += arch::kWarpSize) {
+        const int row = i / 8 % kKvTile;
+        if (row < begin || row >= end) *reinterpret_cast<uint4*>(values + i * 16) = make_uint4(0, 0, 0, 0);
+      }
+      arch::fence_proxy_async();
+      arch::warp_sync();
+    }
+  }
+
+  __device__ __forceinline__ Rows keys(int stage) const { return {stages_ + stage * kStageBytes}; }
+  __device__ __forceinline__ Rows values(int stage) const { return {stages_ + stage * kStageBytes + kTileBytes}; }
+
+  __device__ __forceinline__ void wait_for_queries(int /*fills*/) { arch::copy_wait<0>(); }
+
+ private:
+  const AttentionParams& p_;
+  const Source& source_;
+  unsigned char* stages_;
+  arch::TmaBarrier* barriers_;
+  unsigned parity_ = 0;
+};
+
+}  // namespace flashdecpp

@@ -1,0 +1,7 @@
+#include "cuda/attention/decode_attention_launch.cuh"
+
+namespace flashdecpp {
+
+template void launch_decode_attention<arch::half, LoadPath::kCpAsync>(const Launcher&, const AttentionLaunch&, Device);
+
+}  // namespace flashdecpp

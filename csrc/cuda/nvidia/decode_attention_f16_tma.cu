@@ -1,0 +1,7 @@
+#include "cuda/nvidia/decode_attention_tma.cuh"
+
+namespace flashdecpp {
+
+template void launch_decode_attention<arch::half, LoadPath::kTma>(const Launcher&, const AttentionLaunch&, Device);
+
+}  // namespace flashdecpp

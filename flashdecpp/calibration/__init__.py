@@ -1,0 +1,1 @@
+"""Measures a model's softmax inputs and chooses phi."""

@@ -1,0 +1,449 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+from typer.core import TyperGroup
+
+from . import terminal
+
+if TYPE_CHECKING:
+    from flashdecpp import LLM, SamplingParams
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        with terminal.one_line_errors():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Run language models with FlashDecoding++ kernels: unified-maximum attention, flat GEMM and GEMV.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # which would take "[default: ...]" for a style and drop it
+)
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="'demo', a Hugging Face folder or repository, or a .gguf file."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: the GPU if there is one]")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32 (CPU only), bfloat16 or float16.  [default: bfloat16; on a GPU the model's own]"
+    ),
+]
+Phi = Annotated[
+    str,
+    typer.Option(
+        help="Unified maximum of the softmax: auto (what calibrate wrote beside the model, else carry), "
+        "carry (each sequence's last row maxima), none, or a file."
+    ),
+]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        help="Weights: auto (a GGUF's Q4_0, Q4_1 and Q8_0 as stored), none (all in --dtype), "
+        "int8 or int4 (float weights rounded to the nearest)."
+    ),
+]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        help="Replay decode steps on a GPU as CUDA graphs; without, their kernels are launched one by one, "
+        "to debug or profile."
+    ),
+]
+GenerationConfig = Annotated[
+    bool,
+    typer.Option(
+        "--generation-config/--no-generation-config",
+        help="Sample as the model's generation_config.json says, where no option says otherwise.",
+    ),
+]
+
+# Options that become SamplingParams, by its names. None of them has a default here: what isn't given is the
+# model's own, or that of SamplingParams.
+_OWN = "  [default: the model's own]"
+SAMPLING: dict[str, Any] = {
+    "max_tokens": Annotated[
+        int | None, typer.Option("--max-tokens", "-n", help=f"Most tokens of an answer.{_OWN}")
+    ],
+    "temperature": Annotated[
+        float | None, typer.Option("--temperature", "-t", help=f"0 takes the most likely token.{_OWN}")
+    ],
+    "top_k": Annotated[
+        int | None, typer.Option(help=f"Choose among the k most likely tokens; 0 is off.{_OWN}")
+    ],
+    "top_p": Annotated[
+        float | None, typer.Option(help=f"Choose among the most likely tokens that sum up to p.{_OWN}")
+    ],
+    "min_p": Annotated[
+        float | None, typer.Option(help=f"Drop tokens below p times the likeliest one's probability.{_OWN}")
+    ],
+    "repetition_penalty": Annotated[
+        float | None, typer.Option(help=f"Above 1 makes tokens already there less likely.{_OWN}")
+    ],
+    "presence_penalty": Annotated[
+        float | None, typer.Option(help="Taken off the logits of tokens that the answer has.")
+    ],
+    "frequency_penalty": Annotated[
+        float | None, typer.Option(help="The same for each time that it has them.")
+    ],
+    "logit_bias": Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="<id>=<value>", help="Added to a token's logit, -inf excludes it; again for others."
+        ),
+    ],
+    "bad_words": Annotated[
+        list[str] | None,
+        typer.Option("--bad-word", metavar="<str>", help="Never generated; may be given again."),
+    ],
+    "stop": Annotated[
+        list[str] | None,
+        typer.Option(metavar="<str>", help="End the answer before this text; may be given again."),
+    ],
+    "stop_token_ids": Annotated[
+        list[int] | None,
+        typer.Option(
+            "--stop-token-id", metavar="<int>", help="End the answer before this token; may be given again."
+        ),
+    ],
+    "min_tokens": Annotated[int | None, typer.Option(help="Fewest tokens of an answer.")],
+    "ignore_eos": Annotated[
+        bool | None, typer.Option("--ignore-eos", help="Go on past the end of the answer.")
+    ],
+    "skip_special_tokens": Annotated[
+        bool | None,
+        typer.Option(
+            "--skip-special-tokens/--keep-special-tokens", help="Whether they are left out of the text."
+        ),
+    ],
+    "seed": Annotated[int | None, typer.Option(help="Makes sampling repeatable.  [default: a fresh one]")],
+}
+SAMPLING_OF_MANY: dict[str, Any] = SAMPLING | {
+    "n": Annotated[
+        int | None, typer.Option("--samples", help="Answers to each prompt (n); answer i has seed + i.")
+    ],
+    "logprobs": Annotated[
+        int | None,
+        typer.Option(
+            help="With --json: log-probabilities of its tokens and of so many others at each place."
+        ),
+    ],
+    "prompt_logprobs": Annotated[int | None, typer.Option(help="The same of the prompt's tokens.")],
+}
+
+
+def _takes(options: dict[str, Any]) -> Callable[[Callable], Callable]:
+    """Adds options to a command, which gets them as its **keywords."""
+
+    def decorate(command: Callable) -> Callable:
+        hints = get_type_hints(command, include_extras=True)
+        own = [
+            parameter.replace(annotation=hints[parameter.name])
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in options.items()
+        ]
+        command.__signature__ = inspect.Signature([*own, *added])
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
+        return command
+
+    return decorate
+
+
+@app.command()
+@_takes(SAMPLING_OF_MANY)
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt. Without one, --file or standard input.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Every line of the input is a prompt of its own.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
+    ] = False,
+    tools: Annotated[
+        Path | None, typer.Option(help="With --chat: a JSON list of functions that the model may call.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object for each answer as soon as it has ended.")
+    ] = False,
+    model: Model = "demo",
+    device: Device = None,
+    dtype: Dtype = None,
+    phi: Phi = "auto",
+    quantize: Quantize = "auto",
+    cuda_graphs: CudaGraphs = True,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant",
+            help="An answer doesn't depend on what it is batched with: every step computes a full batch, "
+            "and every prompt is computed anew.",
+        ),
+    ] = False,
+    generation_config: GenerationConfig = True,
+    **sampling: Any,
+) -> None:
+    """Continue a prompt (or answer it, with --chat); the text streams to standard output."""
+    from . import answers
+
+    prompts = _prompts(prompt, file, lines)
+    params = _sampling_params(sampling)
+    if tools is not None and not chat:
+        raise ValueError("--tools needs --chat: the chat template tells the model of them")
+    if (params.logprobs, params.prompt_logprobs) != (None, None) and not as_json:
+        raise ValueError("--logprobs and --prompt-logprobs need --json, which has a place for them")
+    functions = None if tools is None else _read_tools(tools)
+    llm = _load(
+        model,
+        device,
+        dtype,
+        phi,
+        quantize=quantize,
+        cuda_graphs=cuda_graphs,
+        batch_invariant=batch_invariant,
+        prefix_cache=not batch_invariant,
+        generation_config=generation_config,
+    )
+    inputs = [_templated(llm, text, functions) for text in prompts] if chat else prompts
+    several, interrupted = len(inputs) * params.n > 1, False
+    if several or as_json:
+        # A bar beside the answers, where both are on the terminal, would be written over.
+        progress = several and not sys.stdout.isatty()
+        try:
+            with closing(llm.completions(inputs, params, progress=progress)) as completions:
+                if as_json:
+                    answers.print_json(completions, prompts)
+                else:
+                    answers.print_texts(completions, params.n)
+        except KeyboardInterrupt:
+            interrupted = True
+    else:
+        _, interrupted = answers.print_stream(llm.stream(inputs[0], params))
+    answers.print_stats(llm)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+@_takes(SAMPLING)
+def chat(
+    model: Model = "demo",
+    system: Annotated[str | None, typer.Option(help="A system message that opens the conversation.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    phi: Phi = "auto",
+    quantize: Quantize = "auto",
+    cuda_graphs: CudaGraphs = True,
+    generation_config: GenerationConfig = True,
+    **sampling: Any,
+) -> None:
+    """Talk with a model. Ctrl-C ends an answer, Ctrl-D the conversation, /new forgets it."""
+    from .conversation import converse
+
+    params = _sampling_params(sampling)
+    settings = {"quantize": quantize, "cuda_graphs": cuda_graphs, "generation_config": generation_config}
+    converse(_load(model, device, dtype, phi, **settings), params, system and terminal.clean(system))
+
+
+@app.command()
+def calibrate(
+    model: Model = "demo",
+    text: Annotated[
+        Path | None, typer.Option(help="A text to measure.  [default: a short one of many kinds]")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", "-n", help="Most tokens of it to measure.", min=1)
+    ] = 4096,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where phi goes.  [default: beside the model]")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the statistics into this PNG (matplotlib).")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Measure a model's softmax inputs and write the unified maximum of every head beside the model."""
+    from flashdecpp.calibration import calibrate as calibration
+    from flashdecpp.calibration.text import TEXT
+    from flashdecpp.models.phi import phi_path
+
+    if plot is not None:
+        calibration.need_matplotlib()
+    _need_writable(output, plot)
+    content = TEXT if text is None else terminal.read_text(text)
+    llm = _load(model, device, dtype, "none")
+    output = phi_path(llm.path) if output is None else output
+    _need_writable(output)
+    measured = calibration.measure(llm, llm.tokenizer.encode(content)[:tokens])
+    measured.save(output)
+    if plot is not None:
+        calibration.plot(measured, plot)
+    for line in calibration.report(measured):
+        print(line)
+    print(f"phi is in {output}" + ("" if plot is None else f", the plot in {plot}"))
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Measure the linear layers of this model: 'demo', a folder, a .gguf."
+        ),
+    ] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="Or these weights [N, K]: 'N,K;N,K', such as '4096,4096;11008,4096'.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The table's file.  [default: where every run finds it]"),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time over M into this PNG (matplotlib).")] = None,
+) -> None:
+    """Measure gemv, flat GEMM and BLAS on this machine: which one linear() takes for how many rows.
+
+    For every weight [N, K] two inflection points come out: gemv below M1 rows, flat GEMM from M1 to M2, BLAS
+    from M2 on. They are added to this device's table, in tables/ of $FLASHDECPP_CACHE (~/.cache/flashdecpp),
+    which every later run finds by itself. `flashdecpp info --shapes ...` shows what is chosen. Let nothing
+    else run meanwhile.
+    """
+    import torch
+
+    from flashdecpp.calibration import calibrate as calibration
+    from flashdecpp.engine.llm import resolve_device, resolve_dtype
+    from flashdecpp.loading.checkpoint import open_checkpoint
+    from flashdecpp.tuning import Table, tuner, user_folder
+    from flashdecpp.tuning import plot as drawing
+    from flashdecpp.tuning.device import device_name
+    from flashdecpp.tuning.table import parse_shapes
+
+    if (model is None) == (shapes is None):
+        raise ValueError("say what to measure, by --model or by --shapes, not both")
+    if plot is not None:
+        calibration.need_matplotlib()
+    _need_writable(output, plot)
+    place = resolve_device(device)
+    if shapes is not None:
+        wanted, own_dtype = parse_shapes(shapes), torch.float16
+    else:
+        checkpoint = open_checkpoint(model)
+        wanted, own_dtype = checkpoint.plan.linear_shapes, checkpoint.config.dtype
+    table = Table(place.type, device_name(place))
+    if output is None:
+        user_folder().mkdir(parents=True, exist_ok=True)
+        output = user_folder() / table.file_name
+        _need_writable(output)
+    if output.exists():
+        table = table.merged(Table.load(output))
+    measured = tuner.tune(wanted, resolve_dtype(dtype, place, own_dtype), place)
+    table.merged(measured).save(output)
+    if plot is not None:
+        drawing.plot(measured, plot)
+    print(f"linear on {table.device}")
+    for line in tuner.report(measured):
+        print(f"  {line}")
+    print(f"the table is {output}" + ("" if plot is None else f", the plot {plot}"))
+
+
+@app.command()
+def info(
+    shapes: Annotated[
+        str | None, typer.Option(help="Show what linear() takes for weights [N, K]: 'N,K;N,K'.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="The dtype of these shapes.  [default: bfloat16; on a GPU float16]")
+    ] = None,
+) -> None:
+    """What was built, which devices there are, and which kernels will run and why."""
+    from flashdecpp.info import lines
+    from flashdecpp.tuning.table import parse_shapes
+
+    for line in lines([] if shapes is None else parse_shapes(shapes), dtype):
+        print(line)
+
+
+def main() -> None:
+    """Runs the command line; every expected error is one line on stderr and exit status 1."""
+    terminal.prepare()
+    app()
+
+
+def _prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
+    if prompt is not None and file is not None:
+        raise ValueError("give a prompt or --file, not both")
+    text = terminal.read_text(file) if prompt is None else terminal.clean(prompt)
+    prompts = [line for line in text.split("\n") if line.strip()] if lines else [text]
+    if not any(text.strip() for text in prompts):
+        raise ValueError("the prompt is empty")
+    return prompts
+
+
+def _sampling_params(options: dict[str, Any]) -> SamplingParams:
+    """Of the options of SAMPLING that were given."""
+    from flashdecpp import SamplingParams
+
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    for name in given.keys() & {"stop", "bad_words"}:
+        given[name] = [terminal.clean(text) for text in given[name]]
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(_bias(entry) for entry in given["logit_bias"])
+    return SamplingParams(**given)
+
+
+def _bias(entry: str) -> tuple[int, float]:
+    token, _, value = entry.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise ValueError(f"--logit-bias must be ID=VALUE such as 257=-1.5, got {entry!r}") from None
+
+
+def _read_tools(path: Path) -> list[Any]:
+    try:
+        tools = json.loads(terminal.read_text(path))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: --tools must be JSON, a list of functions") from None
+    if not isinstance(tools, list):
+        raise ValueError(f"{path}: --tools must be a JSON list of functions, got a {type(tools).__name__}")
+    return tools
+
+
+def _need_writable(*paths: Path | None) -> None:
+    """Raises an error where a file could not be written, before the work that it's for."""
+    for path in paths:
+        if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise ValueError(f"{path} can't be written: {path.parent} is no folder that may be written to")
+
+
+def _load(model: str, device: str | None, dtype: str | None, phi: str, **settings: str | bool) -> LLM:
+    from flashdecpp import LLM
+
+    return LLM(model, device=device, dtype=dtype, phi=phi, **settings)
+
+
+def _templated(llm: LLM, text: str, tools: list[Any] | None) -> list[int]:
+    return llm.tokenizer.encode_chat([{"role": "user", "content": text}], tools)

@@ -1,0 +1,214 @@
+"""What stands before the weights in a GGUF file: its metadata and where each tensor lies.
+
+Nothing in it is believed: counts and sizes are held against the file's size, and against what any model
+needs, before something is allocated or counted to. The `gguf` package's own reader checks little of it, and
+takes seconds for a vocabulary of 50,000 tokens.
+"""
+
+import math
+import mmap
+import reprlib
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from flashdecpp.errors import ModelError
+
+from .mapped import map_file
+
+MAGIC = b"GGUF"
+# GGUF value type -> struct format; 8 is a string and 9 an array
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+# Far beyond any model's; a vocabulary has up to 300,000 tokens, with a score, a type and merges for each.
+MAX_BYTES = 256 << 20  # of all that stands before the weights
+MAX_VALUES = 1 << 22  # of the metadata, those in arrays among them
+MAX_ARRAY_DEPTH = 4
+MAX_TENSORS = 1 << 17
+MAX_DIMENSIONS = 4  # ggml has no more
+
+REQUIRED: Final = object()  # a default that is none
+_KINDS = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
+_LISTS = {int: "integers", float: "finite numbers", str: "strings", bool: "true and false"}
+
+
+class Metadata(dict[str, Any]):
+    """The keys and values of a file: of any kind, until `typed` or `listed` has looked."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def typed(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
+        """The value of a key, of `kind` (int, float, str or bool); a ModelError names the key otherwise.
+
+        An integer counts as a float. default: for a missing key, which without one is a ModelError, too.
+        """
+        if key not in self:
+            if default is REQUIRED:
+                raise ModelError(f"{self.path} has no {key}")
+            return default
+        value = self[key]
+        if not _is(value, kind):
+            raise ModelError(f"{self.path}: {key} must be {_KINDS[kind]}, got {reprlib.repr(value)}")
+        return kind(value)
+
+    def listed(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
+        """As `typed`, for a list of values that are all of `kind`."""
+        if key not in self:
+            return self.typed(key, kind, default)
+        values = self[key]
+        if not isinstance(values, list) or not all(_is(value, kind) for value in values):
+            raise ModelError(
+                f"{self.path}: {key} must be a list of {_LISTS[kind]}, got {reprlib.repr(values)}"
+            )
+        return values
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: rows of `row_bytes`, one after the other. A vector's rows are its elements."""
+
+    shape: tuple[int, ...]
+    kind: Any  # gguf.GGMLQuantizationType
+    offset: int  # from the start of the file
+    row_bytes: int
+    nbytes: int
+
+
+class Header:
+    """One file's, with the map of the whole file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data = map_file(path)
+        cursor = _Cursor(self.data, path)
+        if cursor.take(len(MAGIC)) != MAGIC:
+            raise ModelError(f"{path} is not a GGUF file")
+        (version,) = cursor.unpack("I")
+        if version not in (2, 3):
+            big = version != 0 and version & 0xFFFF == 0
+            what = "a big-endian GGUF file" if big else f"GGUF version {version}"
+            raise ModelError(f"{path} is {what}; little-endian ones of version 2 and 3 are supported")
+        tensors, values = cursor.unpack("QQ")
+        if tensors > MAX_TENSORS:
+            raise ModelError(f"{path} is not a valid GGUF file: it claims to have {tensors} tensors")
+        self.metadata = Metadata(path)
+        cursor.count(values)
+        for _ in range(values):
+            key = cursor.string()
+            if key in self.metadata:
+                raise ModelError(f"{path} has the key {key} twice")
+            self.metadata[key] = cursor.value(cursor.unpack("I")[0])
+        self.tensors = self._read_tensors(cursor, tensors)
+
+    def _read_tensors(self, cursor: "_Cursor", count: int) -> dict[str, TensorInfo]:
+        tensors: dict[str, TensorInfo] = {}
+        for _ in range(count):
+            name = cursor.string()
+            if name in tensors:
+                raise ModelError(f"{self.path} has the tensor {name} twice")
+            (dimensions,) = cursor.unpack("I")
+            if not 1 <= dimensions <= MAX_DIMENSIONS:
+                raise ModelError(
+                    f"{self.path}: tensor {name} has {dimensions} dimensions, but must have "
+                    f"1 to {MAX_DIMENSIONS}"
+                )
+            shape = cursor.unpack(f"{dimensions}Q")[::-1]  # GGUF stores the fastest dimension first
+            tensors[name] = self._tensor(name, shape, *cursor.unpack("IQ"))
+        return self._placed(tensors, cursor.position)
+
+    def _tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> TensorInfo:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if 0 in shape:
+            raise ModelError(f"{self.path}: tensor {name} of shape {shape} is empty")
+        try:
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        except (ValueError, KeyError):
+            raise ModelError(f"{self.path}: tensor {name} has the unknown type {kind}") from None
+        if shape[-1] % block:
+            raise ModelError(f"{self.path}: tensor {name} of shape {shape} is not whole blocks of {block}")
+        nbytes = math.prod(shape) // block * block_bytes
+        row_bytes = block_bytes if len(shape) == 1 else shape[-1] // block * block_bytes
+        return TensorInfo(shape, GGMLQuantizationType(kind), offset, row_bytes, nbytes)
+
+    def _placed(self, tensors: dict[str, TensorInfo], table_end: int) -> dict[str, TensorInfo]:
+        """With offsets in the file: as llama.cpp has it, each must follow on the one before."""
+        alignment = self.metadata.typed("general.alignment", int, 32)
+        if alignment < 1 or alignment & (alignment - 1):
+            raise ModelError(f"{self.path}: general.alignment must be a power of two, got {alignment}")
+        start = end = -(-table_end // alignment) * alignment
+        placed = {}
+        for name, tensor in tensors.items():
+            offset = -(-end // alignment) * alignment
+            if start + tensor.offset != offset:
+                raise ModelError(
+                    f"{self.path}: tensor {name} must be at offset {offset - start}, right after the one "
+                    f"before it, but is at {tensor.offset}"
+                )
+            end = offset + tensor.nbytes
+            if end > len(self.data):
+                raise ModelError(
+                    f"{self.path} is truncated: tensor {name} ends at byte {end}, "
+                    f"the file has {len(self.data)}; download it again"
+                )
+            placed[name] = replace(tensor, offset=offset)
+        return placed
+
+
+class _Cursor:
+    """Reads GGUF's little-endian values one after the other."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path, self.position, self.values = data, path, 0, 0
+
+    def take(self, count: int) -> bytes:
+        end = self.position + count
+        if end > len(self.data):
+            raise ModelError(f"{self.path} is truncated: its header goes beyond its {len(self.data)} bytes")
+        if end > MAX_BYTES:
+            raise ModelError(
+                f"{self.path} is not a valid GGUF file: its header has more than {MAX_BYTES} bytes"
+            )
+        taken = self.data[self.position : end]
+        self.position = end
+        return taken
+
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        layout = "<" + layout
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def string(self) -> str:
+        return self.take(self.unpack("Q")[0]).decode("utf-8", errors="replace")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY:
+            if depth == MAX_ARRAY_DEPTH:
+                raise ModelError(f"{self.path}: a metadata value is arrays in more than {depth} others")
+            item, count = self.unpack("IQ")
+            self.count(count)
+            if item in SCALARS:
+                return list(self.unpack(f"{count}{SCALARS[item]}"))
+            return [self.value(item, depth + 1) for _ in range(count)]
+        if kind not in SCALARS:
+            raise ModelError(f"{self.path}: a metadata value has the unknown type {kind}")
+        return self.unpack(SCALARS[kind])[0]
+
+    def count(self, values: int) -> None:
+        """Of the metadata, so many more are to be read."""
+        self.values += values
+        if self.values > MAX_VALUES:
+            raise ModelError(
+                f"{self.path} is not a valid GGUF file: it claims more than {MAX_VALUES} metadata values"
+            )

@@ -1,0 +1,88 @@
+"""Models of the Hugging Face Hub: from its cache on this machine, else downloaded into it."""
+
+import re
+from pathlib import Path
+
+from flashdecpp.errors import ModelError
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # organization/model
+
+# What a model is read from. Folders within the repository have it in other formats.
+FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+SAFETENSORS, TORCH = "model*.safetensors", "pytorch_model*.bin"
+SHARD = re.compile(r"-\d+-of-(?P<count>\d+)\.")
+
+
+def is_name(model: str) -> bool:
+    """Whether it looks like organization/model and not like a path, whose first folder would be there."""
+    return NAME.fullmatch(model) is not None and not Path(model).parent.exists()
+
+
+def fetch(name: str) -> Path:
+    """The folder of a model by its name. Asks the network for nothing where the cache has all of it."""
+    from huggingface_hub import constants  # late: slow to import, and needed for names alone
+
+    cached = snapshot(Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}")
+    return cached if cached is not None and _is_whole(cached) else _download(name)
+
+
+def snapshot(folder: Path) -> Path | None:
+    """In a folder models--organization--name of the cache: what main stood for when it was last fetched, else
+    the only revision that is there."""
+    main, snapshots = folder / "refs" / "main", folder / "snapshots"
+    if main.is_file() and (found := snapshots / main.read_text(errors="replace").strip()).is_dir():
+        return found
+    revisions = [path for path in snapshots.iterdir() if path.is_dir()] if snapshots.is_dir() else []
+    return revisions[0] if len(revisions) == 1 else None
+
+
+def name_of(folder: Path) -> str:
+    """What a model folder is called: the repository's name where it is one of the cache."""
+    for path in (folder, *folder.parents[:2]):
+        if path.name.startswith("models--"):
+            return path.name.rpartition("--")[2]
+    return folder.name
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot has weights, and not only the files that something else once asked for."""
+    for pattern in (SAFETENSORS, TORCH):
+        if files := [path for path in folder.glob(pattern) if path.exists()]:  # links to blobs that are there
+            shards = [match for path in files if (match := SHARD.search(path.name))]
+            return not shards or len(shards) == int(shards[0]["count"])
+    return False
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    try:
+        files = [file.rfilename for file in HfApi().model_info(name).siblings or ()]
+        weights = SAFETENSORS if any(Path(file).match(SAFETENSORS) for file in files) else TORCH
+        if not any(Path(file).match(weights) for file in files):
+            raise ModelError(
+                f"{name} on the Hugging Face Hub has neither {SAFETENSORS} nor {TORCH}{_advice(files)}"
+            )
+        return Path(snapshot_download(name, allow_patterns=[*FILES, weights], ignore_patterns=["*/*"]))
+    except ModelError:
+        raise
+    except errors.GatedRepoError:
+        raise ModelError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{name} and run hf auth login"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(
+            f"{name} is neither a path nor a model on the Hugging Face Hub; a private one needs hf auth login"
+        ) from None
+    except errors.OfflineModeIsEnabled:
+        raise ModelError(f"{name} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set") from None
+    except Exception as error:  # of the connection, of the server, of the disk
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(
+            f"{name} is neither a path nor in the Hugging Face cache, and can't be downloaded: {reason}"
+        ) from error
+
+
+def _advice(files: list[str]) -> str:
+    ggufs = [file for file in files if file.endswith(".gguf")]
+    return f", but GGUF files: download one and give its path, like {ggufs[0]}" if ggufs else ""

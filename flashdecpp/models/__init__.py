@@ -1,0 +1,1 @@
+"""The decoder: what a model is made of, and how it runs on the ops."""
