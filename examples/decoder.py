@@ -36,7 +36,7 @@ class Decoder:
 
 def generate(model, prompts, steps):
     batch, pool = len(prompts), BlockPool(64)  # the pool hands out block ids
-    block_table = torch.tensor([pool.take(MAX_LEN // BLOCK) for _ in prompts], dtype=torch.int32)
+    block_table = torch.tensor([pool.allocate(MAX_LEN // BLOCK) for _ in prompts], dtype=torch.int32)
     cache = torch.empty(LAYERS, 2, pool.num_blocks, BLOCK, KV_HEADS, HEAD_DIM, dtype=model.embed.dtype)
     phi = torch.full((LAYERS, batch, Q_HEADS), torch.nan)  # NaN: there is nothing to carry yet
     seq_lens, tokens = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, 1, dtype=torch.int64)
