@@ -2,7 +2,7 @@
 
 import torch
 
-from flashdecpp import BlockPool, ops
+from flashdecpp import BlockPool, KVCache, ops
 
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, VOCAB, BLOCK, MAX_LEN = 2, 4, 2, 64, 1000, 16, 128
 SHAPES = {"qkv": (512, 256), "o": (256, 256), "gate_up": (1024, 256), "down": (256, 512)}  # [N, K]
@@ -16,8 +16,7 @@ class Decoder:
         angles = torch.arange(MAX_LEN)[:, None] * 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), 1)  # float32 [MAX_LEN, HEAD_DIM]
 
-    def forward(self, tokens, cache, seq_lens, block_table, phi):
-        """The next token of each sequence after tokens [batch, 1 to 16], which seq_lens already counts."""
+    def forward(self, tokens, cache, seq_lens, block_table, phi):  # 1 to 16 tokens each, counted in seq_lens
         stream, w = self.embed[tokens], self.weights
         for i, (attn_norm, ffn_norm) in enumerate(self.norms):
             qkv = ops.linear(stream, w["qkv"][i], norm_weight=attn_norm).view(*tokens.shape, -1, HEAD_DIM)
@@ -37,7 +36,8 @@ class Decoder:
 def generate(model, prompts, steps):
     batch, pool = len(prompts), BlockPool(64)  # the pool hands out block ids
     block_table = torch.tensor([pool.allocate(MAX_LEN // BLOCK) for _ in prompts], dtype=torch.int32)
-    cache = torch.empty(LAYERS, 2, pool.num_blocks, BLOCK, KV_HEADS, HEAD_DIM, dtype=model.embed.dtype)
+    sizes = dict(layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, num_blocks=64, block_size=BLOCK)
+    cache = KVCache(**sizes, dtype=model.embed.dtype, device=model.embed.device).layers
     phi = torch.full((LAYERS, batch, Q_HEADS), torch.nan)  # NaN: there is nothing to carry yet
     seq_lens, tokens = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, 1, dtype=torch.int64)
     for i, prompt in enumerate(prompts):  # prefill: the same forward pass, 16 tokens at a time

@@ -40,7 +40,7 @@ def inline_code(text: str) -> list[str]:
 
 def table(page: str, first_header: str) -> list[list[str]]:
     """The rows of a table, cell by cell, found by its first header."""
-    lines = iter((ROOT / "docs" / page).read_text().splitlines())
+    lines = iter((ROOT / page).read_text().splitlines())
     for line in lines:
         if line.startswith(f"| {first_header} |"):
             break
@@ -238,19 +238,26 @@ def test_every_environment_variable_is_documented():
         files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".h", ".cpp", ".cu")]
     read = re.compile(r"""(?:environ(?:\.get\(|\[)|getenv\(|listed\()"(\w+)"(?!\] =)|ENV\{(\w+)\}""")
     found = {a or b for path in files for a, b in read.findall(path.read_text())} - {"PATH"}
-    assert {name for row in table("building.md", "variable") for name in names(row[0])} == found
+    assert {name for row in table("docs/building.md", "variable") for name in names(row[0])} == found
 
 
 def test_every_dependency_is_documented():
     project = (ROOT / "pyproject.toml").read_text()
     wanted = re.search(r"^dependencies = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
     packages = {re.split(r"[>=]", package)[0] for package in re.findall(r'"([^"]+)"', wanted[1])}
-    rows = table("building.md", "package")
+    rows = table("docs/building.md", "package")
     assert {name.split()[0] for row in rows for name in row[0].split(",")} == packages
 
 
+def test_what_includes_torch_is_documented():
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    found = {str(path.relative_to(ROOT)) for path in files if "#include <torch/" in path.read_text()}
+    (row,) = [row for row in table("CONTRIBUTING.md", "where") if "include torch" in row[1]]
+    assert set(names(row[0])) == found
+
+
 def test_every_family_is_documented():
-    rows = table("models.md", "family")
+    rows = table("docs/models.md", "family")
     assert {name for row in rows for name in names(row[1])} == {a.name for a in ARCHITECTURES}
     gguf = {a.gguf for a in ARCHITECTURES if a.gguf}
     assert {name for row in rows for name in names(row[2])} == gguf
@@ -264,6 +271,6 @@ def test_every_op_is_documented():
 def test_ablations_are_those_measured():
     results = json.loads((ROOT / "bench" / "results" / "runner_h100.json").read_text())["results"]
     measured = [row["ms"] for row in results["models"]["llama-2-7b"]["ablations"]]
-    written = [[float(ms) for ms in row[1:]] for row in table("benchmarks.md", "ms per decode step")]
+    written = [[float(ms) for ms in row[1:]] for row in table("docs/benchmarks.md", "ms per decode step")]
     kinds = ("all", "online softmax", "linear: gemv alone", "linear: flat_gemm alone", "linear: blas alone")
     assert written == [[row[kind] for row in measured] for kind in kinds]
