@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,6 +20,7 @@
 namespace flashdecpp {
 
 using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
 using OptionalTensor = std::optional<Tensor>;
 
 // Text without streams: their locale facets crash where a linker has put a second libstdc++ into the library.

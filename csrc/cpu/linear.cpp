@@ -2,11 +2,12 @@
 #include <string>
 
 #include "boxing.h"
+#include "choice_log.h"
 #include "cpu/add_rows.h"
 #include "cpu/kernels.h"
-#include "cpu/linear_rule.h"
 #include "cpu/linear_split.h"
 #include "cpu/scratch.h"
+#include "heuristics/cpu.h"
 #include "heuristics/linear_table.h"
 #include "linear_unfused.h"
 
@@ -43,11 +44,12 @@ Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
   return own_linear(call);
 }
 
-// The choice of impl="auto": by what was measured on this CPU, else by the rule. gemv and flat_gemm are one kernel.
+// The choice of impl="auto": by what was measured on this CPU, else by the rule.
 LinearImpl choose(const LinearParams& p) {
-  if (const auto points = linear_tables().find("cpu", p.dtype, p.n, p.k, p.m)) return points->choose(p.m);
-  const bool blas = linear_prefers_blas(p.dtype, p.m, p.k, kernels().bfloat16_dot);
-  return blas ? LinearImpl::kBlas : LinearImpl::kGemv;
+  const auto measured = linear_tables().find("cpu", p.dtype, p.n, p.k, p.m);
+  const LinearConfig config = choose_linear(p.dtype, p.m, p.k, kernels().bfloat16_dot, measured);
+  log_choice("linear", name(p.dtype), LinearProblem{.m = p.m, .n = p.n, .k = p.k}, config);
+  return config.impl;
 }
 
 LinearImpl choose(const char* op, const std::string& impl, const LinearParams& p) {

@@ -1,17 +1,16 @@
 // quantized_linear on a CPU: few rows of x stream the quantized weights, more rows share strips of them dequantized.
 #include "boxing.h"
+#include "choice_log.h"
 #include "cpu/add_rows.h"
 #include "cpu/kernels.h"
-#include "cpu/linear_rule.h"
 #include "cpu/linear_split.h"
 #include "cpu/scratch.h"
+#include "heuristics/cpu.h"
 #include "linear_unfused.h"
 
 namespace flashdecpp::cpu {
 namespace {
 
-// From so many rows on, dequantizing a weight once costs less than decoding it for every 8 of them.
-constexpr int64_t kDequantizeRows = 32;
 // Of a strip of dequantized weights: what stays in the second cache while the rows of x pass over it.
 constexpr int64_t kStripBytes = 256 * 1024;
 
@@ -48,7 +47,6 @@ void run_dequantized(const QuantizedLinearParams& p) {
       });
 }
 
-// Where a dense weight would go to the BLAS, it is worth its memory for the length of the call.
 Tensor run_blas(const checks::QuantizedLinear& call, const OptionalTensor& bias) {
   const QuantizedLinearParams& p = call.params;
   const Kernels& kernel = kernels();
@@ -63,17 +61,22 @@ Tensor run_blas(const checks::QuantizedLinear& call, const OptionalTensor& bias)
 
 constexpr const char* kFused = "quantized_linear_fused";
 
-bool prefers_blas(const QuantizedLinearParams& p) {
-  return linear_prefers_blas(p.dtype, p.m, p.k, kernels().bfloat16_dot);
+QuantizedImpl choose(const QuantizedLinearParams& p) {
+  const QuantizedLinearConfig config = choose_quantized_linear(p.dtype, p.m, p.k, kernels().bfloat16_dot);
+  log_choice("quantized_linear", name(p.dtype), LinearProblem{.m = p.m, .n = p.n, .k = p.k}, config);
+  return config.impl;
 }
 
-void run(const QuantizedLinearParams& p) { p.m < kDequantizeRows ? run_streamed(p) : run_dequantized(p); }
+void run(QuantizedImpl impl, const QuantizedLinearParams& p) {
+  impl == QuantizedImpl::kStreamed ? run_streamed(p) : run_dequantized(p);
+}
 
 Tensor run(checks::QuantizedLinear& call, const OptionalTensor& bias) {
-  if (prefers_blas(call.params)) return run_blas(call, bias);
+  const QuantizedImpl impl = choose(call.params);
+  if (impl == QuantizedImpl::kBlas) return run_blas(call, bias);
   Tensor out = checks::new_like_rows(call.x_view, call.params.n);
   call.params.out = View(out).data;
-  run(call.params);
+  run(impl, call.params);
   return out;
 }
 
@@ -100,7 +103,8 @@ void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, Opt
   checks::fuse_residual(call, x, residual);
   normalize(call, norm_weight, norm_eps);
   const QuantizedLinearParams& p = call.params;
-  prefers_blas(p) ? add_rows(p, run_blas(call, bias)) : run(p);
+  const QuantizedImpl impl = choose(p);
+  impl == QuantizedImpl::kBlas ? add_rows(p, run_blas(call, bias)) : run(impl, p);
 }
 
 }  // namespace

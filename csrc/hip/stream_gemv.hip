@@ -1,5 +1,4 @@
-// Which linear layers run in stream_gemv_kernel: every quantized one that gemv would, and gemv itself from so many rows
-// of x on that the vector units' arithmetic, which grows with them, would be what it waits for (docs/amd.md).
+// The launches of stream_gemv_kernel: quantized weights, and dense ones as choose_gemv has it.
 #include "cuda/linear/linear.h"
 #include "hip/stream_gemv_amd.h"
 
@@ -14,43 +13,38 @@ void launch_tile(const Launcher& launcher, const QuantizedLinearParams& p) {
 }
 
 template <class T, int bits, bool fine>
-void launch_tiles(const Launcher& launcher, const QuantizedLinearParams& p) {
-  choose_quantized_tiles(launcher.properties(), p.n) == 1 ? launch_tile<T, bits, 1, fine>(launcher, p)
-                                                          : launch_tile<T, bits, 2, fine>(launcher, p);
+void launch_tiles(const Launcher& launcher, const QuantizedLinearParams& p, int32_t tiles) {
+  tiles == 1 ? launch_tile<T, bits, 1, fine>(launcher, p) : launch_tile<T, bits, 2, fine>(launcher, p);
 }
 
 struct StreamGemvs {
   static constexpr int kMaxRows = 16;
 
   template <class T>
-  static void launch(const Launcher& launcher, const QuantizedLinearParams& p) {
+  static void launch(const Launcher& launcher, const QuantizedLinearParams& p, int32_t tiles) {
     const bool fine = p.group < 128 && p.group < p.k;
     if (p.bits == 16) {
       launch_tile<T, 16, 1, false>(launcher, p);
     } else if (p.bits == 8) {
-      fine ? launch_tiles<T, 8, true>(launcher, p) : launch_tiles<T, 8, false>(launcher, p);
+      fine ? launch_tiles<T, 8, true>(launcher, p, tiles) : launch_tiles<T, 8, false>(launcher, p, tiles);
     } else {
-      fine ? launch_tiles<T, 4, true>(launcher, p) : launch_tiles<T, 4, false>(launcher, p);
+      fine ? launch_tiles<T, 4, true>(launcher, p, tiles) : launch_tiles<T, 4, false>(launcher, p, tiles);
     }
   }
 };
 
 }  // namespace
 
-bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
-  if (p.fusion.any()) return false;
-  launch_parts<StreamGemvs>(launcher, p);
-  return true;
+void launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p,
+                           const QuantizedLinearConfig& config) {
+  launch_parts<StreamGemvs>(launcher, p, config.tiles);
 }
 
-bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
-  constexpr int64_t least_rows = 3;
-  if (p.m < least_rows || p.fusion.any()) return false;
+void launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
   QuantizedLinearParams plain{p};
   plain.bits = 16;
   plain.group = p.k;
-  launch_parts<StreamGemvs>(launcher, plain);
-  return true;
+  launch_parts<StreamGemvs>(launcher, plain, 1);
 }
 
 }  // namespace flashdecpp

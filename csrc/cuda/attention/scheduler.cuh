@@ -25,9 +25,6 @@
 
 namespace flashdecpp {
 
-inline constexpr unsigned kMinKvTiles = 8;    // that a block is worth, as choose_attention_grid has it
-inline constexpr unsigned kLongKvTiles = 96;  // of a warp, that are worth another team
-
 // This block's number in its team, and this warp's, of blocks of so many warps.
 __device__ __forceinline__ int cluster_rank(const AttentionLaunch& launch) {
   return blockIdx.x & ((1 << launch.cluster_size_log2) - 1);

@@ -3,6 +3,7 @@
 
 #include "cuda/attention/softmax.cuh"
 #include "cuda/numeric.cuh"
+#include "heuristics/attention.h"
 #include "params.h"
 
 namespace flashdecpp {
@@ -11,9 +12,6 @@ using arch::kTilesOf16;
 using arch::TileA;
 using arch::TileB;
 using arch::TileC;
-
-inline constexpr int kKvTile = 16;         // keys that a warp takes at a time
-inline constexpr int kMaxClusterSize = 8;  // blocks: clusters of more are not portable
 
 struct AttentionLaunch {
   AttentionParams p;

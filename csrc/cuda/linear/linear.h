@@ -1,9 +1,12 @@
 // The two hand-written linear kernels, for their own ops and for the switch in linear.cu.
 #pragma once
 
+#include <type_traits>
+
 #include "checks/linear.h"
 #include "cuda/launch.h"
 #include "cuda/numeric.cuh"
+#include "heuristics/linear.h"
 
 namespace flashdecpp {
 
@@ -32,9 +35,19 @@ inline void require_vector_rows(const char* op, checks::Linear& call) {
   align_rows(call);
 }
 
+inline LinearProblem linear_problem(const LinearParams& p, bool vectors = true) {
+  return {.m = p.m, .n = p.weight_rows(), .k = p.k, .vectors = vectors, .residual = p.fusion.add};
+}
+
+// f(std::true_type) or f(std::false_type).
+template <class F>
+void with_bool(bool value, F f) {
+  value ? f(std::true_type()) : f(std::false_type());
+}
+
 // Launches an implementation for as many rows of x at a time as it takes.
-template <class Kernels, class Params>
-void launch_parts(const Launcher& launcher, const Params& p) {
+template <class Kernels, class Params, class... Config>
+void launch_parts(const Launcher& launcher, const Params& p, const Config&... config) {
   arch::with_half_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t first = 0; first < p.m; first += Kernels::kMaxRows) {
@@ -42,19 +55,20 @@ void launch_parts(const Launcher& launcher, const Params& p) {
       part.m = std::min<int64_t>(Kernels::kMaxRows, p.m - first);
       part.x = static_cast<const T*>(p.x) + first * p.x_stride;
       part.out = static_cast<T*>(p.out) + first * p.n;
-      Kernels::template launch<T>(launcher, part);
+      Kernels::template launch<T>(launcher, part, config...);
     }
   });
 }
 
-// What each machine does on its matrix units in its own way: gemv_sm90.cu and quantized_gemv.cu on NVIDIA machines,
-// csrc/hip/stream_gemv.hip on AMD's, where no call with a fusion is taken. They say whether they did: else GenericGemv
-// has to, or the BLAS with dequantized weights.
-bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p);
-bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p);
+// What each vendor does on its matrix units in its own way: cuda/nvidia/gemv_mma.cu, quantized_gemv.cu and
+// flat_gemm_wgmma.cu, or hip/stream_gemv.hip. The heuristics say which GPUs and calls they serve.
+void launch_matrix_gemv(const Launcher& launcher, const LinearParams& p);
+void launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p,
+                           const QuantizedLinearConfig& config);
 
-// On Hopper, where arch::kHasHopperKernels (flat_gemm_sm90.cu); whether it did.
-bool launch_flat_gemm_wgmma(const Launcher& launcher, const LinearParams& p);
+// NVIDIA's alone.
+void launch_flat_gemm_wgmma(const Launcher& launcher, const LinearParams& p, const FlatGemmConfig& config);
+bool wgmma_can_load(const LinearParams& p);  // tensor maps can describe x and the weight
 
 // Memory for the call's result.
 template <class Params>
@@ -68,7 +82,7 @@ Tensor allocate(checks::LinearCall<Params>& call) {
 // vectors, there as x's dtype.
 inline bool norm_fits(const Launcher& launcher, const LinearParams& p) {
   const bool aligned = reinterpret_cast<uintptr_t>(p.fusion.norm_weight) % 16 == 0;
-  if (!launcher.hopper_kernels()) return aligned;
+  if (!launcher.properties().prefers_mma_gemv) return aligned;
   return aligned && p.fusion.norm_dtype == p.dtype && gemv_takes_norm(p.m, p.k);
 }
 inline bool residual_fits(const LinearParams& p) {

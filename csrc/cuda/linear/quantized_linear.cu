@@ -1,5 +1,6 @@
 // quantized_linear on a GPU: few rows of x stream the quantized weights, more have them dequantized for the BLAS.
 #include "boxing.h"
+#include "choice_log.h"
 #include "cuda/linear/dequantize_kernel.cuh"
 #include "cuda/linear/linear.h"
 #include "linear_unfused.h"
@@ -7,12 +8,13 @@
 namespace flashdecpp {
 namespace {
 
-// Beyond, reading the weights once for every 16 rows costs more than writing and reading them in x's dtype once.
-constexpr int64_t kStreamedRows = 48;
-
-bool can_stream(const QuantizedLinearParams& p) {
-  return (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && p.m <= kStreamedRows && p.k % 16 == 0 &&
-         rows_are_aligned(p.weight, p.weight_rows(), p.weight_stride, DType::kUInt8);
+QuantizedLinearConfig choose(const Launcher& launcher, const QuantizedLinearParams& p) {
+  const bool half = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
+  const bool vectors = half && rows_are_aligned(p.weight, p.weight_rows(), p.weight_stride, DType::kUInt8);
+  const LinearProblem problem = linear_problem(p, vectors);
+  const QuantizedLinearConfig config = choose_quantized_linear(problem, launcher.properties(), p.fusion.any());
+  log_choice("quantized_linear", name(p.dtype), problem, config);
+  return config;
 }
 
 Tensor dequantize(const Launcher& launcher, const QuantizedLinearParams& p, Device device) {
@@ -28,17 +30,18 @@ Tensor dequantize(const Launcher& launcher, const QuantizedLinearParams& p, Devi
   return weight;
 }
 
-// Whether a call that can be streamed was, into its out.
-bool run_streamed(const Launcher& launcher, checks::QuantizedLinear& call) {
+void run_streamed(const Launcher& launcher, checks::QuantizedLinear& call, const QuantizedLinearConfig& config) {
   align_rows(call);
   const QuantizedLinearParams& p = call.params;
-  return p.m == 0 || p.n == 0 || launch_quantized_gemv(launcher, p);
+  if (p.m > 0 && p.n > 0) launch_quantized_gemv(launcher, p, config);
 }
 
 OptionalTensor streamed(const Launcher& launcher, checks::QuantizedLinear& call) {
-  if (!can_stream(call.params)) return std::nullopt;
+  const QuantizedLinearConfig config = choose(launcher, call.params);
+  if (!config.streams) return std::nullopt;
   Tensor out = allocate(call);
-  return run_streamed(launcher, call) ? OptionalTensor(out) : std::nullopt;
+  run_streamed(launcher, call, config);
+  return out;
 }
 
 Tensor run_blas(const Launcher& launcher, const checks::QuantizedLinear& call, const OptionalTensor& bias) {
@@ -73,8 +76,9 @@ void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, Opt
   checks::fuse_residual(call, x, residual);
   const Launcher launcher(kFused, call.x_view.device);
   normalize(call, norm_weight, norm_eps);
-  if (!can_stream(call.params) || !run_streamed(launcher, call))
-    add_rows(launcher, call.params, run_blas(launcher, call, bias));
+  const QuantizedLinearConfig config = choose(launcher, call.params);
+  config.streams ? run_streamed(launcher, call, config)
+                 : add_rows(launcher, call.params, run_blas(launcher, call, bias));
 }
 
 }  // namespace
