@@ -20,6 +20,11 @@ STABLE_TORCH_LIBRARY(flashdecpp, m)
   // Python's part makes the first of the second: torch leaks a str that a kernel of the stable ABI returns.
   m.def("linear_choice(Tensor x, Tensor weight) -> str");
   m.def("linear_choice_index(Tensor x, Tensor weight) -> int");
+  // Private to Python: tuning tables go to each op library (rows are a table's LinearRows, int64 [rows, 6] on the CPU),
+  // and the CPU library names its instruction set, in ASCII, since it cannot return a str.
+  m.def("_install_linear_table.cpu(Tensor rows) -> ()");
+  m.def("_install_linear_table.gpu(str device, Tensor rows) -> ()");
+  m.def("_cpu_isa() -> Tensor");
   m.def("quantized_linear(Tensor x, Tensor weight, Tensor scales, Tensor? offsets=None, Tensor? bias=None) -> Tensor");
 
   m.def(

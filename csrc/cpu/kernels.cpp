@@ -79,12 +79,3 @@ const Kernels& kernels() {
 }
 
 }  // namespace flashdecpp::cpu
-
-// For `flashdecpp info`, which reads it through ctypes.
-extern "C" __attribute__((visibility("default"))) const char* flashdecpp_cpu_isa() {
-  try {
-    return flashdecpp::cpu::kernels().name;
-  } catch (const std::exception&) {
-    return "unsupported FLASHDECPP_CPU_ISA";
-  }
-}

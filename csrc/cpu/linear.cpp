@@ -2,6 +2,7 @@
 #include <string>
 
 #include "boxing.h"
+#include "checks/linear_table.h"
 #include "choice_log.h"
 #include "cpu/add_rows.h"
 #include "cpu/kernels.h"
@@ -88,6 +89,8 @@ int64_t linear_choice_index(Tensor x, Tensor weight) {
   return static_cast<int64_t>(choose(checks::linear("linear_choice", x, weight, std::nullopt).params));
 }
 
+void install_linear_table(Tensor rows) { linear_tables().install("cpu", checks::linear_rows(rows)); }
+
 }  // namespace
 }  // namespace flashdecpp::cpu
 
@@ -99,10 +102,9 @@ STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
   m.impl("linear_fused", flashdecpp::boxed<&flashdecpp::cpu::linear_fused>);
   m.impl("linear_fused.residual", flashdecpp::boxed<&flashdecpp::cpu::linear_fused_residual>);
   m.impl("linear_choice_index", flashdecpp::boxed<&flashdecpp::cpu::linear_choice_index>);
+  m.impl("_install_linear_table.cpu", flashdecpp::boxed<&flashdecpp::cpu::install_linear_table>);
 }
 
-// For Python, which calls it through ctypes; the only device of this library is "cpu".
-extern "C" __attribute__((visibility("default"))) void flashdecpp_install_linear_table(
-    const char* device, const flashdecpp::LinearRow* rows, int64_t count) {
+void flashdecpp_install_linear_table(const char* device, const flashdecpp::LinearRow* rows, int64_t count) {
   flashdecpp::linear_tables().install(device, {rows, rows + count});
 }

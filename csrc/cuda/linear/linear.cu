@@ -2,6 +2,7 @@
 #include <string>
 
 #include "boxing.h"
+#include "checks/linear_table.h"
 #include "choice_log.h"
 #include "cuda/linear/linear.h"
 #include "cuda/numeric.cuh"
@@ -102,6 +103,10 @@ int64_t linear_choice_index(Tensor x, Tensor weight) {
   return static_cast<int64_t>(choose(Launcher("linear_choice", call.x_view.device), call).impl);
 }
 
+void install_linear_table(std::string device, Tensor rows) {
+  linear_tables().install(std::move(device), checks::linear_rows(rows));
+}
+
 }  // namespace
 
 void add_rows(const Launcher& launcher, const LinearParams& p, const Tensor& rows) {
@@ -123,10 +128,13 @@ STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
   m.impl("linear_choice_index", boxed<&linear_choice_index>);
 }
 
+STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)  // its rows are on the CPU
+{
+  m.impl("_install_linear_table.gpu", boxed<&install_linear_table>);
+}
+
 }  // namespace flashdecpp
 
-// For Python, which calls it through ctypes.
-extern "C" __attribute__((visibility("default"))) void flashdecpp_install_linear_table(
-    const char* device, const flashdecpp::LinearRow* rows, int64_t count) {
+void flashdecpp_install_linear_table(const char* device, const flashdecpp::LinearRow* rows, int64_t count) {
   flashdecpp::linear_tables().install(device, {rows, rows + count});
 }
