@@ -24,7 +24,7 @@ class DeviceCache {
   }
 
   // Sets an attribute of a kernel on the current device unless it has that value already.
-  template <auto kernel, cudaFuncAttribute attribute>
+  template <auto kernel, auto attribute>
   static cudaError_t set(int32_t device, int32_t value) {
     static std::array<std::atomic<int32_t>, kMaxDevices> last{};  // value + 1; 0: not set yet
     std::atomic<int32_t>& entry = last.at(device);
