@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_cli import complaint, flashdecpp
 
 from flashdecpp import _C
 
@@ -461,6 +462,34 @@ def test_limits_are_those_that_the_ops_state() -> None:
     assert limits == (16, 256, 16, 48)
 
 
+def test_info_shows_the_choice_of_decode_attention_and_why() -> None:
+    result = flashdecpp("info", "--attention", "8,1,32,8,128,1024,16; 1,1,32,32,128,4096")
+    assert result.returncode == 0, result.stderr
+    *_, paged, contiguous = result.stdout.splitlines()
+    assert "[8 x 1, 32/8 heads, d128, room for 1024 keys, paged by 16] -> " in paged
+    assert "[1 x 1, 32/32 heads, d128, room for 4096 keys, contiguous] -> " in contiguous
+    if not torch.cuda.is_available():
+        expected = _C.AttentionProblem(
+            batch=8, q_len=1, q_heads=32, kv_heads=8, head_dim=128, capacity=1024, block_size=16
+        )
+        assert paged.endswith(f"-> {_C.choose_attention(expected, H100)}")
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        ("8,1,32,8,128", "must be batch,q_len,q_heads,kv_heads,head_dim,max_len"),
+        ("8,17,32,8,128,1024", "a q_len of 1 to 16"),
+        ("8,1,32,5,128,1024", "q_heads a multiple of kv_heads"),
+        ("8,1,32,1,128,1024", "at most 16 q_heads per KV head"),
+        ("8,1,32,8,100,1024", "a head_dim that is a multiple of 8 up to 256"),
+        ("0,1,32,8,128,1024", "a batch above 0"),
+    ],
+)
+def test_info_refuses_what_decode_attention_refuses(call: str, problem: str) -> None:
+    assert problem in complaint(flashdecpp("info", "--attention", call))
+
+
 LINEAR_TWICE = """
 import torch
 from flashdecpp import ops
@@ -484,6 +513,20 @@ def test_the_log_has_every_problem_once() -> None:
         "flashdecpp: linear float32 [2 x 64 by [32, 64]] -> own kernel (the default rule)",
     ]
     assert stderr_of(LINEAR_TWICE, FLASHDECPP_LOG="") == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        (torch.zeros(3, 6), "rows must be int64, got float32"),
+        (torch.zeros(6, dtype=torch.int64), r"rows must be \[rows, 6\]"),
+        (torch.zeros(2, 5, dtype=torch.int64), "rows must have shape"),
+        (torch.zeros(6, 2, dtype=torch.int64).T, "rows must be contiguous"),
+    ],
+)
+def test_a_table_of_another_form_is_refused(rows: torch.Tensor, problem: str) -> None:
+    with pytest.raises(RuntimeError, match=f"^flashdecpp::_install_linear_table: {problem}"):
+        torch.ops.flashdecpp._install_linear_table.cpu(rows)
 
 
 ATTENTION_AND_LINEAR = """

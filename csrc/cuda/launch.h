@@ -1,6 +1,8 @@
 // The host's way to a launch: guard the device, find the stream, launch, check.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/device_cache.h"
 
 namespace flashdecpp {
@@ -67,5 +69,11 @@ class Launcher {
   const DeviceProperties& properties_;
   cudaStream_t stream_ = nullptr;
 };
+
+// f(std::true_type) or f(std::false_type).
+template <class F>
+void with_bool(bool value, F f) {
+  value ? f(std::true_type()) : f(std::false_type());
+}
 
 }  // namespace flashdecpp

@@ -46,7 +46,7 @@ void check_size(const AttentionProblem& problem, const AttentionConfig& config) 
   const int64_t work_tiles = config.work_tiles;
   FLASHDECPP_REQUIRE(work_tiles <= INT32_MAX, kOp, "q must have a batch of at most ",
                      INT32_MAX / (work_tiles / problem.batch), " with its heads and q_len, got ", problem.batch);
-  FLASHDECPP_REQUIRE(work_tiles * problem.kv_tiles() <= INT32_MAX, kOp,
+  FLASHDECPP_REQUIRE(problem.kv_tiles() <= INT32_MAX / work_tiles, kOp,
                      problem.block_size > 0 ? "block_table" : "k_cache", " must have room for at most ",
                      INT32_MAX / work_tiles * kKvTile, " keys per sequence with q's batch, heads and q_len, got ",
                      problem.capacity);
@@ -74,17 +74,6 @@ Tensor prepare(AttentionLaunch& launch, const AttentionProblem& problem, const A
   return workspace;
 }
 
-template <class T>
-void launch_path(const Launcher& launcher, const AttentionLaunch& launch, const AttentionConfig& config) {
-  if constexpr (arch::kAmd) {
-    launch_decode_attention<T, LoadPath::kRegister>(launcher, launch, config);
-  } else if (config.path == LoadPath::kTma) {
-    launch_decode_attention<T, LoadPath::kTma>(launcher, launch, config);
-  } else {
-    launch_decode_attention<T, LoadPath::kCpAsync>(launcher, launch, config);
-  }
-}
-
 template <class Phi>  // as in checks::decode_attention
 std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens,
                                             OptionalTensor block_table, std::optional<double> scale, Phi phi,
@@ -107,8 +96,16 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_c
   check_size(problem, config);
   log_choice(kOp, name(p.q_dtype), problem, config);
   const Tensor workspace = prepare(launch, problem, config, device);
-  p.q_dtype == DType::kFloat16 ? launch_path<arch::half>(launcher, launch, config)
-                               : launch_path<arch::bfloat16>(launcher, launch, config);
+  arch::with_half_type(p.q_dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (arch::kAmd) {
+      launch_decode_attention<T, LoadPath::kRegister>(launcher, launch, config);
+    } else if (config.path == LoadPath::kTma) {
+      launch_decode_attention<T, LoadPath::kTma>(launcher, launch, config);
+    } else {
+      launch_decode_attention<T, LoadPath::kCpAsync>(launcher, launch, config);
+    }
+  });
   return {out, lse};
 }
 

@@ -27,17 +27,17 @@ struct AttentionPath<LoadPath::kCpAsync> {
   }
 };
 
-template <class Tile, class Policy, LoadPath path, bool latency>
+template <LoadPath path, class Tile, class Policy>
 void launch_kernel(const Launcher& launcher, const AttentionLaunch& launch, const AttentionConfig& config) {
   using Path = AttentionPath<path>;
   using Stages = typename Path::template Stages<Tile>;
   using Shared = SharedMemory<Tile, Stages>;
   // The heuristics know the kernel's numbers without its headers.
-  constexpr AttentionShape shape = attention_shape(path, sizeof(typename Tile::KV), Tile::kDims, latency);
+  constexpr AttentionShape shape{Tile::kWarps, Tile::kStages, Tile::kCtasPerSm, Tile::kMergeRows,
+                                 Stages::kUsesClusters};
   constexpr int64_t bytes = attention_shared_bytes(path, sizeof(typename Tile::KV), Tile::kDims, shape);
   static_assert(Shared::kBytes + sizeof(CombineMemory<Tile, Stages>) + Stages::kBarrierBytes + 1024 == bytes);
-  static_assert(shape.clusters == Stages::kUsesClusters && Tile::kRows == kQueryTileRows);
-  static_assert(shape.ctas_per_sm * (bytes + 1024) <= Path::kSharedBytesPerSm);
+  static_assert(shape.ctas_per_sm * (bytes + 1024) <= Path::kSharedBytesPerSm && Tile::kRows == kQueryTileRows);
   static_assert(kMaxClusterSize * Tile::kWarps <= kMinKvTilesPerCluster);  // so that every warp has a KV tile
 
   constexpr auto kernel = decode_attention_kernel<Tile, Policy, Stages>;
@@ -47,29 +47,30 @@ void launch_kernel(const Launcher& launcher, const AttentionLaunch& launch, cons
                                 Path::template source<Tile>(launch.p));
 }
 
-template <class T, class KV, int dims, LoadPath path, bool latency>
-void launch_shape(const Launcher& launcher, const AttentionLaunch& launch, const AttentionConfig& config) {
-  constexpr AttentionShape shape = attention_shape(path, sizeof(KV), dims, latency);
-  using Tile = AttentionTile<T, KV, dims, CtaShape<shape.warps, shape.stages, shape.ctas_per_sm, shape.merge_rows>>;
-  launch.p.phi ? launch_kernel<Tile, UnifiedMax<T>, path, latency>(launcher, launch, config)
-               : launch_kernel<Tile, OnlineMax, path, latency>(launcher, launch, config);
-}
-
-template <class T, class KV, LoadPath path, int dims = 64>
-void launch_dims(const Launcher& launcher, const AttentionLaunch& launch, const AttentionConfig& config) {
+// f(std::integral_constant<int, dims>) for the head_dim that kernels are compiled for.
+template <int dims = attention_dims(1), class F>
+void with_dims(int chosen, F f) {
   if constexpr (dims < attention_dims(kMaxHeadDim)) {
-    if (config.dims > dims) return launch_dims<T, KV, path, attention_dims(dims + 1)>(launcher, launch, config);
+    if (chosen > dims) return with_dims<attention_dims(dims + 1)>(chosen, f);
   }
-  if constexpr (attention_shape(path, sizeof(KV), dims, true) != attention_shape(path, sizeof(KV), dims, false)) {
-    if (config.latency) return launch_shape<T, KV, dims, path, true>(launcher, launch, config);
-  }
-  launch_shape<T, KV, dims, path, false>(launcher, launch, config);
+  f(std::integral_constant<int, dims>());
 }
 
 template <class T, LoadPath path>
 void launch_decode_attention(const Launcher& launcher, const AttentionLaunch& launch, const AttentionConfig& config) {
-  launch.p.kv_dtype == DType::kFloat8E4M3 ? launch_dims<T, arch::float8, path>(launcher, launch, config)
-                                          : launch_dims<T, T, path>(launcher, launch, config);
+  with_dims(config.dims, [&](auto dims) {
+    with_bool(launch.p.kv_dtype == DType::kFloat8E4M3, [&](auto fp8) {
+      with_bool(config.latency, [&](auto latency) {
+        with_bool(launch.p.phi != nullptr, [&](auto unified) {
+          using KV = std::conditional_t<fp8.value, arch::float8, T>;
+          using Policy = std::conditional_t<unified.value, UnifiedMax<T>, OnlineMax>;
+          constexpr AttentionShape s = attention_shape(path, sizeof(KV), dims.value, latency.value);
+          using Shape = CtaShape<s.warps, s.stages, s.ctas_per_sm, s.merge_rows>;
+          launch_kernel<path, AttentionTile<T, KV, dims.value, Shape>, Policy>(launcher, launch, config);
+        });
+      });
+    });
+  });
 }
 
 }  // namespace flashdecpp

@@ -1,8 +1,6 @@
 // The two hand-written linear kernels, for their own ops and for the switch in linear.cu.
 #pragma once
 
-#include <type_traits>
-
 #include "checks/linear.h"
 #include "cuda/launch.h"
 #include "cuda/numeric.cuh"
@@ -37,12 +35,6 @@ inline void require_vector_rows(const char* op, checks::Linear& call) {
 
 inline LinearProblem linear_problem(const LinearParams& p, bool vectors = true) {
   return {.m = p.m, .n = p.weight_rows(), .k = p.k, .vectors = vectors, .residual = p.fusion.add};
-}
-
-// f(std::true_type) or f(std::false_type).
-template <class F>
-void with_bool(bool value, F f) {
-  value ? f(std::true_type()) : f(std::false_type());
 }
 
 // Launches an implementation for as many rows of x at a time as it takes.
