@@ -1,4 +1,4 @@
-"""decode_attention beside what a user would call instead, on one GPU and in one process.
+"""decode_attention beside what a user would call instead, on one GPU.
 
 Every shape is checked against flashdecpp.reference before it is timed. Times are medians of CUDA-graph
 replays with the KV rotated past L2; `fraction` is the KV's bytes over that time, relative to the plain read
@@ -15,9 +15,11 @@ FlashInfer and FlashAttention-3 take part where they are installed.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -36,23 +38,6 @@ from flashdecpp import ops, reference
 REPLAYS = 20
 MIN_CALLS = 4  # of one graph: starting it takes a few microseconds
 Timer = Callable[[list[Callable[[], object]]], float]
-
-
-@contextlib.contextmanager
-def gpu_kernels(which: str | None) -> Iterator[None]:
-    """Calls made inside use the kernels named, "generic" for those of every GPU; None leaves the choice."""
-    if which is None:
-        yield
-        return
-    before = os.environ.get("FLASHDECPP_GPU_KERNELS")
-    os.environ["FLASHDECPP_GPU_KERNELS"] = which
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["FLASHDECPP_GPU_KERNELS"]
-        else:
-            os.environ["FLASHDECPP_GPU_KERNELS"] = before
 
 
 def our_calls(inputs: Inputs) -> dict[str, Call]:
@@ -147,11 +132,26 @@ def measure_shape(shape: Shape, peers: list[str], device: str, timer: Timer) -> 
 
 
 def measure_group(name: str, group: Group, peers: list[str], device: str, timer: Timer) -> Iterator[dict]:
+    if group.kernels not in (None, os.environ.get("FLASHDECPP_GPU_KERNELS")):
+        yield from measure_elsewhere(name, group, device)
+        return
     names = [peer for peer in peers if peer.startswith(group.peers)] if group.peers else []
     for shape in group.shapes:
-        with torch.no_grad(), gpu_kernels(group.kernels):
+        with torch.no_grad():
             row = measure_shape(shape if device == "cuda" else shape.shrunk(), names, device, timer)
         yield {"group": name, "shape": str(shape), **row}
+
+
+def measure_elsewhere(name: str, group: Group, device: str) -> list[dict]:
+    """The rows of a group for other GPU kernels: the library reads their name once per process."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "rows.json")
+        command = [sys.executable, __file__, "--groups", name, "--peers", "none", "--output", str(output)]
+        dry_run = ["--dry-run"] if device == "cpu" else []
+        environment = {**os.environ, "FLASHDECPP_GPU_KERNELS": str(group.kernels)}
+        # What failed is in the rows, which main() prints.
+        subprocess.run([*command, *dry_run], env=environment, stdout=subprocess.DEVNULL)
+        return json.loads(output.read_text())["results"]["shapes"]
 
 
 def derive(row: dict, ceiling_gbs: float) -> dict:

@@ -36,6 +36,11 @@ STABLE_TORCH_LIBRARY(flashdecpp, m)
   m.def(
       "quantized_linear.residual(Tensor x, Tensor weight, Tensor scales, Tensor? offsets=None, Tensor? bias=None, *, "
       "Tensor(a!) residual, Tensor? norm_weight=None, float norm_eps=1e-6) -> ()");
+  // Private to Python: tuning tables go to each op library (rows are a table's LinearRows, int64 [rows, 6] on the CPU),
+  // and the CPU library names its instruction set, in ASCII, since it cannot return a str.
+  m.def("_install_linear_table.cpu(Tensor rows) -> ()");
+  m.def("_install_linear_table.gpu(str device, Tensor rows) -> ()");
+  m.def("_cpu_isa() -> Tensor");
 
   // An argument that is updated in place makes an overload of its own: compilers cannot lower one that is optional.
   m.def("rms_norm(Tensor x, Tensor weight, *, float eps=1e-6) -> Tensor");

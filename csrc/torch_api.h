@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,6 +20,7 @@
 namespace flashdecpp {
 
 using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
 using OptionalTensor = std::optional<Tensor>;
 
 // Without streams, whose locale facets crash if a second libstdc++ has been linked into the library.

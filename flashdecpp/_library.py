@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -75,20 +74,17 @@ def gpu_library() -> Library:
 
 def cpu_instruction_set() -> str:
     """That of the CPU kernels: avx512_amx, avx512_bf16, avx512, avx2, neon or baseline."""
-    function = ctypes.CDLL(str(LIBRARIES["cpu"].path)).flashdecpp_cpu_isa
-    function.restype = ctypes.c_char_p
-    return function().decode()
+    return bytes(torch.ops.flashdecpp._cpu_isa().tolist()).decode()
 
 
-class LinearRow(ctypes.Structure):
-    """csrc/linear_table.h: the inflection points of one shape."""
-
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("dtype", "n", "k", "m1", "m2", "max_m"))
+# The inflection points of one shape: LinearRow in csrc/heuristics/linear_table.h.
+LinearRow = tuple[int, int, int, int, int, int]  # dtype (a _C.DType), n, k, m1, m2, max_m
 
 
 def install_linear_table(library: str, device: str, rows: Sequence[LinearRow]) -> None:
-    """Replaces what linear(impl="auto") of an op library knows of a device; "cpu" or a GPU's name."""
-    function = ctypes.CDLL(str(LIBRARIES[library].path)).flashdecpp_install_linear_table
-    function.argtypes = (ctypes.c_char_p, ctypes.POINTER(LinearRow), ctypes.c_int64)
-    function.restype = None
-    function(device.encode(), (LinearRow * len(rows))(*rows), len(rows))
+    """Replaces what linear(impl="auto") of an op library knows about a device: "cpu", or a GPU by name."""
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 6)
+    if library == "cpu":
+        torch.ops.flashdecpp._install_linear_table.cpu(table)
+    else:
+        torch.ops.flashdecpp._install_linear_table.gpu(device, table)

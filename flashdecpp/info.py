@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -19,8 +20,11 @@ _NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
 _MOST_ROWS = 1024  # up to which choices are looked up
 
 
-def lines(shapes: Sequence[Shape] = (), dtype: str | None = None) -> Iterator[str]:
-    """The report, line by line; with what linear takes for weights of these shapes.
+def lines(
+    shapes: Sequence[Shape] = (), dtype: str | None = None, attention: Sequence[_C.AttentionProblem] = ()
+) -> Iterator[str]:
+    """The report, line by line; with what linear takes for weights of these shapes, and what decode_attention
+    chooses on a GPU.
 
     dtype: of the shapes; None is bfloat16 on the CPU and float16 on a GPU. Raises TableError for another than
         linear has, and for sizes that no weight has.
@@ -49,6 +53,61 @@ def lines(shapes: Sequence[Shape] = (), dtype: str | None = None) -> Iterator[st
     yield ""
     yield "Tables of linear(auto)"
     yield from _table_lines(shapes, dtype)
+    if attention:
+        yield ""
+        yield "Choices of decode_attention"
+        yield from _attention_lines(attention)
+
+
+def parse_attention(text: str) -> list[_C.AttentionProblem]:
+    """ "8,1,32,8,128,4096,16": batch, q_len, q_heads, kv_heads, head_dim, max_len and, of a paged cache,
+    block_size; semicolons between calls.
+    """
+    problems = []
+    for call in text.split(";"):
+        if not re.fullmatch(r"\s*\d{1,9}(\s*,\s*\d{1,9}){5,6}\s*", call, re.ASCII):
+            raise ValueError(
+                "--attention must be batch,q_len,q_heads,kv_heads,head_dim,max_len or these and block_size, "
+                f"such as '8,1,32,8,128,4096,16', got {reprlib.repr(call)}"
+            )
+        batch, q_len, q_heads, kv_heads, head_dim, max_len, *block_size = map(int, call.split(","))
+        for valid, wanted in (
+            (batch > 0, "a batch above 0"),
+            (0 < q_len <= _C.MAX_NEW_TOKENS, f"a q_len of 1 to {_C.MAX_NEW_TOKENS}"),
+            (kv_heads > 0 and q_heads > 0 and q_heads % kv_heads == 0, "q_heads a multiple of kv_heads"),
+            (q_heads <= _C.MAX_QUERY_GROUP * kv_heads, f"at most {_C.MAX_QUERY_GROUP} q_heads per KV head"),
+            (
+                0 < head_dim <= _C.MAX_HEAD_DIM and head_dim % 8 == 0,
+                f"a head_dim that is a multiple of 8 up to {_C.MAX_HEAD_DIM}",
+            ),
+        ):
+            if not valid:
+                raise ValueError(f"--attention must have {wanted}, got {call.strip()}")
+        problems.append(
+            _C.AttentionProblem(
+                batch=batch,
+                q_len=q_len,
+                q_heads=q_heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                capacity=max_len,
+                block_size=block_size[0] if block_size else 0,
+            )
+        )
+    return problems
+
+
+def _attention_lines(problems: Sequence[_C.AttentionProblem]) -> Iterator[str]:
+    """Each GPU's choices for 16-bit caches; without a GPU, an H100's."""
+    if torch.cuda.is_available():
+        indices = range(torch.cuda.device_count())
+        gpus = {f"cuda:{index}": gpu_properties(torch.device("cuda", index)) for index in indices}
+    else:
+        gpus = {"no GPU here, as on": _C.nvidia_device("an H100", 90, 132, 228 << 10)}
+    for where, gpu in gpus.items():
+        yield f"  {where} {gpu}"
+        for problem in problems:
+            yield f"    [{problem}] -> {_C.choose_attention(problem, gpu)}"
 
 
 def _gpu_lines() -> Iterator[str]:
@@ -80,17 +139,18 @@ def _kernel_lines() -> Iterator[str]:
         device = gpu_properties(torch.device("cuda", 0))
         if gfx_target(torch.device("cuda", 0)):
             yield "    cuda: loads through registers"
-        elif device.arch == 90 and os.environ.get("FLASHDECPP_GPU_KERNELS") != "generic":
-            yield "    cuda: loads by tensor copies where block_size is a multiple of 16, else by staged ones"
+        elif device.has_tma:
+            yield "    cuda: loads by TMA where block_size is a multiple of 16, else by cp.async"
         else:
-            yield "    cuda: loads by staged copies, as on older GPUs"
+            yield "    cuda: loads by cp.async"
         points = _C.default_inflection_points(device)
         flat = f"flat_gemm below {points.m2}, " if points.m2 > points.m1 else ""
         yield f"  linear(auto) on a GPU: gemv below M = {points.m1}, {flat}blas above"
         yield "    (the rule for shapes that no table has; K not a multiple of 8 and float32 go to blas)"
-    yield "  linear(auto) on the CPU: own kernel for small M, blas above (csrc/cpu/linear_rule.h)"
+    yield "  linear(auto) on the CPU: own kernel for small M, blas above (csrc/heuristics/cpu.h)"
     yield "  quantized_linear: decoded in registers on the CPU, from 32 rows on in dequantised strips;"
-    yield "    on a GPU decoded in registers for up to 48 rows of float16 or bfloat16 x, else"
+    streamed = _C.MAX_STREAMED_ROWS
+    yield f"    on a GPU decoded in registers for up to {streamed} rows of float16 or bfloat16 x, else"
     yield "    dequantise + blas (also for K not a multiple of 16, or weight rows not 16-byte aligned)"
 
 

@@ -80,7 +80,8 @@ torch.ops.load_library(sys.argv[2])
 torch.ops.load_library(sys.argv[3])
 for op in sorted(torch._C._dispatch_get_all_op_names()):
     if op.startswith("flashdecpp::"):
-        print(op, torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"))
+        key = "CPU" if op == "flashdecpp::_install_linear_table.gpu" else "CUDA"  # its rows are on the CPU
+        print(op, torch._C._dispatch_has_kernel_for_dispatch_key(op, key))
 """
 
 

@@ -38,7 +38,7 @@ def test_a_device_is_known_by_its_target(gpu: SimpleNamespace) -> None:
     assert device.gfx_target(CUDA) == target
     assert device.device_name(CUDA) == target
     assert device.gpu_properties(CUDA).arch == int(target[3:], 16)
-    assert device.gpu_properties(CUDA).multiprocessors == 104
+    assert device.gpu_properties(CUDA).num_sms == 104
 
 
 def test_inputs_are_rotated_past_the_memory_side_cache(gpu: SimpleNamespace) -> None:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "checks/kv_cache.h"
+#include "op_limits.h"
 
 namespace flashdecpp::checks {
 
@@ -51,15 +52,16 @@ AttentionParams decode_attention(const Backend& backend, const Tensor& q_tensor,
   check.last_contiguous("q", q);
   check.aligned("q", q, backend.alignment);
   const int64_t batch = q.sizes[0], q_len = q.sizes[1], q_heads = q.sizes[2], head_dim = q.sizes[3];
-  FLASHDECPP_REQUIRE(q_len >= 1 && q_len <= 16, check.op, "q must have a q_len of 1 to 16, got ", q_len);
-  FLASHDECPP_REQUIRE(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0, check.op,
-                     "q must have a head_dim that is a multiple of 8 up to 256, got ", head_dim);
+  FLASHDECPP_REQUIRE(q_len >= 1 && q_len <= kMaxNewTokens, check.op, "q must have a q_len of 1 to ", kMaxNewTokens,
+                     ", got ", q_len);
+  FLASHDECPP_REQUIRE(head_dim >= 8 && head_dim <= kMaxHeadDim && head_dim % 8 == 0, check.op,
+                     "q must have a head_dim that is a multiple of 8 up to ", kMaxHeadDim, ", got ", head_dim);
   const Cache c =
       cache(check, backend, q.dtype, batch, head_dim, k_cache, v_cache, false, seq_lens, block_table, k_scale, v_scale);
   FLASHDECPP_REQUIRE(q_heads > 0 && c.kv_heads > 0 && q_heads % c.kv_heads == 0, check.op,
                      "q must have q_heads that are a multiple of kv_heads ", c.kv_heads, ", got ", q_heads);
-  FLASHDECPP_REQUIRE(q_heads / c.kv_heads <= 16, check.op, "q must have at most 16 q_heads per kv_head, got ", q_heads,
-                     " for ", c.kv_heads);
+  FLASHDECPP_REQUIRE(q_heads / c.kv_heads <= kMaxQueryGroup, check.op, "q must have at most ", kMaxQueryGroup,
+                     " q_heads per kv_head, got ", q_heads, " for ", c.kv_heads);
   FLASHDECPP_REQUIRE(num_splits >= 0, check.op, "num_splits must be 0 (chosen) or positive, got ", num_splits);
 
   AttentionParams p{};

@@ -88,12 +88,3 @@ const Kernels& kernels() {
 }
 
 }  // namespace flashdecpp::cpu
-
-// The chosen table's name, for Python through ctypes.
-extern "C" __attribute__((visibility("default"))) const char* flashdecpp_cpu_isa() {
-  try {
-    return flashdecpp::cpu::kernels().name;
-  } catch (const std::exception&) {
-    return "unsupported FLASHDECPP_CPU_ISA";
-  }
-}

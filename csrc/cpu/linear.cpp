@@ -3,11 +3,13 @@
 #include <string>
 
 #include "boxing.h"
+#include "checks/linear_table.h"
+#include "choice_log.h"
 #include "cpu/add_rows.h"
 #include "cpu/kernels.h"
-#include "cpu/linear_rule.h"
 #include "cpu/linear_split.h"
 #include "cpu/scratch.h"
+#include "heuristics/cpu.h"
 #include "heuristics/linear_table.h"
 #include "linear_unfused.h"
 
@@ -44,9 +46,10 @@ Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
 
 // impl="auto": by the inflection points measured on this CPU, else by the rule. gemv and flat_gemm are one kernel here.
 LinearImpl choose(const LinearParams& p) {
-  if (const auto points = linear_tables().find("cpu", p.dtype, p.n, p.k, p.m)) return points->choose(p.m);
-  const bool blas = linear_prefers_blas(p.dtype, p.m, p.k, kernels().bfloat16_dot);
-  return blas ? LinearImpl::kBlas : LinearImpl::kGemv;
+  const auto measured = linear_tables().find("cpu", p.dtype, p.n, p.k, p.m);
+  const LinearConfig config = choose_linear(p.dtype, p.m, p.k, kernels().bfloat16_dot, measured);
+  log_choice("linear", name(p.dtype), LinearProblem{.m = p.m, .n = p.n, .k = p.k}, config);
+  return config.impl;
 }
 
 LinearImpl choose(const char* op, const std::string& impl, const LinearParams& p) {
@@ -84,6 +87,8 @@ int64_t linear_choice_index(Tensor x, Tensor weight) {
   return static_cast<int64_t>(choose(checks::linear("linear_choice", x, weight, std::nullopt).params));
 }
 
+void install_linear_table(Tensor rows) { linear_tables().install("cpu", checks::linear_rows(rows)); }
+
 }  // namespace
 }  // namespace flashdecpp::cpu
 
@@ -95,10 +100,9 @@ STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
   m.impl("linear.plain", flashdecpp::boxed<&flashdecpp::cpu::linear_plain>);
   m.impl("linear.residual", flashdecpp::boxed<&flashdecpp::cpu::linear_residual>);
   m.impl("linear_choice_index", flashdecpp::boxed<&flashdecpp::cpu::linear_choice_index>);
+  m.impl("_install_linear_table.cpu", flashdecpp::boxed<&flashdecpp::cpu::install_linear_table>);
 }
 
-// Called from Python through ctypes; the only device of this library is "cpu".
-extern "C" __attribute__((visibility("default"))) void flashdecpp_install_linear_table(
-    const char* device, const flashdecpp::LinearRow* rows, int64_t count) {
+void flashdecpp_install_linear_table(const char* device, const flashdecpp::LinearRow* rows, int64_t count) {
   flashdecpp::linear_tables().install(device, {rows, rows + count});
 }

@@ -1,18 +1,17 @@
 // quantized_linear on a CPU: the quantized weight is streamed for a few rows of x, and dequantized strip by strip for
 // more.
 #include "boxing.h"
+#include "choice_log.h"
 #include "cpu/add_rows.h"
 #include "cpu/kernels.h"
-#include "cpu/linear_rule.h"
 #include "cpu/linear_split.h"
 #include "cpu/scratch.h"
+#include "heuristics/cpu.h"
 #include "linear_unfused.h"
 
 namespace flashdecpp::cpu {
 namespace {
 
-// From this many rows on, dequantizing a weight once costs less than decoding it for every 8 rows.
-constexpr int64_t kDequantizeRows = 32;
 // Size of a strip of dequantized weights: it stays in the L2 cache while the rows of x pass over it.
 constexpr int64_t kStripBytes = 256 * 1024;
 
@@ -62,17 +61,22 @@ Tensor run_blas(const checks::QuantizedLinear& call, const OptionalTensor& bias)
   return blas_linear(call, weight, bias);
 }
 
-bool prefers_blas(const QuantizedLinearParams& p) {
-  return linear_prefers_blas(p.dtype, p.m, p.k, kernels().bfloat16_dot);
+QuantizedImpl choose(const QuantizedLinearParams& p) {
+  const QuantizedLinearConfig config = choose_quantized_linear(p.dtype, p.m, p.k, kernels().bfloat16_dot);
+  log_choice("quantized_linear", name(p.dtype), LinearProblem{.m = p.m, .n = p.n, .k = p.k}, config);
+  return config.impl;
 }
 
-void run(const QuantizedLinearParams& p) { p.m < kDequantizeRows ? run_streamed(p) : run_dequantized(p); }
+void run(QuantizedImpl impl, const QuantizedLinearParams& p) {
+  impl == QuantizedImpl::kStreamed ? run_streamed(p) : run_dequantized(p);
+}
 
 Tensor run(checks::QuantizedLinear& call, const OptionalTensor& bias) {
-  if (prefers_blas(call.params)) return run_blas(call, bias);
+  const QuantizedImpl impl = choose(call.params);
+  if (impl == QuantizedImpl::kBlas) return run_blas(call, bias);
   Tensor out = checks::new_like_rows(call.x_view, call.params.n);
   call.params.out = View(out).data;
-  run(call.params);
+  run(impl, call.params);
   return out;
 }
 
@@ -100,7 +104,8 @@ void quantized_linear_residual(Tensor x, Tensor weight, Tensor scales, OptionalT
   checks::check_residual(call, x, residual);
   apply_norm(call, norm_weight, norm_eps);
   const QuantizedLinearParams& p = call.params;
-  prefers_blas(p) ? add_rows(p, run_blas(call, bias)) : run(p);
+  const QuantizedImpl impl = choose(p);
+  impl == QuantizedImpl::kBlas ? add_rows(p, run_blas(call, bias)) : run(impl, p);
 }
 
 }  // namespace

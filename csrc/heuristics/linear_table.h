@@ -1,6 +1,6 @@
-// The inflection points of linear that were measured, by device, dtype and shape: what impl="auto" consults before the
-// rules of heuristics.h. No torch, no CUDA. Each op library has its own; Python fills it when the package is imported
-// (flashdecpp/tuning) and whoever runs without Python by flashdecpp_install_linear_table.
+// The measured inflection points of linear by device, dtype and shape, which impl="auto" consults before the default
+// rule. No torch, no CUDA. Each op library has its own table; Python fills them when the package is imported
+// (flashdecpp/tuning), a C++ program by flashdecpp_install_linear_table.
 #pragma once
 
 #include <algorithm>
@@ -23,15 +23,15 @@ namespace flashdecpp {
 struct LinearRow {
   int64_t dtype, n, k;  // dtype: a DType
   int64_t m1, m2;
-  int64_t max_m;  // the most rows of x that were measured: beyond them the points say nothing
+  int64_t max_m;  // the most rows of x that were measured; the points hold up to there
 
   auto key() const { return std::tie(dtype, n, k); }
 };
 
-// A call only reads: an immutable snapshot, found through one atomic pointer.
+// Calls only read an immutable snapshot through one atomic pointer.
 class LinearTables {
  public:
-  // Replaces what is known of a device.
+  // Replaces the table of a device.
   void install(std::string device, std::vector<LinearRow> rows) {
     std::sort(rows.begin(), rows.end(), [](const LinearRow& a, const LinearRow& b) { return a.key() < b.key(); });
     const std::lock_guard lock(mutex_);
@@ -69,10 +69,15 @@ class LinearTables {
   std::atomic<const Snapshot*> current_ = &none_;
 };
 
-// This library's. Never destroyed: threads may outlive the end of main.
+// This library's. Never destroyed, since threads may outlive the end of main.
 inline LinearTables& linear_tables() {
   static LinearTables& tables = *new LinearTables;
   return tables;
 }
 
 }  // namespace flashdecpp
+
+// Exported by every op library, for C++ programs without Python: replaces what impl="auto" knows about a device, which
+// is "cpu" in the CPU library, else the GPU's name as the driver has it, or its gfx target.
+extern "C" __attribute__((visibility("default"))) void flashdecpp_install_linear_table(
+    const char* device, const flashdecpp::LinearRow* rows, int64_t count);

@@ -1,5 +1,5 @@
-// Decode attention on AMD machines. Host code is compiled once for all of them: what it sees of a block is the same on
-// all, and 64 KiB hold it.
+// Decode attention on AMD GPUs. Host code is compiled once for all of them, so a CTA has the same shape on all and fits
+// into 64 KiB of LDS.
 #pragma once
 
 #include "cuda/attention/decode_attention_launch.cuh"
@@ -7,18 +7,16 @@
 
 namespace flashdecpp {
 
-template <class KV, int dims>
-struct AttentionConfig<LoadPath::kRegister, KV, dims> {
+template <>
+struct AttentionPath<LoadPath::kRegister> {
   template <class Tile>
   using Stages = RegisterStages<Tile>;
-  using Shape = CtaShape<(dims <= 128 ? 4 : 2), 1, 1, 4>;
-  using LatencyShape = Shape;
-  static constexpr int kSharedBytes = arch::kBlockSharedBytes;
-};
+  static constexpr int kSharedBytesPerSm = arch::kBlockSharedBytes + 1024;
 
-template <class Tile>
-typename RegisterStages<Tile>::Source stages_source(const AttentionParams&, RegisterStages<Tile>*) {
-  return {};
-}
+  template <class Tile>
+  static typename RegisterStages<Tile>::Source source(const AttentionParams&) {
+    return {};
+  }
+};
 
 }  // namespace flashdecpp

@@ -2,6 +2,7 @@
 
 namespace flashdecpp {
 
-template void launch_decode_attention<arch::half, LoadPath::kRegister>(const Launcher&, const AttentionLaunch&, Device);
+template void launch_decode_attention<arch::half, LoadPath::kRegister>(const Launcher&, const AttentionLaunch&,
+                                                                       const AttentionConfig&);
 
 }  // namespace flashdecpp

@@ -1,5 +1,5 @@
-// Launches of stream_gemv_kernel: every quantized GEMV, and dense ones with enough rows of x that the arithmetic of the
-// vector units, which grows with them, would be the bottleneck (docs/amd.md).
+// Launches of stream_gemv_kernel: every quantized GEMV, and the dense ones that choose_gemv gives to the matrix units
+// (docs/amd.md).
 #include "cuda/linear/linear.h"
 #include "hip/stream_gemv_amd.h"
 
@@ -14,9 +14,8 @@ void launch_tile(const Launcher& launcher, const QuantizedLinearParams& p) {
 }
 
 template <class T, int bits, bool fine>
-void launch_tiles(const Launcher& launcher, const QuantizedLinearParams& p) {
-  choose_quantized_tiles(launcher.properties(), p.n) == 1 ? launch_tile<T, bits, 1, fine>(launcher, p)
-                                                          : launch_tile<T, bits, 2, fine>(launcher, p);
+void launch_tiles(const Launcher& launcher, const QuantizedLinearParams& p, int32_t tiles) {
+  tiles == 1 ? launch_tile<T, bits, 1, fine>(launcher, p) : launch_tile<T, bits, 2, fine>(launcher, p);
 }
 
 struct DenseGemvs {
@@ -32,29 +31,25 @@ struct QuantizedGemvs {
   static constexpr int kMaxRows = 16;
 
   template <class T>
-  static void launch(const Launcher& launcher, const QuantizedLinearParams& p) {
+  static void launch(const Launcher& launcher, const QuantizedLinearParams& p, int32_t tiles) {
     const bool fine = p.group < 128 && p.group < p.k;
     if (p.bits == 8) {
-      fine ? launch_tiles<T, 8, true>(launcher, p) : launch_tiles<T, 8, false>(launcher, p);
+      fine ? launch_tiles<T, 8, true>(launcher, p, tiles) : launch_tiles<T, 8, false>(launcher, p, tiles);
     } else {
-      fine ? launch_tiles<T, 4, true>(launcher, p) : launch_tiles<T, 4, false>(launcher, p);
+      fine ? launch_tiles<T, 4, true>(launcher, p, tiles) : launch_tiles<T, 4, false>(launcher, p, tiles);
     }
   }
 };
 
 }  // namespace
 
-bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
-  constexpr int64_t min_rows = 3;
-  if (p.m < min_rows || p.fusion.any()) return false;
+void launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
   launch_row_chunks<DenseGemvs>(launcher, QuantizedLinearParams{p});
-  return true;
 }
 
-bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
-  if (p.fusion.any()) return false;
-  launch_row_chunks<QuantizedGemvs>(launcher, p);
-  return true;
+void launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p,
+                           const QuantizedLinearConfig& config) {
+  launch_row_chunks<QuantizedGemvs>(launcher, p, config.tiles);
 }
 
 }  // namespace flashdecpp

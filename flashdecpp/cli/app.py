@@ -377,12 +377,20 @@ def info(
     dtype: Annotated[
         str | None, typer.Option(help="The dtype of these shapes.  [default: bfloat16; on a GPU float16]")
     ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Show what decode_attention chooses: 'batch,q_len,q_heads,kv_heads,head_dim,max_len' "
+            "and, of a paged cache, ',block_size'; ';' between calls."
+        ),
+    ] = None,
 ) -> None:
     """What was built, which devices there are, and which kernels will run and why."""
-    from flashdecpp.info import lines
+    from flashdecpp.info import lines, parse_attention
     from flashdecpp.tuning.table import parse_shapes
 
-    for line in lines([] if shapes is None else parse_shapes(shapes), dtype):
+    problems = [] if attention is None else parse_attention(attention)
+    for line in lines([] if shapes is None else parse_shapes(shapes), dtype, problems):
         print(line)
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from flashdecpp import ops
+from flashdecpp import _C, ops
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -58,10 +58,6 @@ NAME = "flashdecpp"
 # transformers takes any name with "flash" in it for a build of FlashAttention, and treats models and masks
 # accordingly. So the name that its registries and configs hold is another.
 REGISTERED = "decpp"
-MAX_NEW_TOKENS = 16  # of decode_attention
-MAX_HEAD_DIM = 256
-MAX_GROUP = 16
-
 OURS = "flashdecpp"  # what attention_calls counts beside the reasons for falling back
 PREFILL = "prefill"
 GRADIENTS = "gradients are needed: use torch.no_grad()"
@@ -168,7 +164,7 @@ def mask(
     keys. Reads whether there is padding from the device, as SDPA's mask does; under torch.compile a padding
     mask counts as padding.
     """
-    described = q_length <= MAX_NEW_TOKENS and mask_function is not bidirectional_mask_function
+    described = q_length <= _C.MAX_NEW_TOKENS and mask_function is not bidirectional_mask_function
     if described:
         window = _window(mask_function)
         length = q_offset + q_length
@@ -270,7 +266,7 @@ def _reason_to_fall_back(
     """Why decode_attention cannot serve this call; None if it can."""
     _, q_heads, q_length, head_dim = query.shape
     _, kv_heads, kv_length, key_dim = key.shape
-    if q_length > MAX_NEW_TOKENS:
+    if q_length > _C.MAX_NEW_TOKENS:
         return PREFILL
     if attention_mask is None:
         return "not causal"
@@ -292,9 +288,9 @@ def _reason_to_fall_back(
         return f"device {device}"
     if dtype not in DTYPES[device] or key.dtype != dtype or value.dtype != dtype:
         return f"dtype {dtype} of q, {key.dtype} of k and {value.dtype} of v"
-    if head_dim % 8 or head_dim > MAX_HEAD_DIM or key_dim != head_dim or value.size(3) != head_dim:
+    if head_dim % 8 or head_dim > _C.MAX_HEAD_DIM or key_dim != head_dim or value.size(3) != head_dim:
         return f"head_dim {head_dim} of q, {key_dim} of k and {value.size(3)} of v"
-    if q_heads % kv_heads or q_heads > MAX_GROUP * kv_heads:
+    if q_heads % kv_heads or q_heads > _C.MAX_QUERY_GROUP * kv_heads:
         return f"{q_heads} query heads over {kv_heads} KV heads"
     if _has_keys(attention_mask) and (_pitch(key) is None or _pitch(key) != _pitch(value)):
         return "padding, and sequences that are not the same whole number of keys apart in k and v"

@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 
+from flashdecpp import _C
 from flashdecpp.errors import ModelError
 
 from .architectures import Architecture
@@ -46,8 +47,8 @@ class ModelConfig:
             raise ModelError(
                 f"{self.q_heads} query heads are not a multiple of {self.kv_heads} key/value heads"
             )
-        if self.head_dim % 8 or not 0 < self.head_dim <= 256:
-            raise ModelError(f"head_dim must be a multiple of 8 up to 256, got {self.head_dim}")
+        if self.head_dim % 8 or not 0 < self.head_dim <= _C.MAX_HEAD_DIM:
+            raise ModelError(f"head_dim must be a multiple of 8 up to {_C.MAX_HEAD_DIM}, got {self.head_dim}")
         if self.context > LARGEST:
             raise ModelError(f"a context of {self.context} tokens is more than the {LARGEST} that can be run")
 

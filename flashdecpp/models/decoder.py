@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from flashdecpp import ops
+from flashdecpp import _C, ops
 from flashdecpp._memory import available_bytes, gigabytes
 from flashdecpp.errors import OutOfMemory
 
@@ -25,7 +25,7 @@ BLAS_ROWS = 128
 LOGITS_ROWS = 64
 
 # Tokens of a sequence that the decode op takes at once
-MAX_Q_LEN = 16
+MAX_Q_LEN = _C.MAX_NEW_TOKENS
 
 # (layer, q, k, v) -> [batch, q_len, q_heads, head_dim]; q and k are rotated, k and v are in the cache
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

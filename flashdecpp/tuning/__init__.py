@@ -78,4 +78,4 @@ def install() -> None:
 
 def rows(table: Table) -> list[LinearRow]:
     """The table as the op libraries take it."""
-    return [LinearRow(int(getattr(_C.DType, p.dtype)), p.n, p.k, p.m1, p.m2, p.m[-1]) for p in table.profiles]
+    return [(int(getattr(_C.DType, p.dtype)), p.n, p.k, p.m1, p.m2, p.m[-1]) for p in table.profiles]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -25,11 +26,21 @@ def gfx_target(device: torch.device) -> str | None:
 
 
 def gpu_properties(device: torch.device) -> _C.DeviceProperties:
-    """What csrc/heuristics.h knows of a GPU: as Launcher::properties() has it."""
+    """What the heuristics of the op libraries know about a GPU.
+
+    Only the library itself can tell if it was compiled for less than the GPU can do; here that isn't seen.
+    """
     properties = torch.cuda.get_device_properties(device)
-    target = gfx_target(device)
-    arch = int(target.removeprefix("gfx"), 16) if target else 10 * properties.major + properties.minor
-    return _C.DeviceProperties(properties.multi_processor_count, arch)
+    if target := gfx_target(device):
+        number = int(target.removeprefix("gfx"), 16)
+        return _C.amd_device(target, number, properties.multi_processor_count, properties.warp_size)
+    return _C.nvidia_device(
+        properties.name,
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_multiprocessor,
+        generic=os.environ.get("FLASHDECPP_GPU_KERNELS") == "generic",
+    )
 
 
 def device_name(device: torch.device) -> str:

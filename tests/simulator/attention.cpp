@@ -160,8 +160,14 @@ void run(const Case& c, const std::string& name) {
   launch.set_query_tiles(Tile::kRows);
   const int64_t kv_tiles = std::max<int64_t>((p.capacity() + kKvTile - 1) / kKvTile, 1);
   const int64_t resident = std::max(c.resident / c.cluster, 1);
-  const AttentionGrid grid = choose_attention_grid(resident, batch, launch.work_tiles_per_sequence(), c.num_splits,
-                                                   kv_tiles, 2 * c.cluster, 1, int64_t{1} << 12);
+  const AttentionGrid grid = choose_attention_grid({.resident = resident,
+                                                    .batch = batch,
+                                                    .work_tiles_per_sequence = launch.work_tiles_per_sequence(),
+                                                    .num_splits = c.num_splits,
+                                                    .kv_tiles = kv_tiles,
+                                                    .min_kv_tiles = 2 * c.cluster,
+                                                    .min_ctas = 1,
+                                                    .max_slots = int64_t{1} << 12});
   launch.cluster_size_log2 = std::bit_width(static_cast<unsigned>(c.cluster)) - 1;
   launch.min_kv_tiles_log2 = std::bit_width(static_cast<unsigned>(c.cluster * Tile::kWarps)) - 1;
   launch.uniform_splits = static_cast<int32_t>(grid.uniform_splits);

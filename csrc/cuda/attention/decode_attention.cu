@@ -1,38 +1,77 @@
-// Decode attention on a GPU, the host's side: check, guard, allocate, choose the way of the loads.
+// decode_attention on a GPU, the host's side: check, guard, choose, allocate, launch.
 #include "cuda/attention/decode_attention.h"
+
+#include <bit>
 
 #include "boxing.h"
 #include "checks/decode_attention.h"
+#include "choice_log.h"
 #include "cuda/attention/tile.cuh"
+#include "cuda/nonce.h"
 
 namespace flashdecpp {
 namespace {
 
 constexpr const char* kOp = "decode_attention";
+static_assert(sizeof(SoftmaxState) == kSoftmaxStateBytes);
 
-// Whether the cache can be described to tensor copies and its blocks hold whole groups: of 16-byte aligned rows, which
-// the contract does not promise for float8.
-[[maybe_unused]] bool fits_tma(const AttentionParams& p) {
+// Whether tensor maps can describe the cache: rows aligned to 16 bytes, which the contract does not promise for fp8.
+bool suits_tma(const AttentionParams& p) {
   const int64_t element = p.kv_dtype == DType::kFloat8E4M3 ? 1 : 2;
-  const auto fits = [&](const void* data, const CacheLayout& layout) {
+  const auto suits = [&](const void* data, const CacheLayout& layout) {
     const auto step = [&](int64_t size, int64_t stride) {
       return size <= 1 || (stride > 0 && stride * element % 16 == 0 && stride * element < int64_t{1} << 40);
     };
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && step(p.num_blocks, layout.block_stride) &&
            step(p.block_size, layout.token_stride) && step(p.kv_heads, layout.head_stride);
   };
-  return p.num_blocks > 0 && (!p.block_table || p.block_size % kKvTile == 0) && fits(p.k_cache, p.k) &&
-         fits(p.v_cache, p.v);
+  return p.num_blocks > 0 && suits(p.k_cache, p.k) && suits(p.v_cache, p.v);
 }
 
-template <class T>
-void launch_load_path(const Launcher& launcher, const AttentionLaunch& launch, Device device) {
-  if constexpr (arch::kHasHopperKernels) {
-    if (launcher.hopper_kernels() && fits_tma(launch.p)) {
-      return launch_decode_attention<T, LoadPath::kTma>(launcher, launch, device);
-    }
-  }
-  launch_decode_attention<T, kGenericLoadPath>(launcher, launch, device);
+AttentionProblem problem_of(const AttentionParams& p) {
+  return {.batch = p.batch,
+          .q_len = p.q_len,
+          .q_heads = p.q_heads,
+          .kv_heads = p.kv_heads,
+          .head_dim = p.head_dim,
+          .capacity = p.num_blocks > 0 ? p.capacity() : 0,
+          .block_size = p.block_table ? p.block_size : 0,
+          .num_splits = p.num_splits,
+          .kv_bytes = p.kv_dtype == DType::kFloat8E4M3 ? 1 : 2,
+          .suits_tma = suits_tma(p)};
+}
+
+// CTAs and KV tiles are numbered in 32 bits.
+void check_size(const AttentionProblem& problem, const AttentionConfig& config) {
+  const int64_t work_tiles = config.work_tiles;
+  FLASHDECPP_REQUIRE(work_tiles <= INT32_MAX, kOp, "q must have a batch of at most ",
+                     INT32_MAX / (work_tiles / problem.batch), " with its heads and q_len, got ", problem.batch);
+  FLASHDECPP_REQUIRE(problem.kv_tiles() <= INT32_MAX / work_tiles, kOp,
+                     problem.block_size > 0 ? "block_table" : "k_cache", " must have room for at most ",
+                     INT32_MAX / work_tiles * kKvTile, " keys per sequence with q's batch, heads and q_len, got ",
+                     problem.capacity);
+  FLASHDECPP_REQUIRE(config.ctas() <= INT32_MAX, kOp, "num_splits must be at most ", INT32_MAX / work_tiles,
+                     " with q's batch, heads and q_len, got ", problem.num_splits);
+}
+
+// The launch's share of the configuration, and the workspace that it returns, which must live until the launch.
+Tensor prepare(AttentionLaunch& launch, const AttentionProblem& problem, const AttentionConfig& config, Device device) {
+  launch.set_query_tiles(kQueryTileRows);
+  launch.cluster_size_log2 = std::bit_width(static_cast<uint64_t>(config.cluster)) - 1;
+  launch.min_kv_tiles_log2 = std::bit_width(static_cast<uint64_t>(config.min_tiles_per_cluster)) - 1;
+  launch.uniform_splits = static_cast<int32_t>(config.grid.uniform_splits);
+  launch.streams = static_cast<uint32_t>(config.grid.streams);
+  launch.max_streams = static_cast<uint32_t>(config.grid.max_streams);
+  launch.min_uniform_keys = static_cast<float>(config.grid.min_uniform_tiles) * kKvTile;
+  const int64_t slots = config.grid.slots;
+  if (slots == 0) return {};
+  Tensor workspace = new_tensor({(slots * problem.slot_bytes() + 16 + 3) / 4}, DType::kFloat32, device);
+  launch.ready = static_cast<uint64_t*>(View(workspace).data);
+  launch.partial_out = reinterpret_cast<float*>(launch.ready + (slots + 1) / 2 * 2);  // 16-byte aligned
+  launch.partial_states =
+      reinterpret_cast<SoftmaxState*>(launch.partial_out + slots * launch.slot_rows * launch.p.head_dim);
+  launch.nonce = new_nonce(launch.ready);
+  return workspace;
 }
 
 template <class Phi>  // as in checks::decode_attention
@@ -52,11 +91,21 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_c
   if (p.batch == 0) return {out, lse};
   p.out = View(out).data;
   p.lse = static_cast<float*>(View(lse).data);
-  if (p.q_dtype == DType::kFloat16) {
-    launch_load_path<arch::half>(launcher, launch, device);
-  } else {
-    launch_load_path<arch::bfloat16>(launcher, launch, device);
-  }
+  const AttentionProblem problem = problem_of(p);
+  const AttentionConfig config = choose_attention(problem, launcher.properties());
+  check_size(problem, config);
+  log_choice(kOp, name(p.q_dtype), problem, config);
+  const Tensor workspace = prepare(launch, problem, config, device);
+  arch::with_half_type(p.q_dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (arch::kAmd) {
+      launch_decode_attention<T, LoadPath::kRegister>(launcher, launch, config);
+    } else if (config.path == LoadPath::kTma) {
+      launch_decode_attention<T, LoadPath::kTma>(launcher, launch, config);
+    } else {
+      launch_decode_attention<T, LoadPath::kCpAsync>(launcher, launch, config);
+    }
+  });
   return {out, lse};
 }
 

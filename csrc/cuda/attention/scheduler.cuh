@@ -23,9 +23,6 @@
 
 namespace flashdecpp {
 
-inline constexpr unsigned kMinKvTiles = 8;    // per CTA: fewer are not worth another one
-inline constexpr unsigned kLongKvTiles = 96;  // per warp: more are worth streams beyond those that fill the device
-
 // The index of this CTA in its cluster, and of this warp, in CTAs of `cta_warps` warps.
 __device__ __forceinline__ int cluster_rank(const AttentionLaunch& launch) {
   return blockIdx.x & ((1 << launch.cluster_size_log2) - 1);

@@ -3,6 +3,7 @@
 
 #include "cuda/arch.h"
 #include "cuda/attention/softmax.cuh"
+#include "heuristics/attention.h"
 #include "params.h"
 
 namespace flashdecpp {
@@ -11,9 +12,6 @@ using arch::kTilesOf16;
 using arch::TileA;
 using arch::TileB;
 using arch::TileC;
-
-inline constexpr int kKvTile = 16;         // keys that a warp processes at a time
-inline constexpr int kMaxClusterSize = 8;  // CTAs; larger clusters are not portable
 
 struct AttentionLaunch {
   AttentionParams p;

@@ -1,4 +1,6 @@
+// flat_gemm on a GPU, and the generic kernel's launch.
 #include "boxing.h"
+#include "choice_log.h"
 #include "cuda/linear/flat_gemm_kernel.cuh"
 #include "cuda/linear/linear.h"
 #include "cuda/nonce.h"
@@ -6,16 +8,16 @@
 namespace flashdecpp {
 namespace {
 
+// The heuristics know these without the kernel's headers.
+static_assert(arch::kTileN == (arch::kAmd ? 16 : 8) && arch::kBlockSharedBytes == (arch::kAmd ? 64 : 160) * 1024);
+
 template <class T, int tile_index>
-void launch(const Launcher& launcher, const LinearParams& p, Device device) {
+void launch(const Launcher& launcher, const LinearParams& p, const FlatGemmConfig& config, Device device) {
   using G = FlatGemm<T, tile_index>;
   const int64_t tiles = (p.m + G::kBlockM - 1) / G::kBlockM * ((p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
-  const int64_t k_tiles = (p.k + G::kBlockK - 1) / G::kBlockK;
-  const int64_t wanted = choose_k_splits(launcher.properties(), G::kTile, tiles, k_tiles);
-
   SplitK split{};
-  split.k_tiles_per_split = static_cast<int32_t>((k_tiles + wanted - 1) / wanted);
-  split.splits = static_cast<int32_t>((k_tiles + split.k_tiles_per_split - 1) / split.k_tiles_per_split);
+  split.k_tiles_per_split = config.k_tiles_per_split;
+  split.splits = config.k_splits;
   OptionalTensor workspace;  // partials, then their flags; lives until the launch is enqueued
   if (split.splits > 1) {
     const int64_t flags = tiles * (split.splits - 1), elements = flags * G::kBlockM * G::kBlockN;
@@ -24,20 +26,22 @@ void launch(const Launcher& launcher, const LinearParams& p, Device device) {
     split.ready = reinterpret_cast<uint64_t*>(split.partials + elements);
     split.nonce = new_nonce(split.partials);
   }
-  const auto kernel = p.fusion.any() ? flat_gemm_kernel<T, tile_index, true> : flat_gemm_kernel<T, tile_index, false>;
-  launcher.allow_shared_memory(kernel, G::kSharedBytes);
   const dim3 grid(static_cast<unsigned>(tiles), split.splits);
-  const int warps = G::kTile.warps_m * G::kTile.warps_n;
-  launcher(kernel, grid, warps * launcher.warp_size(), G::kSharedBytes, p, split);
+  const int threads = G::kTile.warps_m * G::kTile.warps_n * launcher.warp_size();
+  with_bool(p.fusion.any(), [&](auto fused) {
+    constexpr auto kernel = flat_gemm_kernel<T, tile_index, fused.value>;
+    launcher.allow_shared_memory<kernel>(G::kSharedBytes);
+    launcher(kernel, grid, threads, G::kSharedBytes, p, split);
+  });
 }
 
 template <class T, int tile_index = 0>
-void launch(const Launcher& launcher, const LinearParams& p, Device device, int chosen) {
+void launch_tile(const Launcher& launcher, const LinearParams& p, const FlatGemmConfig& config, Device device) {
   if constexpr (tile_index < kNumFlatTiles) {
     constexpr FlatTile tile = kFlatTiles[tile_index];
-    if (chosen != tile_index) return launch<T, tile_index + 1>(launcher, p, device, chosen);
+    if (config.tile != tile_index) return launch_tile<T, tile_index + 1>(launcher, p, config, device);
     if constexpr (tile.block_m % arch::kTileN == 0 && tile.stages_within(arch::kBlockSharedBytes) >= 2) {
-      launch<T, tile_index>(launcher, p, device);
+      launch<T, tile_index>(launcher, p, config, device);
     }
   }
 }
@@ -56,15 +60,16 @@ Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
 
 void run_flat_gemm(const Launcher& launcher, const LinearParams& p, Device device) {
   if (p.m == 0 || p.n == 0) return;
-  if constexpr (arch::kHasHopperKernels) {
-    if (launcher.hopper_kernels() && launch_flat_gemm_wgmma(launcher, p)) return;
+  const LinearProblem problem = linear_problem(p);
+  bool suits_tma = false;
+  if constexpr (!arch::kAmd) suits_tma = wgmma_can_load(p);
+  const FlatGemmConfig config = choose_flat_gemm(problem, launcher.properties(), suits_tma);
+  log_choice("flat_gemm", name(p.dtype), problem, config);
+  if constexpr (!arch::kAmd) {
+    if (config.wgmma) return launch_flat_gemm_wgmma(launcher, p, config);
   }
-  const int32_t shared_bytes = std::min(arch::kBlockSharedBytes, launcher.shared_bytes());
-  const int32_t tile = choose_flat_tile(p.m, shared_bytes, arch::kTileN);
-  arch::with_half_type(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    launch<T>(launcher, p, device, tile);
-  });
+  arch::with_half_type(
+      p.dtype, [&](auto* type) { launch_tile<std::remove_pointer_t<decltype(type)>>(launcher, p, config, device); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)

@@ -1,4 +1,6 @@
+// gemv on a GPU, and the generic kernel's launch.
 #include "boxing.h"
+#include "choice_log.h"
 #include "cuda/linear/gemv_kernel.cuh"
 #include "cuda/linear/linear.h"
 
@@ -7,17 +9,17 @@ namespace {
 
 template <class T, int m>
 void launch_generic(const Launcher& launcher, const LinearParams& p) {
-  const int64_t groups = (p.weight_rows() + kGemvRows - 1) / kGemvRows;
+  const int64_t row_groups = (p.weight_rows() + kGemvRows - 1) / kGemvRows;
   const int32_t warp_size = launcher.warp_size();
   const int64_t loads_per_lane = (p.k / 8 + warp_size - 1) / warp_size;
-  const int32_t warps = choose_gemv_warps(launcher.properties(), m, groups, loads_per_lane);
+  const int32_t warps = choose_gemv_warps(launcher.properties(), m, row_groups, loads_per_lane);
   const int64_t groups_per_block = kGemvThreads / warp_size / warps;
-  const int64_t blocks = std::min<int64_t>((groups + groups_per_block - 1) / groups_per_block, INT32_MAX);
+  const int64_t blocks = std::min<int64_t>((row_groups + groups_per_block - 1) / groups_per_block, INT32_MAX);
   const auto kernel = p.fusion.any() ? gemv_kernel<T, m, true> : gemv_kernel<T, m, false>;
   launcher(kernel, static_cast<unsigned>(blocks), kGemvThreads, 0, p, static_cast<int>(warps));
 }
 
-// The CUDA cores, up to 8 rows of x.
+// On the CUDA cores, up to 8 rows of x.
 struct GenericGemv {
   static constexpr int kMaxRows = 8;
 
@@ -50,7 +52,10 @@ Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
 
 void run_gemv(const Launcher& launcher, const LinearParams& p) {
   if (p.m == 0 || p.n == 0) return;
-  if (!launch_matrix_gemv(launcher, p)) launch_row_chunks<GenericGemv>(launcher, p);
+  const GemvConfig config = choose_gemv(launcher.properties(), p.m, p.fusion.any());
+  log_choice("gemv", name(p.dtype), linear_problem(p), config);
+  config.kernel == GemvKernel::kCudaCores ? launch_row_chunks<GenericGemv>(launcher, p)
+                                          : launch_matrix_gemv(launcher, p);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)

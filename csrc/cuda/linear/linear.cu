@@ -4,6 +4,8 @@
 #include <string>
 
 #include "boxing.h"
+#include "checks/linear_table.h"
+#include "choice_log.h"
 #include "cuda/linear/linear.h"
 #include "cuda/numeric.cuh"
 #include "heuristics/linear_table.h"
@@ -14,17 +16,21 @@ namespace {
 
 // impl="auto": the BLAS where the hand-written kernels cannot run, else by the inflection points measured on this
 // device, else by the rule's.
-LinearImpl choose(const Launcher& launcher, const checks::Linear& call) {
+LinearConfig choose(const Launcher& launcher, const checks::Linear& call) {
   const LinearParams& p = call.params;
   const bool half = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
   const int64_t rows = p.weight_rows();
-  if (!half || !rows_are_aligned(p.weight, rows, p.weight_stride, p.dtype)) return LinearImpl::kBlas;
-  const auto measured = linear_tables().find(arch::name_in_tables(call.x_view.device.index), p.dtype, rows, p.k, p.m);
-  return choose_linear(measured ? *measured : default_inflection_points(launcher.properties()), p.m, p.k);
+  const bool vectors = half && rows_are_aligned(p.weight, rows, p.weight_stride, p.dtype);
+  const DeviceProperties& device = launcher.properties();
+  const LinearProblem problem = linear_problem(p, vectors);
+  const LinearConfig config =
+      choose_linear(problem, device, linear_tables().find(device.name, p.dtype, rows, p.k, p.m));
+  log_choice("linear", name(p.dtype), problem, config);
+  return config;
 }
 
 LinearImpl choose(const char* op, const std::string& impl, const Launcher& launcher, const checks::Linear& call) {
-  return impl == "auto" ? choose(launcher, call) : checks::linear_impl(op, impl);
+  return impl == "auto" ? choose(launcher, call).impl : checks::linear_impl(op, impl);
 }
 
 void run(const Launcher& launcher, LinearImpl impl, const checks::Linear& call) {
@@ -83,7 +89,11 @@ __global__ void add_kernel(T* sums, const T* terms, int64_t count) {
 
 int64_t linear_choice_index(Tensor x, Tensor weight) {
   const checks::Linear call = checks::linear("linear_choice", x, weight, std::nullopt);
-  return static_cast<int64_t>(choose(Launcher("linear_choice", call.x_view.device), call));
+  return static_cast<int64_t>(choose(Launcher("linear_choice", call.x_view.device), call).impl);
+}
+
+void install_linear_table(std::string device, Tensor rows) {
+  linear_tables().install(std::move(device), checks::linear_rows(rows));
 }
 
 }  // namespace
@@ -107,10 +117,13 @@ STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
   m.impl("linear_choice_index", boxed<&linear_choice_index>);
 }
 
+STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)  // its rows are on the CPU
+{
+  m.impl("_install_linear_table.gpu", boxed<&install_linear_table>);
+}
+
 }  // namespace flashdecpp
 
-// Called from Python through ctypes.
-extern "C" __attribute__((visibility("default"))) void flashdecpp_install_linear_table(
-    const char* device, const flashdecpp::LinearRow* rows, int64_t count) {
+void flashdecpp_install_linear_table(const char* device, const flashdecpp::LinearRow* rows, int64_t count) {
   flashdecpp::linear_tables().install(device, {rows, rows + count});
 }

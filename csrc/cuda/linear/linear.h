@@ -4,6 +4,7 @@
 #include "checks/linear.h"
 #include "cuda/launch.h"
 #include "cuda/numeric.cuh"
+#include "heuristics/linear.h"
 
 namespace flashdecpp {
 
@@ -30,9 +31,13 @@ inline void require_vector_rows(const char* op, const checks::Linear& call) {
                      reinterpret_cast<uintptr_t>(p.weight) % 16, " and a row stride of ", p.weight_stride, " elements");
 }
 
+inline LinearProblem linear_problem(const LinearParams& p, bool vectors = true) {
+  return {.m = p.m, .n = p.weight_rows(), .k = p.k, .vectors = vectors, .residual = p.fusion.adds()};
+}
+
 // Launches a kernel for at most Kernels::kMaxRows rows of x at a time.
-template <class Kernels, class Params>
-void launch_row_chunks(const Launcher& launcher, const Params& p) {
+template <class Kernels, class Params, class... Config>
+void launch_row_chunks(const Launcher& launcher, const Params& p, const Config&... config) {
   arch::with_half_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t first = 0; first < p.m; first += Kernels::kMaxRows) {
@@ -40,19 +45,20 @@ void launch_row_chunks(const Launcher& launcher, const Params& p) {
       chunk.m = std::min<int64_t>(Kernels::kMaxRows, p.m - first);
       chunk.x = static_cast<const T*>(p.x) + first * p.x_stride;
       chunk.out = static_cast<T*>(p.out) + first * p.n;
-      Kernels::template launch<T>(launcher, chunk);
+      Kernels::template launch<T>(launcher, chunk, config...);
     }
   });
 }
 
-// Each vendor's kernels on its matrix units: gemv_mma.cu and quantized_gemv.cu on NVIDIA, csrc/hip/stream_gemv.hip on
-// AMD, which takes no call with a fusion. They return false if they do not serve the call; GenericGemv then does, or
-// the BLAS with a dequantized weight.
-bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p);
-bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p);
+// Each vendor's kernels on its matrix units: cuda/nvidia/gemv_mma.cu, quantized_gemv.cu and flat_gemm_wgmma.cu, or
+// hip/stream_gemv.hip. The heuristics decide which GPUs and calls they serve.
+void launch_matrix_gemv(const Launcher& launcher, const LinearParams& p);
+void launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p,
+                           const QuantizedLinearConfig& config);
 
-// flat_gemm_wgmma.cu, compiled where arch::kHasHopperKernels; false if it does not serve the call.
-bool launch_flat_gemm_wgmma(const Launcher& launcher, const LinearParams& p);
+// NVIDIA only.
+void launch_flat_gemm_wgmma(const Launcher& launcher, const LinearParams& p, const FlatGemmConfig& config);
+bool wgmma_can_load(const LinearParams& p);  // tensor maps can describe x and the weight
 
 // Allocates the result of a call.
 template <class Params>

@@ -1,6 +1,7 @@
 // quantized_linear on a GPU: the quantized weight is streamed for a few rows of x, and dequantized for the BLAS for
 // more.
 #include "boxing.h"
+#include "choice_log.h"
 #include "cuda/linear/dequantize_kernel.cuh"
 #include "cuda/linear/linear.h"
 #include "linear_unfused.h"
@@ -8,12 +9,13 @@
 namespace flashdecpp {
 namespace {
 
-// With more rows, streaming the weight once per 16 rows costs more than writing and reading it once in x's dtype.
-constexpr int64_t kStreamedRows = 48;
-
-bool can_stream(const QuantizedLinearParams& p) {
-  return (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && p.m <= kStreamedRows && p.k % 16 == 0 &&
-         rows_are_aligned(p.weight, p.weight_rows(), p.weight_stride, DType::kUInt8);
+QuantizedLinearConfig choose(const Launcher& launcher, const QuantizedLinearParams& p) {
+  const bool half = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
+  const bool vectors = half && rows_are_aligned(p.weight, p.weight_rows(), p.weight_stride, DType::kUInt8);
+  const LinearProblem problem = linear_problem(p, vectors);
+  const QuantizedLinearConfig config = choose_quantized_linear(problem, launcher.properties(), p.fusion.any());
+  log_choice("quantized_linear", name(p.dtype), problem, config);
+  return config;
 }
 
 Tensor dequantize(const Launcher& launcher, const QuantizedLinearParams& p, Device device) {
@@ -29,11 +31,11 @@ Tensor dequantize(const Launcher& launcher, const QuantizedLinearParams& p, Devi
   return weight;
 }
 
-// Streams the weight into params.out; false if this device has no kernel for the call.
-bool run_streamed(const Launcher& launcher, checks::QuantizedLinear& call) {
+// Streams the weight into params.out.
+void run_streamed(const Launcher& launcher, checks::QuantizedLinear& call, const QuantizedLinearConfig& config) {
   align_rows(call);
   const QuantizedLinearParams& p = call.params;
-  return p.m == 0 || p.n == 0 || launch_quantized_gemv(launcher, p);
+  if (p.m > 0 && p.n > 0) launch_quantized_gemv(launcher, p, config);
 }
 
 Tensor run_blas(const Launcher& launcher, const checks::QuantizedLinear& call, const OptionalTensor& bias) {
@@ -48,9 +50,11 @@ Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor o
   checks::check_activation(call, gate, activation);
   const Launcher launcher("quantized_linear", call.x_view.device);
   apply_norm(call, norm_weight, norm_eps);
-  if (can_stream(call.params)) {
+  const QuantizedLinearConfig config = choose(launcher, call.params);
+  if (config.streams) {
     Tensor out = allocate(call);
-    if (run_streamed(launcher, call)) return out;
+    run_streamed(launcher, call, config);
+    return out;
   }
   return apply_activation("quantized_linear", run_blas(launcher, call, bias), call.params.fusion);
 }
@@ -67,8 +71,9 @@ void quantized_linear_residual(Tensor x, Tensor weight, Tensor scales, OptionalT
   checks::check_residual(call, x, residual);
   const Launcher launcher("quantized_linear", call.x_view.device);
   apply_norm(call, norm_weight, norm_eps);
-  if (can_stream(call.params) && run_streamed(launcher, call)) return;
-  add_rows(launcher, call.params, run_blas(launcher, call, bias));
+  const QuantizedLinearConfig config = choose(launcher, call.params);
+  config.streams ? run_streamed(launcher, call, config)
+                 : add_rows(launcher, call.params, run_blas(launcher, call, bias));
 }
 
 }  // namespace

@@ -3,6 +3,6 @@
 namespace flashdecpp {
 
 template void launch_decode_attention<arch::bfloat16, LoadPath::kCpAsync>(const Launcher&, const AttentionLaunch&,
-                                                                          Device);
+                                                                          const AttentionConfig&);
 
 }  // namespace flashdecpp
