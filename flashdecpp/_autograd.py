@@ -1,8 +1,8 @@
-"""What the ops tell autograd: they have no backward, and nobody shall miss a gradient without noticing.
+"""The ops have no backward: these functions make a lost gradient an error instead of a silent omission.
 
-Kernels that torch's dispatcher would call for autograd cost more than the ops themselves. So the wrappers of
-`flashdecpp.ops` look at what came out: torch marks the results of an op without a backward as requiring grad
-where an argument does.
+Autograd kernels in torch's dispatcher would cost more than the ops themselves. So the wrappers of
+`flashdecpp.ops` look at the results instead: torch marks those of an op without a backward as requiring grad
+if an argument does.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @torch.library.custom_op("flashdecpp::no_backward", mutates_args=())
 def _no_backward(grad: Tensor, like: Tensor, op: str) -> Tensor:
-    """Stands in a backward pass, traced ones too, where a gradient of `like` would be computed."""
+    """Takes the place of the gradient of `like` in a backward pass, traced or not, and raises."""
     raise RuntimeError(
-        f"flashdecpp::{op} has no backward: call it under torch.no_grad(), or detach what it is given"
+        f"flashdecpp::{op} has no backward: call it under torch.no_grad(), or detach its arguments"
     )
 
 
@@ -25,7 +25,7 @@ def _(grad, like, op):
 
 
 class _WithoutBackward(torch.autograd.Function):
-    """Its results, as they are, of the inputs that an op made them of."""
+    """Passes an op's results through unchanged, as a function of the op's inputs."""
 
     @staticmethod
     def forward(op: str, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -43,15 +43,15 @@ class _WithoutBackward(torch.autograd.Function):
 
 
 def without_backward(op: str, results: tuple[Tensor, ...], *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """The results of an op such that a backward through them raises a RuntimeError that names the op."""
+    """The results of an op, so that a backward through them raises a RuntimeError that names the op."""
     return _WithoutBackward.apply(op, len(results), *(x.detach() for x in results), *inputs)
 
 
 def refuse_gradients(op: str, in_place: str, **arguments: Tensor | None) -> None:
-    """A ValueError where one of the arguments of an op that updates `in_place` requires grad."""
+    """Raises a ValueError if an argument of an op that updates `in_place` requires grad."""
     for name, x in arguments.items():
         if isinstance(x, Tensor) and x.requires_grad:
             raise ValueError(
-                f"flashdecpp::{op}: {name} must not require grad where {in_place} is updated in place while "
+                f"flashdecpp::{op}: {name} must not require grad if {in_place} is updated in place while "
                 "gradients are recorded, got one that does: call the op under torch.no_grad()"
             )

@@ -106,12 +106,12 @@ def _translate(error: RuntimeError, op: OpOverload, arguments: Mapping[str, obje
 
 def _foreign(op: OpOverload, arguments: Mapping[str, object]) -> str | None:
     """The complaint about the first tensor that is on a different device than the first, or not strided."""
-    names = [argument.name for argument in op._schema.arguments]
-    tensors = {name: arguments[name] for name in names if isinstance(arguments.get(name), Tensor)}
-    first = next(iter(tensors), None)
-    for name, x in tensors.items():
-        if x.device != tensors[first].device:
-            return f"{op._schema.name}: {name} must be on {tensors[first].device} as {first}, got {x.device}"
+    values = ((argument.name, arguments.get(argument.name)) for argument in op._schema.arguments)
+    tensors = [(name, x) for name, x in values if isinstance(x, Tensor)]
+    for name, x in tensors:
+        first, same = tensors[0]
+        if x.device != same.device:
+            return f"{op._schema.name}: {name} must be on {same.device} as {first}, got {x.device}"
         if x.layout is not torch.strided:
             return f"{op._schema.name}: {name} must be strided, got {x.layout}"
     return None
@@ -247,7 +247,7 @@ def decode_attention(
         increment_version(fallback_count)
     if out.requires_grad:
         scales = (alibi_slopes, sinks, k_scale, v_scale)
-        return without_backward("decode_attention", (out, lse), q, k_cache, v_cache, phi, *scales)
+        out, lse = without_backward("decode_attention", (out, lse), q, k_cache, v_cache, phi, *scales)
     return out, lse
 
 

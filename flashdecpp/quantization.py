@@ -1,8 +1,7 @@
-"""Weight-only quantisation: weights rounded to 8 or 4 bits once, then run as they are stored.
+"""Weight-only quantization: weights are rounded to 8 or 4 bits once, then run as they are stored.
 
-`quantize_(model)` replaces the linear layers of a model; `quantize(weight)` makes the arguments that
-`ops.quantized_linear` takes. Both round to nearest: no data is looked at, and nothing but the weight is
-rounded.
+`quantize_(model)` replaces the linear layers of a model; `quantize(weight)` returns the weight arguments of
+`ops.quantized_linear`. Both round to nearest, use no calibration data, and round nothing but the weight.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """The weight of a linear layer as `ops.quantized_linear` takes it."""
+    """The weight of a linear layer, in the format of `ops.quantized_linear`."""
 
     weight: Tensor  # int8 [N, K], or uint8 [N, K / 2] with 4 bits
     scales: Tensor  # [N, K / group_size], or [N]
-    offsets: Tensor | None = None  # as scales
+    offsets: Tensor | None = None  # shaped as scales
 
     @property
     def bits(self) -> int:
@@ -49,7 +48,7 @@ class QuantizedWeight:
         return ops.quantized_linear(x, self.weight, self.scales, self.offsets, bias, **fusion)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows `index` of w, [len(index), K]: what an embedding looks up."""
+        """The rows `index` of w, [len(index), K], as an embedding looks them up."""
         offsets = None if self.offsets is None else self.offsets[index]
         return reference.dequantize(self.weight[index], self.scales[index], offsets).to(dtype)
 
@@ -65,19 +64,20 @@ def quantize(
     symmetric: bool = True,
     scales_dtype: torch.dtype | None = None,
 ) -> QuantizedWeight:
-    """A weight rounded to the nearest of 2^bits numbers, which are evenly spaced in every group.
+    """Rounds each weight to the nearest of 2^bits numbers, evenly spaced within a group.
 
-    The error of a weight is at most half a step, the scale of its group. Symmetric: a step is the larger of
-    e / 2^(bits - 1) and o / (2^(bits - 1) - 1), where e is the largest magnitude in the group and o that of
-    the other sign; zero stays zero. With offsets a step is (max - min) / (2^bits - 1). The largest and
-    smallest weights of a group may be off by what `scales_dtype` rounds the ends of its range by, too.
+    A weight is off by at most half a step, where a step is the scale of its group. Symmetric: the step is the
+    larger of e / 2^(bits - 1) and o / (2^(bits - 1) - 1), where e is the largest magnitude in the group and o
+    the largest among weights of the other sign; zero stays zero. With offsets, the step is
+    (max - min) / (2^bits - 1). The largest and smallest weights of a group may additionally be off by the
+    rounding of scales and offsets to `scales_dtype`.
 
     Args:
         weight: [N, K], float32, float16 or bfloat16; finite.
         bits: 8 or 4.
-        group_size: 32, 64 or 128 weights of a row share a scale; K must be a multiple of it. None: a row with
-            8 bits, 32 with 4.
-        symmetric: no offsets: 4 or 2 bytes less a group, and a little faster.
+        group_size: 32, 64 or 128 weights of a row share a scale, and K is a multiple of it. None: a whole row
+            with 8 bits, 32 weights with 4.
+        symmetric: without offsets, which saves 2 or 4 bytes per group and is a little faster.
         scales_dtype: float32, float16 or bfloat16. None: weight's.
 
     Raises:
@@ -99,7 +99,7 @@ def quantize(
     half = 2 ** (bits - 1)
     lowest, offsets = -half, None
     if symmetric:
-        # The sign of the scale puts the largest magnitude on the side that has one number more.
+        # The sign of the scale puts the largest magnitude on the side that has one more number.
         side = torch.where(largest > -smallest, -1.0, 1.0)
         extreme, other = torch.maximum(largest, -smallest), torch.minimum(largest, -smallest)
         scales = (side * torch.maximum(extreme / half, other / (half - 1))).to(scales_dtype)
@@ -108,7 +108,7 @@ def quantize(
         scales = ((largest - smallest) / (2**bits - 1)).to(scales_dtype)
         offsets = (smallest - lowest * scales.float()).to(scales_dtype)
 
-    # By the scales and offsets as they are stored. A scale of 0 stands for weights that are all the offset.
+    # Rounds with the scales and offsets as they are stored. With a scale of 0, all weights equal the offset.
     step = scales.float()[:, :, None]
     distance = grouped if offsets is None else grouped - offsets.float()[:, :, None]
     q = torch.where(step == 0, 0.0, distance / torch.where(step == 0, 1.0, step)).round()
@@ -138,7 +138,7 @@ def _check(weight: Tensor, bits: int, group_size: int | None) -> None:
 
 
 def _holds_numbers(weight: Tensor) -> bool:
-    """Whether they can be read: not where they have yet to be loaded, or where only a subclass can."""
+    """Whether its values can be read: not on the meta device, nor in tensor subclasses."""
     plain = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided
     return plain and not weight.is_meta
 
@@ -151,11 +151,11 @@ def _check_format(bits: int, group_size: int | None) -> None:
 
 
 class QuantizedLinear(nn.Module):
-    """nn.Linear with a quantised weight, for inference. Its state are buffers, so state_dict has them all.
+    """nn.Linear with a quantized weight, for inference. All of its state is in buffers, hence in state_dict.
 
-    `.to(dtype)` changes what the scales, offsets and bias are kept in, never q. A state_dict goes into a
-    model that was quantised the same way. Gradients reach the input, through the weight expanded to x's dtype
-    (slower, and as large as before); the layer itself has nothing to train.
+    `.to(dtype)` converts scales, offsets and bias, never q. A state_dict loads into a model that was
+    quantized the same way. Gradients reach the input, through the weight dequantized to x's dtype (slower,
+    and as large as before); the layer itself has nothing to train.
     """
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
@@ -176,7 +176,7 @@ class QuantizedLinear(nn.Module):
         return ops.quantized_linear(x, self.weight, self.scales, self.offsets, self.bias)
 
     def extra_repr(self) -> str:
-        group = "a row" if self.scales.dim() == 1 else self.in_features // self.scales.size(1)
+        group = "row" if self.scales.dim() == 1 else self.in_features // self.scales.size(1)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.quantized.bits}, "
             f"group={group}, symmetric={self.offsets is None}, bias={self.bias is not None}"
@@ -191,24 +191,24 @@ def quantize_(
     symmetric: bool = True,
     skip: str | Sequence[str] = (),
 ) -> list[str]:
-    """Replaces the nn.Linear layers inside a module by `QuantizedLinear`, in place, for inference.
+    """Replaces the nn.Linear layers inside a module with `QuantizedLinear`, in place, for inference.
 
-    What is left as it is: a layer whose weight another module shares (an lm_head that is tied to the
-    embedding), one whose K is not a multiple of the group, one that has no numbers to round (on the meta
-    device, tensor subclasses, other dtypes), one that has hooks, which know nothing of what would replace it,
-    subclasses of nn.Linear, whose meaning only they know, and `skip`.
+    Left as they are: layers that share their weight with another module (an lm_head tied to the embedding),
+    whose K is not a multiple of the group, whose values cannot be read (meta device, tensor subclasses, other
+    dtypes), or that have hooks, which a replacement would lose; subclasses of nn.Linear, which may compute
+    something else; and the layers named by `skip`.
 
     Args:
         module: a model on any device.
-        bits, group_size, symmetric: as in `quantize`; scales get the dtype of their weight.
-        skip: a name of a layer, or the last part of one ("lm_head"), or several of them.
+        bits, group_size, symmetric: as in `quantize`; scales have the dtype of their weight.
+        skip: the name of a layer, or how it ends ("lm_head"), or several of these.
 
     Returns:
         The names of the nn.Linear layers that were left as they are.
 
     Raises:
-        ValueError: an argument is not as described, a weight is NaN or infinite, or the module itself is an
-            nn.Linear, which can't be replaced in place. The module is then as it was.
+        ValueError: an argument is not as described, a weight has NaN or infinite values, or the module itself
+            is an nn.Linear, which cannot be replaced in place. The module is then unchanged.
     """
     _check_format(bits, group_size)
     if _is_linear(module):
@@ -218,7 +218,7 @@ def quantize_(
     for child in module.modules():
         owners.update(id(parameter) for parameter in child.parameters(recurse=False))
     group = group_size or (GROUPS[0] if bits == 4 else 1)
-    taken: dict[nn.Linear, list[str]] = {}  # with its names: a layer may be in several places
+    replaced: dict[nn.Linear, list[str]] = {}  # with its names: a layer may be in several places
     left = []
     for name, layer in module.named_modules(remove_duplicate=False):
         if not _is_linear(layer):
@@ -229,9 +229,9 @@ def quantize_(
         elif not layer.weight.isfinite().all():
             raise ValueError(f"flashdecpp: {name}.weight must be finite, got NaN or infinite values")
         else:
-            taken.setdefault(layer, []).append(name)
-    while taken:
-        layer, names = taken.popitem()  # so that each is gone before the next is rounded
+            replaced.setdefault(layer, []).append(name)
+    while replaced:
+        layer, names = replaced.popitem()  # frees each layer before the next one is rounded
         rounded = quantize(layer.weight, bits, group_size, symmetric)
         replacement = QuantizedLinear(rounded, layer.bias).train(layer.training)
         for name in names:
@@ -241,7 +241,7 @@ def quantize_(
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """nn.Linear itself, no subclass; `accelerate` makes one, which says what it was."""
+    """Whether it is an nn.Linear itself, not a subclass; that of `accelerate` names its original class."""
     return getattr(type(module), "flashdecpp_original", type(module)) is nn.Linear
 
 

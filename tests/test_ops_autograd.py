@@ -72,7 +72,7 @@ def test_in_place_while_gradients_are_recorded(one_place, op, name, made):
     before = copy(arguments)
     leaf = arguments[name].detach().clone().requires_grad_()
     arguments[name] = leaf * 1 if made else leaf
-    message = rf"^flashdecpp::\w+: {name} must not require grad where .+, got one that does: .*no_grad"
+    message = rf"^flashdecpp::\w+: {name} must not require grad if .+, got one that does: .*no_grad"
     with pytest.raises(ValueError, match=message):
         wrapper(op)(**arguments)
     for other, x in tensors(before).items():
