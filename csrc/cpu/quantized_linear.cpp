@@ -1,4 +1,5 @@
-// quantized_linear on a CPU: few rows of x stream the quantized weights, more rows share strips of them dequantized.
+// quantized_linear on a CPU: the quantized weight is streamed for a few rows of x, and dequantized strip by strip for
+// more.
 #include "boxing.h"
 #include "choice_log.h"
 #include "cpu/add_rows.h"
@@ -11,7 +12,7 @@
 namespace flashdecpp::cpu {
 namespace {
 
-// Of a strip of dequantized weights: what stays in the second cache while the rows of x pass over it.
+// Size of a strip of dequantized weights: it stays in the L2 cache while the rows of x pass over it.
 constexpr int64_t kStripBytes = 256 * 1024;
 
 void run_streamed(const QuantizedLinearParams& p) {
@@ -21,32 +22,33 @@ void run_streamed(const QuantizedLinearParams& p) {
   float* x = packed.data();
   split_linear(
       p, p.k * p.bits / 8, [&](int64_t begin, int64_t end) { kernel.pack_quantized(p, x, packed_stride, begin, end); },
-      [&](const LinearPart& part) { kernel.quantized_linear(p, x, packed_stride, part); });
+      [&](const LinearTask& task) { kernel.quantized_linear(p, x, packed_stride, task); });
 }
 
 void run_dequantized(const QuantizedLinearParams& p) {
   const Kernels& kernel = kernels();
   const int64_t size = checks::element_size(p.dtype), packed_stride = ceil_div(p.k, kPackAlign) * kPackAlign;
-  const int64_t strip = std::max(kUnit, kStripBytes / (p.k * size) / kUnit * kUnit);
+  const int64_t strip = std::max(kTaskN, kStripBytes / (p.k * size) / kTaskN * kTaskN);
   Scratch<float, 16384> packed(static_cast<size_t>(p.m * packed_stride));
   float* x = packed.data();
   split_linear(
       p, p.k * size, [&](int64_t begin, int64_t end) { kernel.pack(p, x, packed_stride, begin, end); },
-      [&](const LinearPart& part) {
+      [&](const LinearTask& task) {
         Scratch<char, 1024> weights(static_cast<size_t>(strip * p.k * size));
-        for (int64_t n = part.n_begin; n < part.n_end; n += strip) {
-          const int64_t last = std::min(n + strip, part.n_end);
+        for (int64_t n = task.n_begin; n < task.n_end; n += strip) {
+          const int64_t last = std::min(n + strip, task.n_end);
           kernel.dequantize(p, weights.data(), n, last);
-          LinearParams dense = p;  // the outputs from n on: p.n stays their distance
+          LinearParams dense = p;  // outputs [n, last); p.n stays their row stride
           dense.weight = weights.data();
           dense.weight_stride = p.k;
           dense.out = static_cast<char*>(p.out) + n * size;
           if (p.bias) dense.bias = static_cast<const char*>(p.bias) + n * size;
-          kernel.linear(dense, x, packed_stride, {part.m_begin, part.m_end, 0, last - n});
+          kernel.linear(dense, x, packed_stride, {task.m_begin, task.m_end, 0, last - n});
         }
       });
 }
 
+// Dequantizes the whole weight for the BLAS.
 Tensor run_blas(const checks::QuantizedLinear& call, const OptionalTensor& bias) {
   const QuantizedLinearParams& p = call.params;
   const Kernels& kernel = kernels();
@@ -58,8 +60,6 @@ Tensor run_blas(const checks::QuantizedLinear& call, const OptionalTensor& bias)
   });
   return blas_linear(call, weight, bias);
 }
-
-constexpr const char* kFused = "quantized_linear_fused";
 
 QuantizedImpl choose(const QuantizedLinearParams& p) {
   const QuantizedLinearConfig config = choose_quantized_linear(p.dtype, p.m, p.k, kernels().bfloat16_dot);
@@ -80,28 +80,29 @@ Tensor run(checks::QuantizedLinear& call, const OptionalTensor& bias) {
   return out;
 }
 
-Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
+                        OptionalTensor norm_weight, double norm_eps, std::optional<std::string> gate,
+                        std::optional<std::string> activation) {
   checks::QuantizedLinear call = checks::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
-  return run(call, bias);
+  checks::check_norm(call, norm_weight, norm_eps);
+  checks::check_activation(call, gate, activation);
+  const LinearFusion fusion = call.params.fusion;
+  call.params = unfused(call.params);
+  apply_norm(call, norm_weight, norm_eps);
+  return apply_activation("quantized_linear", run(call, bias), fusion);
 }
 
-Tensor quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
-                              OptionalTensor norm_weight, double norm_eps, std::optional<std::string> activation) {
-  checks::QuantizedLinear call = checks::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  checks::fuse_norm(call, norm_weight, norm_eps);
-  checks::fuse_activation(call, activation);
-  call.params = product_alone(call.params);
-  normalize(call, norm_weight, norm_eps);
-  return activate(run(call, bias), activation);
+Tensor quantized_linear_plain(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+  return quantized_linear(std::move(x), std::move(weight), std::move(scales), std::move(offsets), std::move(bias),
+                          std::nullopt, 0, std::nullopt, std::nullopt);
 }
 
-void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets,
-                                     OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
-                                     double norm_eps) {
-  checks::QuantizedLinear call = checks::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  checks::fuse_norm(call, norm_weight, norm_eps);
-  checks::fuse_residual(call, x, residual);
-  normalize(call, norm_weight, norm_eps);
+void quantized_linear_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
+                               Tensor residual, OptionalTensor norm_weight, double norm_eps) {
+  checks::QuantizedLinear call = checks::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
+  checks::check_norm(call, norm_weight, norm_eps);
+  checks::check_residual(call, x, residual);
+  apply_norm(call, norm_weight, norm_eps);
   const QuantizedLinearParams& p = call.params;
   const QuantizedImpl impl = choose(p);
   impl == QuantizedImpl::kBlas ? add_rows(p, run_blas(call, bias)) : run(impl, p);
@@ -113,6 +114,6 @@ void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, Opt
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
   m.impl("quantized_linear", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear>);
-  m.impl("quantized_linear_fused", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear_fused>);
-  m.impl("quantized_linear_fused.residual", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear_fused_residual>);
+  m.impl("quantized_linear.plain", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear_plain>);
+  m.impl("quantized_linear.residual", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear_residual>);
 }

@@ -156,10 +156,6 @@ inline int32_t choose_gemv_warps(const DeviceProperties& device, int64_t m, int6
   return warps;
 }
 
-// Whether the GEMV on tensor cores normalizes x itself, which each of its CTAs does again. It keeps the norm's weight
-// in shared memory, of which it uses no more than any launch may.
-inline bool gemv_takes_norm(int64_t m, int64_t k) { return m <= 8 && k <= 20480; }
-
 // ---- flat GEMM: which tile, and how often K is split ---------------------------------------------------------------
 // A CTA multiplies block_n rows of the weight by block_m rows of x, block_k at a time through `stages` buffers in
 // shared memory, with warps_n x warps_m warps. Alone on an SM it loads at `rate` times the SM's even share of the

@@ -1,4 +1,4 @@
-// The names of launch_arch.h on AMD GPUs; csrc/cuda/launch_arch.h, hipified, includes this.
+// AMD's definitions of the names in launch_arch.h, which includes this file once it is hipified.
 #pragma once
 
 #include <utility>

@@ -1,4 +1,4 @@
-// The launches of stream_gemv_kernel: quantized weights, and dense ones as choose_gemv has it.
+// Launches of stream_gemv_kernel: quantized weights, and dense ones as choose_gemv has it.
 #include "cuda/linear/linear.h"
 #include "hip/stream_gemv_amd.h"
 
@@ -17,15 +17,22 @@ void launch_tiles(const Launcher& launcher, const QuantizedLinearParams& p, int3
   tiles == 1 ? launch_tile<T, bits, 1, fine>(launcher, p) : launch_tile<T, bits, 2, fine>(launcher, p);
 }
 
-struct StreamGemvs {
+struct DenseGemvs {
+  static constexpr int kMaxRows = 16;
+
+  template <class T>
+  static void launch(const Launcher& launcher, const QuantizedLinearParams& p) {
+    launch_tile<T, 16, 1, false>(launcher, p);
+  }
+};
+
+struct QuantizedGemvs {
   static constexpr int kMaxRows = 16;
 
   template <class T>
   static void launch(const Launcher& launcher, const QuantizedLinearParams& p, int32_t tiles) {
     const bool fine = p.group < 128 && p.group < p.k;
-    if (p.bits == 16) {
-      launch_tile<T, 16, 1, false>(launcher, p);
-    } else if (p.bits == 8) {
+    if (p.bits == 8) {
       fine ? launch_tiles<T, 8, true>(launcher, p, tiles) : launch_tiles<T, 8, false>(launcher, p, tiles);
     } else {
       fine ? launch_tiles<T, 4, true>(launcher, p, tiles) : launch_tiles<T, 4, false>(launcher, p, tiles);
@@ -35,16 +42,13 @@ struct StreamGemvs {
 
 }  // namespace
 
-void launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p,
-                           const QuantizedLinearConfig& config) {
-  launch_parts<StreamGemvs>(launcher, p, config.tiles);
+void launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
+  launch_row_chunks<DenseGemvs>(launcher, QuantizedLinearParams{p});
 }
 
-void launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
-  QuantizedLinearParams plain{p};
-  plain.bits = 16;
-  plain.group = p.k;
-  launch_parts<StreamGemvs>(launcher, plain, 1);
+void launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p,
+                           const QuantizedLinearConfig& config) {
+  launch_row_chunks<QuantizedGemvs>(launcher, p, config.tiles);
 }
 
 }  // namespace flashdecpp

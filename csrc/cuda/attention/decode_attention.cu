@@ -62,7 +62,7 @@ Tensor prepare(AttentionLaunch& launch, const AttentionProblem& problem, const A
   launch.uniform_splits = static_cast<int32_t>(config.grid.uniform_splits);
   launch.streams = static_cast<uint32_t>(config.grid.streams);
   launch.max_streams = static_cast<uint32_t>(config.grid.max_streams);
-  launch.min_uniform_tiles = static_cast<float>(config.grid.min_uniform_tiles) * kKvTile;
+  launch.min_uniform_keys = static_cast<float>(config.grid.min_uniform_tiles) * kKvTile;
   const int64_t slots = config.grid.slots;
   if (slots == 0) return {};
   Tensor workspace = new_tensor({(slots * problem.slot_bytes() + 16 + 3) / 4}, DType::kFloat32, device);

@@ -18,13 +18,13 @@ void launch(const Launcher& launcher, const LinearParams& p, const FlatGemmConfi
   SplitK split{};
   split.k_tiles_per_split = config.k_tiles_per_split;
   split.splits = config.k_splits;
-  OptionalTensor workspace;  // the partials, then their flags; lives until the launch is in the stream
+  OptionalTensor workspace;  // partials, then their flags; lives until the launch is enqueued
   if (split.splits > 1) {
-    const int64_t flags = tiles * (split.splits - 1), parts = flags * G::kBlockM * G::kBlockN;
-    workspace = new_tensor({parts + 2 * flags}, DType::kFloat32, device);
-    split.parts = static_cast<float*>(View(*workspace).data);
-    split.ready = reinterpret_cast<uint64_t*>(split.parts + parts);
-    split.nonce = new_nonce(split.parts);
+    const int64_t flags = tiles * (split.splits - 1), elements = flags * G::kBlockM * G::kBlockN;
+    workspace = new_tensor({elements + 2 * flags}, DType::kFloat32, device);
+    split.partials = static_cast<float*>(View(*workspace).data);
+    split.ready = reinterpret_cast<uint64_t*>(split.partials + elements);
+    split.nonce = new_nonce(split.partials);
   }
   const dim3 grid(static_cast<unsigned>(tiles), split.splits);
   const int threads = G::kTile.warps_m * G::kTile.warps_n * launcher.warp_size();
@@ -50,6 +50,7 @@ Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
   checks::Linear call = checks::linear("flat_gemm", x, weight, bias);
   require_vector_rows("flat_gemm", call);
   const Launcher launcher("flat_gemm", call.x_view.device);
+  align_rows(call);
   Tensor out = allocate(call);
   run_flat_gemm(launcher, call.params, call.x_view.device);
   return out;

@@ -42,6 +42,7 @@ Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
   checks::Linear call = checks::linear("gemv", x, weight, bias);
   require_vector_rows("gemv", call);
   const Launcher launcher("gemv", call.x_view.device);
+  align_rows(call);
   Tensor out = allocate(call);
   run_gemv(launcher, call.params);
   return out;
@@ -53,7 +54,8 @@ void run_gemv(const Launcher& launcher, const LinearParams& p) {
   if (p.m == 0 || p.n == 0) return;
   const GemvConfig config = choose_gemv(launcher.properties(), p.m, p.fusion.any());
   log_choice("gemv", name(p.dtype), linear_problem(p), config);
-  config.kernel == GemvKernel::kCudaCores ? launch_parts<GenericGemv>(launcher, p) : launch_matrix_gemv(launcher, p);
+  config.kernel == GemvKernel::kCudaCores ? launch_row_chunks<GenericGemv>(launcher, p)
+                                          : launch_matrix_gemv(launcher, p);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)

@@ -1,4 +1,5 @@
-// quantized_linear on a GPU: few rows of x stream the quantized weights, more have them dequantized for the BLAS.
+// quantized_linear on a GPU: the quantized weight is streamed for a few rows of x, and dequantized for the BLAS for
+// more.
 #include "boxing.h"
 #include "choice_log.h"
 #include "cuda/linear/dequantize_kernel.cuh"
@@ -30,52 +31,45 @@ Tensor dequantize(const Launcher& launcher, const QuantizedLinearParams& p, Devi
   return weight;
 }
 
+// Streams the weight into params.out.
 void run_streamed(const Launcher& launcher, checks::QuantizedLinear& call, const QuantizedLinearConfig& config) {
   align_rows(call);
   const QuantizedLinearParams& p = call.params;
   if (p.m > 0 && p.n > 0) launch_quantized_gemv(launcher, p, config);
 }
 
-OptionalTensor streamed(const Launcher& launcher, checks::QuantizedLinear& call) {
-  const QuantizedLinearConfig config = choose(launcher, call.params);
-  if (!config.streams) return std::nullopt;
-  Tensor out = allocate(call);
-  run_streamed(launcher, call, config);
-  return out;
-}
-
 Tensor run_blas(const Launcher& launcher, const checks::QuantizedLinear& call, const OptionalTensor& bias) {
-  return blas_linear(call, dequantize(launcher, product_alone(call.params), call.x_view.device), bias);
+  return blas_linear(call, dequantize(launcher, unfused(call.params), call.x_view.device), bias);
 }
 
-Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
+                        OptionalTensor norm_weight, double norm_eps, std::optional<std::string> gate,
+                        std::optional<std::string> activation) {
   checks::QuantizedLinear call = checks::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
+  checks::check_norm(call, norm_weight, norm_eps);
+  checks::check_activation(call, gate, activation);
   const Launcher launcher("quantized_linear", call.x_view.device);
-  if (const auto out = streamed(launcher, call)) return *out;
-  return run_blas(launcher, call, bias);
+  apply_norm(call, norm_weight, norm_eps);
+  if (const QuantizedLinearConfig config = choose(launcher, call.params); config.streams) {
+    Tensor out = allocate(call);
+    run_streamed(launcher, call, config);
+    return out;
+  }
+  return apply_activation("quantized_linear", run_blas(launcher, call, bias), call.params.fusion);
 }
 
-constexpr const char* kFused = "quantized_linear_fused";
-
-Tensor quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
-                              OptionalTensor norm_weight, double norm_eps, std::optional<std::string> activation) {
-  checks::QuantizedLinear call = checks::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  checks::fuse_norm(call, norm_weight, norm_eps);
-  checks::fuse_activation(call, activation);
-  const Launcher launcher(kFused, call.x_view.device);
-  normalize(call, norm_weight, norm_eps);
-  if (const auto out = streamed(launcher, call)) return *out;
-  return activate(run_blas(launcher, call, bias), activation);
+Tensor quantized_linear_plain(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+  return quantized_linear(std::move(x), std::move(weight), std::move(scales), std::move(offsets), std::move(bias),
+                          std::nullopt, 0, std::nullopt, std::nullopt);
 }
 
-void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets,
-                                     OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
-                                     double norm_eps) {
-  checks::QuantizedLinear call = checks::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  checks::fuse_norm(call, norm_weight, norm_eps);
-  checks::fuse_residual(call, x, residual);
-  const Launcher launcher(kFused, call.x_view.device);
-  normalize(call, norm_weight, norm_eps);
+void quantized_linear_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
+                               Tensor residual, OptionalTensor norm_weight, double norm_eps) {
+  checks::QuantizedLinear call = checks::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
+  checks::check_norm(call, norm_weight, norm_eps);
+  checks::check_residual(call, x, residual);
+  const Launcher launcher("quantized_linear", call.x_view.device);
+  apply_norm(call, norm_weight, norm_eps);
   const QuantizedLinearConfig config = choose(launcher, call.params);
   config.streams ? run_streamed(launcher, call, config)
                  : add_rows(launcher, call.params, run_blas(launcher, call, bias));
@@ -86,8 +80,8 @@ void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, Opt
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
   m.impl("quantized_linear", boxed<&quantized_linear>);
-  m.impl("quantized_linear_fused", boxed<&quantized_linear_fused>);
-  m.impl("quantized_linear_fused.residual", boxed<&quantized_linear_fused_residual>);
+  m.impl("quantized_linear.plain", boxed<&quantized_linear_plain>);
+  m.impl("quantized_linear.residual", boxed<&quantized_linear_residual>);
 }
 
 }  // namespace flashdecpp

@@ -10,8 +10,9 @@ template <class T, int m_rows>
 void launch_wgmma(const Launcher& launcher, const LinearParams& p, const FlatGemmConfig& config) {
   using R = FlatGemmWgmma<m_rows>;
   const int64_t rows = p.weight_rows();
-  const CUtensorMap weight_map = matrix_map("flat_gemm", p.weight, rows, p.k, p.weight_stride,
-                                            R::kBlockN / (p.fusion.gated ? 2 : 1), CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+  const CUtensorMap weight_map =
+      matrix_map("flat_gemm", p.weight, rows, p.k, p.weight_stride, R::kBlockN / (p.fusion.gates() ? 2 : 1),
+                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
   const CUtensorMap x_map =
       matrix_map("flat_gemm", p.x, p.m, p.k, p.x_stride, static_cast<int>(p.m), CU_TENSOR_MAP_L2_PROMOTION_NONE);
   const FlatLaunch launch{config.cluster, config.late_stages};
@@ -50,7 +51,7 @@ bool wgmma_can_load(const LinearParams& p) {
 }
 
 void launch_flat_gemm_wgmma(const Launcher& launcher, const LinearParams& p, const FlatGemmConfig& config) {
-  launch_parts<FlatGemmsWgmma>(launcher, p, config);
+  launch_row_chunks<FlatGemmsWgmma>(launcher, p, config);
 }
 
 }  // namespace flashdecpp

@@ -6,22 +6,17 @@ namespace flashdecpp {
 namespace {
 
 template <auto kernel, class G>
-void launch_kernel(const Launcher& launcher, const LinearParams& p, int shared_bytes) {
+void launch_kernel(const Launcher& launcher, const LinearParams& p) {
   const auto blocks = static_cast<unsigned>((p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
-  launcher.keep_l1<kernel>(2 * (kWarpSumsBytes<G> + shared_bytes));
-  launcher.overlapping(kernel, blocks, G::kThreads, shared_bytes, p);
+  launcher.keep_l1<kernel>(2 * kWarpSumsBytes<G>);
+  launcher.overlapping(kernel, blocks, G::kThreads, 0, p);
 }
 
 template <class T, int row_tiles, int tiles, int loads>
 void launch_mma(const Launcher& launcher, const LinearParams& p) {
   using G = MmaGemv<row_tiles, tiles, loads>;
-  if constexpr (row_tiles == 1) {
-    if (p.fusion.norm_weight) {
-      return launch_kernel<mma_gemv_kernel<T, G, true, true>, G>(launcher, p, norm_bytes<G>(p.k));
-    }
-  }
-  p.fusion.any() ? launch_kernel<mma_gemv_kernel<T, G, true, false>, G>(launcher, p, 0)
-                 : launch_kernel<mma_gemv_kernel<T, G, false, false>, G>(launcher, p, 0);
+  p.fusion.any() ? launch_kernel<mma_gemv_kernel<T, G, true>, G>(launcher, p)
+                 : launch_kernel<mma_gemv_kernel<T, G, false>, G>(launcher, p);
 }
 
 struct MmaGemvs {
@@ -46,6 +41,6 @@ struct MmaGemvs {
 
 }  // namespace
 
-void launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) { launch_parts<MmaGemvs>(launcher, p); }
+void launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) { launch_row_chunks<MmaGemvs>(launcher, p); }
 
 }  // namespace flashdecpp

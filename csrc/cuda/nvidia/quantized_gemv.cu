@@ -11,10 +11,11 @@ bool steps_share_a_scale(const QuantizedLinearParams& p) { return p.group >= 128
 
 template <class T, int bits, int row_tiles, int tiles>
 void launch_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
-  const int32_t blocks_a_group = steps_share_a_scale(p) ? 4 : static_cast<int32_t>(p.group / 32);
-  const QuantizedLaunch launch{p.group == p.k ? 31 : std::countr_zero(static_cast<uint64_t>(p.group)), blocks_a_group};
+  const int32_t blocks_per_group = steps_share_a_scale(p) ? 4 : static_cast<int32_t>(p.group / 32);
+  const QuantizedLaunch launch{p.group == p.k ? 31 : std::countr_zero(static_cast<uint64_t>(p.group)),
+                               blocks_per_group};
   const auto blocks = static_cast<unsigned>((p.weight_rows() + 16 * tiles - 1) / (16 * tiles));
-  with_bool(blocks_a_group < 4, [&](auto fine) {
+  with_bool(blocks_per_group < 4, [&](auto fine) {
     with_bool(p.fusion.any(), [&](auto fused) {
       using G = QuantizedGemv<bits, row_tiles, tiles, fine.value>;
       constexpr auto kernel = quantized_gemv_kernel<T, G, fused.value>;
@@ -48,7 +49,7 @@ struct QuantizedGemvs {
 
 void launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p,
                            const QuantizedLinearConfig& config) {
-  launch_parts<QuantizedGemvs>(launcher, p, config);
+  launch_row_chunks<QuantizedGemvs>(launcher, p, config);
 }
 
 }  // namespace flashdecpp
