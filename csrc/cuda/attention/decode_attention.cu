@@ -8,6 +8,7 @@
 #include "choice_log.h"
 #include "cuda/attention/tile.cuh"
 #include "cuda/nonce.h"
+#include "cuda/numeric.cuh"
 
 namespace flashdecpp {
 namespace {
