@@ -210,7 +210,7 @@ class Subject:
     def batch(self, rows: int, context: int) -> Batch:
         """Sequences of `context` tokens, whose blocks lie anywhere in the cache."""
         each = blocks_for(context + 1 + ROUNDS * STEPS + WARM_UP + PROFILED)
-        cache = KVCache(self.decoder.config, rows * each, self.decoder.device, self.decoder.dtype)
+        cache = KVCache.for_model(self.decoder.config, rows * each, self.decoder.device, self.decoder.dtype)
         for pair in cache.layers:
             for part in pair:
                 part.normal_()
@@ -271,7 +271,7 @@ class Subject:
     def prefill_ms(self, prompts: int, length: int) -> dict[str, float]:
         """`prompts` of `length` tokens, computed one after the other as the engine does."""
         config, device = self.decoder.config, self.decoder.device
-        cache = KVCache(config, blocks_for(length), device, self.decoder.dtype)
+        cache = KVCache.for_model(config, blocks_for(length), device, self.decoder.dtype)
         tokens = torch.randint(0, config.vocab, (length,), device=device)
         table = torch.arange(cache.num_blocks, dtype=torch.int32, device=device)[None]
 
@@ -302,7 +302,7 @@ class Subject:
         The op takes pieces of MAX_Q_LEN tokens, with the unified maximum and without.
         """
         config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
-        cache = KVCache(config, blocks_for(length), device, dtype)
+        cache = KVCache.for_model(config, blocks_for(length), device, dtype)
         k_cache, v_cache = cache.layers[0]
         q = torch.randn(length, config.q_heads, config.head_dim, dtype=dtype, device=device)
         k, v = (part.normal_().flatten(0, 1)[None, :length].transpose(1, 2) for part in (k_cache, v_cache))

@@ -191,12 +191,12 @@ def test_a_carried_phi_is_the_row_maximum_of_the_step_before(folder):
     llm = LLM(folder, device="cpu", dtype="float32", phi="carry")
     tokens, prompt = random_tokens(30), 20
     observer = SoftmaxObserver(llm.config, tqdm(disable=True))
-    whole = KVCache(llm.config, blocks_for(len(tokens)), llm.device, llm.dtype)
+    whole = KVCache.for_model(llm.config, blocks_for(len(tokens)), llm.device, llm.dtype)
     table = torch.arange(whole.num_blocks, dtype=torch.int32)[None]
     llm.decoder.prefill(torch.tensor(tokens), whole, table, observe=observer)
     expected = torch.stack([observer.row_maxima(layer) for layer in range(3)])
 
-    cache = KVCache(llm.config, blocks_for(len(tokens)), llm.device, llm.dtype)
+    cache = KVCache.for_model(llm.config, blocks_for(len(tokens)), llm.device, llm.dtype)
     llm.decoder.prefill(torch.tensor(tokens[:prompt]), cache, table)
     carried = torch.full((3, 1, 4), torch.nan)
     for position in range(prompt, len(tokens)):

@@ -552,17 +552,17 @@ def test_blocks_that_an_error_left_uncounted_are_found_again(folder, llm):
     other = own.stream(PROMPT, SamplingParams(max_tokens=30, ignore_eos=True))
     said = [next(other).token_id]
     pool = own._engine.pool
-    take = pool.take
+    allocate = pool.allocate
 
     def interrupted(count: int):
-        take(count)
+        allocate(count)
         raise KeyboardInterrupt  # before anybody knows which they are
 
-    pool.take = interrupted
+    pool.allocate = interrupted
     for _ in range(20):
         with pytest.raises(KeyboardInterrupt):
             own.generate(random_tokens(30), GREEDY)
-    pool.take = take
+    pool.allocate = allocate
     said += [piece.token_id for piece in other][:-1]
     assert said == tokens(llm, SamplingParams(max_tokens=30, ignore_eos=True))
     assert pool.used_blocks == 0 and pool.free_blocks == 10

@@ -238,11 +238,11 @@ class Engine:
         missing = blocks_for(request.prefill_length) - len(found)
         # Those that run may each need a block soon, and would preempt the newcomer for it.
         if missing + active > pool.free_blocks:
-            pool.give_back(found)
+            pool.free(found)
             return False
         self._prefilling = request
         self._waiting.popleft()
-        request.blocks = found + pool.take(missing)
+        request.blocks = found + pool.allocate(missing)
         found_tokens = len(found) * BLOCK_SIZE
         if request.saved is None:
             request.cached = found_tokens
@@ -347,11 +347,11 @@ class Engine:
                 active = self._active()
                 continue
             column = _next_column(request)
-            (block,) = pool.take(1)
+            (block,) = pool.allocate(1)
             if column < len(request.blocks):  # copy on write
                 shared = request.blocks[column]
                 self.cache.copy(shared, block)
-                pool.give_back([shared])
+                pool.free([shared])
                 request.blocks[column] = block
             else:
                 request.blocks.append(block)
@@ -424,7 +424,7 @@ class Engine:
         if first < last:
             keys = self._keys(request, last)
             for block, key in zip(request.blocks[first:last], keys[first:last], strict=False):
-                self.pool.publish(block, key)
+                self.pool.register(block, key)
 
     def _keys(self, request: Request, blocks: int) -> list[bytes]:
         """What the first blocks, which are full, are found by; nothing without a prefix cache."""
@@ -482,7 +482,7 @@ class Engine:
 
     def _release(self, request: Request) -> None:
         if request.blocks:
-            self.pool.give_back(request.blocks)
+            self.pool.free(request.blocks)
             request.blocks = []
 
     def _provide_cache(self, requests: Sequence[Request]) -> None:
@@ -517,7 +517,7 @@ class Engine:
         self.cache, self.pool = self._new_cache(num_blocks), BlockPool(num_blocks)
 
     def _new_cache(self, num_blocks: int) -> KVCache:
-        return KVCache(self.decoder.config, num_blocks, self.decoder.device, self.decoder.dtype)
+        return KVCache.for_model(self.decoder.config, num_blocks, self.decoder.device, self.decoder.dtype)
 
 
 def _no_token(request: Request) -> ModelError:
