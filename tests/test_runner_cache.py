@@ -85,7 +85,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.used_blocks == len(used) <= self.pool.peak_blocks
         assert self.pool.free_blocks == BLOCKS - len(used)
         for block in range(BLOCKS):
-            assert self.pool.is_shared(block) == (sum(block in user for user in self.users) > 1)
+            assert self.pool.users(block) == sum(block in user for user in self.users)
 
     @invariant()
     def content_is_found_until_its_block_is_allocated(self) -> None:

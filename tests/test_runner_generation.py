@@ -45,7 +45,7 @@ def test_end_of_sequence_ends_and_ignore_eos_goes_on(folder, llm):
     greedy = llm.generate("hello", SamplingParams(max_tokens=40, ignore_eos=True))[0].token_ids
     for ending in (greedy[0], greedy[5]):  # chosen from the prompt, and by a decode step
         stops = LLM(folder, device="cpu", dtype="float32")
-        stops._engine.eos_ids = frozenset([ending])
+        stops._engine.executor.eos_ids = frozenset([ending])
         (stopped,) = stops.generate("hello", SamplingParams(max_tokens=40))
         assert stopped.token_ids == greedy[: greedy.index(ending)]
         assert stopped.finish_reason == "stop"

@@ -431,7 +431,7 @@ def test_a_completion_says_what_identifies_and_repeats_it(llm):
         assert tokens(llm, again, answer.prompt_token_ids) == answer.token_ids
         assert answer.prompt_tokens == len(answer.prompt_token_ids) and answer.generated_tokens == 8
     (found,) = llm.generate([PROMPT * 3], params.__class__(max_tokens=1))
-    assert found.found_tokens == llm.stats.found_tokens == 32
+    assert found.cached_prompt_tokens == llm.stats.cached_prompt_tokens == 32
 
 
 def test_answers_come_as_they_end(llm):
@@ -531,7 +531,7 @@ def test_an_interrupted_step_leaves_a_usable_llm(folder, llm, monkeypatch, error
     for owner, part in (
         (own.decoder, "decode"),
         (own._engine.cache or own, "stats"),
-        (own._engine, "_advance"),
+        (own._engine.scheduler, "advance"),
     ):
         if part == "stats":
             continue

@@ -40,8 +40,9 @@ class BlockPool:
     def used_blocks(self) -> int:
         return self.num_blocks - len(self._unused)
 
-    def is_shared(self, block: int) -> bool:
-        return self._users[block] > 1
+    def users(self, block: int) -> int:
+        """How many users a block has: 0 if it is free, several if it is shared."""
+        return self._users[block]
 
     def allocate(self, count: int) -> list[int]:
         """`count` free blocks for one user; their previous contents can no longer be found.
