@@ -10,7 +10,7 @@ anything newer is admitted, from a copy of them in host memory. (Recomputed as p
 would differ in the last bits.)
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
@@ -179,7 +179,9 @@ class Scheduler:
         wanted = self._wanted_blocks(rows)
         if len(wanted) > self.pool.free_blocks:
             return None
-        blocks = self.pool.allocate(len(wanted)) if wanted else []
+        if not wanted:
+            return DecodeStep(rows, [])
+        blocks = self.pool.allocate(len(wanted))
         return DecodeStep(rows, [Growth(*w, block) for w, block in zip(wanted, blocks, strict=True)])
 
     def decoded(self, step: DecodeStep) -> None:
@@ -309,13 +311,13 @@ class Scheduler:
     def _wanted_blocks(self, rows: list[Request]) -> list[tuple[int, int, int | None]]:
         """(row, column, shared block or None) wherever the newest token has no block of its row's own."""
         wanted: list[tuple[int, int, int | None]] = []
-        left: Counter[int] = Counter()  # users that get a copy instead
+        left: dict[int, int] = {}  # users of shared blocks that get a copy instead
         for row, request in enumerate(rows):
             column = (request.sampled_length - 1) // BLOCK_SIZE
             if column == len(request.blocks):
                 wanted.append((row, column, None))
-            elif self.pool.users(shared := request.blocks[column]) - left[shared] > 1:
-                left[shared] += 1
+            elif self.pool.users(shared := request.blocks[column]) - left.get(shared, 0) > 1:
+                left[shared] = left.get(shared, 0) + 1
                 wanted.append((row, column, shared))
         return wanted
 
