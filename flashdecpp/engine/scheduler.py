@@ -11,8 +11,8 @@ would differ in the last bits.)
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from flashdecpp.models.kv_cache import BLOCK_SIZE, blocks_for
 
@@ -37,7 +37,7 @@ class PrefillChunk:
     request: Request
     start: int
     stop: int
-    restored: list[int] = field(default_factory=list)  # blocks that get their saved contents back first
+    restored: Sequence[int] = ()  # blocks that get their saved contents back first
 
     @property
     def is_last(self) -> bool:
@@ -81,7 +81,7 @@ class Scheduler:
     def __init__(
         self, config: EngineConfig, rotation: Callable[[int], int] = lambda _: 0, rekeyed: bool = False
     ) -> None:
-        self.pool = BlockPool(0)  # replaced with the cache, while idle
+        self.pool = BlockPool(0)  # replaced together with the cache, while idle
         self.counts = Counts()
         self.running: list[Request] = []
         self.prefilling: Request | None = None
@@ -131,8 +131,7 @@ class Scheduler:
         self.waiting.popleft()
         request.blocks = shared + pool.allocate(missing)
         if request.saved is not None:
-            chunk.restored.extend(request.blocks[len(found) : blocks_for(start)])
-            return chunk
+            return replace(chunk, restored=request.blocks[len(found) : blocks_for(start)])
         request.cached = start
         if not request.token_ids:
             request.cached_prompt_tokens = start
