@@ -6,11 +6,9 @@ returns the stream. A mixture of experts or a sharded layer is another class wit
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 from flashdecpp import ops
 
@@ -20,14 +18,6 @@ from .weights import Layer, Matrix
 
 # With more rows than this, linear layers go to the BLAS.
 BLAS_ROWS = 128
-
-# Activations of an up projection without a gate
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 
 # (layer, q, k, v) -> [batch, q_len, q_heads, head_dim]; q and k are rotated, k and v are in the cache
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -83,18 +73,19 @@ class Norm:
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer, of x or of its norm."""
+    """A linear layer of x or of its norm, with a gate or an activation of the result as in ops.linear."""
 
     weight: Matrix
     bias: torch.Tensor | None = None
 
-    def __call__(self, x: torch.Tensor, norm: Norm | None = None, gate: str | None = None) -> torch.Tensor:
-        """`gate`: the weight has [gate; up] rows, and the result is gate(gate rows) * up rows."""
-        if norm is not None and not norm.rms:
-            x, norm = norm(x), None
-        if norm is None:
-            return linear(x, self.weight, self.bias, gate=gate)
-        return linear(x, self.weight, self.bias, norm_weight=norm.weight, norm_eps=norm.eps, gate=gate)
+    def __call__(
+        self,
+        x: torch.Tensor,
+        norm: Norm | None = None,
+        gate: str | None = None,
+        activation: str | None = None,
+    ) -> torch.Tensor:
+        return linear(x, self.weight, self.bias, norm=norm, gate=gate, activation=activation)
 
 
 @dataclass(frozen=True)
@@ -163,15 +154,12 @@ class FeedForward:
         self._down = OutputProjection(
             weights.down, weights.down_bias, _out_norm(config, weights.ffn_out_norm)
         )
-        self._activation, self._gated = config.activation, config.architecture.gated
+        gated = config.architecture.gated
+        self._gate, self._activation = (config.activation, None) if gated else (None, config.activation)
         self._norm_after = config.norm_after
 
     def __call__(self, stream: torch.Tensor, forward: ForwardPass) -> torch.Tensor:
-        norm = None if self._norm_after else self._norm
-        if self._gated:
-            h = self._up(stream, norm, gate=self._activation)
-        else:
-            h = ACTIVATIONS[self._activation](self._up(stream, norm))
+        h = self._up(stream, None if self._norm_after else self._norm, self._gate, self._activation)
         self._down.add_to(stream, h)
         return self._norm(stream) if self._norm_after else stream
 
@@ -181,16 +169,20 @@ def linear(
     weight: Matrix,
     bias: torch.Tensor | None = None,
     *,
-    norm_weight: torch.Tensor | None = None,
-    norm_eps: float = 1e-6,
+    norm: Norm | None = None,
     gate: str | None = None,
+    activation: str | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """`ops.linear_fused` of a plain weight or of a quantized one."""
-    fused = {"norm_weight": norm_weight, "norm_eps": norm_eps, "activation": gate, "residual": residual}
+    """`ops.linear` or, for a quantized weight, `ops.quantized_linear`: of norm(x) if there is a norm."""
+    fusion = {"gate": gate, "activation": activation, "residual": residual}
+    if norm is not None and norm.rms:
+        fusion |= {"norm_weight": norm.weight, "norm_eps": norm.eps}
+    elif norm is not None:
+        x = norm(x)
     if isinstance(weight, torch.Tensor):
-        return ops.linear_fused(x, weight, bias, **fused)
-    return weight.linear(x, bias, **fused)
+        return ops.linear(x, weight, bias, **fusion)
+    return weight.linear(x, bias, **fusion)
 
 
 def _out_norm(config: ModelConfig, weight: torch.Tensor | None) -> Norm | None:
