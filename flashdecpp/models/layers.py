@@ -36,10 +36,13 @@ class ForwardPass:
 
 
 class LayerPart(Protocol):
-    def __call__(self, stream: torch.Tensor, forward: ForwardPass) -> torch.Tensor: ...
+    def __call__(self, stream: torch.Tensor, forward: ForwardPass) -> torch.Tensor:
+        """The residual stream [tokens, hidden] with this part's result added."""
 
 
 class DecoderLayer:
+    """Two parts, run one after the other on the same residual stream."""
+
     def __init__(self, attention: LayerPart, feed_forward: LayerPart) -> None:
         self.attention, self.feed_forward = attention, feed_forward
 
@@ -100,7 +103,7 @@ class OutputProjection:
         """stream += norm(linear(x)), the only place where a part's result meets the residual stream.
 
         Without a norm the sum is fused into the linear layer. A sharded layer, whose results are summed over
-        devices first, does the two apart.
+        devices first, does the two separately.
         """
         by_blas = stream.is_cuda and stream.size(0) > BLAS_ROWS
         if self.norm is not None:
