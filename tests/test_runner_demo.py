@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from flashdecpp import LLM, ModelError, SamplingParams
 from flashdecpp.loading import demo as demo_module
-from flashdecpp.models.to_transformers import transformers_twin
+from flashdecpp.models.to_transformers import to_transformers
 
 GREEDY = json.loads((Path(__file__).parent / "data" / "smollm2_greedy.json").read_text())
 UNSEEN = [
@@ -36,7 +36,7 @@ def llm() -> LLM:
 @pytest.fixture(scope="module")
 def transformers_model(llm: LLM) -> LlamaForCausalLM:
     """transformers' Llama with the weights that the runner dequantised."""
-    return transformers_twin(llm.decoder, torch.float32)
+    return to_transformers(llm.decoder, torch.float32)
 
 
 @demo
@@ -60,7 +60,7 @@ def test_stored_weights_agree_with_dequantised_ones(llm, transformers_model, dty
     stored, dense = (
         LLM("demo", device="cpu", dtype=dtype, quantize=quantize) for quantize in ("auto", "none")
     )
-    assert stored.decoder.weights.kinds == "int4 + int8"
+    assert stored.decoder.weights.storage_formats == "int4 + int8"
     assert stored.decoder.weights.nbytes < 0.4 * dense.decoder.weights.nbytes
     error, dense_error = (
         (runner_logits(each, prompt, expected[:-1]) - exact).abs().amax(-1) for each in (stored, dense)
@@ -108,7 +108,7 @@ def test_bfloat16_agrees_within_its_error(llm, transformers_model):
     prompt, following = run["prompt_ids"], run["token_ids"][:24]
     exact = transformers_logits(transformers_model, prompt, following)
     ours = runner_logits(LLM("demo", device="cpu", dtype="bfloat16"), prompt, following)
-    half = transformers_twin(llm.decoder, torch.bfloat16)
+    half = to_transformers(llm.decoder, torch.bfloat16)
     theirs = transformers_logits(half, prompt, following)
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
     assert (ours - exact).square().mean().sqrt() <= 1.5 * (theirs - exact).square().mean().sqrt()
@@ -124,7 +124,7 @@ def test_a_gpu_agrees_within_half_precision(llm, transformers_model, dtype, run)
     exact = transformers_logits(transformers_model, prompt, expected[:-1])
     gpu = LLM("demo", device="cuda", dtype=dtype)
     ours = runner_logits(gpu, prompt, expected[:-1])
-    theirs = transformers_logits(transformers_twin(gpu.decoder, dtype), prompt, expected[:-1])
+    theirs = transformers_logits(to_transformers(gpu.decoder, dtype), prompt, expected[:-1])
     error = (ours - exact).abs().amax(-1)
     assert error.max() <= 2 * (theirs - exact).abs().max()
 

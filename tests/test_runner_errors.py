@@ -87,7 +87,7 @@ def test_other_unsupported_configurations(folder):
     edit_config(folder, hidden_act="tanh")
     refused(folder, "hidden_act 'tanh' is not supported")
     edit_config(folder, hidden_act="silu", quantization_config={"quant_method": "gptq"})
-    refused(folder, r"is quantised \(gptq\)")
+    refused(folder, r"is quantized \(gptq\)")
     edit_config(folder, quantization_config=None, head_dim=12)
     refused(folder, "head_dim must be a multiple of 8")
 

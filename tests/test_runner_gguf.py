@@ -137,7 +137,7 @@ def test_logits_equal_those_of_the_model(tmp_path, architecture, overrides, quan
         logits = runner_logits(llm, prompt, following)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         stored = {Q.Q8_0: "int8", Q.Q4_0: "int4", Q.Q4_1: "int4"}.get(quantisation, "float32")
-        assert llm.decoder.weights.kinds == (stored if quantize == "auto" else "float32")
+        assert llm.decoder.weights.storage_formats == (stored if quantize == "auto" else "float32")
 
 
 @pytest.mark.parametrize("quantisation", [Q.Q8_0, Q.Q4_0, Q.Q4_1])
@@ -270,7 +270,7 @@ HEADERS = {
     "a text of 2^62 bytes": (gguf_file(gguf_value("a", 8, struct.pack("<Q", 2**62))), "is truncated"),
     "arrays in arrays": (
         gguf_file(gguf_value("a", 9, struct.pack("<IQ", 9, 1) * 9999)),
-        "in more than 4 others",
+        "nests arrays more than 4 deep",
     ),
     "an unknown kind of value": (gguf_file(gguf_value("a", 99, b"")), "has the unknown type 99"),
     "a key twice": (gguf_file(*[gguf_value("a", 7, b"\1")] * 2), "has the key a twice"),

@@ -129,7 +129,7 @@ def test_a_template_without_end(loops, monkeypatch):
     monkeypatch.setattr(templates, "RENDER_SECONDS", 0.3)
     tokenizer = gguf_tokenizer(chat_template=loops)
     started = time.perf_counter()
-    with pytest.raises(ModelError, match=r"the chat template is not done after 0\.3 seconds"):
+    with pytest.raises(ModelError, match=r"the chat template did not finish within 0\.3 seconds"):
         tokenizer.chat_prompt(QUESTION)
     assert time.perf_counter() - started < 5
     for thread in threading.enumerate():

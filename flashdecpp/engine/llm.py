@@ -378,7 +378,7 @@ class LLM:
             softmax=self._softmax,
             softmax_rows=decoded * self.config.layers * self.config.q_heads,
             softmax_fallbacks=int(self.decoder.fallbacks.item()) - fallbacks_before,
-            weights=self.decoder.weights.kinds,
+            weights=self.decoder.weights.storage_formats,
             weight_bytes=self.decoder.weights.nbytes,
             found_tokens=counts.found_tokens - before.found_tokens,
             preemptions=counts.preemptions - before.preemptions,
