@@ -17,7 +17,7 @@ class TensorNames:
     The tensors of a tuple are packed, by rows, into one weight.
     """
 
-    roots: tuple[str, ...]  # possible prefixes of all names but lm_head
+    roots: tuple[str, ...]  # prefixes of all names but lm_head; the first with a layer is used
     embed: str
     norm: str
     lm_head: str
