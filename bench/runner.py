@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import json
 import statistics
@@ -29,8 +30,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from flashdecpp import ops
+from flashdecpp.engine.config import EngineConfig
+from flashdecpp.engine.decode_batch import DecodeBatch
 from flashdecpp.engine.engine import Engine
-from flashdecpp.engine.executor import Batch
 from flashdecpp.engine.request import Request
 from flashdecpp.engine.sampling import SamplingParams
 from flashdecpp.loading.generation_config import GenerationDefaults
@@ -38,6 +40,7 @@ from flashdecpp.models.architectures import ARCHITECTURES
 from flashdecpp.models.config import ModelConfig
 from flashdecpp.models.decoder import MAX_Q_LEN, Decoder
 from flashdecpp.models.kv_cache import BLOCK_SIZE, KVCache, blocks_for
+from flashdecpp.models.phi import PhiSource
 from flashdecpp.models.rope import Rope
 from flashdecpp.models.weights import Layer, Matrix, Weights
 from flashdecpp.quantization import quantize
@@ -201,21 +204,20 @@ class Subject:
     decoder: Decoder
     max_len: int
     ceiling: float  # bytes a second
-    carry: bool = True
 
     @property
     def on_gpu(self) -> bool:
         return self.decoder.device.type == "cuda"
 
-    def batch(self, rows: int, context: int) -> Batch:
+    def batch(self, rows: int, context: int) -> DecodeBatch:
         """Sequences of `context` tokens, whose blocks lie anywhere in the cache."""
         each = blocks_for(context + 1 + ROUNDS * STEPS + WARM_UP + PROFILED)
-        cache = KVCache(self.decoder.config, rows * each, self.decoder.device, self.decoder.dtype)
+        cache = KVCache.for_model(self.decoder.config, rows * each, self.decoder.device, self.decoder.dtype)
         for pair in cache.layers:
             for part in pair:
                 part.normal_()
-        max_len = max(self.max_len, each * BLOCK_SIZE)
-        batch = Batch(self.decoder, cache, frozenset([2]), max_len, rows, self.carry, cuda_graphs=True)
+        engine = EngineConfig(max_len=max(self.max_len, each * BLOCK_SIZE), max_batch=rows)
+        batch = DecodeBatch(self.decoder, cache, frozenset([2]), engine)
         order = torch.randperm(rows * each).view(rows, each).tolist()
         requests = [
             Request("", [5] * context, ENDLESS, Words(), token_ids=[7], seed=0, blocks=blocks)
@@ -232,9 +234,9 @@ class Subject:
                 batch.read(batch.step())
 
         def launched() -> None:
-            choices = [batch.step() for _ in range(STEPS)]
-            for choice in choices:
-                batch.read(choice)
+            launches = [batch.step() for _ in range(STEPS)]
+            for sampled in launches:
+                batch.read(sampled)
 
         for _ in range(WARM_UP):
             batch.read(batch.step())
@@ -271,7 +273,7 @@ class Subject:
     def prefill_ms(self, prompts: int, length: int) -> dict[str, float]:
         """`prompts` of `length` tokens, computed one after the other as the engine does."""
         config, device = self.decoder.config, self.decoder.device
-        cache = KVCache(config, blocks_for(length), device, self.decoder.dtype)
+        cache = KVCache.for_model(config, blocks_for(length), device, self.decoder.dtype)
         tokens = torch.randint(0, config.vocab, (length,), device=device)
         table = torch.arange(cache.num_blocks, dtype=torch.int32, device=device)[None]
 
@@ -302,7 +304,7 @@ class Subject:
         The op takes pieces of MAX_Q_LEN tokens, with the unified maximum and without.
         """
         config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
-        cache = KVCache(config, blocks_for(length), device, dtype)
+        cache = KVCache.for_model(config, blocks_for(length), device, dtype)
         k_cache, v_cache = cache.layers[0]
         q = torch.randn(length, config.q_heads, config.head_dim, dtype=dtype, device=device)
         k, v = (part.normal_().flatten(0, 1)[None, :length].transpose(1, 2) for part in (k_cache, v_cache))
@@ -335,16 +337,13 @@ class Subject:
         """All of it: requests in, tokens out, as (time of many tokens - time of one) / steps."""
 
         def run(count: int) -> float:
-            engine = Engine(
-                self.decoder,
-                frozenset([2]),
-                self.max_len,
-                rows,
-                rows * (context + 2 * BLOCK_SIZE + tokens),
-                self.carry,
-                1024,
+            config = EngineConfig(
+                max_len=self.max_len,
+                max_batch=rows,
+                cache_tokens=rows * (context + 2 * BLOCK_SIZE + tokens),
                 prefix_cache=False,
             )
+            engine = Engine(self.decoder, frozenset([2]), config)
             params = replace(ENDLESS, max_tokens=count)
             times = []
             for turn in range(3):
@@ -460,7 +459,9 @@ def ablations(subject: Subject, cases: list[tuple[int, int]]) -> list[dict]:
     rows = []
     for batch, context in cases:
         variants = {"all": subject.step_ms(batch, context)["ms"]}
-        variants["online softmax"] = replace(subject, carry=False).step_ms(batch, context)["ms"]
+        online = copy.copy(subject.decoder)
+        online.phi = PhiSource.none()
+        variants["online softmax"] = replace(subject, decoder=online).step_ms(batch, context)["ms"]
         for impl in ("blas", "gemv", "flat_gemm"):
             with linear_by(impl):
                 variants[f"linear: {impl} alone"] = subject.step_ms(batch, context)["ms"]
@@ -479,7 +480,7 @@ def measure_model(
 ) -> dict:
     weights = random_weights(config, dtype, device)
     max_len = min(config.context, 9216)
-    subject = Subject(Decoder(config, weights, config.context), max_len, ceiling)
+    subject = Subject(Decoder(config, weights, config.context, PhiSource.carry()), max_len, ceiling)
     results: dict[str, object] = {"weight_bytes": weights.nbytes, "dtype": str(dtype).removeprefix("torch.")}
 
     def cases(found: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -507,7 +508,7 @@ def measure_model(
     if main_model and "quantized" in parts:
         results["quantized"] = {}
         for form, arguments in FORMATS.items():
-            lighter = Decoder(config, quantized(weights, arguments), config.context)
+            lighter = Decoder(config, quantized(weights, arguments), config.context, PhiSource.carry())
             results["quantized"][form] = [
                 replace(subject, decoder=lighter).step_ms(*case) for case in cases([(1, 1024), (8, 1024)])
             ]

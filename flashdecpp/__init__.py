@@ -43,8 +43,9 @@ from flashdecpp.quantization import QuantizedLinear, quantize_
 if TYPE_CHECKING:
     from flashdecpp.engine.block_pool import BlockPool
     from flashdecpp.engine.guides import Guide
-    from flashdecpp.engine.llm import LLM, Completion, Piece, Stats
+    from flashdecpp.engine.llm import LLM
     from flashdecpp.engine.logprobs import TokenLogprob
+    from flashdecpp.engine.results import Completion, Piece, Stats
     from flashdecpp.engine.sampling import SamplingParams
     from flashdecpp.integrations.transformers import accelerate
     from flashdecpp.models.kv_cache import KVCache
@@ -75,12 +76,12 @@ tuning.install()
 _MODULES = {
     "LLM": "flashdecpp.engine.llm",
     "BlockPool": "flashdecpp.engine.block_pool",
-    "Completion": "flashdecpp.engine.llm",
+    "Completion": "flashdecpp.engine.results",
     "Guide": "flashdecpp.engine.guides",
     "KVCache": "flashdecpp.models.kv_cache",
-    "Piece": "flashdecpp.engine.llm",
+    "Piece": "flashdecpp.engine.results",
     "SamplingParams": "flashdecpp.engine.sampling",
-    "Stats": "flashdecpp.engine.llm",
+    "Stats": "flashdecpp.engine.results",
     "TokenLogprob": "flashdecpp.engine.logprobs",
     "accelerate": "flashdecpp.integrations.transformers",
 }

@@ -1,4 +1,4 @@
-"""Between host and device without waiting: through pinned memory, in the order of the stream."""
+"""Copies between host and device without waiting: through pinned memory, in the order of the stream."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,18 @@ import torch
 
 
 def upload(values: Sequence, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of these values on the device. What is launched next sees it; the host goes on at once."""
+    """A tensor of these values on the device. The next launch sees it; the host does not wait."""
     host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
 def host_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory of the host that is copied from and to the device without waiting; with anything in it."""
+    """Uninitialized host memory that is copied from and to the device without waiting."""
     return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
-class Readback:
-    """Numbers on their way to the host, up to `size` of them at a time."""
+class HostCopy:
+    """Up to `size` numbers on their way from the device to the host."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._host = host_tensor((size,), dtype, device)

@@ -189,7 +189,7 @@ def runner_logits(llm: LLM, prompt: list[int], following: list[int]) -> torch.Te
     """The runner's logits after the prompt and after each token that follows: [1 + len(following), vocab]."""
     decoder = llm.decoder
     blocks = blocks_for(len(prompt) + len(following))
-    cache = KVCache(decoder.config, blocks, decoder.device, decoder.dtype)
+    cache = KVCache.for_model(decoder.config, blocks, decoder.device, decoder.dtype)
     with decoder.device:
         # Not in order: a mistake in the use of the table would show.
         table = torch.arange(blocks - 1, -1, -1, dtype=torch.int32)[None]

@@ -427,7 +427,11 @@ def test_an_object_says_which_answer_it_is_and_how_to_get_it_again(generate) -> 
     for (index, _), answer in found.items():
         assert answer["prompt"] == ("one", "two two")[index]
         assert answer["finish_reason"] == "length" and answer["stop_match"] is None
-        counts = {"prompt_tokens": 1 + len(answer["prompt"]), "generated_tokens": 6, "found_tokens": 0}
+        counts = {
+            "prompt_tokens": 1 + len(answer["prompt"]),
+            "generated_tokens": 6,
+            "cached_prompt_tokens": 0,
+        }
         assert answer["counts"] == counts
         assert answer["timings"]["tokens_per_second"] > 0
     wanted = found[1, 1]

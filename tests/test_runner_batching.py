@@ -14,7 +14,7 @@ import torch
 from runner_models import load, random_tokens, save_model
 
 from flashdecpp import LLM, ModelError, OutOfMemory, SamplingParams
-from flashdecpp.engine.executor import Batch
+from flashdecpp.engine.decode_batch import DecodeBatch
 from flashdecpp.models.kv_cache import BLOCK_SIZE, blocks_for
 
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -69,7 +69,7 @@ def test_a_tiny_pool_preempts_and_changes_no_answer(folder, alone, prefix_cache,
             )
         )
     expected = token_ids(alone, prompts, params)
-    assert alone.stats.preemptions == alone.stats.found_tokens == 0
+    assert alone.stats.preemptions == alone.stats.cached_prompt_tokens == 0
     longest = max(blocks_for(len(p) + s.max_tokens) for p, s in zip(prompts, params, strict=True))
     llm = load(
         folder,
@@ -83,7 +83,7 @@ def test_a_tiny_pool_preempts_and_changes_no_answer(folder, alone, prefix_cache,
     for _ in range(2):
         assert token_ids(llm, prompts, params) == expected
         assert llm.stats.preemptions > 10
-        assert (llm.stats.found_tokens > 0) == prefix_cache
+        assert (llm.stats.cached_prompt_tokens > 0) == prefix_cache
         assert llm.stats.peak_blocks == llm.stats.cache_blocks == longest + 4
         assert llm._engine.pool.used_blocks == 0
 
@@ -91,13 +91,15 @@ def test_a_tiny_pool_preempts_and_changes_no_answer(folder, alone, prefix_cache,
 def test_a_preempted_sequence_goes_on_where_it_was(folder, monkeypatch):
     """Nothing of it is computed twice, which could change its bits; a prompt that was half done included."""
     llm = load(folder, max_batch=6, cache_tokens=BLOCK_SIZE * 12, prefill_chunk=4, prefix_cache=False)
-    calls, victims, preempt = spy_on(llm, monkeypatch), [], llm._engine._preempt
+    calls, victims, preempt = spy_on(llm, monkeypatch), [], llm._engine.scheduler.preempt
 
-    def spied_preempt():
-        victims.append((llm._engine._prefilling or llm._engine._running[-1]).token_ids != [])
-        preempt()
+    def spied_preempt(victim):
+        scheduler = llm._engine.scheduler
+        assert victim is (scheduler.prefilling or scheduler.running[-1])
+        victims.append(victim.token_ids != [])
+        preempt(victim)
 
-    monkeypatch.setattr(llm._engine, "_preempt", spied_preempt)
+    monkeypatch.setattr(llm._engine.scheduler, "preempt", spied_preempt)
     prompts = [random_tokens(length, seed=length) for length in (3, 5, 120, 7, 11, 13, 9, 125, 4)]
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     llm.generate(prompts, params)
@@ -128,7 +130,7 @@ def test_rope_scalings_by_length_are_kept_apart(tmp_path, kind):
     llm = load(tmp_path, max_batch=4, cache_tokens=13 * 16, prefill_chunk=32)
     assert {rope.unscaled_positions for rope in llm.config.ropes} == {64}
     assert token_ids(llm, prompts, params) == expected
-    assert llm.stats.preemptions > 0 and llm.stats.found_tokens > 0
+    assert llm.stats.preemptions > 0 and llm.stats.cached_prompt_tokens > 0
 
 
 def test_a_long_prompt_does_not_stop_others(folder, alone, monkeypatch):
@@ -206,7 +208,7 @@ def test_more_samples_than_places_take_turns(folder, alone):
     llm = load(folder, max_batch=3)
     assert token_ids(llm, prompts, params) == expected
     # 4 samples of the first prompt came later, and found its 3 full blocks; the second leads 3 batches.
-    assert llm.stats.found_tokens >= 4 * 48
+    assert llm.stats.cached_prompt_tokens >= 4 * 48
     assert len(expected) == 14 and llm.stats.prompt_tokens == 80
 
 
@@ -224,19 +226,19 @@ def test_a_prompt_that_comes_again_is_found(folder, monkeypatch):
     llm = load(folder)
     tokens = random_tokens(200, seed=9)
     first = llm.generate([tokens[:100]], GREEDY)[0].token_ids
-    assert llm.stats.found_tokens == 0
+    assert llm.stats.cached_prompt_tokens == 0
     calls = spy_on(llm, monkeypatch)
     assert llm.generate([tokens[:100]], GREEDY)[0].token_ids == first
-    assert llm.stats.found_tokens == 96 and calls[0] == ("prefill", 96, 100)
+    assert llm.stats.cached_prompt_tokens == 96 and calls[0] == ("prefill", 96, 100)
     # What was answered is found as well, as in a conversation: 100 + 19 tokens are in the cache.
     calls.clear()
     llm.generate([tokens[:100] + first + tokens[100:140]], GREEDY)
-    assert llm.stats.found_tokens == 112 and calls[0] == ("prefill", 112, 160)
+    assert llm.stats.cached_prompt_tokens == 112 and calls[0] == ("prefill", 112, 160)
     # One token is left to compute, for its logits.
     llm.generate([tokens[:96]], GREEDY)
-    assert llm.stats.found_tokens == 80
+    assert llm.stats.cached_prompt_tokens == 80
     llm.generate([tokens[1:100]], GREEDY)
-    assert llm.stats.found_tokens == 0
+    assert llm.stats.cached_prompt_tokens == 0
 
 
 def test_prompts_of_one_call_share_their_beginning(folder, alone):
@@ -245,7 +247,7 @@ def test_prompts_of_one_call_share_their_beginning(folder, alone):
     expected = token_ids(alone, prompts, SAMPLED)
     llm = load(folder)
     assert token_ids(llm, prompts, SAMPLED) == expected
-    assert llm.stats.found_tokens == 4 * 64
+    assert llm.stats.cached_prompt_tokens == 4 * 64
     assert llm.stats.peak_blocks == 4 + 5 * (blocks_for(79 + 19) - 4)
 
 
@@ -268,13 +270,13 @@ def test_tokens_are_read_one_step_behind_on_a_gpu_and_at_once_on_the_cpu(folder,
     llm = load(folder, max_batch=2)
     assert llm._engine.behind == 0
     llm._engine.behind = behind
-    calls, take = spy_on(llm, monkeypatch), llm._engine._take_token
+    calls, append = spy_on(llm, monkeypatch), llm._engine._append_token
 
-    def spied_take(request, token, logprob):
+    def spied_append(request, token, logprob):
         calls.append(("read", request.length, token))
-        take(request, token, logprob)
+        append(request, token, logprob)
 
-    monkeypatch.setattr(llm._engine, "_take_token", spied_take)
+    monkeypatch.setattr(llm._engine, "_append_token", spied_append)
     llm.generate([random_tokens(10)], SamplingParams(max_tokens=5, ignore_eos=True))
     steps = ["decode", "read"] * 4
     assert [name for name, *_ in calls] == ["prefill", *([*steps, "read"] if behind else ["read", *steps])]
@@ -298,7 +300,7 @@ def test_rows_without_a_sequence_change_nothing(folder, alone, rows, monkeypatch
     ]
     expected = token_ids(alone, prompts, params)
     llm.generate(prompts[0], GREEDY)
-    llm._engine._batch.buckets = [rows, 8]
+    llm._engine.executor.batch.buckets = [rows, 8]
     calls = spy_on(llm, monkeypatch)
     assert token_ids(llm, prompts, params) == expected
     assert {batch for name, batch, _ in calls if name == "decode"} == {rows, 8}
@@ -329,7 +331,7 @@ def test_a_sequence_that_ends_by_itself_wastes_nothing_of_others(folder, monkeyp
     first = token_ids(llm, prompts, endless)
     ending = first[1][12]
     stops = load(folder)
-    stops._engine.eos_ids = frozenset([ending])
+    stops._engine.executor.eos_ids = frozenset([ending])
     answers = token_ids(stops, prompts, params)
     assert answers == [a[: a.index(ending)] if ending in a else a for a in first]
     steps = sum(min(len(answer) + 1, 30) - 1 for answer in answers)
@@ -374,13 +376,13 @@ def test_an_error_in_a_step_leaves_nothing_behind(folder, alone, monkeypatch):
     other = llm.stream(prompts[0], long)
     tokens = [next(other).token_id for _ in range(5)]
     parts = [(llm.decoder, name) for name in ("decode", "prefill", "_logits")]
-    parts += [(Batch, name) for name in ("step", "choose_first", "join", "retain", "read")]
+    parts += [(DecodeBatch, name) for name in ("step", "sample_first", "join", "keep_only", "read")]
     for owner, part in parts:
         with monkeypatch.context() as patched:
             patched.setattr(owner, part, fail)
             with pytest.raises(RuntimeError, match="out of luck"):
                 llm.generate(prompts, SAMPLED)
-        (running,) = llm._engine._running
+        (running,) = llm._engine.scheduler.running
         assert llm._engine.pool.used_blocks == len(running.blocks)
         assert token_ids(llm, prompts, SAMPLED) == expected
         tokens.append(next(other).token_id)
@@ -418,7 +420,7 @@ def test_the_pool_fits_the_memory(folder, monkeypatch):
     llm.generate([random_tokens(100, seed=i) for i in range(4)], SamplingParams(max_tokens=60))
     assert llm.stats.cache_blocks == 4 * blocks_for(160)
     small = load(folder)
-    room = 7.5 * engine.block_bytes(llm.config, torch.float32) / (1 - engine.CPU_SHARE_LEFT)
+    room = 7.5 * engine.block_bytes(llm.config, torch.float32) / (1 - engine.CPU_FRACTION_LEFT)
     for module in (kv_cache, engine):
         monkeypatch.setattr(module, "available_bytes", lambda device: room)
     small.generate([random_tokens(50, seed=i) for i in range(4)], SamplingParams(max_tokens=60))

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from runner_models import save_model
 
-from flashdecpp import LLM, OutOfMemory
-from flashdecpp.engine.block_pool import BlockPool
+from flashdecpp import LLM, BlockPool, KVCache, ModelError, OutOfMemory
 from flashdecpp.engine.request import Request
-from flashdecpp.models.kv_cache import BLOCK_SIZE, KVCache
+from flashdecpp.models.kv_cache import BLOCK_SIZE
 
 BLOCKS = 6
 
@@ -22,35 +21,35 @@ def key(number: int) -> bytes:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Users take, share, publish and give back blocks at random; a plain model says what must come of it."""
+    """Users allocate, share, register and free blocks at random; a plain model predicts every result."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(BLOCKS)
         self.users: list[list[int]] = []
         self.content: dict[int, bytes] = {}  # what can be found in which block
-        self.given_back: list[int] = []  # free blocks, those that were given back last at the end
+        self.freed: list[int] = []  # free blocks, the last freed at the end
 
     def is_free(self, block: int) -> bool:
         return not any(block in user for user in self.users)
 
     @rule(count=st.integers(1, BLOCKS))
-    def take(self, count: int) -> None:
+    def allocate(self, count: int) -> None:
         free = [block for block in range(BLOCKS) if self.is_free(block)]
         if count > len(free):
             with pytest.raises(OutOfMemory, match=f"{count} cache blocks are wanted, {len(free)} are free"):
-                self.pool.take(count)
+                self.pool.allocate(count)
             return
-        taken = self.pool.take(count)
+        taken = self.pool.allocate(count)
         assert len(set(taken)) == count and set(taken) <= set(free)
-        # Blocks with something in them go last, and then in the order in which they were given back.
+        # Registered blocks go last, in the order in which they were freed.
         empty = [block for block in free if block not in self.content]
-        full = [block for block in self.given_back if block in self.content]
+        full = [block for block in self.freed if block in self.content]
         assert set(taken[: len(empty)]) <= set(empty)
         assert taken[len(empty) :] == full[: max(0, count - len(empty))]
         for block in taken:
             self.content.pop(block, None)
-        self.given_back = [block for block in self.given_back if block not in taken]
+        self.freed = [block for block in self.freed if block not in taken]
         self.users.append(taken)
 
     @precondition(lambda self: self.content)
@@ -61,24 +60,24 @@ class PoolMachine(RuleBasedStateMachine):
         assert [self.content[block] for block in found] == wanted
         assert self.pool.find([b"nowhere", *wanted]) == []
         self.users.append(self.pool.share(found))
-        self.given_back = [block for block in self.given_back if block not in found]
+        self.freed = [block for block in self.freed if block not in found]
 
     @precondition(lambda self: any(self.users))
     @rule(data=st.data(), number=st.integers(0, 9))
-    def publish(self, data, number: int) -> None:
+    def register(self, data, number: int) -> None:
         fresh = {block for user in self.users for block in user} - self.content.keys()
         if fresh:
             block = data.draw(st.sampled_from(sorted(fresh)))
-            self.pool.publish(block, key(number))
+            self.pool.register(block, key(number))
             if key(number) not in self.content.values():
                 self.content[block] = key(number)
 
     @precondition(lambda self: self.users)
     @rule(data=st.data())
-    def give_back(self, data) -> None:
+    def free(self, data) -> None:
         blocks = self.users.pop(data.draw(st.integers(0, len(self.users) - 1)))
-        self.pool.give_back(blocks)
-        self.given_back += [block for block in reversed(blocks) if self.is_free(block)]
+        self.pool.free(blocks)
+        self.freed += [block for block in reversed(blocks) if self.is_free(block)]
 
     @invariant()
     def uses_are_counted(self) -> None:
@@ -86,12 +85,12 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.used_blocks == len(used) <= self.pool.peak_blocks
         assert self.pool.free_blocks == BLOCKS - len(used)
         for block in range(BLOCKS):
-            assert self.pool.is_shared(block) == (sum(block in user for user in self.users) > 1)
+            assert self.pool.users(block) == sum(block in user for user in self.users)
 
     @invariant()
-    def content_is_found_until_its_block_is_taken(self) -> None:
-        for block, published in self.content.items():
-            assert self.pool.find([published]) == [block]
+    def content_is_found_until_its_block_is_allocated(self) -> None:
+        for block, registered in self.content.items():
+            assert self.pool.find([registered]) == [block]
         for number in range(10):
             if key(number) not in self.content.values():
                 assert self.pool.find([key(number)]) == []
@@ -101,10 +100,47 @@ PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=3
 TestPool = PoolMachine.TestCase
 
 
+@pytest.mark.parametrize("block", [-1, 0, 1, BLOCKS])
+def test_a_block_that_is_not_in_use_cannot_be_freed(block):
+    pool = BlockPool(BLOCKS)
+    kept = pool.allocate(2)
+    pool.free([0, 1])
+    with pytest.raises(ValueError, match=f"block {block} of {BLOCKS} is not in use"):
+        pool.free([block])
+    assert kept == [0, 1] and pool.free_blocks == BLOCKS
+
+
+def test_a_cache_of_plain_numbers():
+    cache = KVCache(
+        layers=2, kv_heads=3, head_dim=24, num_blocks=5, block_size=8, dtype=torch.float16, device="cpu"
+    )
+    assert len(cache.layers) == 2 and (cache.num_blocks, cache.block_size) == (5, 8)
+    for k, v in cache.layers:
+        assert k.shape == v.shape == (5, 8, 3, 24) and k.dtype == v.dtype == torch.float16
+        assert k.is_contiguous() and v.is_contiguous() and k.data_ptr() != v.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"layers": 0}, "layers must be 1 or more, got 0"),
+        ({"block_size": 12}, "block_size must be 1 or a multiple of 8, got 12"),
+        ({"head_dim": 20}, "head_dim must be a multiple of 8, got 20"),
+        ({"head_dim": 264}, "head_dim must be at most 256, got 264"),
+        ({"kv_heads": 1.5}, "kv_heads must be an integer, got 1.5"),
+    ],
+    ids=str,
+)
+def test_sizes_of_a_cache_are_checked(wrong, match):
+    sizes = {"layers": 2, "kv_heads": 1, "head_dim": 16, "num_blocks": 4} | wrong
+    with pytest.raises(ModelError, match=match):
+        KVCache(**sizes, dtype=torch.float32, device="cpu")
+
+
 def test_blocks_are_copied_saved_and_restored(tmp_path):
     save_model(tmp_path)
     llm = LLM(tmp_path, device="cpu", dtype="float32")
-    cache = KVCache(llm.config, 5, llm.device, llm.dtype)
+    cache = KVCache.for_model(llm.config, 5, llm.device, llm.dtype)
     for k, v in cache.layers:
         k.copy_(torch.randn_like(k))
         v.copy_(torch.randn_like(v))

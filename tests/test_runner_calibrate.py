@@ -149,16 +149,16 @@ def test_the_runner_uses_it_and_answers_the_same(folder, measured, phi_file):
     params = SamplingParams(max_tokens=24, ignore_eos=True)
     without = [LLM(folder, device="cpu", dtype="float32", phi=none) for none in ("none", None)]
     expected = [answer.token_ids for answer in without[0].generate(prompts, params)]
-    assert all(llm.decoder.phi is None for llm in without)
+    assert all(llm.decoder.phi.layers is None for llm in without)
     assert without[0].stats.softmax == "online softmax"
     for phi in ("auto", phi_file, str(phi_file), list(measured.phi)):
         llm = LLM(folder, device="cpu", dtype="float32", phi=phi)
-        torch.testing.assert_close(torch.stack(list(llm.decoder.phi)), measured.phi, rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.stack(list(llm.decoder.phi.layers)), measured.phi, rtol=0, atol=1e-4)
         assert [answer.token_ids for answer in llm.generate(prompts, params)] == expected
         assert llm.stats.softmax == "fixed phi"
     llm = LLM(folder, device="cpu", dtype="float32", phi="carry")
     assert [answer.token_ids for answer in llm.generate(prompts, params)] == expected
-    assert llm.decoder.phi is None and llm.stats.softmax == "carried phi"
+    assert llm.decoder.phi.layers is None and llm.stats.softmax == "carried phi"
 
 
 def test_rows_outside_its_window_are_counted(folder, phi_file):
@@ -211,7 +211,7 @@ def test_a_bad_file_is_one_clear_error(folder, phi_file, case):
 
 
 def test_a_missing_file(folder):
-    assert LLM(folder, device="cpu", dtype="float32").decoder.phi is None
+    assert LLM(folder, device="cpu", dtype="float32").decoder.phi.layers is None
     with pytest.raises(ModelError, match=r"nowhere\.json can't be read: No such file"):
         LLM(folder, device="cpu", dtype="float32", phi="nowhere.json")
 

@@ -45,7 +45,7 @@ def test_end_of_sequence_ends_and_ignore_eos_goes_on(folder, llm):
     greedy = llm.generate("hello", SamplingParams(max_tokens=40, ignore_eos=True))[0].token_ids
     for ending in (greedy[0], greedy[5]):  # chosen from the prompt, and by a decode step
         stops = LLM(folder, device="cpu", dtype="float32")
-        stops._engine.eos_ids = frozenset([ending])
+        stops._engine.executor.eos_ids = frozenset([ending])
         (stopped,) = stops.generate("hello", SamplingParams(max_tokens=40))
         assert stopped.token_ids == greedy[: greedy.index(ending)]
         assert stopped.finish_reason == "stop"
@@ -191,12 +191,12 @@ def test_a_carried_phi_is_the_row_maximum_of_the_step_before(folder):
     llm = LLM(folder, device="cpu", dtype="float32", phi="carry")
     tokens, prompt = random_tokens(30), 20
     observer = SoftmaxObserver(llm.config, tqdm(disable=True))
-    whole = KVCache(llm.config, blocks_for(len(tokens)), llm.device, llm.dtype)
+    whole = KVCache.for_model(llm.config, blocks_for(len(tokens)), llm.device, llm.dtype)
     table = torch.arange(whole.num_blocks, dtype=torch.int32)[None]
     llm.decoder.prefill(torch.tensor(tokens), whole, table, observe=observer)
     expected = torch.stack([observer.row_maxima(layer) for layer in range(3)])
 
-    cache = KVCache(llm.config, blocks_for(len(tokens)), llm.device, llm.dtype)
+    cache = KVCache.for_model(llm.config, blocks_for(len(tokens)), llm.device, llm.dtype)
     llm.decoder.prefill(torch.tensor(tokens[:prompt]), cache, table)
     carried = torch.full((3, 1, 4), torch.nan)
     for position in range(prompt, len(tokens)):

@@ -67,11 +67,11 @@ def test_replayed_steps_choose_the_tokens_of_launched_ones(folders, kind):
     settings = {"max_batch": 6, "cache_tokens": BLOCK_SIZE * (longest + 6), "prefill_chunk": 32}
     launched = load(folders(kind), cuda_graphs=False, **settings)
     expected = answers(launched, prompts, params)
-    assert launched.stats.preemptions > 0 and launched.stats.found_tokens > 0
+    assert launched.stats.preemptions > 0 and launched.stats.cached_prompt_tokens > 0
     replayed = load(folders(kind), **settings)
     assert answers(replayed, prompts, params) == expected
     assert replayed.stats.preemptions == launched.stats.preemptions
-    rows = {rows for rows, _ in replayed._engine._batch._graphs}
+    rows = {rows for rows, _ in replayed._engine.executor.batch._graphs}
     assert rows <= {1, 2, 4, 6} and 6 in rows
     assert replayed._engine.pool.used_blocks == 0
 
@@ -107,7 +107,7 @@ def test_nothing_is_allocated_and_nothing_waits_between_steps(folders, monkeypat
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        grown = any(_is_at_block_end(request) for request in engine._running)
+        grown = any(_is_at_block_end(request) for request in engine.scheduler.running)
         allocations.append((grown, torch.cuda.memory_stats()["allocation.all.allocated"]))
 
     monkeypatch.setattr(engine, "_step", strict_step)
@@ -117,7 +117,7 @@ def test_nothing_is_allocated_and_nothing_waits_between_steps(folders, monkeypat
 
 
 def _is_at_block_end(request) -> bool:
-    return request.chosen_length % BLOCK_SIZE < 3
+    return request.sampled_length % BLOCK_SIZE < 3
 
 
 def test_features_of_sampling_have_graphs_of_their_own(folders):
@@ -126,7 +126,7 @@ def test_features_of_sampling_have_graphs_of_their_own(folders):
     plain = SamplingParams(max_tokens=5)
     for params in (plain, SamplingParams(max_tokens=5, temperature=0.5), plain):
         llm.generate([random_tokens(5)], params)
-    graphs = llm._engine._batch._graphs
+    graphs = llm._engine.executor.batch._graphs
     assert {(rows, features.drawn, features.penalized) for rows, features in graphs} == {
         (1, False, False),
         (1, True, False),

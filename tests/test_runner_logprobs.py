@@ -78,7 +78,7 @@ def test_prompt_logprobs_are_of_every_token_but_the_first(folder, theirs, chunk,
         expected = theirs(torch.tensor([PROMPT])).logits[0, :-1].float().log_softmax(-1)
     check(first.prompt_logprobs[1:], PROMPT[1:], expected, count)
     assert second.prompt_logprobs == first.prompt_logprobs
-    assert llm.stats.prompt_tokens == 70 and llm.stats.found_tokens == 0
+    assert llm.stats.prompt_tokens == 70 and llm.stats.cached_prompt_tokens == 0
     (single,) = llm.generate([5], SamplingParams(max_tokens=1, prompt_logprobs=count))
     assert single.prompt_logprobs == [None]
 

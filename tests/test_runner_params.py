@@ -431,7 +431,7 @@ def test_a_completion_has_what_identifies_and_repeats_it(llm):
         assert tokens(llm, again, answer.prompt_token_ids) == answer.token_ids
         assert answer.prompt_tokens == len(answer.prompt_token_ids) and answer.generated_tokens == 8
     (found,) = llm.generate([PROMPT * 3], params.__class__(max_tokens=1))
-    assert found.found_tokens == llm.stats.found_tokens == 32
+    assert found.cached_prompt_tokens == llm.stats.cached_prompt_tokens == 32
 
 
 def test_answers_are_yielded_as_they_end(llm):
@@ -531,7 +531,7 @@ def test_an_interrupted_step_leaves_a_usable_llm(folder, llm, monkeypatch, error
     for owner, part in (
         (own.decoder, "decode"),
         (own._engine.cache or own, "stats"),
-        (own._engine, "_advance"),
+        (own._engine.scheduler, "advance"),
     ):
         if part == "stats":
             continue
@@ -552,17 +552,17 @@ def test_blocks_that_an_error_left_uncounted_are_found_again(folder, llm):
     other = own.stream(PROMPT, SamplingParams(max_tokens=30, ignore_eos=True))
     said = [next(other).token_id]
     pool = own._engine.pool
-    take = pool.take
+    allocate = pool.allocate
 
     def interrupted(count: int):
-        take(count)
+        allocate(count)
         raise KeyboardInterrupt  # before anything has recorded which they are
 
-    pool.take = interrupted
+    pool.allocate = interrupted
     for _ in range(20):
         with pytest.raises(KeyboardInterrupt):
             own.generate(random_tokens(30), GREEDY)
-    pool.take = take
+    pool.allocate = allocate
     said += [piece.token_id for piece in other][:-1]
     assert said == tokens(llm, SamplingParams(max_tokens=30, ignore_eos=True))
     assert pool.used_blocks == 0 and pool.free_blocks == 10

@@ -24,7 +24,7 @@ def measure(llm: LLM, tokens: Sequence[int]) -> Calibration:
         raise ModelError("the text to calibrate with is empty")
     config, device = llm.config, llm.device
     length = min(len(tokens), llm.max_len)
-    cache = KVCache(config, blocks_for(length), device, llm.dtype)
+    cache = KVCache.for_model(config, blocks_for(length), device, llm.dtype)
     table = torch.arange(cache.num_blocks, dtype=torch.int32, device=device)[None]
     rows = len(tokens) * config.layers * config.q_heads
     with progress_bar(total=rows, desc="calibrating", unit=" rows", unit_scale=True) as bar:

@@ -67,7 +67,7 @@ def _result(prompt: str, completion: Completion) -> dict[str, object]:
         "counts": {
             "prompt_tokens": completion.prompt_tokens,
             "generated_tokens": completion.generated_tokens,
-            "found_tokens": completion.found_tokens,
+            "cached_prompt_tokens": completion.cached_prompt_tokens,
         },
         "timings": {
             "time_to_first_token_s": round(completion.time_to_first_token, 4),
@@ -100,7 +100,8 @@ def print_stats(llm: LLM) -> None:
     softmax = stats.softmax
     if softmax != "online softmax":
         softmax += f": {stats.softmax_fallbacks} softmax fallbacks in {stats.softmax_rows} rows"
-    found = f"{stats.found_tokens} prompt tokens from the cache, " if stats.found_tokens else ""
+    cached = stats.cached_prompt_tokens
+    found = f"{cached} prompt tokens from the cache, " if cached else ""
     preempted = f"{stats.preemptions} preemptions, " if stats.preemptions else ""
     slower = "" if stats.cuda_graphs else "no CUDA graphs, "
     slower += "batch-invariant, " if stats.batch_invariant else ""

@@ -3,13 +3,13 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from flashdecpp._arguments import flag, integer, is_integer, require, shown
+from flashdecpp._arguments import flag, require, shown
 from flashdecpp._library import gpu_library
 from flashdecpp._memory import available_bytes, gigabytes, peak_bytes
 from flashdecpp.errors import ModelError, OutOfMemory
@@ -18,105 +18,19 @@ from flashdecpp.loading.formats import QUANTIZE
 from flashdecpp.loading.generation_config import GenerationDefaults
 from flashdecpp.loading.tokenizer import Message, Tool
 from flashdecpp.loading.weights import load_weights
-from flashdecpp.models.config import ModelConfig
 from flashdecpp.models.decoder import PREFILL_CHUNK, Decoder
-from flashdecpp.models.phi import Phi, load_phi
+from flashdecpp.models.phi import Phi, find_phi
 
-from .engine import Counts, Engine
-from .logprobs import TokenLogprob
+from .config import EngineConfig
+from .engine import Engine
 from .prompts import Prompt, read_prompt, read_prompts
-from .request import Event, Request
+from .request import Request
+from .results import Completion, Piece, Stats
 from .sampling import SamplingParams
+from .scheduler import Counts
 from .surroundings import undisturbed
 
-MAX_BATCH = 4096  # rows, which the device has tables for
-
 INVARIANT_SPLITS = 8  # of every sequence's keys, where the number mustn't depend on the batch
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The answer to one prompt. The end-of-sequence token isn't in token_ids, a stop string isn't in text."""
-
-    prompt: str
-    text: str
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-    finish_reason: str  # "stop": end of sequence or a stop; "length": max_tokens or the context's end
-    time_to_first_token: float  # seconds since the call, waiting for a place in the batch included
-    tokens_per_second: float  # after the first token
-    sample: int = 0  # which of its prompt's SamplingParams.n answers
-    index: int = 0  # which of the call's prompts
-    seed: int = 0  # SamplingParams(seed=...) with which this answer comes again, alone
-    stop_match: str | int | None = None  # the stop string, or the token, that ended it
-    found_tokens: int = 0  # of the prompt, that were in the cache already
-    logprobs: list[TokenLogprob] | None = None  # of token_ids, if asked for
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # of prompt_token_ids: None for the first
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids)
-
-    @property
-    def generated_tokens(self) -> int:
-        return len(self.token_ids)
-
-    @classmethod
-    def of(cls, request: Request) -> "Completion":
-        """What came of a request that has ended."""
-        params = request.params
-        return cls(
-            prompt=request.prompt,
-            text=request.text.text,
-            token_ids=request.token_ids,
-            prompt_token_ids=request.prompt_ids,
-            finish_reason=request.finish_reason,
-            time_to_first_token=request.time_to_first_token,
-            tokens_per_second=request.tokens_per_second,
-            sample=request.sample,
-            index=request.index,
-            seed=request.seed,
-            stop_match=request.stop_match,
-            found_tokens=request.found,
-            logprobs=None if params.logprobs is None else request.logprobs,
-            prompt_logprobs=None if params.prompt_logprobs is None else request.prompt_logprobs,
-        )
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of a streamed answer; text may be empty while a character or a stop string is incomplete.
-
-    The last piece has no token, the text that was still held back, the finish reason and what matched.
-    """
-
-    text: str
-    token_id: int | None
-    finish_reason: str | None = None
-    logprob: TokenLogprob | None = None  # of the token, if asked for
-    stop_match: str | int | None = None
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What the last generate, stream or chat took."""
-
-    prompt_tokens: int
-    generated_tokens: int
-    time_to_first_token: float  # seconds to the first token of any prompt
-    tokens_per_second: float  # of the whole batch, after the first token
-    peak_memory: int  # bytes: resident on the CPU, allocated by torch on a GPU
-    softmax: str  # of decode steps: "fixed phi", "carried phi" or "online softmax"
-    softmax_rows: int  # of decode steps: one for each token, layer and query head
-    softmax_fallbacks: int  # of these, recomputed because their maximum was far from phi
-    weights: str  # what the matrices are stored in, like "bfloat16" or "int4 + int8"
-    weight_bytes: int  # of all weights
-    found_tokens: int  # tokens that were in the cache already, and so weren't computed
-    preemptions: int  # how often a sequence gave its blocks of the cache to older ones, to go on later
-    peak_blocks: int  # blocks of the cache in use at once, at most
-    cache_blocks: int  # all there are, of 16 tokens each
-    cuda_graphs: bool  # the setting: False launched the kernels one by one, as the CPU does anyway
-    batch_invariant: bool  # the setting: True computed max_batch rows in every step
 
 
 class LLM:
@@ -178,13 +92,15 @@ class LLM:
     ) -> None:
         if quantize not in QUANTIZE:
             raise ModelError(f"quantize must be one of {', '.join(QUANTIZE)}, got {quantize}")
-        max_batch = integer("max_batch", max_batch, 1, MAX_BATCH)
-        prefill_chunk = integer("prefill_chunk", prefill_chunk, 1)
-        if cache_tokens is not None:
-            cache_tokens = integer("cache_tokens", cache_tokens, 1)
-        flag("prefix_cache", prefix_cache)
-        flag("cuda_graphs", cuda_graphs)
-        flag("batch_invariant", batch_invariant)
+        settings = EngineConfig(
+            max_len=max_len,
+            max_batch=max_batch,
+            cache_tokens=cache_tokens,
+            prefill_chunk=prefill_chunk,
+            prefix_cache=prefix_cache,
+            cuda_graphs=cuda_graphs,
+            batch_invariant=batch_invariant,
+        )
         flag("generation_config", generation_config)
         self.device = resolve_device(device)
         with undisturbed(self.device, inference=False):
@@ -194,41 +110,17 @@ class LLM:
             self.dtype = resolve_dtype(dtype, self.device, self.config.dtype)
             if self.dtype == torch.float16 and not self.config.architecture.float16:
                 raise ModelError(f"{self.config.architecture.name} overflows float16; run it in bfloat16")
-            self.max_len = self.config.context if max_len is None else max_len
-            fits = is_integer(self.max_len) and 0 < self.max_len <= self.config.context
-            require(fits, "max_len", f"from 1 to the model's context of {self.config.context}", max_len)
-            self.max_len = int(self.max_len)
+            settings = settings.within(self.config.context)
+            self.max_len = settings.max_len
             self.defaults = checkpoint.defaults if generation_config else GenerationDefaults()
             plan = checkpoint.plan.quantized(quantize, checkpoint.source)
-            if cache_tokens is not None:
-                self._check_room(plan.nbytes(self.dtype), cache_tokens)
-            if phi is None or isinstance(phi, str | Path):
-                unified_maximum = load_phi(phi, checkpoint.path, self.config, self.device)
-            else:
-                unified_maximum = _own_phi(phi, self.config, self.device)
+            if settings.cache_tokens is not None:
+                self._check_room(plan.nbytes(self.dtype), settings.cache_tokens)
+            source = find_phi(phi, checkpoint.path, self.config, self.device)
             weights = load_weights(plan, checkpoint.source, self.device, self.dtype)
-            carry = isinstance(unified_maximum, str)
-            unified = "carried phi" if carry else "fixed phi"
-            self._softmax = "online softmax" if unified_maximum is None else unified
-            self.decoder = Decoder(
-                self.config,
-                weights,
-                self.max_len,
-                None if carry else unified_maximum,
-                INVARIANT_SPLITS if batch_invariant else 0,
-            )
-            self._engine = Engine(
-                self.decoder,
-                checkpoint.eos_ids,
-                self.max_len,
-                max_batch,
-                cache_tokens,
-                carry,
-                prefill_chunk,
-                prefix_cache,
-                cuda_graphs,
-                batch_invariant,
-            )
+            num_splits = INVARIANT_SPLITS if batch_invariant else 0
+            self.decoder = Decoder(self.config, weights, self.max_len, source, num_splits)
+            self._engine = Engine(self.decoder, checkpoint.eos_ids, settings)
         self.stats: Stats | None = None
 
     def generate(
@@ -288,20 +180,17 @@ class LLM:
 
     def _completions(self, requests: list[Request], progress: bool) -> Iterator[Completion]:
         with _ProgressBar(len(requests), progress) as bar:
-            for request, token, _ in self._run(requests):
-                bar.count(token)
-                if token is None:
+            for request, piece in self._run(requests):
+                bar.count(piece.token_id)
+                if piece.token_id is None:
                     yield Completion.of(request)
 
     def _pieces(self, requests: list[Request]) -> Iterator[Piece]:
-        for number, (request, token, text) in enumerate(self._run(requests)):
-            if token is None:
-                yield Piece(text, None, request.finish_reason, stop_match=request.stop_match)
-            else:
-                yield Piece(text, token, logprob=request.logprobs[number] if request.logprobs else None)
+        for _, piece in self._run(requests):
+            yield piece
 
-    def _run(self, requests: list[Request]) -> Iterator[Event]:
-        counts, fallbacks = replace(self._engine.counts), int(self.decoder.fallbacks.item())
+    def _run(self, requests: list[Request]) -> Iterator[tuple[Request, Piece]]:
+        counts, fallbacks = replace(self._engine.scheduler.counts), int(self.decoder.fallbacks.item())
         try:
             yield from self._engine.run(requests)
         finally:
@@ -363,29 +252,31 @@ class LLM:
             )
 
     def _measure(self, requests: list[Request], before: Counts, fallbacks_before: int) -> Stats:
-        counts, cache = self._engine.counts, self._engine.cache
+        engine, counts = self._engine, self._engine.scheduler.counts
         decoded = counts.decoded_tokens - before.decoded_tokens
-        begun = [request for request in requests if request.first_token_at is not None]
-        generated = sum(len(request.token_ids) for request in requests)
-        first = min((request.first_token_at for request in begun), default=0.0)
-        last = max((request.last_token_at for request in begun), default=0.0)
+        answers = [request.answer for request in requests]
+        generated = sum(len(answer.token_ids) for answer in answers)
+        begun = [request for request in requests if request.answer.first_token_at is not None]
+        first = min((request.answer.first_token_at for request in begun), default=0.0)
+        last = max((request.answer.last_token_at for request in begun), default=0.0)
+        waits = (request.answer.time_to_first_token(request.started_at) for request in begun)
         return Stats(
             prompt_tokens=sum(len(request.prompt_ids) for request in requests if request.sample == 0),
             generated_tokens=generated,
-            time_to_first_token=min((request.time_to_first_token for request in begun), default=0.0),
+            time_to_first_token=min(waits, default=0.0),
             tokens_per_second=(generated - 1) / (last - first) if last > first else 0.0,
             peak_memory=peak_bytes(self.device),
-            softmax=self._softmax,
+            softmax=self.decoder.phi.softmax,
             softmax_rows=decoded * self.config.layers * self.config.q_heads,
             softmax_fallbacks=int(self.decoder.fallbacks.item()) - fallbacks_before,
             weights=self.decoder.weights.storage_formats,
             weight_bytes=self.decoder.weights.nbytes,
-            found_tokens=counts.found_tokens - before.found_tokens,
+            cached_prompt_tokens=counts.cached_prompt_tokens - before.cached_prompt_tokens,
             preemptions=counts.preemptions - before.preemptions,
-            peak_blocks=self._engine.pool.peak_blocks,
-            cache_blocks=0 if cache is None else cache.num_blocks,
-            cuda_graphs=self._engine.cuda_graphs,
-            batch_invariant=self._engine.batch_invariant,
+            peak_blocks=engine.pool.peak_blocks,
+            cache_blocks=engine.pool.num_blocks,
+            cuda_graphs=engine.config.cuda_graphs,
+            batch_invariant=engine.config.batch_invariant,
         )
 
 
@@ -418,18 +309,6 @@ def _need_one_answer(params: SamplingParams | None) -> None:
     require(params is None or isinstance(params, SamplingParams), "params", "SamplingParams", params)
     if params is not None and params.n > 1:
         raise ModelError(f"stream and chat give one answer, got n={params.n}")
-
-
-def _own_phi(phi: Sequence[torch.Tensor], config: ModelConfig, device: torch.device) -> list[torch.Tensor]:
-    """A caller's phi for each layer, float32 [q_heads] on the device."""
-    try:
-        layers = [torch.as_tensor(layer, dtype=torch.float32, device=device) for layer in phi]
-    except (TypeError, ValueError, RuntimeError):
-        layers = []
-    fits = len(layers) == config.layers and all(layer.shape == (config.q_heads,) for layer in layers)
-    what = f"auto, carry, none, a file, or numbers [{config.q_heads}] for each of {config.layers} layers"
-    require(fits and all(layer.isfinite().all() for layer in layers), "phi", what, phi)
-    return layers
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -1,7 +1,7 @@
-"""How the rows of a batch choose their next tokens: what each row's parameters are, and one step of them.
+"""Sampling of a batch: every row's parameters, and how a step samples the rows' next tokens.
 
-All of it is on the device, in tensors that stay where they are, so that a CUDA graph can hold a step. What
-takes a number for each token of the vocabulary is made when the first row makes use of it.
+All of it is on the device, in tensors that stay in place, so that a CUDA graph can hold a step. Tables with a
+number per token of the vocabulary are made when the first row uses them.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ from .guides import ALL, fill_mask, mask_words
 from .request import Request, due_to
 from .sampling import SamplingFeatures
 
-# Rows of Sampler._fields, of 32 bits each. From TEMPERATURE on they are float32, as which _reals sees them.
-# EOS_FROM, STOPS_FROM: the length of the sequence from which on an end of sequence, or a token of
-# stop_token_ids, may be chosen.
+# Rows of Sampler._fields, 32 bits per entry. From TEMPERATURE on they are float32, and read through _reals.
+# EOS_FROM, STOPS_FROM: the sequence length from which an end of sequence, or a token of stop_token_ids, may
+# be sampled.
 EOS_FROM, STOPS_FROM, TOP_K, TEMPERATURE, TOP_P, MIN_P, PENALTY, PRESENCE, FREQUENCY = range(9)
 FIELDS = 9
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What a step chose. tokens: int64 [rows], -1 where no logit was a number above -inf."""
+class Sampled:
+    """A step's tokens: int64 [rows], -1 where no logit was a number above -inf."""
 
     tokens: torch.Tensor
     logprobs: torch.Tensor | None  # of logprobs.pack
@@ -41,16 +41,16 @@ class Sampler:
         self._fields = torch.zeros(FIELDS, max_batch, dtype=torch.int32, device=device)
         self._reals = self._fields.view(torch.float32)
         self._seeds = torch.zeros(max_batch, dtype=torch.int64, device=device)
-        # Of each row, once one makes use of it:
-        self._seen = _RowTable(max_batch, vocab, torch.bool, device)  # the tokens of prompt and answer
-        self._counts = _RowTable(max_batch, vocab, torch.int32, device)  # how often the answer has a token
+        # Made when a row first uses them:
+        self._seen = _RowTable(max_batch, vocab, torch.bool, device)  # tokens of prompt and answer
+        self._counts = _RowTable(max_batch, vocab, torch.int32, device)  # of each token in the answer
         self._bias = _RowTable(max_batch, vocab, torch.float32, device)  # logit_bias
         self._stops = _RowTable(max_batch, vocab, torch.bool, device)  # stop_token_ids
-        self._mask = _RowTable(max_batch, mask_words(vocab), torch.int32, device, ALL)  # what guides allow
+        self._mask = _RowTable(max_batch, mask_words(vocab), torch.int32, device, ALL)  # bits: see Guide
         self._bits = torch.arange(32, dtype=torch.int32, device=device)
 
     def movable(self) -> list[tuple[torch.Tensor, int]]:
-        """Tensors in which a request is its row, and the dimension of the rows."""
+        """Tensors with a row per request, and the dimension of the rows."""
         tables = (self._seen, self._counts, self._bias, self._stops, self._mask)
         by_row = [self._seeds, *(table.rows for table in tables if table.rows is not None)]
         return [(self._fields, 1), *((tensor, 0) for tensor in by_row)]
@@ -60,7 +60,7 @@ class Sampler:
         return [table.rows for table in (self._seen, self._counts) if table.rows is not None]
 
     def join(self, requests: Sequence[Request], first: int) -> None:
-        """Takes up the parameters of requests, whose rows are those from `first` on."""
+        """Writes the parameters of requests into the rows from `first` on."""
         params = [request.params for request in requests]
         free_from = [min(len(r.prompt_ids) + r.params.min_tokens, INT32_MAX) for r in requests]
         counts = [
@@ -85,7 +85,7 @@ class Sampler:
             self._join_row(row, request)
 
     def write_masks(self, requests: Sequence[Request], first: int) -> None:
-        """Has the guides of requests, whose rows are those from `first` on, say what may come next."""
+        """Asks the guides of requests, in the rows from `first` on, which tokens may come next."""
         guided = [(row, request) for row, request in enumerate(requests, start=first) if request.guides]
         if not guided:
             return
@@ -96,23 +96,23 @@ class Sampler:
         rows = upload([row for row, _ in guided], torch.int64, self._device)
         self._mask.rows.index_copy_(0, rows, masks.to(self._device, non_blocking=True))
 
-    def choose(
+    def sample(
         self,
         logits: torch.Tensor,
         own: torch.Tensor,
         rows: slice,
         lengths: torch.Tensor,
         features: SamplingFeatures,
-    ) -> Chosen:
+    ) -> Sampled:
         """The next tokens of rows, from their logits [rows, vocab] and the lengths of their sequences so far.
 
-        `own`: the logits as the model gave them, which log-probabilities are of; `logits` may be the same
-        tensor, and may be changed.
+        `own`: the model's unchanged logits, which log-probabilities are computed from. `logits` may be the
+        same tensor, and may be overwritten.
         """
         fields, reals = self._fields, self._reals
         masked = features.masked or features.eos_held or features.stops_held
-        kept = features.logprobs is not None and logits is own  # as they are
-        if features.biased or features.counted or (masked and kept):
+        keep_own = features.logprobs is not None and logits is own
+        if features.biased or features.counted or (masked and keep_own):
             logits = logits.to(torch.float32, copy=True)
         if features.biased:
             logits += self._bias.rows[rows]
@@ -130,17 +130,17 @@ class Sampler:
         if features.stops_held:
             early = lengths < fields[STOPS_FROM, rows]
             logits.masked_fill_(self._stops.rows[rows] & early[:, None], -torch.inf)
-        tokens = self._sample(logits, rows, lengths, features)
+        tokens = self._draw(logits, rows, lengths, features)
         if features.logprobs is None and not features.counted:
-            return Chosen(tokens, None)
+            return Sampled(tokens, None)
         known = tokens.clamp(min=0)
         if features.counted:
             once = torch.ones_like(known, dtype=torch.int32)
             self._counts.rows[rows].scatter_add_(1, known[:, None], once[:, None])
         scores = None if features.logprobs is None else logprobs.pack(own, known, features.logprobs)
-        return Chosen(tokens, scores)
+        return Sampled(tokens, scores)
 
-    def _sample(
+    def _draw(
         self, logits: torch.Tensor, rows: slice, lengths: torch.Tensor, features: SamplingFeatures
     ) -> torch.Tensor:
         reals, arguments = self._reals, {}
@@ -151,7 +151,7 @@ class Sampler:
                 "top_p": reals[TOP_P, rows],
                 "min_p": reals[MIN_P, rows],
                 "seed": self._seeds[rows],
-                # The place of the token in its sequence: with the seed it determines the draw.
+                # Seed and position determine the draw.
                 "position": lengths.long(),
             }
         if features.penalized:
@@ -160,22 +160,23 @@ class Sampler:
 
     def _join_row(self, row: int, request: Request) -> None:
         params, device = request.params, self._device
-        if (seen := self._seen.take(row, params.repetition_penalty != 1)) is not None:
+        if (seen := self._seen.reset_row(row, params.repetition_penalty != 1)) is not None:
             seen.index_fill_(0, upload(request.history, torch.int64, device), True)
         counting = bool(params.presence_penalty or params.frequency_penalty)
-        if (counts := self._counts.take(row, counting)) is not None:
+        if (counts := self._counts.reset_row(row, counting)) is not None:
             tokens = upload(request.token_ids, torch.int64, device)
             counts.scatter_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
-        if (bias := self._bias.take(row, bool(params.logit_bias))) is not None:
+        if (bias := self._bias.reset_row(row, bool(params.logit_bias))) is not None:
             tokens = upload(list(params.logit_bias), torch.int64, device)
             bias.index_copy_(0, tokens, upload(list(params.logit_bias.values()), torch.float32, device))
-        if (stops := self._stops.take(row, bool(params.min_tokens and params.stop_token_ids))) is not None:
+        holding = bool(params.min_tokens and params.stop_token_ids)
+        if (stops := self._stops.reset_row(row, holding)) is not None:
             stops.index_fill_(0, upload(params.stop_token_ids, torch.int64, device), True)
-        self._mask.take(row, bool(request.guides))
+        self._mask.reset_row(row, bool(request.guides))
 
 
 class _RowTable:
-    """[max_batch, width], made when a row first makes use of it, so that others cost nothing."""
+    """[max_batch, width], made when a row first uses it, so that unused features cost nothing."""
 
     def __init__(
         self, max_batch: int, width: int, dtype: torch.dtype, device: torch.device, empty: int = 0
@@ -183,8 +184,8 @@ class _RowTable:
         self._shape, self._dtype, self._device, self._empty = (max_batch, width), dtype, device, empty
         self.rows: torch.Tensor | None = None
 
-    def take(self, row: int, used: bool) -> torch.Tensor | None:
-        """Empties a row, and gives it to who makes use of it."""
+    def reset_row(self, row: int, used: bool) -> torch.Tensor | None:
+        """Empties a row; returns it if it is used."""
         if self.rows is None and used:
             self.rows = torch.full(self._shape, self._empty, dtype=self._dtype, device=self._device)
         if self.rows is not None:

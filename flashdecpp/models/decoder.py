@@ -13,6 +13,7 @@ from flashdecpp.errors import OutOfMemory
 
 from .config import ModelConfig
 from .kv_cache import KVCache
+from .phi import PhiSource
 from .rope import Rope
 from .weights import Layer, Matrix, Weights
 
@@ -52,9 +53,8 @@ Score = Callable[[int, torch.Tensor], None]
 class Decoder:
     """Holds the weights and no state of a sequence: the KV cache and a carried phi are the caller's.
 
-    `phi`: float32 [q_heads] per layer, the unified maximum of its softmax; None computes each row's own.
-    Rows that had to be recomputed because their maximum was too far from phi, given or carried, are counted
-    in `fallbacks`. `num_splits`: as in ops.decode_attention.
+    `phi`: where the unified maximum of each layer's softmax comes from; None is online softmax. Rows whose
+    maximum was too far from it are counted in `fallbacks`. `num_splits`: as in ops.decode_attention.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class Decoder:
         config: ModelConfig,
         weights: Weights,
         max_len: int,
-        phi: Sequence[torch.Tensor] | None = None,
+        phi: PhiSource | None = None,
         num_splits: int = 0,
     ) -> None:
         self.config, self.weights = config, weights
         self.device, self.dtype = weights.layers[0].attn_norm.device, weights.dtype
-        self.phi, self.num_splits = phi, num_splits
+        self.phi, self.num_splits = phi or PhiSource.none(), num_splits
         self.fallbacks = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._check_room(max_len)
         self._cos_sin = self._rotations(lambda rope: rope.table(max_len))
@@ -91,7 +91,7 @@ class Decoder:
         of a sequence, then what the token before left in it.
         """
         config, layers, fallbacks = self.config, cache.layers, self.fallbacks
-        phi = self.phi if carried_phi is None else None
+        phi = self.phi.layers if carried_phi is None else None
 
         def attend(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             k_cache, v_cache = layers[index]

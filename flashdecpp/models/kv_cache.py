@@ -1,53 +1,96 @@
-"""The paged KV cache: K and V of every layer, in blocks."""
+"""The paged KV cache: keys and values of every layer, in blocks."""
 
 from collections.abc import Sequence
 
 import torch
 
+from flashdecpp._arguments import integer, require
 from flashdecpp._memory import available_bytes, gigabytes
 from flashdecpp.errors import OutOfMemory
 
 from .config import ModelConfig
 
-BLOCK_SIZE = 16
+BLOCK_SIZE = 16  # tokens per block in the model runner
 
 
 def blocks_for(tokens: int) -> int:
+    """Blocks of BLOCK_SIZE that hold so many tokens."""
     return -(-tokens // BLOCK_SIZE)
 
 
 class KVCache:
-    """K and V of every layer, [num_blocks, block_size, kv_heads, head_dim] each."""
+    """Keys and values of all layers, in one allocation.
+
+    layers[i]: (k_cache, v_cache) of layer i, contiguous [num_blocks, block_size, kv_heads, head_dim] each, as
+        `ops.decode_attention` and `ops.rotary_append` take them with a block table. Their contents are
+        undefined until written. A `BlockPool` says which sequence owns which block.
+
+    Raises ModelError for sizes that the ops do not support, OutOfMemory if `device` has too little memory.
+    """
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, device: torch.device, dtype: torch.dtype
+        self,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        num_blocks: int,
+        block_size: int = BLOCK_SIZE,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
-        need = num_blocks * block_bytes(config, dtype)
+        shape = (
+            integer("layers", layers, 1),
+            2,  # K and V
+            integer("num_blocks", num_blocks, 0),
+            integer("block_size", block_size, 1),
+            integer("kv_heads", kv_heads, 1),
+            integer("head_dim", head_dim, 8, 256),
+        )
+        require(block_size == 1 or block_size % 8 == 0, "block_size", "1 or a multiple of 8", block_size)
+        require(head_dim % 8 == 0, "head_dim", "a multiple of 8", head_dim)
+        device = torch.device(device)
+        need = 2 * layers * num_blocks * block_size * kv_heads * head_dim * dtype.itemsize
         free = available_bytes(device)
         if need > free:
             raise OutOfMemory(
-                f"a KV cache of {num_blocks * BLOCK_SIZE} tokens needs {gigabytes(need)} on {device}, where "
+                f"a KV cache of {num_blocks * block_size} tokens needs {gigabytes(need)} on {device}, where "
                 f"{gigabytes(free)} are free; ask for fewer tokens (max_tokens, max_len) or a smaller batch"
             )
-        shape = (config.layers, 2, num_blocks, BLOCK_SIZE, config.kv_heads, config.head_dim)
         try:
             self._storage = torch.empty(shape, dtype=dtype, device=device)
         except (RuntimeError, MemoryError) as error:
             raise OutOfMemory(f"a KV cache of {gigabytes(need)} can't be allocated on {device}") from error
-        self.num_blocks, self.block_size = num_blocks, BLOCK_SIZE
+        self.num_blocks, self.block_size = num_blocks, block_size
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [(k, v) for k, v in self._storage]
 
+    @classmethod
+    def for_model(
+        cls, config: ModelConfig, num_blocks: int, device: torch.device, dtype: torch.dtype
+    ) -> "KVCache":
+        """A cache of a model's layers, in blocks of BLOCK_SIZE tokens."""
+        return cls(
+            layers=config.layers,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            num_blocks=num_blocks,
+            dtype=dtype,
+            device=device,
+        )
+
     def copy(self, source: int, target: int) -> None:
-        """Copies a block."""
+        """Copies a block in every layer."""
         self._storage[:, :, target] = self._storage[:, :, source]
 
     def save(self, blocks: Sequence[int]) -> torch.Tensor:
-        """What is in the blocks, [layers, 2, blocks, ...] in the host's memory."""
+        """The contents of blocks in host memory: [layers, 2, len(blocks), block_size, kv_heads, head_dim]."""
         return self._storage[:, :, list(blocks)].cpu()
 
     def restore(self, blocks: Sequence[int], saved: torch.Tensor) -> None:
+        """Writes into blocks what `save` returned for as many."""
         self._storage[:, :, list(blocks)] = saved.to(self._storage.device)
 
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one block in all layers."""
     return BLOCK_SIZE * config.cache_bytes_per_token(dtype)
