@@ -354,7 +354,7 @@ def tune(
     from flashdecpp.tuning.table import parse_shapes
 
     if (model is None) == (shapes is None):
-        raise ValueError("give either --model or --shapes")
+        raise ValueError("give either --model or --shapes, not both")
     if plot is not None:
         calibration.need_matplotlib()
     _need_writable(output, plot)

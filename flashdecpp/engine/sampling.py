@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -67,15 +67,15 @@ class SamplingParams:
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | Iterable[str] | None = ()
+    stop: str | Collection[str] | None = ()
     max_tokens: int | Unset | None = Unset.MODEL_DEFAULT
     ignore_eos: bool = False
     n: int = 1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
-    bad_words: str | Iterable[str] | None = ()
-    stop_token_ids: Iterable[int] | None = ()
+    bad_words: str | Collection[str] | None = ()
+    stop_token_ids: Collection[int] | None = ()
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None

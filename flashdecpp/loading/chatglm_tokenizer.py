@@ -1,6 +1,6 @@
 """The tokenizers of ChatGLM2 and ChatGLM3, which transformers does not support."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class ChatGLMTokenizer(BaseTokenizer):
         shown = (token for token in ids if token not in hidden and token < len(self._names))
         return self._tokenizer.decoder.decode([self._names[token] for token in shown])
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
+    def chat_prompt(self, messages: Iterable[Message], tools: Iterable[Tool] | None = None) -> str:
         """ChatGLM2: rounds of questions and answers. ChatGLM3: the text of encode_chat's tokens."""
         messages = self._check(messages, tools)
         if self._roles:
@@ -70,8 +70,8 @@ class ChatGLMTokenizer(BaseTokenizer):
 
     def encode_chat(
         self,
-        messages: Sequence[Message],
-        tools: Sequence[Tool] | None = None,
+        messages: Iterable[Message],
+        tools: Iterable[Tool] | None = None,
         *,
         limit: int | None = None,
     ) -> list[int]:
@@ -89,7 +89,7 @@ class ChatGLMTokenizer(BaseTokenizer):
         prefix = [self._added[token] for token in PREFIX] if add_special_tokens else []
         return [*prefix, *ids]
 
-    def _check(self, messages: Sequence[Message], tools: Sequence[Tool] | None) -> list[Message]:
+    def _check(self, messages: Iterable[Message], tools: Iterable[Tool] | None) -> list[Message]:
         name = "ChatGLM3" if self._roles else "ChatGLM2"
         roles = [role.strip("<|>") for role in self._roles] or ["user", "assistant"]
         if tools:
@@ -105,7 +105,7 @@ class ChatGLMTokenizer(BaseTokenizer):
         return messages
 
 
-def _turns(messages: Sequence[Message]) -> list[tuple[str, str, str]]:
+def _turns(messages: Iterable[Message]) -> list[tuple[str, str, str]]:
     """Role, metadata (the name of the called tool) and content of each message."""
     return [(f"<|{m['role']}|>", m.get("metadata") or "", m["content"]) for m in messages]
 

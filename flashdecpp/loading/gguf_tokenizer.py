@@ -1,7 +1,7 @@
 """The tokenizer in a GGUF file: byte-pair encoding of bytes ("gpt2") or of SentencePiece ("llama")."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -145,7 +145,7 @@ class GGUFTokenizer(BaseTokenizer):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
+    def chat_prompt(self, messages: Iterable[Message], tools: Iterable[Tool] | None = None) -> str:
         return render_chat(self._renderer, messages, tools)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:

@@ -2,7 +2,7 @@
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokenizers import Tokenizer, models
@@ -20,7 +20,7 @@ RENDER_SECONDS = 5.0  # a thousand times longer than a real model's template nee
 
 
 def render_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], tools: Sequence[Tool] | None = None
+    tokenizer: "PreTrainedTokenizerBase", messages: Iterable[Message], tools: Iterable[Tool] | None = None
 ) -> str:
     """The messages rendered by the tokenizer's chat template, up to the beginning of the answer.
 

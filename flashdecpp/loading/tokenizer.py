@@ -1,7 +1,7 @@
 """The interface of tokenizers, and the tokenizer of a Hugging Face folder."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -49,7 +49,7 @@ class BaseTokenizer:
         """The text of tokens, without special ones unless skip_special_tokens is False."""
         raise NotImplementedError
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
+    def chat_prompt(self, messages: Iterable[Message], tools: Iterable[Tool] | None = None) -> str:
         """The messages in the model's chat format, up to the beginning of its answer.
 
         tools: functions, or JSON schemas of functions, that the model may call.
@@ -58,8 +58,8 @@ class BaseTokenizer:
 
     def encode_chat(
         self,
-        messages: Sequence[Message],
-        tools: Sequence[Tool] | None = None,
+        messages: Iterable[Message],
+        tools: Iterable[Tool] | None = None,
         *,
         limit: int | None = None,
     ) -> list[int]:
@@ -141,7 +141,7 @@ class FolderTokenizer(BaseTokenizer):
         )
         return text
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
+    def chat_prompt(self, messages: Iterable[Message], tools: Iterable[Tool] | None = None) -> str:
         return render_chat(self._tokenizer, messages, tools)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:

@@ -54,7 +54,7 @@ def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache, which timed inputs must exceed: a model reads weights from memory."""
     if device.type == "cuda":
         level_2 = torch.cuda.get_device_properties(device).L2_cache_size
-        return max(level_2, _MEMORY_CACHES.get(gfx_target(device), 0))
+        return max(level_2, _MEMORY_CACHES.get(gfx_target(device) or "", 0))
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     kibibytes = [int(path.read_text().strip().removesuffix("K")) for path in sizes]
     return max(kibibytes, default=32 << 10) << 10
