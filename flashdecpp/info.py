@@ -73,8 +73,8 @@ def _gpu_lines() -> Iterator[str]:
 
 def _kernel_lines() -> Iterator[str]:
     dims = ", ".join(str(dim) for dim in _NATIVE_HEAD_DIMS)
-    yield "  decode_attention: online softmax, or the unified maximum where phi is given or carried; rows"
-    yield "    outside its safe window fall back in the same launch and are counted in fallback_count"
+    yield "  decode_attention: online softmax, or the unified maximum if phi is given or carried; rows"
+    yield "    outside its safe window stay exact, in the same launch, and are counted in fallback_count"
     yield f"    cuda: head_dim {dims} natively; other multiples of 8 are padded to the next (slower)"
     if torch.cuda.is_available() and gpu_library().loaded:
         device = gpu_properties(torch.device("cuda", 0))

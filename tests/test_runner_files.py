@@ -404,7 +404,7 @@ def test_missing_bytes_of_a_torch_file_are_noticed(folder):
     """torch maps the sizes in the pickle without checking those of the archive's records."""
     path = to_torch(folder) / "pytorch_model.bin"
     rezip(path, lambda name, record: record[:-64] if name.endswith("data/3") else record)
-    refused(folder, r"pytorch_model\.bin is spoiled")
+    refused(folder, r"pytorch_model\.bin is corrupt")
 
 
 def test_a_compressed_torch_file_is_refused(folder):
