@@ -37,8 +37,9 @@ from flashdecpp.engine.request import Request
 from flashdecpp.engine.sampling import SamplingParams
 from flashdecpp.loading.generation_config import GenerationDefaults
 from flashdecpp.models.architectures import ARCHITECTURES
+from flashdecpp.models.attention import MAX_Q_LEN
 from flashdecpp.models.config import ModelConfig
-from flashdecpp.models.decoder import MAX_Q_LEN, Decoder
+from flashdecpp.models.decoder import Decoder
 from flashdecpp.models.kv_cache import BLOCK_SIZE, KVCache, blocks_for
 from flashdecpp.models.phi import PhiSource
 from flashdecpp.models.rope import Rope

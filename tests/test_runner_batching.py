@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -362,6 +363,38 @@ def test_a_stream_that_is_left_does_not_disturb_others(folder, alone):
     tokens += [piece.token_id for piece in kept]
     assert tokens[:-1] == expected
     assert llm._engine.pool.used_blocks == 0
+
+
+def test_a_stop_string_ends_a_stream_though_another_made_its_steps(folder):
+    """Tokens become text in the caller's thread: the engine may have gone on past the stop string by then."""
+    llm = load(folder)
+    prompt, other = random_tokens(9, seed=1), random_tokens(30, seed=2)
+    whole = llm.generate([prompt], replace(GREEDY, max_tokens=40))[0]
+    params = replace(GREEDY, max_tokens=40, stop=whole.text[6:9], logprobs=1)
+    expected = list(llm.stream(prompt, params))
+    assert expected[-1].finish_reason == "stop" and 2 < len(expected) < 20
+    (answer,) = llm.generate([prompt], params)
+    stream = llm.stream(prompt, params)
+    pieces = [next(stream)]
+    llm.generate([other], replace(GREEDY, max_tokens=25))
+    (running,) = llm._engine.scheduler.running
+    assert len(running.token_ids) > len(expected)
+    pieces += stream
+    assert pieces == expected and llm.stats.generated_tokens == len(answer.token_ids) == len(pieces) - 1
+    assert llm._engine.pool.used_blocks == 0
+
+
+def test_text_is_made_without_the_engines_lock(folder, monkeypatch):
+    llm = load(folder)
+    decode, calls = llm.tokenizer.decode, []
+
+    def spied_decode(*args, **kwargs):
+        calls.append(llm._engine._lock.locked())
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(llm.tokenizer, "decode", spied_decode)
+    llm.generate([random_tokens(9, seed=1)], replace(GREEDY, stop="never said"))
+    assert len(calls) >= 20 and not any(calls)
 
 
 def test_an_error_in_a_step_leaves_nothing_behind(folder, alone, monkeypatch):

@@ -29,6 +29,7 @@ from flashdecpp.loading.checkpoint import open_checkpoint
 from flashdecpp.loading.weights import load_weights
 from flashdecpp.models import decoder as decoder_module
 from flashdecpp.models.decoder import Decoder
+from flashdecpp.models.layers import DecoderLayer, ForwardPass, Norm
 from flashdecpp.models.rope import Rope
 
 LLAMA3 = {
@@ -370,6 +371,27 @@ def test_rounded_weights_of_every_family(tmp_path, case, quantize):
     prompt, following = random_tokens(40, seed=1), random_tokens(8, seed=2)
     logits, expected = (runner_logits(llm, prompt, following) for llm in (rounded, exact))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_part_of_a_layer_can_be_replaced(tmp_path):
+    """By anything that takes the residual stream and returns it: here two halves of a feed-forward network,
+    whose results are summed before they are added, as over two devices."""
+    save_model(tmp_path)
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    config, weights = llm.config, llm.decoder.weights.layers[1]
+    prompt, following = random_tokens(40, seed=1), random_tokens(3, seed=2)
+    expected = runner_logits(llm, prompt, following)
+
+    def halves(stream: torch.Tensor, forward: ForwardPass) -> torch.Tensor:
+        gate, up = Norm.of(config, weights.ffn_norm)(stream).matmul(weights.gate_up.t()).chunk(2, dim=1)
+        h = torch.nn.functional.silu(gate) * up
+        parts = zip(h.chunk(2, dim=1), weights.down.chunk(2, dim=1), strict=True)
+        return stream.add_(sum(part @ columns.t() for part, columns in parts))
+
+    llm.decoder.layers[1] = DecoderLayer(llm.decoder.layers[1].attention, halves)
+    torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
+    llm.decoder.layers[1] = DecoderLayer(llm.decoder.layers[1].attention, lambda stream, _: stream)
+    assert (runner_logits(llm, prompt, following) - expected).abs().max() > 0.1
 
 
 def test_columns_that_fill_no_group_stay(tmp_path):

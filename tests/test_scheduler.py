@@ -238,6 +238,7 @@ class Simulation:
         """Every use of a block is some request's, and counted."""
         scheduler, pool = self.engine.scheduler, self.engine.pool
         assert not any(request.blocks for request in scheduler.waiting)
+        assert not any(request.cached for request in scheduler.waiting if request.saved is None)
         holders = [*scheduler.running, *filter(None, [scheduler.prefilling])]
         assert not any(request.blocks for request in self.requests if request not in holders)
         uses = Counter(block for request in holders for block in request.blocks)

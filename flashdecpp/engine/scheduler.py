@@ -10,9 +10,9 @@ anything newer is admitted, from a copy of them in host memory. (Recomputed as p
 would differ in the last bits.)
 """
 
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from flashdecpp.models.kv_cache import BLOCK_SIZE, blocks_for
 
@@ -37,7 +37,7 @@ class PrefillChunk:
     request: Request
     start: int
     stop: int
-    restored: list[int] = field(default_factory=list)  # blocks that get their saved contents back first
+    restored: Sequence[int] = ()  # blocks that get their saved contents back first
 
     @property
     def is_last(self) -> bool:
@@ -81,7 +81,7 @@ class Scheduler:
     def __init__(
         self, config: EngineConfig, rotation: Callable[[int], int] = lambda _: 0, rekeyed: bool = False
     ) -> None:
-        self.pool = BlockPool(0)  # replaced with the cache, while idle
+        self.pool = BlockPool(0)  # replaced together with the cache, while idle
         self.counts = Counts()
         self.running: list[Request] = []
         self.prefilling: Request | None = None
@@ -131,8 +131,7 @@ class Scheduler:
         self.waiting.popleft()
         request.blocks = shared + pool.allocate(missing)
         if request.saved is not None:
-            chunk.restored.extend(request.blocks[len(found) : blocks_for(start)])
-            return chunk
+            return replace(chunk, restored=request.blocks[len(found) : blocks_for(start)])
         request.cached = start
         if not request.token_ids:
             request.cached_prompt_tokens = start
@@ -179,7 +178,9 @@ class Scheduler:
         wanted = self._wanted_blocks(rows)
         if len(wanted) > self.pool.free_blocks:
             return None
-        blocks = self.pool.allocate(len(wanted)) if wanted else []
+        if not wanted:
+            return DecodeStep(rows, [])
+        blocks = self.pool.allocate(len(wanted))
         return DecodeStep(rows, [Growth(*w, block) for w, block in zip(wanted, blocks, strict=True)])
 
     def decoded(self, step: DecodeStep) -> None:
@@ -309,13 +310,13 @@ class Scheduler:
     def _wanted_blocks(self, rows: list[Request]) -> list[tuple[int, int, int | None]]:
         """(row, column, shared block or None) wherever the newest token has no block of its row's own."""
         wanted: list[tuple[int, int, int | None]] = []
-        left: Counter[int] = Counter()  # users that get a copy instead
+        left: dict[int, int] = {}  # users of shared blocks that get a copy instead
         for row, request in enumerate(rows):
             column = (request.sampled_length - 1) // BLOCK_SIZE
             if column == len(request.blocks):
                 wanted.append((row, column, None))
-            elif self.pool.users(shared := request.blocks[column]) - left[shared] > 1:
-                left[shared] += 1
+            elif self.pool.users(shared := request.blocks[column]) - left.get(shared, 0) > 1:
+                left[shared] = left.get(shared, 0) + 1
                 wanted.append((row, column, shared))
         return wanted
 
