@@ -152,7 +152,7 @@ def test_no_template(tmp_path, kind):
         ({"role": "user", "content": "hi"}, "messages must be a list of messages, got a value of type dict"),
         (None, "messages must be a list of messages, got None"),
         (5, "messages must be a list"),
-        ([], "one message or more"),
+        ([], "at least one message"),
         (["hi"], r"messages\[0\] must be like .*, got a value of type str"),
         ([*QUESTION, None], r"messages\[1\] must be like .*, got None"),
         ([{"content": "hi"}], r"messages\[0\]\['role'\] must be a string, got None"),

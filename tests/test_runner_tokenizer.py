@@ -96,7 +96,7 @@ def test_files_without_byte_pair_encoding(tmp_path):
             ChatGLMTokenizer(tmp_path)
     for settings in ({"kind": 1}, {"remove_spaces": 1}):
         write_sentencepiece(path, **settings)
-        with pytest.raises(ModelError, match="does not hold byte-pair encoding of plain text"):
+        with pytest.raises(ModelError, match="is not byte-pair encoding of plain text"):
             ChatGLMTokenizer(tmp_path)
 
 
@@ -154,7 +154,7 @@ def test_what_chatglms_chat_does_not_support(tmp_path, generation):
         tokenizer = ChatGLMTokenizer(tmp_path)
     for messages, tools, reason in (
         ([{"role": "tool", "content": "hello"}], None, "has no role 'tool'"),
-        ([{"role": "user", "content": [{"type": "text", "text": "hello"}]}], None, "not a string"),
+        ([{"role": "user", "content": [{"type": "text", "text": "hello"}]}], None, "whose content is a string"),
         ([{"role": "user", "content": "hello"}], [{"type": "function"}], "has no tools"),
         ("hello", None, "messages must be a list"),
     ):
@@ -167,7 +167,7 @@ def test_glm4s_first_tokenizer_is_named(tmp_path):
     folder_tokenizer(tmp_path / "whole")
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     for make in (FolderTokenizer, ChatGLMTokenizer):
-        with pytest.raises(ModelError, match=r"tiktoken vocabulary, as GLM-4 .* put the tokenizer\.json"):
+        with pytest.raises(ModelError, match=r"tiktoken vocabulary, as GLM-4 .* add the tokenizer\.json"):
             make(tmp_path)
     (tmp_path / "tokenizer.json").write_text((tmp_path / "whole" / "tokenizer.json").read_text())
     assert FolderTokenizer(tmp_path).encode("hi")
@@ -370,7 +370,7 @@ def test_large_vocabularies_load_at_once():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("a\ud800b", r"U\+D800 at character 1, which is half a character"),
+        ("a\ud800b", r"U\+D800 at character 1, a lone surrogate"),
         (b"caf\xe9".decode(errors="surrogateescape"), r"U\+DCE9 at character 3"),
         (b"hi", "must be a string, got bytes"),
         (None, "must be a string, got NoneType"),
