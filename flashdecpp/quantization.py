@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +43,15 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.weight, self.scales, self.offsets) if part is not None)
 
+    @overload
     def linear(
-        self, x: Tensor, bias: Tensor | None = None, **around: Tensor | float | str | None
-    ) -> Tensor | None:
-        """x @ w^T + bias, with `norm_weight` and more around it as in ops.quantized_linear_fused."""
-        return ops.quantized_linear_fused(x, self.weight, self.scales, self.offsets, bias, **around)
+        self, x: Tensor, bias: Tensor | None = None, *, residual: None = None, **fusion: Any
+    ) -> Tensor: ...
+    @overload
+    def linear(self, x: Tensor, bias: Tensor | None = None, *, residual: Tensor, **fusion: Any) -> None: ...
+    def linear(self, x: Tensor, bias: Tensor | None = None, **fusion: Any) -> Tensor | None:
+        """x @ w^T + bias with the fusions of ops.quantized_linear."""
+        return ops.quantized_linear(x, self.weight, self.scales, self.offsets, bias, **fusion)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows `index` of w, [len(index), K]: what an embedding looks up."""
@@ -157,6 +162,11 @@ class QuantizedLinear(nn.Module):
     model that was quantised the same way. Gradients reach the input, through the weight expanded to x's dtype
     (slower, and as large as before); the layer itself has nothing to train.
     """
+
+    weight: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()

@@ -154,7 +154,7 @@ def test_what_chatglms_chat_does_not_support(tmp_path, generation):
         tokenizer = ChatGLMTokenizer(tmp_path)
     for messages, tools, reason in (
         ([{"role": "tool", "content": "hello"}], None, "has no role 'tool'"),
-        ([{"role": "user", "content": [{"type": "text", "text": "hello"}]}], None, "whose content is a string"),
+        ([{"role": "user", "content": [{"type": "text", "text": "hello"}]}], None, "content is a string"),
         ([{"role": "user", "content": "hello"}], [{"type": "function"}], "has no tools"),
         ("hello", None, "messages must be a list"),
     ):

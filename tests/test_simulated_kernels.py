@@ -127,8 +127,8 @@ FAULTS = {
     "another row's sums": (
         "linear",
         "linear/gemv_kernel.cuh",
-        "mine += parts[warp() + other]",
-        "mine += parts[other]",
+        "mine += partials[warp() + other]",
+        "mine += partials[other]",
     ),
     "a gate that goes with another row": (
         "linear",
@@ -136,7 +136,12 @@ FAULTS = {
         "shfl_xor(mine, rows / 2)",
         "shfl_xor(mine, 1)",
     ),
-    "a norm of another row": ("linear", "linear/gemv_kernel.cuh", "v, factors[i],", "v, factors[0],"),
+    "an activation that is left out": (
+        "linear",
+        "linear/epilogue.cuh",
+        "    value = activate(p.fusion.activation, value);\n    if",
+        "    if",
+    ),
     "a part that is not added": (
         "linear",
         "linear/flat_gemm_kernel.cuh",

@@ -74,6 +74,9 @@ def calling(q: Tensor, cache: Tensor, lengths: Tensor, x: Tensor, weight: Tensor
     assert_type(ops.decode_attention(q, cache, cache, lengths), tuple[Tensor, Tensor])
     assert_type(ops.linear(x, weight), Tensor)
     assert_type(ops.linear(x, weight, impl="gemv"), Tensor)
+    assert_type(ops.linear(x, weight, gate="silu"), Tensor)
+    assert_type(ops.linear(x, weight, norm_weight=weight[0], activation="relu"), Tensor)
+    ops.linear(x, weight, residual=x)  # returns None, so mypy would refuse a use of the result
 
 
 def quantizing(model: nn.Linear) -> None:

@@ -39,7 +39,7 @@ struct StreamGemvs {
 
 bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
   if (p.fusion.any()) return false;
-  launch_parts<StreamGemvs>(launcher, p);
+  launch_row_chunks<StreamGemvs>(launcher, p);
   return true;
 }
 
@@ -49,7 +49,7 @@ bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
   QuantizedLinearParams plain{p};
   plain.bits = 16;
   plain.group = p.k;
-  launch_parts<StreamGemvs>(launcher, plain);
+  launch_row_chunks<StreamGemvs>(launcher, plain);
   return true;
 }
 

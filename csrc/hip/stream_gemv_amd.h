@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(G::kThreads, 2) stream_gemv_kernel(QuantizedLi
     }
   }
   // Asked for here: registers are full while weights are under way.
-  write_warp_sums<T, G, false>(p, sums, first_n, Addends<T, G, false>(p, first_n));
+  write_warp_sums<T, G, false>(p, sums, first_n, EpilogueOperands<T, G, false>(p, first_n));
 }
 
 }  // namespace flashdecpp

@@ -6,11 +6,9 @@ returns the stream. A mixture of experts or a sharded layer is another class wit
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, overload
 
 import torch
-import torch.nn.functional as F
 
 from flashdecpp import ops
 
@@ -20,14 +18,6 @@ from .weights import Layer, Matrix
 
 # With more rows than this, linear layers go to the BLAS.
 BLAS_ROWS = 128
-
-# Activations of an up projection without a gate
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 
 # (layer, q, k, v) -> [batch, q_len, q_heads, head_dim]; q and k are rotated, k and v are in the cache
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -88,13 +78,28 @@ class Projection:
     weight: Matrix
     bias: torch.Tensor | None = None
 
-    def __call__(self, x: torch.Tensor, norm: Norm | None = None, gate: str | None = None) -> torch.Tensor:
-        """`gate`: the weight has [gate; up] rows, and the result is gate(gate rows) * up rows."""
+    def __call__(
+        self,
+        x: torch.Tensor,
+        norm: Norm | None = None,
+        *,
+        gate: str | None = None,
+        activation: str | None = None,
+    ) -> torch.Tensor:
+        """`gate` and `activation` as in `ops.linear`."""
         if norm is not None and not norm.rms:
             x, norm = norm(x), None
         if norm is None:
-            return linear(x, self.weight, self.bias, gate=gate)
-        return linear(x, self.weight, self.bias, norm_weight=norm.weight, norm_eps=norm.eps, gate=gate)
+            return linear(x, self.weight, self.bias, gate=gate, activation=activation)
+        return linear(
+            x,
+            self.weight,
+            self.bias,
+            norm_weight=norm.weight,
+            norm_eps=norm.eps,
+            gate=gate,
+            activation=activation,
+        )
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class Attention:
         config, norm_after = self._config, self._config.norm_after
         qkv = self._qkv(stream, None if norm_after else self._norm)
         q, k, v = qkv.view(*forward.shape, sum(self._heads), config.head_dim).split(self._heads, dim=2)
-        if self._q_norm is not None:
+        if self._q_norm is not None and self._k_norm is not None:
             q = ops.rms_norm(q, self._q_norm, eps=config.norm_eps)
             k = ops.rms_norm(k, self._k_norm, eps=config.norm_eps)
         ops.rotary_append(
@@ -171,26 +176,36 @@ class FeedForward:
         if self._gated:
             h = self._up(stream, norm, gate=self._activation)
         else:
-            h = ACTIVATIONS[self._activation](self._up(stream, norm))
+            h = self._up(stream, norm, activation=self._activation)
         self._down.add_to(stream, h)
         return self._norm(stream) if self._norm_after else stream
 
 
+@overload
 def linear(
     x: torch.Tensor,
     weight: Matrix,
     bias: torch.Tensor | None = None,
     *,
-    norm_weight: torch.Tensor | None = None,
-    norm_eps: float = 1e-6,
-    gate: str | None = None,
-    residual: torch.Tensor | None = None,
+    residual: None = None,
+    **fusion: Any,
+) -> torch.Tensor: ...
+@overload
+def linear(
+    x: torch.Tensor,
+    weight: Matrix,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor,
+    **fusion: Any,
+) -> None: ...
+def linear(
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None, **fusion: Any
 ) -> torch.Tensor | None:
-    """`ops.linear_fused` of a plain weight or of a quantized one."""
-    fused = {"norm_weight": norm_weight, "norm_eps": norm_eps, "activation": gate, "residual": residual}
+    """`ops.linear` of a plain weight, `ops.quantized_linear` of a quantized one."""
     if isinstance(weight, torch.Tensor):
-        return ops.linear_fused(x, weight, bias, **fused)
-    return weight.linear(x, bias, **fused)
+        return ops.linear(x, weight, bias, **fusion)
+    return weight.linear(x, bias, **fusion)
 
 
 def _out_norm(config: ModelConfig, weight: torch.Tensor | None) -> Norm | None:

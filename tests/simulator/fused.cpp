@@ -59,10 +59,10 @@ void gated(int rows, int cols) {
   using T = arch::bfloat16;
   Tensor<T> gate_up(size_t(rows) * 2 * cols), out(size_t(rows) * cols);
   check.fill(gate_up);
-  GatedParams p{gate_up.data(), out.data(), rows, cols, Activation::kSilu, DType::kBFloat16};
-  const unsigned parts = (cols + kGatedThreads * 8 - 1) / (kGatedThreads * 8);
-  simulated::machine().launch({static_cast<unsigned>(rows), parts}, kGatedThreads, 0,
-                              [&] { gated_activation_kernel<T, 8>(p); });
+  ActivationParams p{gate_up.data(), out.data(), rows, cols, Activation::kSilu, true, DType::kBFloat16};
+  const unsigned parts = (cols + kActivationThreads * 8 - 1) / (kActivationThreads * 8);
+  simulated::machine().launch({static_cast<unsigned>(rows), parts}, kActivationThreads, 0,
+                              [&] { activation_kernel<T, 8>(p); });
   bool good = true;
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < cols; ++c) {

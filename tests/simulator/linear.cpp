@@ -55,8 +55,9 @@ void run() {
   gemv<T, 1>(37, 264, {.bias = true});
   gemv<T, 3>(16, 520, {});
   gemv<T, 8>(9, 72, {.bias = true});
-  gemv<T, 1>(33, 1032, {.bias = true, .norm = true, .add = true});
-  gemv<T, 3>(19, 264, {.bias = true, .norm = true, .gated = true});
+  gemv<T, 1>(33, 1032, {.bias = true, .add = true});
+  gemv<T, 3>(19, 264, {.bias = true, .gated = true});
+  gemv<T, 2>(21, 264, {.bias = true, .activated = true});
   gemv<T, 8>(16, 136, {.gated = true});
   if constexpr (kFlatTiles[0].block_m % arch::kTileN == 0) {
     flat_gemm<T, 0>(5, 40, 520, 1, {.bias = true});
@@ -64,8 +65,10 @@ void run() {
   }
   flat_gemm<T, 1>(16, 33, 264, 2, {});
   flat_gemm<T, 1>(13, 37, 264, 2, {.bias = true, .add = true});
+  flat_gemm<T, 1>(13, 37, 264, 2, {.bias = true, .activated = true});
   flat_gemm<T, 2>(40, 72, 648, 3, {});
   flat_gemm<T, 2>(40, 48, 136, 1, {.gated = true});
+  flat_gemm<T, 2>(40, 48, 136, 1, {.activated = true});
   flat_gemm<T, 3>(70, 130, 136, 1, {.bias = true});
 }
 

@@ -46,6 +46,7 @@ Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
   checks::Linear call = checks::linear("flat_gemm", x, weight, bias);
   require_vector_rows("flat_gemm", call);
   const Launcher launcher("flat_gemm", call.x_view.device);
+  align_rows(call);
   Tensor out = allocate(call);
   run_flat_gemm(launcher, call.params, call.x_view.device);
   return out;

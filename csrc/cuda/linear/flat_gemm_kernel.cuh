@@ -178,8 +178,8 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
       }
     }
   }
-  if (gated) {
-    if (split.parts) {  // the two halves of a pair are with different threads
+  if (fused && p.fusion.activates()) {  // output by output, from shared memory
+    if (split.parts) {
 #pragma unroll
       for (int j = 0; j < vectors; ++j) {
         const int i = j * G::kThreads + threadIdx.x;
@@ -187,12 +187,13 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
       }
       __syncthreads();
     }
-    constexpr int columns = G::kBlockN / 2;
+    const int columns = gated ? G::kBlockN / 2 : G::kBlockN;
 #pragma unroll 1
     for (int i = threadIdx.x; i < count / row_vectors * columns; i += G::kThreads) {
       const int m = i / columns, column = i % columns;
-      const float* const row = outputs + m * G::kOutStride + column;
-      if (first_n + column < p.n) write_output<T, fused>(p, first_m + m, first_n + column, row[0], row[columns]);
+      const float* const value = outputs + m * G::kOutStride + column;
+      const float up = gated ? value[G::kBlockN / 2] : 0.f;
+      if (first_n + column < p.n) write_output<T, fused>(p, first_m + m, first_n + column, *value, up);
     }
     return;
   }

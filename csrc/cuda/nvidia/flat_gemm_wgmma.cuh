@@ -163,10 +163,10 @@ __device__ __forceinline__ void flat_gemm_wgmma(const LinearParams& p, const CUt
   } else {
     warp_group_sync();
   }
-  // Every block of the cluster adds and writes its share of the tile: one output a lane where it has a gate, else eight
-  // neighbors.
-  if (gated) {
-    constexpr int columns = R::kBlockN / 2;
+  // Every CTA of the cluster adds and writes an equal part of the tile: output by output with a gate or an activation,
+  // else eight neighbors at a time.
+  if (fused && p.fusion.activates()) {
+    const int columns = gated ? R::kBlockN / 2 : R::kBlockN;
     const int count = static_cast<int>(p.m) * columns;
 #pragma unroll 1
     for (int i = count * rank / cluster + threadIdx.x; i < count * (rank + 1) / cluster; i += kWarpgroup) {
@@ -175,7 +175,7 @@ __device__ __forceinline__ void flat_gemm_wgmma(const LinearParams& p, const CUt
       float value = 0.f, up = 0.f;
       for (int other = 0; other < cluster; ++other) {
         value += load_shared_cluster<float>(mine, other);
-        up += load_shared_cluster<float>(mine + columns, other);
+        if (gated) up += load_shared_cluster<float>(mine + R::kBlockN / 2, other);
       }
       if (n + column < p.n) write_output<T, fused>(p, m, n + column, value, up);
     }

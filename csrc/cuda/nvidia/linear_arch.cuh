@@ -33,35 +33,6 @@ __device__ __forceinline__ uint4 load_weight(const void* p) {
   return v;
 }
 
-// ---- two numbers of a half type in 32 bits --------------------------------------------------------------------------
-
-// Each product rounded.
-template <class T>
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  using Pair = std::conditional_t<std::is_same_v<T, half>, __half2, __nv_bfloat162>;
-  const Pair product = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
-  return reinterpret_cast<const uint32_t&>(product);
-}
-
-// v, rounded, twice.
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float v) {
-  if constexpr (std::is_same_v<T, half>) {
-    const __half2 pair = __float2half2_rn(v);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __nv_bfloat162 pair = __float2bfloat162_rn(v);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
-
-// The larger magnitudes of halves; of a NaN and a number the number.
-__device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
-  const __half2 larger =
-      __hmax2(__habs2(reinterpret_cast<const __half2&>(a)), __habs2(reinterpret_cast<const __half2&>(b)));
-  return reinterpret_cast<const uint32_t&>(larger);
-}
-
 // A barrier that a consumer arrives at, too: what a ring's producer waits for.
 struct ConsumerBarrier : TmaBarrier {
   __device__ __forceinline__ void arrive() {

@@ -48,7 +48,7 @@ struct QuantizedGemvs {
 }  // namespace
 
 bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
-  launch_parts<QuantizedGemvs>(launcher, p);
+  launch_row_chunks<QuantizedGemvs>(launcher, p);
   return true;
 }
 

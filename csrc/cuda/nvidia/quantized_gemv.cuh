@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(G::kThreads, 2)
     x[j] = static_cast<const T*>(p.x) + min(int64_t{j * 8 + row}, p.m - 1) * p.x_stride;
   }
 
-  Addends<T, G, fused> addends(p, first_n);
+  EpilogueOperands<T, G, fused> operands(p, first_n);
   TileC sums[tiles][row_tiles];
   StagedColumns<T, G> staged(p, dynamic_shared());
   int turn = 0;
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(G::kThreads, 2)
     }
     if (!waited) {
       wait_for_previous_kernel();
-      addends.load_before(p, first_n);
+      operands.load_residual(p, first_n);
       if constexpr (G::kStaged) {
         staged.load(0, base);
         copy_commit();
@@ -348,10 +348,10 @@ __global__ void __launch_bounds__(G::kThreads, 2)
 
   if (!waited) {
     wait_for_previous_kernel();
-    addends.load_before(p, first_n);
+    operands.load_residual(p, first_n);
   }
   if constexpr (G::kStaged) copy_wait<0>();
-  write_warp_sums<T, G, fused>(p, sums, first_n, addends);
+  write_warp_sums<T, G, fused>(p, sums, first_n, operands);
 }
 
 }  // namespace flashdecpp
