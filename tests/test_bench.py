@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,3 +21,14 @@ def test_runner_dry_run():
     assert all(f"'{ratio}': " in done.stdout for ratio in ratios)
     assert "'drop_in_attention_calls': {'prefill': " in done.stdout and "'errors': {}" in done.stdout
     assert "opt-6.7b decode " in done.stdout and "chatglm2-6b prefill " in done.stdout
+
+
+def test_engines_dry_run(tmp_path):
+    output = tmp_path / "engines.json"
+    command = [sys.executable, BENCH / "engines.py", "--dry-run", "--engines", "flashdecpp,transformers"]
+    done = subprocess.run([*command, "--output", output], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())["results"]
+    for engine, figure in (("flashdecpp", "decode_ms"), ("transformers", "eager_decode_ms")):
+        assert [row["sequences"] for row in results[engine]["results"]] == [1, 2]
+        assert all(row[figure] > 0 and row["prefill_ms"] > 0 for row in results[engine]["results"])

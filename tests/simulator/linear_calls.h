@@ -1,4 +1,4 @@
-// Linear calls with random arguments, against sums in double.
+// Linear calls with random arguments, compared with sums in double.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,8 @@ struct Fusion {
 template <class T>
 struct Call {
   simulated::Tensor<T> x, weight, bias, out;
-  std::vector<float> before;  // what out holds, where it is added to
-  std::vector<double> exact;  // the weight, where `weight` is not
+  std::vector<float> residual;  // initial contents of out, if the result is added to it
+  std::vector<double> exact;    // the weight, if the kernel does not read `weight`
   LinearParams p{};
 
   Call(int m, int n, int k, Fusion fusion)
@@ -36,16 +36,16 @@ struct Call {
                     : fusion.add       ? LinearFusion::kResidual
                                        : LinearFusion::kNone;
     p.fusion.activation = Activation::kSilu;
-    before.assign(out.size(), 0.f);
+    residual.assign(out.size(), 0.f);
     if (!fusion.add) return;
     check.fill(out);
-    for (size_t i = 0; i < out.size(); ++i) before[i] = arch::to_float(out[i]);
+    for (size_t i = 0; i < out.size(); ++i) residual[i] = arch::to_float(out[i]);
   }
 
-  // out as it was, for another launch.
+  // Resets out for another launch.
   void restore() {
     if (!p.fusion.adds()) return;
-    for (size_t i = 0; i < out.size(); ++i) out[i] = arch::from_float<T>(before[i]);
+    for (size_t i = 0; i < out.size(); ++i) out[i] = arch::from_float<T>(residual[i]);
   }
 
   double sum(int m, int row) const {
@@ -64,12 +64,12 @@ struct Call {
         double expected = sum(m, n);
         if (p.fusion.activates()) expected /= 1 + std::exp(-expected);
         if (p.fusion.gates()) expected *= sum(m, p.n + n);
-        expected += before[m * p.n + n];
+        expected += residual[m * p.n + n];
         const double got = arch::to_float(out[m * p.n + n]);
         worst = std::isnan(got) ? INFINITY : std::max(worst, std::fabs(expected - got) / (1 + std::fabs(expected)));
       }
     }
-    // A gate multiplies what the numbers before it are off by.
+    // A gate amplifies the errors of its factors.
     const double allowed = (std::is_same_v<T, arch::half> ? 1e-3 : 8e-3) * (p.fusion.gates() ? 4 : 1);
     const auto number = [](int64_t x) { return std::to_string(x); };
     check(worst <= allowed, what + (p.fusion.any() ? ", fused" : "") + ", m " + number(p.m) + ", n " + number(p.n) +

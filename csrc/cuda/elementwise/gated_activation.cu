@@ -12,10 +12,10 @@ namespace {
 template <class T>
 void launch_typed(const Launcher& launcher, const char* op, const char* arg, const ActivationParams& p) {
   const auto start = [&](auto* kernel, int vector) {
-    const int64_t chunks = (p.cols + kActivationThreads * vector - 1) / (kActivationThreads * vector);
-    check_grid_y(op, arg, chunks);
-    launcher.overlapping(kernel, dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(chunks)), kActivationThreads,
-                         0, p);
+    const int64_t ctas_per_row = (p.cols + kActivationThreads * vector - 1) / (kActivationThreads * vector);
+    check_grid_y(op, arg, ctas_per_row);
+    launcher.overlapping(kernel, dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(ctas_per_row)),
+                         kActivationThreads, 0, p);
   };
   constexpr int vector = kVector<T>;
   vectors_fit(p.x, sizeof(T), vector, {p.cols}) ? start(activation_kernel<T, vector>, vector)

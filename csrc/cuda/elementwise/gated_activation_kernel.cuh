@@ -1,5 +1,5 @@
-// act(gate) * up over packed gate and up halves, or act(x). One vector per thread. Floor: the bytes of x and the
-// output.
+// act(gate) * up over packed [gate, up] rows, or act(x). One vector of `vector` outputs per thread, no shared memory.
+// Floor: the bytes of the input and the output over the memory bandwidth.
 #pragma once
 
 #include "cuda/elementwise/activation.cuh"

@@ -1,5 +1,5 @@
-// The GEMVs that stream on NVIDIA's matrix units, dense and quantized, on the simulated GPU. The last line says how
-// many cases failed.
+// NVIDIA's tensor-core GEMVs, dense and quantized, with all of their fusions, on the simulated GPU. The last line of
+// the output counts the failed cases.
 #include "cuda/nvidia/gemv_mma.cuh"
 #include "cuda/nvidia/quantized_gemv.cuh"
 #include "linear_calls.h"
@@ -12,13 +12,13 @@ template <class T, class G>
 void gemv(int m, int n, int k, Fusion fusion) {
   Call<T> call(m, n, k, fusion);
   const auto blocks = static_cast<unsigned>((call.p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
-  simulated::machine().launch({blocks}, G::kThreads, 0, [&] {
+  simulated::gpu().launch({blocks}, G::kThreads, 0, [&] {
     call.p.fusion.any() ? mma_gemv_kernel<T, G, true>(call.p) : mma_gemv_kernel<T, G, false>(call.p);
   });
-  call.compare("matrix units, loads of " + std::to_string(G::kLoads));
+  call.compare("mma GEMV, loads of " + std::to_string(G::kLoads));
 }
 
-// A call whose weights are the numbers that the quantized ones stand for.
+// A call whose exact weights are the values of random quantized ones.
 template <class T, class G>
 void quantized(int m, int n, int k, int group, Fusion fusion, bool with_offsets) {
   Call<T> call(m, n, k, fusion);
@@ -56,7 +56,7 @@ void quantized(int m, int n, int k, int group, Fusion fusion, bool with_offsets)
   }
   const QuantizedLaunch launch{shift, G::kExchange ? group / 32 : 4};
   const auto blocks = static_cast<unsigned>((rows + G::kBlockN - 1) / G::kBlockN);
-  simulated::machine().launch({blocks}, G::kThreads, G::kSharedBytes, [&] {
+  simulated::gpu().launch({blocks}, G::kThreads, G::kSharedBytes, [&] {
     p.fusion.any() ? quantized_gemv_kernel<T, G, true>(p, launch) : quantized_gemv_kernel<T, G, false>(p, launch);
   });
   call.compare(std::to_string(G::kBits) + " bit, groups of " + std::to_string(group));
