@@ -50,7 +50,7 @@ def test_truncated_weights(folder):
 
 def test_missing_weights(folder):
     (folder / "model.safetensors").unlink()
-    refused(folder, r"has no model\.safetensors")
+    refused(folder, r"has neither model\.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, r"lacks 2 of 2 weight files: model-1\.safetensors, model-2\.safetensors")
