@@ -230,6 +230,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFLASHDECPP_TORCH_DIR={torch}",
             f"-DFLASHDECPP_OUTPUT={output}",
+            f"-DFLASHDECPP_CPU_ISAS={'|'.join(listed('FLASHDECPP_CPU_ISAS')) or 'all'}",
             f"-DFLASHDECPP_BUILD_REASONS={reasons}",
             *cuda_options,
             *hip_options,

@@ -1,8 +1,8 @@
-"""decode_attention beside torch's SDPA on a CPU, against the rate at which the machine reads the same caches.
+"""decode_attention compared with torch's SDPA on a CPU, and with the rate of a plain read of the same caches.
 
-In every round each contestant has its turn, and so does a plain read of the keys and values (torch.amax), so
-that a drift of the machine meets all. The results are medians of the rounds; "of read" is the median of each
-round's ratio.
+Every round runs each contestant once, including a plain read of the keys and values (torch.amax), so that
+drift in the machine's speed affects all of them alike. Results are medians over the rounds; "of_read" is the
+median of the ratios to the read in the same round.
 
     python bench/attention_cpu.py [--rounds 9] [--output bench/results/attention_cpu.json]
 """
@@ -31,7 +31,7 @@ HEAD_DIM = 128
 def contestants(
     q_heads: int, kv_heads: int, lengths: list[int], dtype: torch.dtype
 ) -> tuple[dict[str, Callable[[], object]], int]:
-    """What takes turns, and how many bytes of keys and values each of them reads."""
+    """The contestants by name, and the bytes of keys and values that each of them reads."""
     tokens, batch = sum(lengths), len(lengths)
     cache = torch.randn(2, tokens, kv_heads, HEAD_DIM, dtype=dtype)
     q = torch.randn(batch, 1, q_heads, HEAD_DIM, dtype=dtype)
@@ -60,7 +60,7 @@ def contestants(
         turns["sdpa"] = lambda: F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=q_heads != kv_heads
         )
-    else:  # torch has no batch of different lengths: one call a sequence
+    else:  # SDPA takes no batch of different lengths: one call per sequence
         sequences = cache.split(lengths, dim=1)
         turns["sdpa"] = lambda: [
             F.scaled_dot_product_attention(

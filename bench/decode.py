@@ -1,8 +1,8 @@
-"""The demo model beside transformers: decode tokens/s at batch 1, and the prefill of a long prompt.
+"""The demo model compared with transformers: decode tokens/s at batch 1, and prefill of a long prompt.
 
-Same weights, same device, same threads, one process; the contestants take turns, so that a drift of the
-machine meets all. transformers runs its forward pass in a bare greedy loop, without generate's overhead;
-flashdecpp its whole `generate`, tokenizer and streaming text included.
+The contestants share weights, device, threads and process, and take turns, so that drift in the machine's
+speed affects all of them alike. transformers runs its forward pass in a bare greedy loop, without the
+overhead of its generate; flashdecpp runs its whole `generate`, including tokenizer and streamed text.
 
     python bench/decode.py [--device cpu] [--rounds 7] [--output FILE]
 """
@@ -49,7 +49,7 @@ def transformers_contestant(llm: LLM, dtype: torch.dtype) -> Contestant:
         for _ in range(steps):
             out = model(token, past_key_values=out.past_key_values, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
-            token.item()  # a real loop looks at every token
+            token.item()  # a real loop reads every token
         return first - start, steps / (time.perf_counter() - first) if steps else 0.0
 
     return run
@@ -68,7 +68,7 @@ def main() -> None:
         name = str(dtype).removeprefix("torch.")
         llm = LLM("demo", device=options.device, dtype=dtype, quantize="none", prefix_cache=False)
         contestants[f"flashdecpp {name}"] = flashdecpp_contestant(llm)
-        if options.device == "cpu":  # the file's own 4 and 8 bit weights
+        if options.device == "cpu":  # the 4-bit and 8-bit weights as the file stores them
             stored = LLM("demo", device="cpu", dtype=dtype, quantize="auto", prefix_cache=False)
             contestants[f"flashdecpp {name}, weights as stored"] = flashdecpp_contestant(stored)
         contestants[f"transformers {name}"] = transformers_contestant(llm, dtype)

@@ -1,9 +1,10 @@
-"""The linear layers of the CPU beside torch's own: time, GB/s of weights, and how many times as fast.
+"""Linear layers on a CPU compared with torch's: time, GB/s of weights, and speedup.
 
     python bench/linear_cpu.py [--threads N] [--rows 1 2 4 8] [--output bench/results/linear_cpu.json]
 
-Every contestant's weights rotate among sets of 256 MB together, so that every call reads them from memory.
-Contestants take turns, so that a drift of the machine meets all; each time is the median of all its calls.
+Every contestant rotates through copies of its weights that total 256 MB, so that each call reads them from
+memory. Contestants take turns, so that drift in the machine's speed affects all of them alike; each time is
+the median of all calls.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from tqdm import tqdm
 from flashdecpp import ops
 from flashdecpp._library import cpu_instruction_set
 
-# [N, K]: Llama-2-7B's attention and FFN, and the demo model's
+# [N, K] of Llama-2-7B's attention and feed-forward layers, then the demo model's
 SHAPES = [(4096, 4096), (22016, 4096), (3072, 576), (576, 1536)]
 ROWS = (1, 2, 4, 8)
 FORMATS = {"int8": (8, None), "int8 g32": (8, 32), "int4 g32": (4, 32), "int4 g128": (4, 128)}
 ROTATION_BYTES = 256 << 20
-ROUNDS = 7  # after one to warm up
+ROUNDS = 7  # after a warm-up round
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 

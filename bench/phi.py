@@ -1,9 +1,9 @@
-"""How often the unified maximum does not fit: phi calibrated for every head, and carried from step to step.
+"""How often rows fall back from the unified maximum: phi calibrated per head, and phi carried between steps.
 
-On the demo model while it decodes, calibrated on the built-in text; and on made-up softmax inputs as wide as
-OPT's, where every output is held against the float64 reference as well. Fallbacks are what the kernel counted
-(its safe window on the CPU is +-22); the shares outside of each safe window come from the recorded maximum of
-every row.
+Measured on the demo model while it decodes, calibrated on the built-in text, and on synthetic softmax inputs
+as wide as OPT's, where every output is also checked against the float64 reference. Fallbacks are those that
+the kernel counted (its safe window on the CPU is +-22); the fractions outside each safe window come from the
+recorded maximum of every row.
 
     python bench/phi.py [--device cpu] [--tokens 1100] [--steps 1000] [--output bench/results/phi_cpu.json]
 """
@@ -39,22 +39,22 @@ QUESTIONS = [
 
 
 def outside(distance: Tensor) -> dict[str, float]:
-    """The share of rows that each safe window does not hold; NaN, as a sequence starts, is never in one."""
-    return {name: share(~(distance <= width)) for name, width in SAFE_WINDOWS.items()}
+    """Fraction of rows outside each safe window. NaN, the start of a sequence, is outside all of them."""
+    return {name: fraction(~(distance <= width)) for name, width in SAFE_WINDOWS.items()}
 
 
-def share(rows: Tensor) -> float:
+def fraction(rows: Tensor) -> float:
     return round(rows.double().mean().item(), 6)
 
 
 def carried_distance(maxima: Tensor) -> Tensor:
-    """[steps, ...]: how far a row's maximum is from that of the step before. NaN for the first step."""
-    before = torch.cat((torch.full_like(maxima[:1], torch.nan), maxima[:-1]))
-    return (maxima - before).abs()
+    """[steps, ...]: distance of a row's maximum from that of the previous step. NaN for the first step."""
+    previous = torch.cat((torch.full_like(maxima[:1], torch.nan), maxima[:-1]))
+    return (maxima - previous).abs()
 
 
 def summary(fallbacks: int, distance: Tensor) -> dict[str, object]:
-    """Of one policy: what the kernel counted, and what lay outside; distance is [steps, ...]."""
+    """The kernel's fallbacks under one policy, and the rows outside the windows. distance is [steps, ...]."""
     return {
         "fallbacks": fallbacks,
         "fallback rate": round(fallbacks / distance.numel(), 6),
@@ -67,7 +67,7 @@ def summary(fallbacks: int, distance: Tensor) -> dict[str, object]:
 
 
 class Recorder:
-    """Decodes as a decoder does and keeps the row maxima that each step leaves in carried_phi."""
+    """Stands in for a decoder's `decode` and keeps the row maxima that each step leaves in carried_phi."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decode = decoder.decode
@@ -90,7 +90,7 @@ def demo(device: str, tokens: int) -> dict[str, object]:
     fixed = LLM(
         "demo", device=device, dtype="bfloat16", phi=list(found.phi.to(llm.device)), prefix_cache=False
     )
-    # Steps that look at what they leave can't be captured.
+    # The recorder copies to the host in every step, which a CUDA graph cannot capture.
     carried = LLM("demo", device=device, dtype="bfloat16", phi="carry", prefix_cache=False, cuda_graphs=False)
     recorder = Recorder(carried.decoder)
 
@@ -132,8 +132,8 @@ def demo(device: str, tokens: int) -> dict[str, object]:
 class Walk:
     """How the level of a head moves from step to step.
 
-    level' = centre + memory * (level - centre) + step * normal. With a memory of 0 every step is on its own,
-    with 1 it is a random walk.
+    level' = center + memory * (level - center) + step * normal. With memory 0 the steps are independent; with
+    memory 1 they form a random walk.
     """
 
     memory: float
@@ -147,22 +147,22 @@ WALKS = {
     "rough random walk": Walk(1.0, 10.0),
 }
 LOWEST, HIGHEST = -497.0, 364.0  # softmax inputs of OPT
-DEPTH = 60.0  # how far the inputs of a row reach below its maximum
+DEPTH = 60.0  # distance from a row's maximum to its lowest input
 HEADS, HEAD_DIM, KEYS, SEQUENCES = 32, 64, 128, 2
 CALIBRATION_STEPS = 250
 
 
 def opt_like_steps(walk: Walk, steps: int, device: str) -> Iterator[dict[str, Tensor]]:
-    """Arguments of decode_attention, step by step: KEYS random keys and values, a new query every time.
+    """Arguments of decode_attention for each step: KEYS random keys and values, and a new query per step.
 
-    Each head has a level, near which its row maximum lies: the centres of the heads are spread evenly from
-    the lowest to the highest that keep all inputs within LOWEST and HIGHEST, where the levels turn back. A
-    key's first two numbers are 1 and the query's add up to the level (two, so that bfloat16 has its
-    fractions); a key's third is a depth from -1 to 0, which the query multiplies by DEPTH; the rest is noise,
-    which decides between the keys near the top. The cache stays as it is, only the query moves.
+    Each head has a level, near which its row maximum lies. The centers of the heads are spaced evenly over
+    the range that keeps all inputs within LOWEST and HIGHEST, and levels are reflected at its ends. A key's
+    first two numbers are 1, and the query's add up to the level (two, so that bfloat16 can hold its
+    fraction); a key's third number is a depth from -1 to 0, which the query multiplies by DEPTH; the rest is
+    noise, which decides between the keys near the top. The cache is constant; only the query changes.
     """
     generator = torch.Generator().manual_seed(0)
-    noise = 0.5  # room for what the random part adds
+    noise = 0.5  # margin for the random part
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
@@ -174,10 +174,10 @@ def opt_like_steps(walk: Walk, steps: int, device: str) -> Iterator[dict[str, Te
     cache = {name: x.to(device, torch.bfloat16) for name, x in cache.items()}
     seq_lens = torch.full((SEQUENCES,), KEYS, dtype=torch.int32, device=device)
     low, high = LOWEST + DEPTH + noise, HIGHEST - noise
-    centre = torch.linspace(low, high, HEADS).expand(SEQUENCES, HEADS)
-    level = centre
+    center = torch.linspace(low, high, HEADS).expand(SEQUENCES, HEADS)
+    level = center
     for _ in range(steps):
-        level = centre + walk.memory * (level - centre) + walk.step * normal(SEQUENCES, HEADS)
+        level = center + walk.memory * (level - center) + walk.step * normal(SEQUENCES, HEADS)
         level = torch.where(level < low, 2 * low - level, torch.where(level > high, 2 * high - level, level))
         q = normal(SEQUENCES, 1, HEADS, HEAD_DIM)
         target = level[:, None] * HEAD_DIM**0.5
@@ -188,16 +188,16 @@ def opt_like_steps(walk: Walk, steps: int, device: str) -> Iterator[dict[str, Te
 
 
 class Exactness:
-    """Holds every result to the reference in float64 and keeps the largest share of the bound that one took.
+    """Checks every result against the float64 reference and keeps the largest ratio of an error to its bound.
 
-    The bound is that of the tests: twice the error of the same maths in plain bfloat16 torch, plus rounding.
+    The bound is that of the tests: twice the error of the same math in plain bfloat16 torch, plus rounding.
     """
 
     def __init__(self) -> None:
         self.results, self.worst = 0, 0.0
 
     def truth(self, arguments: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """out, lse and the row maxima [batch, q_heads], and the bounds of what is checked next."""
+        """out, lse and the row maxima [batch, q_heads]. Sets the bounds for the checks that follow."""
         maxima = torch.full(arguments["q"].shape[::2][:2], torch.nan, device=arguments["q"].device)
         truth = reference.decode_attention(**arguments, carried_phi=maxima, compute_dtype=torch.float64)
         plain = reference.decode_attention(**arguments, compute_dtype=torch.bfloat16)
@@ -211,10 +211,10 @@ class Exactness:
 
     def check(self, result: tuple[Tensor, Tensor]) -> None:
         for actual, truth, bound in zip(result, self._truth, self._bounds, strict=True):
-            taken = ((actual.double() - truth).abs().max() / bound).item()
-            if not taken <= 1:
-                raise SystemExit(f"a result is off by {taken:.2f} times what the tolerance allows")
-            self.worst = max(self.worst, taken)
+            ratio = ((actual.double() - truth).abs().max() / bound).item()
+            if not ratio <= 1:
+                raise SystemExit(f"a result is off by {ratio:.2f} times the tolerance")
+            self.worst = max(self.worst, ratio)
         self.results += 1
 
 
@@ -263,7 +263,7 @@ def opt_like(walk: Walk, steps: int, device: str) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=1100, help="tokens of a story; an answer has a quarter")
+    parser.add_argument("--tokens", type=int, default=1100, help="tokens per story; a chat gets a quarter")
     parser.add_argument("--steps", type=int, default=1000, help="decode steps on inputs as wide as OPT's")
     parser.add_argument("--output", help="default: bench/results/phi_<device>.json")
     options = parser.parse_args()

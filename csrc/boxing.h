@@ -1,7 +1,7 @@
-// How a function becomes a kernel of torch's dispatcher: m.impl("op", boxed<&op>).
+// Registers a function as a kernel of torch's dispatcher: m.impl("op", boxed<&op>).
 //
-// This is what TORCH_BOX does, but for two things: its conversion of a str copies the string into memory that nobody
-// frees, and memory that the C++ library does not have is said to be what is missing.
+// It does what TORCH_BOX does, with two differences: TORCH_BOX leaks the copy it makes of every str argument, and
+// std::bad_alloc becomes an out-of-memory error here.
 #pragma once
 
 #include <new>
@@ -13,16 +13,16 @@
 namespace flashdecpp {
 namespace boxing {
 
-// An argument, which the stack gives up.
+// Converts an argument and takes ownership of it from the stack.
 template <class T>
 struct Argument {
-  static T take(StableIValue value) { return torch::stable::detail::to<T>(value); }
+  static T unbox(StableIValue value) { return torch::stable::detail::to<T>(value); }
 };
 
 template <>
 struct Argument<std::string> {
-  static std::string take(StableIValue value) { return take(torch::stable::detail::to<StringHandle>(value)); }
-  static std::string take(StringHandle handle) {
+  static std::string unbox(StableIValue value) { return unbox(torch::stable::detail::to<StringHandle>(value)); }
+  static std::string unbox(StringHandle handle) {
     size_t length = 0;
     const char* text = nullptr;
     TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
@@ -35,28 +35,28 @@ struct Argument<std::string> {
 
 template <>
 struct Argument<std::optional<std::string>> {
-  static std::optional<std::string> take(StableIValue value) {
+  static std::optional<std::string> unbox(StableIValue value) {
     const auto handle = torch::stable::detail::to<std::optional<StringHandle>>(value);
-    return handle ? std::optional(Argument<std::string>::take(*handle)) : std::nullopt;
+    return handle ? std::optional(Argument<std::string>::unbox(*handle)) : std::nullopt;
   }
 };
 
 template <class T>
-void put(StableIValue* stack, const T& result) {
+void box(StableIValue* stack, const T& result) {
   stack[0] = torch::stable::detail::from(result);
 }
 template <class... T>
-void put(StableIValue* stack, const std::tuple<T...>& results) {
+void box(StableIValue* stack, const std::tuple<T...>& results) {
   std::apply([&](const T&... result) { ((*stack++ = torch::stable::detail::from(result)), ...); }, results);
 }
 
 template <class Result, class... Args, size_t... index>
 void call(Result (*function)(Args...), StableIValue* stack, std::index_sequence<index...>) {
-  std::tuple<Args...> arguments{Argument<Args>::take(stack[index])...};  // in this order
+  std::tuple<Args...> arguments{Argument<Args>::unbox(stack[index])...};  // braces evaluate in order
   if constexpr (std::is_void_v<Result>) {
     std::apply(function, std::move(arguments));
   } else {
-    put(stack, std::apply(function, std::move(arguments)));
+    box(stack, std::apply(function, std::move(arguments)));
   }
 }
 
@@ -72,7 +72,7 @@ void boxed(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
   try {
     boxing::call(function, stack);
   } catch (const std::bad_alloc&) {
-    out_of_memory("what the call needs to work in could not be had on the CPU");
+    out_of_memory("the call's working memory could not be allocated on the CPU");
   }
 }
 

@@ -1,4 +1,4 @@
-// The only header that includes torch, and only its stable ABI: one binary serves every torch >= 2.10.
+// Includes torch for the host code, and only its stable ABI, so one binary serves every torch >= 2.10.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -21,7 +21,7 @@ namespace flashdecpp {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Text without streams: their locale facets crash where a linker has put a second libstdc++ into the library.
+// Without streams, whose locale facets crash if a second libstdc++ has been linked into the library.
 inline std::string text_of(const char* value) { return value; }
 inline std::string text_of(const std::string& value) { return value; }
 template <class Integer, std::enable_if_t<std::is_integral_v<Integer>, int> = 0>
@@ -40,7 +40,7 @@ inline std::string list_text(const int64_t* values, int64_t count) {
   return text + "]";
 }
 
-// Of memory: "5.5 TB".
+// For example "5.5 TB".
 inline std::string bytes_text(double bytes) {
   const char* const units[] = {" bytes", " kB", " MB", " GB", " TB", " PB", " EB"};
   size_t unit = 0;
@@ -50,20 +50,20 @@ inline std::string bytes_text(double bytes) {
   return digits + std::string(units[unit]);
 }
 
-// A complaint about an argument. It alone begins with "flashdecpp::OP: ", which is how the wrappers tell that it is a
+// An error in an argument. Only such messages begin with "flashdecpp::OP: ", by which the wrappers recognize a
 // ValueError.
 template <class... Args>
 [[noreturn]] void fail(const char* op, const Args&... args) {
   throw std::runtime_error("flashdecpp::" + std::string(op) + ": " + (text_of(args) + ...));
 }
 
-// Anything else that goes wrong.
+// Any other error.
 template <class... Args>
 [[noreturn]] void fault(const Args&... args) {
   throw std::runtime_error("flashdecpp: " + (text_of(args) + ...));
 }
 
-// The wrappers know it by its beginning.
+// The wrappers recognize it by the start of its message.
 template <class... Args>
 [[noreturn]] void out_of_memory(const Args&... args) {
   fault("out of memory: ", args...);
@@ -122,7 +122,7 @@ inline const char* name(DType dtype) {
   return "another dtype";
 }
 
-// Of any dtype: torch's code for it.
+// The name of any torch dtype, by torch's code for it.
 inline std::string dtype_name(int32_t code) {
   const struct {
     int32_t code;
@@ -157,16 +157,16 @@ struct Device {
   }
 };
 
-// What the checks and the kernels read of a tensor, read once.
+// The properties of a tensor that checks and kernels use, read once.
 struct View {
   void* data = nullptr;
   const int64_t* sizes = nullptr;
   const int64_t* strides = nullptr;
   int64_t dim = 0;
   DType dtype = DType::kOther;
-  int32_t dtype_code = 0;  // torch's
+  int32_t dtype_code = 0;  // torch's code
   Device device;
-  bool defined = false;  // else it was None, where a schema asks for a tensor
+  bool defined = false;  // false for None, if the schema asks for a tensor
 
   View() = default;
   explicit View(const Tensor& tensor) {
@@ -191,7 +191,7 @@ struct View {
     for (int64_t i = 0; i < dim; ++i) product *= sizes[i];
     return product;
   }
-  bool contiguous_from(int64_t first) const {  // dimensions first, first + 1, ... packed without gaps
+  bool contiguous_from(int64_t first) const {  // dimensions first, first + 1, ... have no gaps
     if (numel() == 0) return true;
     int64_t expected = 1;
     for (int64_t i = dim - 1; i >= first; --i) {
@@ -208,7 +208,7 @@ struct View {
 
 inline constexpr int64_t kMaxDims = 64;  // torch's own limit
 
-// A new contiguous tensor; memory comes from torch's allocator on that device.
+// A new contiguous tensor, from torch's allocator on that device.
 inline Tensor new_tensor(const int64_t* sizes, int64_t dim, DType dtype, Device device) {
   int64_t strides[kMaxDims];
   int64_t step = 1;
@@ -221,7 +221,7 @@ inline Tensor new_tensor(const int64_t* sizes, int64_t dim, DType dtype, Device 
   if (aoti_torch_empty_strided(dim, sizes, strides, code, device.type, device.index, &handle) != AOTI_TORCH_SUCCESS) {
     double bytes = static_cast<double>(aoti_torch_dtype_element_size(code));
     for (int64_t i = 0; i < dim; ++i) bytes *= static_cast<double>(sizes[i]);
-    out_of_memory(bytes_text(bytes), " could not be had on ", device.str(), " for a result of shape ",
+    out_of_memory(bytes_text(bytes), " could not be allocated on ", device.str(), " for a result of shape ",
                   list_text(sizes, dim), " in ", name(dtype));
   }
   return Tensor(handle);
@@ -231,7 +231,7 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, DType dtype, Devi
   return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, device);
 }
 
-// The same memory under other sizes and strides. Autograd does not see it.
+// The same memory with other sizes and strides, invisible to autograd.
 inline Tensor alias(const Tensor& tensor, std::initializer_list<int64_t> sizes,
                     std::initializer_list<int64_t> strides) {
   AtenTensorHandle handle = nullptr;
@@ -241,28 +241,29 @@ inline Tensor alias(const Tensor& tensor, std::initializer_list<int64_t> sizes,
 }
 
 template <class Copy>
-Tensor copy_or_say(const Tensor& tensor, Copy copy) {
+Tensor copy_or_out_of_memory(const Tensor& tensor, Copy copy) {
   try {
     return copy(tensor);
   } catch (const std::exception&) {
     const View t(tensor);
     const auto bytes =
         static_cast<double>(aoti_torch_dtype_element_size(t.dtype_code)) * static_cast<double>(t.numel());
-    out_of_memory(bytes_text(bytes), " could not be had on ", t.device.str(), " for a copy of shape ", t.shape());
+    out_of_memory(bytes_text(bytes), " could not be allocated on ", t.device.str(), " for a copy of shape ", t.shape());
   }
 }
 
-// The same values, packed: in a tensor of their own, or in the tensor itself where they lie so already.
+// The tensor itself if it is contiguous, else a contiguous copy.
 inline Tensor packed(const Tensor& tensor) {
-  return copy_or_say(tensor, [](const Tensor& t) { return torch::stable::contiguous(t); });
+  return copy_or_out_of_memory(tensor, [](const Tensor& t) { return torch::stable::contiguous(t); });
 }
 
-// In a tensor of their own.
+// Always a contiguous copy.
 inline Tensor packed_copy(const Tensor& tensor) {
-  return copy_or_say(tensor, [](const Tensor& t) { return torch::stable::contiguous(torch::stable::clone(t)); });
+  return copy_or_out_of_memory(tensor,
+                               [](const Tensor& t) { return torch::stable::contiguous(torch::stable::clone(t)); });
 }
 
-// Any op that returns a tensor, by its name and overload, with all its arguments.
+// Calls any op that returns one tensor, by name and overload, with all of its arguments.
 template <class... Args>
 Tensor call_op(const char* name, const char* overload, const Args&... args) {
   StableIValue stack[] = {torch::stable::detail::from(args)...};

@@ -1,5 +1,5 @@
-// The CPU kernels of one instruction set without torch, against double precision: conversions, functions, decode
-// attention, linear. It runs wherever a compiler for the target and something to run it (an emulator, say) exist.
+// The CPU kernels of one instruction set, without torch, against double precision: conversions, functions, decode
+// attention, linear. It needs only a compiler for the target and a machine or an emulator to run the program.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -27,7 +27,7 @@ bool near(double got, double want, double relative, double absolute = 0) {
   return std::isnan(want) ? std::isnan(got) : std::fabs(got - want) <= relative * std::fabs(want) + absolute;
 }
 
-// Every bit pattern of T through the vector loads, and a spread of floats through the vector store.
+// Every bit pattern of T through the vector loads, and floats across the whole range through the vector store.
 template <class T, class Bits>
 void conversions(const char* what) {
   constexpr int kAll = 1 << (8 * sizeof(T)), kStep = 2 * kLanes;
@@ -36,12 +36,13 @@ void conversions(const char* what) {
     const Bits bits = static_cast<Bits>(i);
     std::memcpy(&x[i], &bits, sizeof(T));
   }
-  constexpr float kUnit = sizeof(T) == 1 ? kFp8Unit : 1.0f;
+  constexpr float kLoadScale = sizeof(T) == 1 ? kFp8LoadScale : 1.0f;
   float out[kStep];
   for (int i = 0; i < kAll; i += kStep) {
     const Pair pair = load_pair(&x[i]);
     store_in_order(out, pair, T{});
-    for (int j = 0; j < kStep; ++j) check(same(out[j] * kUnit, to_float(x[i + j])), what, out[j], to_float(x[i + j]));
+    for (int j = 0; j < kStep; ++j)
+      check(same(out[j] * kLoadScale, to_float(x[i + j])), what, out[j], to_float(x[i + j]));
   }
   for (uint64_t bits = 0; bits < (uint64_t{1} << 32); bits += 65521) {
     float values[kLanes];
@@ -92,7 +93,7 @@ std::vector<T> normal(size_t n) {
   return x;
 }
 
-// One sequence, in pages out of order if block_size is less than its capacity; every head of every split in one task.
+// One sequence, with its blocks in reverse order; each split is one task for all heads.
 template <class KV, class Q>
 void attention(DType kv_dtype, DType q_dtype, int q_heads, int kv_heads, int head_dim, int q_len, int length,
                int block_size, int splits, const float* phi, float tolerance) {
@@ -130,7 +131,7 @@ void attention(DType kv_dtype, DType q_dtype, int q_heads, int kv_heads, int hea
   p.kv_dtype = kv_dtype;
 
   const Kernels kernel = kernel_table("under test");
-  const int64_t split_floats = int64_t{q_len} * q_heads * (kStateHeader + head_dim);
+  const int64_t split_floats = int64_t{q_len} * q_heads * (kPartialHeader + head_dim);
   std::vector<float> partials(static_cast<size_t>(splits * split_floats));
   AttentionTask task{0, 0, kv_heads, length, 0, length, nullptr};
   const int step = (length + splits - 1) / splits;
@@ -140,7 +141,7 @@ void attention(DType kv_dtype, DType q_dtype, int q_heads, int kv_heads, int hea
     task.partial = splits > 1 ? partials.data() + s * split_floats : nullptr;
     kernel.attend(p, task);
   }
-  if (splits > 1) kernel.merge(p, task, partials.data(), splits);
+  if (splits > 1) kernel.combine(p, task, partials.data(), splits);
 
   for (int token = 0; token < q_len; ++token) {
     for (int head = 0; head < q_heads; ++head) {
@@ -209,8 +210,8 @@ void linear_shapes(DType dtype, float tolerance) {
     const int64_t stride = (k + kPackAlign - 1) / kPackAlign * kPackAlign;
     std::vector<float> packed(static_cast<size_t>(m * stride));
     kernel.pack(p, packed.data(), stride, 0, m);
-    for (const LinearPart& part : {LinearPart{0, m, 0, 16}, LinearPart{0, m, 16, n}}) {
-      kernel.linear(p, packed.data(), stride, part);
+    for (const LinearTask& task : {LinearTask{0, m, 0, 16}, LinearTask{0, m, 16, n}}) {
+      kernel.linear(p, packed.data(), stride, task);
     }
     for (int i = 0; i < m; ++i) {
       for (int j = 0; j < n; ++j) {

@@ -1,4 +1,4 @@
-"""Every instruction set that the CPU kernels are built for, not only the best that this processor has."""
+"""Every instruction set that the CPU kernels are built for, not only the best one of this processor."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ def test_small_cases_of_every_op(isa: str) -> None:
         [sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True
     ).stdout.strip()
     if chosen != isa:
-        pytest.skip(f"this processor has no {isa}, its best is {cpu_instruction_set()}")
+        pytest.skip(f"this processor lacks {isa}; its best is {cpu_instruction_set()}")
     script = Path(__file__).parent / "sanitize.py"
     result = subprocess.run(
         [sys.executable, str(script), "cpu"], env=environment, capture_output=True, text=True
@@ -35,17 +35,17 @@ DEFINITIONS = {"best": [], "portable": ["-DFLASHDECPP_PORTABLE"], "tiles": ["-DF
 
 
 @pytest.mark.parametrize("define", DEFINITIONS.values(), ids=DEFINITIONS)
-@pytest.mark.parametrize("machine", sorted({platform.machine(), "aarch64"}))
-def test_kernels_without_torch(tmp_path: Path, machine: str, define: list[str]) -> None:
-    """Compiled for the machine, run there or emulated (Debian: g++-aarch64-linux-gnu, qemu-user).
+@pytest.mark.parametrize("arch", sorted({platform.machine(), "aarch64"}))
+def test_kernels_without_torch(tmp_path: Path, arch: str, define: list[str]) -> None:
+    """Compiled for the architecture and run natively or emulated (Debian: g++-aarch64-linux-gnu, qemu-user).
 
-    The tile registers are simulated: emulators have none.
+    AMX tile registers are simulated, because emulators lack them.
     """
-    native = machine == platform.machine()
-    compiler, emulator = ("c++", None) if native else (f"{machine}-linux-gnu-g++", f"qemu-{machine}")
+    native = arch == platform.machine()
+    compiler, emulator = ("c++", None) if native else (f"{arch}-linux-gnu-g++", f"qemu-{arch}")
     for program in filter(None, (compiler, emulator)):
         if shutil.which(program) is None:
-            pytest.skip(f"there is no {program}")
+            pytest.skip(f"{program} is not installed")
     binary = str(tmp_path / "cpu_kernels")
     flags = ["-std=c++20", "-O2", "-fno-math-errno", "-ffp-contract=fast", "-static", *define]
     source = str(ROOT / "tests/cpu_kernels.cpp")

@@ -262,6 +262,6 @@ def test_memory_to_work_in_that_is_not_there():
     rows = torch.ones(1, 8).expand(1 << 44, 8)
     for call in (lambda: ops.gemv(rows, torch.ones(0, 8)), lambda: ops.gemv(rows[:, ::2], torch.ones(0, 4))):
         with pytest.raises(
-            torch.OutOfMemoryError, match=r"^flashdecpp: out of memory: .+ could not be had on "
+            torch.OutOfMemoryError, match=r"^flashdecpp: out of memory: .+ could not be allocated on "
         ):
             call()

@@ -1,20 +1,20 @@
-// Checks every op shares: a tensor becomes a View, or an error names the argument, what it must be and what it was.
-// Outputs are not allocated here; the host function of each backend does that after its device guard.
+// The checks that all ops use. A tensor becomes a View, or an error names the argument, what it must be and what it
+// was. Outputs are not allocated here; each backend's host function does that after its device guard.
 #pragma once
 
 #include <cmath>
 #include <string>
 #include <utility>
 
-#include "sharing.h"
+#include "overlap.h"
 #include "torch_api.h"
 
 namespace flashdecpp::checks {
 
-// What differs between backends.
+// The requirements in which backends differ.
 struct Backend {
-  bool attention_float32;  // decode_attention in float32
-  int64_t alignment;       // bytes that a vector load needs; 1: none
+  bool attention_float32;  // decode_attention accepts float32
+  int64_t alignment;       // that vector loads need, in bytes; 1: none
 };
 inline constexpr Backend kCpu{true, 1};
 inline constexpr Backend kGpu{false, 16};
@@ -34,21 +34,21 @@ inline bool is_float(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
 }
 
-// One op call being checked: its name, the device that every tensor must share, and what it was given so far.
+// The check of one call: the op's name, the device that all tensors must be on, and the arguments seen so far.
 class Checker {
  public:
   const char* op;
   Device device;
-  const char* first;  // the argument whose device counts
+  const char* first;  // the argument that sets the device
 
   Checker(const char* op_name, const char* first_name) : op(op_name), first(first_name) {}
 
-  // An argument as the checks and the kernels see it. The first one taken is `first`.
+  // Reads and records an argument. The first call must be for `first`.
   View take(const char* arg, const Tensor& tensor) { return add(arg, tensor, false); }
-  // The same of one that the op updates in place.
+  // The same for an argument that the op updates in place.
   View take_written(const char* arg, const Tensor& tensor) { return add(arg, tensor, true); }
 
-  // Of all that was taken: what is written must be written once, and be no other argument.
+  // No updated argument may overlap itself or any other argument.
   void written_apart() const {
     for (int i = 0; i < count_; ++i) {
       const Argument& a = arguments_[i];
@@ -58,8 +58,8 @@ class Checker {
       for (int j = 0; j < count_; ++j) {
         const Argument& b = arguments_[j];
         if (j == i || (b.written && j < i)) continue;
-        FLASHDECPP_REQUIRE(!share_memory(region(a.view), region(b.view)), op, a.name, " must share no memory with ",
-                           b.name, ", got one that does");
+        FLASHDECPP_REQUIRE(!overlaps(region(a.view), region(b.view)), op, a.name, " must share no memory with ", b.name,
+                           ", got one that does");
       }
     }
   }
@@ -88,7 +88,7 @@ class Checker {
     FLASHDECPP_REQUIRE(t.contiguous_from(0), op, arg, " must be contiguous, got strides ", t.stride_list(),
                        " for shape ", t.shape());
   }
-  // Vector loads: the first element and every row start on a multiple of `bytes`.
+  // For vector loads: the first element and every row must start on a multiple of `bytes`.
   void aligned(const char* arg, const View& t, int64_t bytes) const {
     if (bytes <= 1) return;
     FLASHDECPP_REQUIRE(reinterpret_cast<uintptr_t>(t.data) % bytes == 0, op, arg, " must start on a multiple of ",
@@ -98,7 +98,7 @@ class Checker {
                          " must have strides of a multiple of ", bytes, " bytes, got strides ", t.stride_list());
     }
   }
-  // A small contiguous tensor of one dtype and exact shape: the per-head and per-sequence parameters.
+  // A small contiguous tensor of an exact dtype and shape, such as parameters per head or per sequence; null if None.
   template <class T>
   const T* parameter(const char* arg, const OptionalTensor& tensor, DType wanted,
                      std::initializer_list<int64_t> sizes) {
@@ -109,8 +109,7 @@ class Checker {
                        std::initializer_list<int64_t> sizes) {
     return tensor ? static_cast<T*>(parameter(arg, take_written(arg, *tensor), wanted, sizes)) : nullptr;
   }
-  // A float of Python's that the kernels get as a float32: not one that would be another number there, such as infinity
-  // or 0.
+  // A Python float that kernels receive as float32. Values that would become 0 or infinity there are refused.
   float number(const char* arg, double value) const {
     const auto x = static_cast<float>(value);
     FLASHDECPP_REQUIRE(value == 0 || std::isnormal(x), op, arg, " must be a number that float32 holds, got ", value);
@@ -160,7 +159,7 @@ inline int32_t to_int32(const Checker& check, const char* arg, int64_t value) {
   return static_cast<int32_t>(value);
 }
 
-// x's shape with its last dimension replaced: the shape of a linear's or a gated activation's output.
+// A new tensor of x's shape, dtype and device, but with another last dimension.
 inline Tensor new_like_rows(const View& x, int64_t last) {
   int64_t sizes[kMaxDims];
   for (int64_t i = 0; i + 1 < x.dim; ++i) sizes[i] = x.sizes[i];

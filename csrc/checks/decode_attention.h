@@ -1,11 +1,11 @@
-// What decode_attention refuses, and its AttentionParams.
+// Checks decode_attention's arguments and fills in its AttentionParams.
 #pragma once
 
 #include "checks/kv_cache.h"
 
 namespace flashdecpp::checks {
 
-// A phi that stays as it is: [q_heads] or [batch, q_heads].
+// A phi that is only read: [q_heads] or [batch, q_heads].
 inline void unified_maximum(Checker& check, AttentionParams& p, const OptionalTensor& phi) {
   if (!phi) return;
   const View t = check.take("phi", *phi);
@@ -20,7 +20,7 @@ inline void unified_maximum(Checker& check, AttentionParams& p, const OptionalTe
   p.phi = static_cast<const float*>(t.data);
 }
 
-// A phi that is carried from step to step: [batch, q_heads], replaced by the row maximum.
+// A phi carried from step to step: [batch, q_heads], overwritten with the row maxima.
 inline void unified_maximum(Checker& check, AttentionParams& p, const Tensor& carried_phi) {
   const View t = check.take_written("carried_phi", carried_phi);
   check.dtype("carried_phi", t, DType::kFloat32);
@@ -31,7 +31,7 @@ inline void unified_maximum(Checker& check, AttentionParams& p, const Tensor& ca
   p.phi_batch_stride = p.row_max_batch_stride = t.strides[0];
 }
 
-// `Phi`: OptionalTensor for one that stays as it is, Tensor for one that is carried.
+// Phi is OptionalTensor if phi is only read, Tensor if it is carried.
 template <class Phi>
 AttentionParams decode_attention(const Backend& backend, const Tensor& q_tensor, const Tensor& k_cache,
                                  const Tensor& v_cache, const Tensor& seq_lens, const OptionalTensor& block_table,
@@ -58,7 +58,7 @@ AttentionParams decode_attention(const Backend& backend, const Tensor& q_tensor,
       cache(check, backend, q.dtype, batch, head_dim, k_cache, v_cache, false, seq_lens, block_table, k_scale, v_scale);
   FLASHDECPP_REQUIRE(q_heads > 0 && c.kv_heads > 0 && q_heads % c.kv_heads == 0, check.op,
                      "q must have q_heads that are a multiple of kv_heads ", c.kv_heads, ", got ", q_heads);
-  FLASHDECPP_REQUIRE(q_heads / c.kv_heads <= 16, check.op, "q must have at most 16 q_heads a kv_head, got ", q_heads,
+  FLASHDECPP_REQUIRE(q_heads / c.kv_heads <= 16, check.op, "q must have at most 16 q_heads per kv_head, got ", q_heads,
                      " for ", c.kv_heads);
   FLASHDECPP_REQUIRE(num_splits >= 0, check.op, "num_splits must be 0 (chosen) or positive, got ", num_splits);
 

@@ -1,11 +1,11 @@
-// The KV cache arguments that decode_attention and rotary_append share.
+// Checks of the KV cache arguments that decode_attention and rotary_append have in common.
 #pragma once
 
 #include "checks/checker.h"
 
 namespace flashdecpp::checks {
 
-// The cache arguments that decode_attention and rotary_append share.
+// The checked cache arguments, ready for AttentionParams or RotaryParams.
 struct Cache {
   const void *k, *v;
   CacheLayout k_layout, v_layout;
@@ -17,7 +17,7 @@ struct Cache {
   DType dtype;
 };
 
-// `written`: into the caches.
+// `written`: whether the op writes to the caches.
 inline Cache cache(Checker& check, const Backend& backend, DType compute_dtype, int64_t batch, int64_t head_dim,
                    const Tensor& k_cache, const Tensor& v_cache, bool written, const Tensor& seq_lens,
                    const OptionalTensor& block_table, const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
@@ -75,7 +75,7 @@ inline Cache cache(Checker& check, const Backend& backend, DType compute_dtype, 
     c.max_blocks = 1;
   }
   FLASHDECPP_REQUIRE(int64_t{c.max_blocks} * c.block_size <= INT32_MAX, check.op,
-                     "block_table must address fewer than 2^31 tokens a sequence, got ",
+                     "block_table must address fewer than 2^31 tokens per sequence, got ",
                      int64_t{c.max_blocks} * c.block_size);
   FLASHDECPP_REQUIRE(c.dtype == DType::kFloat8E4M3 || (!k_scale && !v_scale), check.op, k_scale ? "k_scale" : "v_scale",
                      " must be None unless the cache is float8_e4m3fn, got a ", name(c.dtype), " cache");

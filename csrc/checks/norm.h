@@ -1,4 +1,4 @@
-// What rms_norm and layer_norm refuse, and their NormParams.
+// Checks the arguments of rms_norm and layer_norm and fills in their NormParams.
 #pragma once
 
 #include "checks/checker.h"
@@ -21,7 +21,8 @@ inline NormParams norm(const char* op, const Tensor& x, const OptionalTensor& we
   p.weight_dtype = a.dtype;
   p.eps = check.positive_or_zero("eps", eps);
   p.subtract_mean = subtract_mean;
-  // Two levels of rows: the last but one dimension, and everything before it, which must be packed among itself.
+  // Rows have two strides: one along the second-to-last dimension, one across all earlier dimensions, which must
+  // therefore be evenly spaced.
   p.inner_rows = a.dim >= 2 ? a.sizes[a.dim - 2] : 1;
   p.x_stride = a.dim >= 2 ? a.strides[a.dim - 2] : p.cols;
   p.outer_stride = a.dim >= 3 ? a.strides[a.dim - 3] : p.inner_rows * p.x_stride;

@@ -1,4 +1,4 @@
-// What rotary_append refuses, and its RotaryParams.
+// Checks rotary_append's arguments and fills in its RotaryParams.
 #pragma once
 
 #include "checks/kv_cache.h"

@@ -1,4 +1,4 @@
-// What sample refuses, and its SampleParams.
+// Checks sample's arguments and fills in its SampleParams.
 #pragma once
 
 #include "checks/checker.h"

@@ -1,4 +1,5 @@
-// decode_attention on a CPU: tasks of (sequence, range of keys, KV heads), and a merge where a sequence was split.
+// decode_attention on a CPU: threads draw tasks of (sequence, split of its keys, KV heads) from one counter; whoever
+// finishes the last split of a sequence's heads combines their partials.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -12,15 +13,16 @@
 namespace flashdecpp::cpu {
 namespace {
 
-// A split is a fixed number of keys, so that a sequence gives the same bits alone and in any batch.
+// A split has a fixed number of keys, so that a sequence gives the same bits alone and in any batch.
 constexpr int64_t kSplitKeys = 512;
-constexpr int64_t kMinSplitKeys = 16;  // of splits that the caller counts
+constexpr int64_t kMinSplitKeys = 16;  // if the caller sets num_splits
 constexpr int64_t kMinBytesPerThread = 64 * 1024;
-constexpr int64_t kNearBytes = 2 * 1024 * 1024;
-constexpr int64_t kTasksPerThread = 4;  // so that the last ones to finish don't wait for each other for long
+constexpr int64_t kNearBytes = 2 * 1024 * 1024;  // keys and values of this size may stay in a near cache
+constexpr int64_t kTasksPerThread = 4;           // so that no thread waits long for the last task
 
+// The sequence's length, the keys [begin, end) that any of its rows sees, and the keys per split.
 struct Keys {
-  int64_t length, begin, end, split;  // the sequence, what any of its rows sees of it, and that in splits
+  int64_t length, begin, end, split;
   int64_t splits() const { return end > begin ? (end - begin + split - 1) / split : 1; }
 };
 
@@ -37,7 +39,7 @@ Keys keys_of(const AttentionParams& p, int32_t b) {
 
 struct Sequence {
   Keys keys;
-  int64_t first_split, first_partial;  // splits of the sequences before it, and those of them whose states are kept
+  int64_t first_split, first_partial;  // its first split among all splits, and among those that write partials
 };
 
 void run(const AttentionParams& p) {
@@ -54,19 +56,19 @@ void run(const AttentionParams& p) {
   const int64_t bytes = total_keys * p.kv_heads * p.head_dim * 2 * checks::element_size(p.kv_dtype);
   const int64_t threads = std::min<int64_t>(
       {static_cast<int64_t>(torch::stable::get_num_threads()), splits * p.kv_heads, 1 + bytes / kMinBytesPerThread});
-  // A task has as many heads as leave enough tasks: the more, the longer the runs in which memory is read. What a
-  // nearer cache may hold costs less head by head, unless a head has but one row.
+  // More heads per task read memory in longer runs, so a task has as many as leave kTasksPerThread tasks per thread.
+  // Keys and values in a near cache are faster one head at a time, unless a head has a single row.
   int32_t task_heads = bytes <= kNearBytes && p.q_len * p.group() > 1 ? 1 : p.kv_heads;
   while (task_heads > 1 && splits * (p.kv_heads / task_heads) < kTasksPerThread * threads) task_heads /= 2;
-  const int32_t head_groups = (p.kv_heads + task_heads - 1) / task_heads;
+  const int32_t head_chunks = (p.kv_heads + task_heads - 1) / task_heads;
 
-  const int64_t head_floats = int64_t{p.q_len} * p.group() * (kStateHeader + p.head_dim);
+  const int64_t head_floats = int64_t{p.q_len} * p.group() * (kPartialHeader + p.head_dim);
   const int64_t split_floats = p.kv_heads * head_floats;
   Scratch<float, 4096> partials(static_cast<size_t>(partial_splits * split_floats));
-  // How many splits of a sequence's heads are still to come: whoever finishes the last one merges.
-  Scratch<std::atomic<int32_t>, 64> pending(static_cast<size_t>(p.batch) * head_groups);
-  for (int64_t i = 0; i < int64_t{p.batch} * head_groups; ++i) {
-    const Keys& keys = sequences.data()[i / head_groups].keys;
+  // Unfinished splits of each sequence and head chunk.
+  Scratch<std::atomic<int32_t>, 64> pending(static_cast<size_t>(p.batch) * head_chunks);
+  for (int64_t i = 0; i < int64_t{p.batch} * head_chunks; ++i) {
+    const Keys& keys = sequences.data()[i / head_chunks].keys;
     new (pending.data() + i) std::atomic<int32_t>(static_cast<int32_t>(keys.splits()));
   }
   std::atomic<int64_t> next{0};
@@ -77,17 +79,17 @@ void run(const AttentionParams& p) {
     const Sequence *const first = sequences.data(), *const last = first + p.batch;
     for (;;) {
       const int64_t index = next.fetch_add(1, std::memory_order_relaxed);
-      if (index >= splits * head_groups) break;
-      const int64_t in_all = index / head_groups;
-      const int32_t head_begin = static_cast<int32_t>(index % head_groups) * task_heads;
+      if (index >= splits * head_chunks) break;
+      const int64_t global_split = index / head_chunks;
+      const int32_t head_begin = static_cast<int32_t>(index % head_chunks) * task_heads;
       const int32_t head_end = std::min(head_begin + task_heads, p.kv_heads);
       const Sequence* sequence =
-          std::upper_bound(first, last, in_all,
+          std::upper_bound(first, last, global_split,
                            [](int64_t split, const Sequence& other) { return split < other.first_split; }) -
           1;
       const int32_t b = static_cast<int32_t>(sequence - first);
       const Keys& keys = sequence->keys;
-      const int64_t split = in_all - sequence->first_split, count_of_splits = keys.splits();
+      const int64_t split = global_split - sequence->first_split, num_splits = keys.splits();
       AttentionTask task{b,
                          head_begin,
                          head_end,
@@ -96,11 +98,11 @@ void run(const AttentionParams& p) {
                          std::min(keys.begin + (split + 1) * keys.split, keys.end),
                          nullptr};
       float* first_partial = partials.data() + sequence->first_partial * split_floats + head_begin * head_floats;
-      if (count_of_splits > 1) task.partial = first_partial + split * split_floats;
+      if (num_splits > 1) task.partial = first_partial + split * split_floats;
       count += kernel.attend(p, task);
-      auto& to_come = pending.data()[int64_t{b} * head_groups + index % head_groups];
-      if (count_of_splits > 1 && to_come.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        count += kernel.merge(p, task, first_partial, count_of_splits);
+      auto& remaining = pending.data()[int64_t{b} * head_chunks + index % head_chunks];
+      if (num_splits > 1 && remaining.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        count += kernel.combine(p, task, first_partial, num_splits);
       }
     }
     if (count) fallbacks.fetch_add(count, std::memory_order_relaxed);
@@ -116,7 +118,7 @@ void run(const AttentionParams& p) {
   if (p.fallback_count) *p.fallback_count += fallbacks.load();
 }
 
-template <class Phi>  // as in checks::decode_attention
+template <class Phi>  // see checks::decode_attention
 std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens,
                                             OptionalTensor block_table, std::optional<double> scale, Phi phi,
                                             double softcap, int64_t window, OptionalTensor alibi_slopes,

@@ -1,64 +1,66 @@
-// Decode attention of the query heads of some KV heads over a range of keys: each key and value is loaded once.
+// Decode attention for the query heads of some KV heads over a range of keys. Each key and value is loaded once, so the
+// floor is the time to read them: keys * kv_heads * head_dim * 2 * sizeof(KV) bytes.
 //
-// Block by block: the logits of every row, then its softmax state, then the weighted values. Rows of different tokens
-// see different keys; a row only ever works on its own range, so that a key it does not see cannot reach it, not even
-// as 0 * NaN. Memory is fetched in the order of its addresses, a little ahead of the work, for the heads of one token
-// lie side by side: what the processor fetches by itself follows such a stream, and not the few keys at a time, head by
-// head, that the arithmetic wants.
+// Work goes by chunks of up to kChunkRows rows and blocks of up to 128 keys (16 KiB of a head's keys): the logits of
+// every row, then its softmax state, then the weighted values. The register tile is kRowTile rows by kKeyTile keys.
+// Rows of different tokens see different keys; a row only ever touches its own range, so a key it does not see cannot
+// reach it, not even as 0 * NaN. The heads of a token are adjacent in memory, and prefetches run through them in
+// address order, ahead of the arithmetic: hardware prefetchers follow such a stream, but not the order of the
+// arithmetic, which visits a few keys of one head at a time.
 #pragma once
 
 #include "cpu/kernels.h"
 #include "cpu/products.h"
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 #include "cpu/softmax.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
 inline constexpr int kMaxBlockKeys = 128;
-inline constexpr int64_t kBlockBytes = 16384;  // of a head's keys in a block, and of its values
-inline constexpr int kFetchBytes = 32768;      // how far memory is fetched ahead of the work
-inline constexpr int kMaxHeadDim = 256;        // the op's contract
+inline constexpr int64_t kBlockBytes = 16384;  // of a head's keys in a block; as many of its values
+inline constexpr int kPrefetchBytes = 32768;   // prefetch distance
+inline constexpr int kMaxHeadDim = 256;        // the limit of the op's contract
 inline constexpr int kRowTile = kManyRegisters ? 4 : 2;
 inline constexpr int kKeyTile = 4;
-inline constexpr int kWeightStride = kMaxBlockKeys + kLanes;  // a last vector may run past the block
+inline constexpr int kWeightStride = kMaxBlockKeys + kLanes;  // the last vector may run past the block
 
-// How head_dim divides into what Products reads at once.
+// head_dim in steps of Products: full steps, and the numbers left over.
 struct HeadShape {
   int full, rest;
 };
 
-// The rows that are worked on together, head by head.
+// The rows of one chunk, head by head.
 template <class KV>
 struct RowChunk {
   using Packed = typename Products<KV>::Packed;
-  alignas(64) Packed q_[kTaskRows * kMaxHeadDim];
-  alignas(64) float acc_[kTaskRows * kMaxHeadDim];
-  alignas(64) float weights[kTaskRows][kWeightStride];                         // first the logits
-  alignas(64) float reference[kTaskRows], sum[kTaskRows], maximum[kTaskRows];  // SoftmaxState of each row
-  alignas(64) float rescale[kTaskRows];                                        // of acc, in this block
-  alignas(64) float phi[kTaskRows];
-  float scale[kTaskRows], slope[kTaskRows];
-  Vec dots[kRowTile * kKeyTile] = {};  // of a tile whose rows are no whole vectors: see store_logits
-  int64_t position[kTaskRows];         // of its token
-  int64_t first[kTaskRows];            // the keys that a row sees: [first, last)
-  int64_t last[kTaskRows];
-  int begin[kTaskRows], end[kTaskRows];  // the same within this block
-  int stride;  // of a row of q and acc: head_dim, padded. Close together they share the nearest cache evenly.
+  alignas(64) Packed q_[kChunkRows * kMaxHeadDim];
+  alignas(64) float acc_[kChunkRows * kMaxHeadDim];
+  alignas(64) float weights[kChunkRows][kWeightStride];                           // logits at first
+  alignas(64) float reference[kChunkRows], sum[kChunkRows], maximum[kChunkRows];  // SoftmaxState of each row
+  alignas(64) float rescale[kChunkRows];                                          // of acc, for this block
+  alignas(64) float phi[kChunkRows];
+  float scale[kChunkRows], slope[kChunkRows];
+  Vec dots[kRowTile * kKeyTile] = {};  // of a register tile that does not fill a vector: see store_logits
+  int64_t position[kChunkRows];        // of the row's token
+  int64_t first[kChunkRows];           // a row sees the keys [first, last)
+  int64_t last[kChunkRows];
+  int begin[kChunkRows], end[kChunkRows];  // the same within this block
+  int stride;  // between rows of q and acc: head_dim, padded. Packed this tightly, rows spread evenly over L1's sets.
 
   Packed* q(int row) { return q_ + row * stride; }
   const Packed* q(int row) const { return q_ + row * stride; }
   float* acc(int row) { return acc_ + row * stride; }  // sum of weights * values, in the order of load_pair<KV>
 };
 
-// One pointer a key, to the first head of a chunk, for this block and the next in turn: key i of the chunk is at
-// i % (2 * block). The last one is repeated to a whole block.
+// A pointer per key to the chunk's first head, for this block and the next: key i of the chunk is at i % (2 * block).
+// The last pointer is repeated to fill its block.
 template <class KV>
 struct KeyRing {
-  int block, located;  // keys of a block, and in all so far
+  int block, located;  // keys per block; keys located so far
   const KV *k[2 * kMaxBlockKeys], *v[2 * kMaxBlockKeys];
 };
 
-// Adds the `count` keys from `key` on.
+// Adds keys [key, key + count).
 template <class KV>
 void locate(const AttentionParams& p, int32_t b, int32_t h, int64_t key, int count, KeyRing<KV>& ring) {
   const KV* k = static_cast<const KV*>(p.k_cache) + h * p.k.head_stride;
@@ -89,10 +91,12 @@ void locate(const AttentionParams& p, int32_t b, int32_t h, int64_t key, int cou
   ring.located += count;
 }
 
-// What to fetch while a tile is worked on, spread over the work, for memory has only so many requests under way and
-// drops what comes too fast. Of one head: the values while their keys are worked on, and then the next block's keys.
+// What to prefetch while a tile is computed. Prefetches are spread over the arithmetic because the core has a limited
+// number of outstanding requests and drops the excess.
+//
+// For one head: its values while its keys are used, and the next block's keys while its values are used.
 template <class KV>
-struct OtherBlock {
+struct BlockPrefetcher {
   const KV* const* rows;
   const KV* const* next(int keys) {
     const KV* const* tile = rows;
@@ -101,12 +105,12 @@ struct OtherBlock {
   }
 };
 
-// Of the heads of a token, which lie side by side: their keys, or their values, in the order of memory, kFetchBytes
-// ahead of the work; the last key again where no more are located.
+// For several heads, which are adjacent within a token: their keys, or their values, in memory order, kPrefetchBytes
+// ahead. Past the last located key it repeats that key.
 template <class KV>
-class Stream {
+class StreamPrefetcher {
  public:
-  Stream(const KV* const* rows, const KeyRing<KV>& ring, int heads, int64_t head_stride)
+  StreamPrefetcher(const KV* const* rows, const KeyRing<KV>& ring, int heads, int64_t head_stride)
       : rows_(rows), ring_(ring), heads_(heads), head_stride_(head_stride) {}
 
   const KV* const* next(int) {
@@ -139,7 +143,7 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-// f(Count<n>, first row) for the rows [0, count) in tiles of kRowTile and one of what is left.
+// f(Count<n>, first row) for rows [0, count), in tiles of kRowTile and one smaller tile for the remainder.
 template <class F>
 FLASHDECPP_INLINE void for_row_tiles(int count, F&& f) {
   int row = 0;
@@ -151,7 +155,7 @@ FLASHDECPP_INLINE void for_row_tiles(int count, F&& f) {
   if (count - row == 1) f(Count<1>{}, row);
 }
 
-// Products of kRows rows with kKeyTile keys of their head, one lane of a sum in every lane: dots[row * stride + key].
+// Products of kRows rows with kKeyTile keys of their head, not yet summed over lanes: dots[row * stride + key].
 template <int kRows, class KV>
 FLASHDECPP_INLINE void dot_tile(const RowChunk<KV>& rows, int row, const KV* const* k, int64_t k_head, HeadShape shape,
                                 Vec* dots, int stride, const KV* const* ahead) {
@@ -183,26 +187,27 @@ FLASHDECPP_INLINE void dot_tile(const RowChunk<KV>& rows, int row, const KV* con
   }
 }
 
-// The logits of rows [row, row + kRows) for kKeyTile keys from their dots, without their scale.
+// Unscaled logits of rows [row, row + kRows) for kKeyTile keys, from their dots.
 template <int kRows, class KV>
 FLASHDECPP_INLINE void store_logits(RowChunk<KV>& rows, int row, int column) {
   alignas(64) float sums[kRowTile * kKeyTile];
   for (int i = 0; i < kRows * kKeyTile; i += kLanes) {
-    Vec group[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) group[lane] = rows.dots[i + lane];
-    store(sums + i, sum_each(group));
+    Vec dots[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) dots[lane] = rows.dots[i + lane];
+    store(sums + i, sum_each(dots));
   }
   for (int r = 0; r < kRows; ++r) {
     __builtin_memcpy(rows.weights[row + r] + column, sums + r * kKeyTile, kKeyTile * sizeof(float));
   }
 }
 
-// The logits of one head's rows over a block of keys, as many at a time as a vector holds, or the tile.
+// The logits of one head's rows over a block of keys, a vector or a tile of keys at a time, whichever is larger.
 template <class KV>
-void logits(RowChunk<KV>& rows, const KV* const* k, int count, int keys, HeadShape shape, OtherBlock<KV> fetcher) {
+void logits(RowChunk<KV>& rows, const KV* const* k, int count, int keys, HeadShape shape,
+            BlockPrefetcher<KV> prefetcher) {
   constexpr int kKeys = kLanes > kKeyTile ? kLanes : kKeyTile;
   for (int column = 0; column < keys; column += kKeys) {
-    const KV* const* ahead = fetcher.next(kKeys);
+    const KV* const* ahead = prefetcher.next(kKeys);
     for_row_tiles(count, [&](auto tile, int row) __attribute__((always_inline)) {
       Vec dots[tile.value][kKeys];
       for (int j = 0; j < kKeys; j += kKeyTile) {
@@ -213,14 +218,14 @@ void logits(RowChunk<KV>& rows, const KV* const* k, int count, int keys, HeadSha
   }
 }
 
-// The logits of the rows of some heads for a tile of keys.
+// The logits of several heads' rows for a tile of keys.
 template <class KV>
 void logits(RowChunk<KV>& rows, const KV* const* k, int64_t head_stride, int heads, int head_rows, HeadShape shape,
-            int column, Stream<KV>& fetcher) {
-  if (head_rows == 1) {  // a tile's rows are of as many heads
+            int column, StreamPrefetcher<KV>& prefetcher) {
+  if (head_rows == 1) {  // each row of a tile belongs to a head of its own
     for_row_tiles(heads, [&](auto tile, int row) __attribute__((always_inline)) {
       for (int r = 0; r < tile.value; ++r) {
-        const KV* const* ahead = fetcher.next(kKeyTile);
+        const KV* const* ahead = prefetcher.next(kKeyTile);
         dot_tile<1>(rows, row + r, k, (row + r) * head_stride, shape, rows.dots + r * kKeyTile, kKeyTile, ahead);
       }
       store_logits<tile.value>(rows, row, column);
@@ -228,7 +233,7 @@ void logits(RowChunk<KV>& rows, const KV* const* k, int64_t head_stride, int hea
     return;
   }
   for (int i = 0; i < heads; ++i) {
-    const KV* const* ahead = fetcher.next(kKeyTile);
+    const KV* const* ahead = prefetcher.next(kKeyTile);
     for_row_tiles(head_rows, [&](auto tile, int in_head) __attribute__((always_inline)) {
       const int row = i * head_rows + in_head;
       dot_tile<tile.value>(rows, row, k, i * head_stride, shape, rows.dots, kKeyTile, ahead);
@@ -237,9 +242,9 @@ void logits(RowChunk<KV>& rows, const KV* const* k, int64_t head_stride, int hea
   }
 }
 
-// acc[r][d ...] += sum over keys [begin, end) of weight[r][key] * v[key][d ...], for kPairs pairs of vectors, or for
-// the `rest` numbers of a part of one.
-template <int kRows, int kPairs, bool kPart, class KV>
+// acc[r][d ...] += sum over keys [begin, end) of weight[r][key] * v[key][d ...], for kPairs pairs of vectors, or, if
+// kPartial, for the first `rest` numbers of one pair.
+template <int kRows, int kPairs, bool kPartial, class KV>
 FLASHDECPP_INLINE void values_tile(RowChunk<KV>& rows, int row, const KV* const* v, int64_t offset, int column,
                                    int begin, int end, int d, int rest, const KV* const* ahead) {
   constexpr int kStep = Products<KV>::kStep;
@@ -255,8 +260,8 @@ FLASHDECPP_INLINE void values_tile(RowChunk<KV>& rows, int row, const KV* const*
     const KV* from = v[j - column] + offset + d;
     Pair value[kPairs];
     for (int i = 0; i < kPairs; ++i) {
-      value[i] = kPart ? load_pair(from, rest) : load_pair(from + i * kStep);
-      if constexpr (kRows > 1) keep_in_registers(value[i]);
+      value[i] = kPartial ? load_pair(from, rest) : load_pair(from + i * kStep);
+      if constexpr (kRows > 1) keep_in_register(value[i]);
     }
     for (int r = 0; r < kRows; ++r) {
       const Vec weight = set1(rows.weights[row + r][j]);
@@ -283,8 +288,8 @@ FLASHDECPP_INLINE void values_rows(RowChunk<KV>& rows, int row, const KV* const*
   if (shape.rest) values_tile<kRows, 1, true>(rows, row, v, offset, column, begin, end, i * kStep, shape.rest, ahead);
 }
 
-// The weighted values of kRows rows of one head over the keys [column, stop): together over those that all of them see,
-// each alone over the rest of its own.
+// Adds the weighted values of kRows rows of one head over keys [column, stop): jointly over the keys that all rows see,
+// then row by row over the others.
 template <int kRows, class KV>
 FLASHDECPP_INLINE void accumulate_rows(RowChunk<KV>& rows, int row, const KV* const* v, int64_t offset, int column,
                                        int stop, HeadShape shape, const KV* const* ahead) {
@@ -305,12 +310,12 @@ FLASHDECPP_INLINE void accumulate_rows(RowChunk<KV>& rows, int row, const KV* co
   }
 }
 
-// The weighted values of a chunk's rows over the next `keys` keys.
-template <class KV, class Fetcher>
+// Adds the weighted values of a chunk's rows over keys [column, column + keys) of the block.
+template <class KV, class Prefetcher>
 FLASHDECPP_INLINE void accumulate(RowChunk<KV>& rows, const KV* const* v, int64_t head_stride, int heads, int head_rows,
-                                  HeadShape shape, int column, int keys, Fetcher&& fetcher) {
+                                  HeadShape shape, int column, int keys, Prefetcher&& prefetcher) {
   for (int i = 0; i < heads; ++i) {
-    const KV* const* ahead = fetcher.next(keys);
+    const KV* const* ahead = prefetcher.next(keys);
     for_row_tiles(head_rows, [&](auto tile, int in_head) __attribute__((always_inline)) {
       accumulate_rows<tile.value>(rows, i * head_rows + in_head, v, i * head_stride, column, column + keys, shape,
                                   ahead);
@@ -318,11 +323,11 @@ FLASHDECPP_INLINE void accumulate(RowChunk<KV>& rows, const KV* const* v, int64_
   }
 }
 
-// Logits -> weights of rows [row_begin, row_end), at most kLanes of them, over the keys of a block that each sees, and
-// their softmax state. Keys are lanes, but in the state rows are.
-template <class Policy, class KV>
+// Turns the logits of rows [row_begin, row_end), at most kLanes of them, into weights over the block's keys that each
+// row sees, and updates their softmax states. Logits have keys as lanes; states have rows as lanes.
+template <class Reference, class KV>
 void softmax_rows(const AttentionParams& p, RowChunk<KV>& rows, int row_begin, int row_end, int64_t key,
-                  Policy policy) {
+                  Reference reference_of) {
   static constexpr float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Vec lane = load(kIota), zero = set1(0.0f), hidden = set1(-kInf);
   alignas(64) float largest[kLanes], subtracted[kLanes];
@@ -343,16 +348,16 @@ void softmax_rows(const AttentionParams& p, RowChunk<KV>& rows, int row_begin, i
         seen = where_less(lane, count, y, zero);
         y = where_less(lane, count, y, hidden);
       }
-      not_finite = fma(seen, zero, not_finite);  // inf * 0 and NaN * 0 are NaN, anything else is 0
+      not_finite = fma(seen, zero, not_finite);  // inf * 0 and NaN * 0 are NaN, all else gives 0
       top = max(top, y);
       store(x + j, y);
     }
     largest[r - row_begin] = max_lane(top);
-    totals[r - row_begin] = not_finite;  // a row that saw such a logit is lost: its sum is NaN and stays so
+    totals[r - row_begin] = not_finite;  // a non-finite logit makes the row's sum NaN for good
   }
 
   const Vec old = load(rows.reference + row_begin), maximum = max(load(rows.maximum + row_begin), load(largest));
-  const Vec reference = policy.reference(maximum);
+  const Vec reference = reference_of(maximum);
   const Vec rescale =
       where_equal(old, reference, set1(1.0f), where_equal(old, hidden, zero, exp_difference(old, reference)));
   store(subtracted, where_equal(reference, hidden, zero, reference));  // -inf - -inf would be NaN
@@ -373,7 +378,8 @@ void softmax_rows(const AttentionParams& p, RowChunk<KV>& rows, int row_begin, i
   store(rows.sum + row_begin, fma(load(rows.sum + row_begin), rescale, sum_each(totals)));
 }
 
-// A query of n numbers, packed for products with keys of type KV; zeros behind it. They share a type unless KV is fp8.
+// Packs a query of n numbers for products with keys of type KV and pads it with zeros. Its dtype is KV unless KV is
+// fp8.
 template <class KV>
 void pack_query(typename Products<KV>::Packed* out, const void* q, int64_t offset, int n, DType dtype) {
   using P = Products<KV>;
@@ -402,7 +408,7 @@ FLASHDECPP_INLINE void write_row(T* out, const float* x, int n, float scale) {
   if (i < n) store(out + i, load(x + i, n - i) * set1(scale), n - i);
 }
 
-// The end of a row: normalizes acc into out, lse, and the row's maximum. Returns 1 if phi did not serve this row.
+// Finishes a row: normalizes acc into out, and writes lse and the row maximum. Returns 1 if the row fell back from phi.
 inline int32_t finish_row(const AttentionParams& p, int b, int h, int row, const SoftmaxState& state,
                           const float* acc) {
   const int group = p.q_heads / p.kv_heads, token = row / group, head = h * group + row % group;
@@ -423,34 +429,34 @@ inline int32_t finish_row(const AttentionParams& p, int b, int h, int row, const
   }
   p.lse[(int64_t{b} * p.q_heads + head) * p.q_len + token] = lse;
   if (!p.phi || state.empty() || state.sum != state.sum) return 0;
-  const bool served = UnifiedMax::serves(p.phi[b * p.phi_batch_stride + head], state.maximum);
-  // A head's last token is the last of its rows to be worked on: nothing reads phi after this.
+  const bool fits = PhiReference::fits(p.phi[b * p.phi_batch_stride + head], state.maximum);
+  // A head's last token is its last row to be finished, so nothing reads phi after this.
   if (p.row_max && token == p.q_len - 1) p.row_max[b * p.row_max_batch_stride + head] = state.maximum;
-  return served ? 0 : 1;
+  return fits ? 0 : 1;
 }
 
-// How many keys a block has: the same for every task, so that a row's bits don't depend on what else is in its task.
+// Keys per block: the same for every task, so that a row's bits do not depend on the rest of its task.
 template <class KV>
 int block_keys(int head_dim) {
   const int64_t row_bytes = head_dim * static_cast<int64_t>(sizeof(KV));
   return static_cast<int>(max(int64_t{16}, min(kBlockBytes / row_bytes, int64_t{kMaxBlockKeys}) / 16 * 16));
 }
 
-// Rows [row_begin, row_begin + head_rows) of each of the KV heads [h_begin, h_begin + heads). Returns how many of the
-// rows that it finished phi did not serve.
+// Rows [row_begin, row_begin + head_rows) of each of the KV heads [h_begin, h_begin + heads). Returns the number of
+// fallbacks among the rows it finished.
 template <bool kOneHead, class KV>
 int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_begin, int heads, int row_begin,
                      int head_rows, RowChunk<KV>& rows, KeyRing<KV>& ring) {
   constexpr int kStep = Products<KV>::kStep;
-  constexpr float kUnit = sizeof(KV) == 1 ? kFp8Unit : 1.0f;
+  constexpr float kLoadScale = sizeof(KV) == 1 ? kFp8LoadScale : 1.0f;
   const int group = p.group(), count = heads * head_rows, block = block_keys<KV>(p.head_dim);
   const HeadShape shape = {p.head_dim / kStep, p.head_dim % kStep};
   const int row_bytes = p.head_dim * static_cast<int>(sizeof(KV));
   const int padded = (p.head_dim + kStep - 1) / kStep * kStep;
 
   rows.stride = padded;
-  int64_t first = task.key_end, last = task.key_begin;  // what any of these rows sees
-  for (int r = 0; r < kTaskRows; r += kLanes) {         // of lanes that are no rows, too
+  int64_t first = task.key_end, last = task.key_begin;  // the union of the rows' ranges
+  for (int r = 0; r < kChunkRows; r += kLanes) {        // unused lanes included
     store(rows.reference + r, set1(-kInf));
     store(rows.maximum + r, set1(-kInf));
     store(rows.sum + r, set1(0.0f));
@@ -462,7 +468,7 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
     const int64_t offset = task.b * p.q_batch_stride + token * p.q_token_stride + head * p.q_head_stride;
     pack_query<KV>(rows.q(r), p.q, offset, p.head_dim, p.q_dtype);
     for (int i = 0; i < padded; i += kLanes) store(rows.acc(r) + i, set1(0.0f));
-    rows.scale[r] = p.scale * kUnit * (p.k_scale ? p.k_scale[h] : 1.0f);
+    rows.scale[r] = p.scale * kLoadScale * (p.k_scale ? p.k_scale[h] : 1.0f);
     rows.slope[r] = p.alibi_slopes ? p.alibi_slopes[head] : 0.0f;
     if (p.phi) rows.phi[r] = p.phi[task.b * p.phi_batch_stride + head];
     rows.position[r] = task.length - p.q_len + token;
@@ -477,13 +483,13 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
   const auto keys_at = [&](int64_t key) { return static_cast<int>(max(int64_t{0}, min(int64_t{block}, last - key))); };
   ring.block = block;
   ring.located = 0;
-  Stream<KV> keys(ring.k, ring, heads, p.k.head_stride), values(ring.v, ring, heads, p.v.head_stride);
+  StreamPrefetcher<KV> keys(ring.k, ring, heads, p.k.head_stride), values(ring.v, ring, heads, p.v.head_stride);
   if (first < last) {
     locate(p, task.b, h_begin, first, keys_at(first), ring);
     if constexpr (kOneHead) {
       for (int j = 0; j < ring.located; ++j) prefetch(ring.k[j], row_bytes);
     } else {
-      for (int row = min(kFetchBytes / row_bytes, ring.located * heads); row > 0; row -= kKeyTile) {
+      for (int row = min(kPrefetchBytes / row_bytes, ring.located * heads); row > 0; row -= kKeyTile) {
         const KV *const *k = keys.next(kKeyTile), *const *v = values.next(kKeyTile);
         for (int i = 0; i < kKeyTile; ++i) {
           prefetch(k[i], row_bytes);
@@ -492,13 +498,13 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
       }
     }
   }
-  int base = 0;  // of this block in the ring
+  int base = 0;  // this block's start in the ring
   for (int64_t key = first; key < last; key += block, base ^= block) {
     const int here = keys_at(key);
     if (key + block < last) locate(p, task.b, h_begin, key + block, keys_at(key + block), ring);
 
     if constexpr (kOneHead) {
-      logits(rows, ring.k + base, count, here, shape, OtherBlock<KV>{ring.v + base});
+      logits(rows, ring.k + base, count, here, shape, BlockPrefetcher<KV>{ring.v + base});
     } else {
       for (int j = 0; j < here; j += kKeyTile) {
         logits(rows, ring.k + base + j, p.k.head_stride, heads, head_rows, shape, j, keys);
@@ -512,9 +518,9 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
     for (int r = 0; r < count; r += kLanes) {
       const int end = min(r + kLanes, count);
       if (p.phi) {
-        softmax_rows(p, rows, r, end, key, UnifiedMax{load(rows.phi + r)});
+        softmax_rows(p, rows, r, end, key, PhiReference{load(rows.phi + r)});
       } else {
-        softmax_rows(p, rows, r, end, key, OnlineMax{});
+        softmax_rows(p, rows, r, end, key, MaxReference{});
       }
     }
 
@@ -524,7 +530,7 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
     }
     if constexpr (kOneHead) {
       const KV* const* next = ring.k + (key + block < last ? base ^ block : base);
-      accumulate(rows, ring.v + base, 0, 1, head_rows, shape, 0, here, OtherBlock<KV>{next});
+      accumulate(rows, ring.v + base, 0, 1, head_rows, shape, 0, here, BlockPrefetcher<KV>{next});
     } else {
       for (int j = 0; j < here; j += kKeyTile) {
         accumulate(rows, ring.v + base + j, p.v.head_stride, heads, head_rows, shape, j, kKeyTile, values);
@@ -536,8 +542,8 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
   for (int r = 0; r < count; ++r) {
     float* acc = rows.acc(r);
     for (int i = 0; i < padded; i += kStep) {
-      const Vec unit = set1(kUnit);
-      store_in_order(acc + i, Pair{load(acc + i) * unit, load(acc + i + kLanes) * unit}, KV{});
+      const Vec scale = set1(kLoadScale);
+      store_in_order(acc + i, Pair{load(acc + i) * scale, load(acc + i + kLanes) * scale}, KV{});
     }
     const int h = h_begin + r / head_rows, in_head = row_begin + r % head_rows;
     const SoftmaxState state = {rows.reference[r], rows.sum[r], rows.maximum[r]};
@@ -546,11 +552,11 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
       continue;
     }
     const int64_t index = int64_t{h - task.head_begin} * p.q_len * group + in_head;
-    float* partial = task.partial + index * (kStateHeader + p.head_dim);
+    float* partial = task.partial + index * (kPartialHeader + p.head_dim);
     partial[0] = state.reference;
     partial[1] = state.sum;
     partial[2] = state.maximum;
-    write_row(partial + kStateHeader, acc, p.head_dim, 1.0f);
+    write_row(partial + kPartialHeader, acc, p.head_dim, 1.0f);
   }
   return fallbacks;
 }
@@ -558,15 +564,15 @@ int32_t attend_chunk(const AttentionParams& p, const AttentionTask& task, int h_
 template <class KV>
 int32_t attend_typed(const AttentionParams& p, const AttentionTask& task) {
   const int total_rows = p.q_len * p.group();
-  const int chunk_heads = max(1, kTaskRows / total_rows);
+  const int chunk_heads = max(1, kChunkRows / total_rows);
   RowChunk<KV> rows;
   KeyRing<KV> ring;
   int32_t fallbacks = 0;
   for (int h = task.head_begin; h < task.head_end; h += chunk_heads) {
     const int heads = min(chunk_heads, task.head_end - h);
-    for (int row = 0; row < total_rows; row += kTaskRows) {
+    for (int row = 0; row < total_rows; row += kChunkRows) {
       const auto attend = heads == 1 ? attend_chunk<true, KV> : attend_chunk<false, KV>;
-      fallbacks += attend(p, task, h, heads, row, min(kTaskRows, total_rows - row), rows, ring);
+      fallbacks += attend(p, task, h, heads, row, min(kChunkRows, total_rows - row), rows, ring);
     }
   }
   return fallbacks;
@@ -582,9 +588,9 @@ static int32_t attend(const AttentionParams& p, const AttentionTask& task) {
   }
 }
 
-static int32_t merge(const AttentionParams& p, const AttentionTask& task, const float* partials, int64_t splits) {
+static int32_t combine(const AttentionParams& p, const AttentionTask& task, const float* partials, int64_t splits) {
   const int head_rows = p.q_len * p.group(), rows = (task.head_end - task.head_begin) * head_rows;
-  const int64_t row_stride = kStateHeader + p.head_dim, split_stride = p.kv_heads * head_rows * row_stride;
+  const int64_t row_stride = kPartialHeader + p.head_dim, split_stride = p.kv_heads * head_rows * row_stride;
   int32_t fallbacks = 0;
   alignas(64) float acc[kMaxHeadDim];
   for (int row = 0; row < rows; ++row) {
@@ -595,16 +601,16 @@ static int32_t merge(const AttentionParams& p, const AttentionTask& task, const 
     for (int d = 0; d < p.head_dim; d += kLanes) store(acc + d, set1(0.0f));
     for (int64_t s = 0; s < splits; ++s) {
       const float* partial = row_partials + s * split_stride;
-      const SoftmaxState part = {partial[0], partial[1], partial[2]};
-      if (part.empty()) continue;
-      const float factor = exp_difference(part.reference, state.reference);
-      state.sum += part.sum * factor;
+      const SoftmaxState split = {partial[0], partial[1], partial[2]};
+      if (split.empty()) continue;
+      const float rescale = exp_difference(split.reference, state.reference);
+      state.sum += split.sum * rescale;
       int d = 0;
       for (; d + kLanes <= p.head_dim; d += kLanes) {
-        store(acc + d, fma(set1(factor), load(partial + kStateHeader + d), load(acc + d)));
+        store(acc + d, fma(set1(rescale), load(partial + kPartialHeader + d), load(acc + d)));
       }
       if (d < p.head_dim) {
-        store(acc + d, fma(set1(factor), load(partial + kStateHeader + d, p.head_dim - d), load(acc + d)));
+        store(acc + d, fma(set1(rescale), load(partial + kPartialHeader + d, p.head_dim - d), load(acc + d)));
       }
     }
     fallbacks += finish_row(p, task.b, task.head_begin + row / head_rows, row % head_rows, state, acc);

@@ -1,4 +1,4 @@
-// The fused ops around attention and linear on a CPU: norms, rotary embedding with KV append, gated activations.
+// rms_norm, layer_norm, rotary_append and gated_activation on a CPU: each splits its rows among torch's threads.
 #include <string>
 
 #include "boxing.h"

@@ -1,12 +1,13 @@
-// Norms, rotary embedding with KV append, gated activations: one pass over the data, float arithmetic.
+// Norms, rotary embedding with KV append, and gated activations, in float32 arithmetic. The floor is one read of the
+// inputs and one write of the outputs; a norm's further passes over a row hit the cache.
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
-// f(column, count) for [0, cols) in vectors; count is kLanes but for the last one.
+// f(i, count) for each vector of [begin, end); count is kLanes except in the last one.
 template <class F>
 FLASHDECPP_INLINE void for_each_vector(int64_t begin, int64_t end, F&& f) {
   int64_t i = begin;
@@ -15,11 +16,11 @@ FLASHDECPP_INLINE void for_each_vector(int64_t begin, int64_t end, F&& f) {
 }
 
 template <class T>
-FLASHDECPP_INLINE Vec load_some(const T* p, int n) {
+FLASHDECPP_INLINE Vec load_n(const T* p, int n) {
   return n == kLanes ? load(p) : load(p, n);
 }
 template <class T>
-FLASHDECPP_INLINE void store_some(T* p, Vec x, int n) {
+FLASHDECPP_INLINE void store_n(T* p, Vec x, int n) {
   n == kLanes ? store(p, x) : store(p, x, n);
 }
 
@@ -27,8 +28,7 @@ template <class T>
 void add_typed(void* to, const void* from, int64_t begin, int64_t end) {
   T* const sum = static_cast<T*>(to);
   const T* const term = static_cast<const T*>(from);
-  for_each_vector(begin, end,
-                  [&](int64_t i, int n) { store_some(sum + i, load_some(sum + i, n) + load_some(term + i, n), n); });
+  for_each_vector(begin, end, [&](int64_t i, int n) { store_n(sum + i, load_n(sum + i, n) + load_n(term + i, n), n); });
 }
 
 static void add(void* to, const void* from, DType dtype, int64_t begin, int64_t end) {
@@ -41,7 +41,6 @@ static void add(void* to, const void* from, DType dtype, int64_t begin, int64_t 
 }
 
 // --- rms_norm, layer_norm
-// ---------------------------------------------------------------------------------------------
 
 template <class T, class W>
 void norm_typed(const NormParams& p, int64_t row_begin, int64_t row_end) {
@@ -51,28 +50,27 @@ void norm_typed(const NormParams& p, int64_t row_begin, int64_t row_end) {
   for (int64_t row = row_begin; row < row_end; ++row) {
     const T* x = static_cast<const T*>(p.x) + row / p.inner_rows * p.outer_stride + row % p.inner_rows * p.x_stride;
     T* out = static_cast<T*>(p.out) + row * p.cols;
-    const T* h = x;  // what is normalized
+    const T* h = x;  // the row to normalize
     if (p.residual) {
       T* residual = static_cast<T*>(p.residual) + row * p.cols;
-      for_each_vector(0, p.cols, [&](int64_t i, int n) {
-        store_some(residual + i, load_some(residual + i, n) + load_some(x + i, n), n);
-      });
+      for_each_vector(0, p.cols,
+                      [&](int64_t i, int n) { store_n(residual + i, load_n(residual + i, n) + load_n(x + i, n), n); });
       h = residual;
     }
-    // The mean of numbers far from zero carries their rounding: what is left after subtracting it is subtracted too.
-    float mean = 0.0f, rest = 0.0f;
+    // If |mean| >> std, the float mean is off by a noticeable part of std; mean(x - mean) corrects it.
+    float mean = 0.0f, correction = 0.0f;
     if (p.subtract_mean) {
       Vec total = set1(0.0f);
-      for_each_vector(0, p.cols, [&](int64_t i, int n) { total = total + load_some(h + i, n); });
+      for_each_vector(0, p.cols, [&](int64_t i, int n) { total = total + load_n(h + i, n); });
       mean = sum(total) / count;
       total = set1(0.0f);
       int64_t i = 0;
       for (; i + kLanes <= p.cols; i += kLanes) total = total + (load(h + i) - set1(mean));
-      rest = sum(total);
-      for (; i < p.cols; ++i) rest += to_float(h[i]) - mean;
-      rest /= count;
+      correction = sum(total);
+      for (; i < p.cols; ++i) correction += to_float(h[i]) - mean;
+      correction /= count;
     }
-    const auto center = [&](Vec y) __attribute__((always_inline)) { return (y - set1(mean)) - set1(rest); };
+    const auto center = [&](Vec y) __attribute__((always_inline)) { return (y - set1(mean)) - set1(correction); };
     Vec squares[2] = {set1(0.0f), set1(0.0f)};
     int64_t i = 0;
     for (; i + 2 * kLanes <= p.cols; i += 2 * kLanes) {
@@ -82,15 +80,15 @@ void norm_typed(const NormParams& p, int64_t row_begin, int64_t row_end) {
     }
     float total = sum(squares[0] + squares[1]);
     for (; i < p.cols; ++i) {
-      const float d = (to_float(h[i]) - mean) - rest;
+      const float d = (to_float(h[i]) - mean) - correction;
       total += d * d;
     }
     const Vec scale = set1(1.0f / __builtin_sqrtf(total / count + p.eps));
     for_each_vector(0, p.cols, [&](int64_t j, int n) {
-      Vec y = center(load_some(h + j, n)) * scale;
-      if (weight) y = y * load_some(weight + j, n);
-      if (bias) y = y + load_some(bias + j, n);
-      store_some(out + j, y, n);
+      Vec y = center(load_n(h + j, n)) * scale;
+      if (weight) y = y * load_n(weight + j, n);
+      if (bias) y = y + load_n(bias + j, n);
+      store_n(out + j, y, n);
     });
   }
 }
@@ -106,7 +104,6 @@ static void norm(const NormParams& p, int64_t begin, int64_t end) {
 }
 
 // --- rotary_append
-// ----------------------------------------------------------------------------------------------------
 
 template <class T>
 FLASHDECPP_INLINE void rotate_head(T* head, const float* cosine, const float* sine, int half, bool interleaved) {
@@ -119,10 +116,10 @@ FLASHDECPP_INLINE void rotate_head(T* head, const float* cosine, const float* si
     return;
   }
   for_each_vector(0, half, [&](int64_t i, int n) {
-    const Vec a = load_some(head + i, n), b = load_some(head + half + i, n);
-    const Vec c = load_some(cosine + i, n), s = load_some(sine + i, n);
-    store_some(head + i, a * c - b * s, n);
-    store_some(head + half + i, fma(b, c, a * s), n);
+    const Vec a = load_n(head + i, n), b = load_n(head + half + i, n);
+    const Vec c = load_n(cosine + i, n), s = load_n(sine + i, n);
+    store_n(head + i, a * c - b * s, n);
+    store_n(head + half + i, fma(b, c, a * s), n);
   });
 }
 
@@ -180,7 +177,6 @@ static void rotary(const RotaryParams& p, int64_t begin, int64_t end) {
 }
 
 // --- activations
-// -------------------------------------------------------------------------------------------------
 
 FLASHDECPP_INLINE Vec sigmoid(Vec x) { return set1(1.0f) / (set1(1.0f) + exp(set1(0.0f) - x)); }
 
@@ -189,7 +185,7 @@ FLASHDECPP_INLINE Vec activate(Vec x) {
   if constexpr (kActivation == Activation::kSilu) {
     return x / (set1(1.0f) + exp(set1(0.0f) - x));
   } else if constexpr (kActivation == Activation::kGelu) {
-    const Vec tail = set1(0.5f) * erfc_positive(abs(x) * set1(0.70710678f));  // the normal distribution beyond |x|
+    const Vec tail = set1(0.5f) * erfc_positive(abs(x) * set1(0.70710678f));  // P(X > |x|) for a standard normal X
     return x * where_less(x, set1(0.0f), tail, set1(1.0f) - tail);
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     // (1 + tanh u) / 2 = sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
@@ -205,8 +201,8 @@ void activate_row(const ActivationParams& p, int64_t row, int64_t begin, int64_t
   const T* x = static_cast<const T*>(p.x) + row * p.cols * (p.gated ? 2 : 1);
   T* out = static_cast<T*>(p.out) + row * p.cols;
   for_each_vector(begin, end, [&](int64_t i, int n) {
-    const Vec value = activate<kActivation>(load_some(x + i, n));
-    store_some(out + i, p.gated ? value * load_some(x + p.cols + i, n) : value, n);
+    const Vec value = activate<kActivation>(load_n(x + i, n));
+    store_n(out + i, p.gated ? value * load_n(x + p.cols + i, n) : value, n);
   });
 }
 

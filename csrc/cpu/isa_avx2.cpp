@@ -1,4 +1,4 @@
-// Every kernel for AVX2, FMA and F16C. CMakeLists.txt gives this file its own flags.
+// The kernel table for AVX2, FMA and F16C; CMakeLists.txt sets the flags.
 #define FLASHDECPP_ISA avx2
 #include "cpu/kernel_table.h"
 

@@ -1,4 +1,4 @@
-// Every kernel for AVX-512 F, BW, VL and DQ. CMakeLists.txt gives this file its own flags.
+// The kernel table for AVX-512 F, BW, VL and DQ; CMakeLists.txt sets the flags.
 #define FLASHDECPP_ISA avx512
 #include "cpu/kernel_table.h"
 

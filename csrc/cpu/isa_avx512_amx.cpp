@@ -1,4 +1,4 @@
-// Every kernel for AVX-512 with bfloat16 dot products and AMX tiles. CMakeLists.txt gives this file its own flags.
+// The kernel table for AVX-512 with bfloat16 dot products and AMX tiles; CMakeLists.txt sets the flags.
 #define FLASHDECPP_ISA avx512_amx
 #include "cpu/kernel_table.h"
 

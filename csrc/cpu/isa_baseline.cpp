@@ -1,4 +1,4 @@
-// Every kernel in what any compiler makes of plain vectors. CMakeLists.txt gives this file its own flags.
+// The kernel table for any target, from the compiler's vector types and no special flags.
 #define FLASHDECPP_PORTABLE
 #define FLASHDECPP_ISA baseline
 #include "cpu/kernel_table.h"

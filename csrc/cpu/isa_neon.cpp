@@ -1,4 +1,4 @@
-// Every kernel for NEON, which every 64-bit ARM has. CMakeLists.txt gives this file its own flags.
+// The kernel table for NEON, which every 64-bit ARM CPU has.
 #define FLASHDECPP_ISA neon
 #include "cpu/kernel_table.h"
 

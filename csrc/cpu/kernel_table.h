@@ -1,4 +1,4 @@
-// All kernels for one instruction set, as a table.
+// The kernel table of the instruction set that the including file is compiled for.
 #pragma once
 
 #include "cpu/attention_kernel.h"
@@ -16,7 +16,7 @@ constexpr Kernels kernel_table(const char* name) {
 #else
   constexpr bool bfloat16_dot = false;
 #endif
-  return {name, bfloat16_dot, attend, merge,      pack,   linear, pack_quantized, quantized_linear, dequantize,
+  return {name, bfloat16_dot, attend, combine,    pack,   linear, pack_quantized, quantized_linear, dequantize,
           add,  norm,         rotary, activation, argmax, scores, weights,        block_sums,       block_maxima};
 }
 

@@ -1,6 +1,7 @@
+// Chooses the kernel table: the best instruction set of this CPU, unless FLASHDECPP_CPU_ISA names another.
 #include "cpu/kernels.h"
 
-#if defined(FLASHDECPP_HAS_AMX)
+#if defined(FLASHDECPP_HAS_AVX512_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -14,14 +15,14 @@
 namespace flashdecpp::cpu {
 namespace {
 
-#if defined(FLASHDECPP_HAS_AMX)
-// Whether this process may use AMX. A processor, or a virtual machine, that advertises it is not enough: tiles fault
-// unless the operating system has agreed to keep them when it switches threads, and it wants to be asked.
-bool tiles_are_granted() {
+#if defined(FLASHDECPP_HAS_AVX512_AMX)
+// Whether this process may use AMX. CPUID alone does not say: tiles fault unless the process has asked the kernel for
+// permission, which the kernel grants if it saves tile state across context switches.
+bool may_use_tiles() {
   unsigned a, b, c, d;
   constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bfloat16) || !(d & tiles)) return false;
-  constexpr long get_permission = 0x1022, request_permission = 0x1023, tile_data = 18;  // of <asm/prctl.h>
+  constexpr long get_permission = 0x1022, request_permission = 0x1023, tile_data = 18;  // from <asm/prctl.h>
   uint64_t granted = 0;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0 &&
          syscall(SYS_arch_prctl, get_permission, &granted) == 0 && (granted >> tile_data & 1);
@@ -31,20 +32,28 @@ bool tiles_are_granted() {
 const Kernels& choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  [[maybe_unused]] const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                                       __builtin_cpu_supports("avx512dq");
+  [[maybe_unused]] const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const struct {
     const Kernels& kernels;
     bool supported;
   } choices[] = {
-#if defined(FLASHDECPP_HAS_AMX)
-      {kAvx512AmxKernels, bf16 && tiles_are_granted()},
+#if defined(FLASHDECPP_HAS_AVX512_AMX)
+      {kAvx512AmxKernels, bf16 && may_use_tiles()},
 #endif
+#if defined(FLASHDECPP_HAS_AVX512_BF16)
       {kAvx512Bf16Kernels, bf16},
+#endif
+#if defined(FLASHDECPP_HAS_AVX512)
       {kAvx512Kernels, avx512},
+#endif
+#if defined(FLASHDECPP_HAS_AVX2)
       {kAvx2Kernels, avx2},
+#endif
       {kBaselineKernels, true}};
 #elif defined(__aarch64__)
   const struct {
@@ -80,7 +89,7 @@ const Kernels& kernels() {
 
 }  // namespace flashdecpp::cpu
 
-// For `flashdecpp info`, which reads it through ctypes.
+// The chosen table's name, for Python through ctypes.
 extern "C" __attribute__((visibility("default"))) const char* flashdecpp_cpu_isa() {
   try {
     return flashdecpp::cpu::kernels().name;

@@ -1,6 +1,6 @@
-// Every vector kernel of the CPU library as a table of function pointers: one table an instruction set, one choice a
-// process. A kernel works on a range of rows and knows nothing of threads; the hosts (attention.cpp, linear.cpp, ...)
-// split the work.
+// The vector kernels of the CPU library as a table of function pointers: one table per instruction set, chosen once per
+// process. A kernel works on a range of rows and knows nothing of threads; the host code (attention.cpp, linear.cpp,
+// ...) splits the work.
 #pragma once
 
 #include <cstdint>
@@ -9,71 +9,73 @@
 
 namespace flashdecpp::cpu {
 
-// Packed activations of linear are padded to a multiple of this: what a kernel reads at once.
+// Packed rows of x are padded to a multiple of this, the most numbers that one step of `linear` reads.
 inline constexpr int64_t kPackAlign = 32;
-// The same of quantized_linear: how many weights of 4 bits a vector holds.
+// The same for quantized_linear: the 4-bit weights in the widest vector.
 inline constexpr int64_t kQuantizedAlign = 128;
 inline constexpr int64_t quantized_sums_at(int64_t k) {
   return (k + kQuantizedAlign - 1) / kQuantizedAlign * kQuantizedAlign;
 }
-// Rows of x that one pass over the weights serves.
+// Rows of x per pass over the weights.
 inline constexpr int kMaxTileM = 8;
 
-// A row of decode_attention is one query head of one token; the rows of one KV head are numbered token by token.
-// KV heads [head_begin, head_end) of sequence b, which is `length` keys long, over its keys [key_begin, key_end).
+// A task of decode_attention: KV heads [head_begin, head_end) of sequence b over its keys [key_begin, key_end). A row
+// is one query head of one token; the rows of a KV head are numbered token by token.
 struct AttentionTask {
   int32_t b, head_begin, head_end;
-  int64_t length, key_begin, key_end;
-  float* partial;  // [heads, rows, kStateHeader + head_dim] where the keys are split; null where these are all of them
+  int64_t length, key_begin, key_end;  // length: of the sequence, in keys
+  float* partial;  // [heads, rows, kPartialHeader + head_dim]; null if the task covers all of the sequence's keys
 };
-// Rows that a kernel works on at once: as many heads as have them together share the passes over a run of keys.
-inline constexpr int kTaskRows = 32;
+// Rows that a kernel processes together in one pass over the keys: those of as many heads as fit.
+inline constexpr int kChunkRows = 32;
 
-// A row's state over some keys: the value subtracted from its logits, the sum of exponentials, the largest logit, one
-// unused; then its weighted sum of values. States of disjoint keys merge exactly.
-inline constexpr int64_t kStateHeader = 4;
+// A partial is a row's result over some keys: a header with the reference subtracted from its logits, the sum of
+// exponentials, the largest logit and one unused number, then the weighted sum of values. Partials of disjoint keys
+// combine exactly.
+inline constexpr int64_t kPartialHeader = 4;
 
-// Outputs [m_begin, m_end) x [n_begin, n_end) of a linear.
-struct LinearPart {
+// A task of a linear: outputs [m_begin, m_end) x [n_begin, n_end).
+struct LinearTask {
   int64_t m_begin, m_end, n_begin, n_end;
 };
 
 struct Kernels {
   const char* name;
-  bool bfloat16_dot;  // has instructions for products of bfloat16
+  bool bfloat16_dot;  // uses dot product instructions for bfloat16
 
-  // decode_attention. A task without `partial` writes the output, as merge does for a task's heads from the partials of
-  // all splits, which are all heads' partials apart; both return how many of the rows they wrote could not use phi.
+  // decode_attention. attend writes a task's partials, or the output if it has none; combine writes the output of a
+  // task's heads from the partials of all splits, [splits, kv_heads, rows, kPartialHeader + head_dim] from the task's
+  // first head on. Both return the number of rows they wrote to the output that fell back from phi.
   int32_t (*attend)(const AttentionParams&, const AttentionTask&);
-  int32_t (*merge)(const AttentionParams&, const AttentionTask&, const float* partials, int64_t splits);
+  int32_t (*combine)(const AttentionParams&, const AttentionTask&, const float* partials, int64_t splits);
 
-  // linear: the rows [begin, end) of x as the kernel wants them, at most a float a number, each padded with zeros to
-  // packed_stride; then a part of the outputs.
+  // linear. pack rewrites rows [begin, end) of x in the kernel's layout, padded with zeros to packed_stride numbers of
+  // at most 4 bytes; linear computes a task's outputs from packed rows.
   void (*pack)(const LinearParams&, void* packed, int64_t packed_stride, int64_t begin, int64_t end);
-  void (*linear)(const LinearParams&, const void* packed, int64_t packed_stride, const LinearPart&);
+  void (*linear)(const LinearParams&, const void* packed, int64_t packed_stride, const LinearTask&);
 
-  // quantized_linear, the same way. A packed row is packed_stride floats: at most one a number, of which there are
-  // quantized_sums_at(k) with padding, then the sum of each group of numbers.
+  // quantized_linear, likewise. A packed row is packed_stride floats: quantized_sums_at(k) for the padded numbers, then
+  // the sum of each group of numbers.
   void (*pack_quantized)(const QuantizedLinearParams&, void* packed, int64_t packed_stride, int64_t begin, int64_t end);
-  void (*quantized_linear)(const QuantizedLinearParams&, const void* packed, int64_t packed_stride, const LinearPart&);
-  // The weight rows [begin, end) as numbers of x's dtype, [end - begin, k].
+  void (*quantized_linear)(const QuantizedLinearParams&, const void* packed, int64_t packed_stride, const LinearTask&);
+  // Weight rows [begin, end) in x's dtype: [end - begin, k].
   void (*dequantize)(const QuantizedLinearParams&, void* out, int64_t begin, int64_t end);
 
-  // to[begin, end) += from[begin, end), of one dtype.
+  // to[begin, end) += from[begin, end), both of this dtype.
   void (*add)(void* to, const void* from, DType dtype, int64_t begin, int64_t end);
   void (*norm)(const NormParams&, int64_t row_begin, int64_t row_end);
-  void (*rotary)(const RotaryParams&, int64_t token_begin, int64_t token_end);  // a token of batch * q_len
+  void (*rotary)(const RotaryParams&, int64_t token_begin, int64_t token_end);  // tokens of batch * q_len
   void (*activation)(const ActivationParams&, int64_t row, int64_t col_begin, int64_t col_end);
 
-  // sample: the lowest index of the row's largest logit, -1 where none is above -inf (NaN counts as -inf).
+  // sample. argmax: the lowest index of the row's largest logit, or -1 if none is above -inf; NaN counts as -inf.
   int64_t (*argmax)(const void* logits, DType dtype, int64_t n);
-  // The row's logits after the repetition penalty, NaN as -inf; returns the largest.
+  // Writes the row's logits after the repetition penalty, NaN as -inf, to x; returns the largest.
   float (*scores)(const SampleParams&, int64_t row, float* x);
-  // x -> exp((x - largest) / temperature), the weights relative to the most likely token. block_sums[i] adds up weights
-  // [i * kSumBlock, (i + 1) * kSumBlock).
+  // w = exp((x - largest) / temperature): weights relative to the most likely token.
   void (*weights)(const float* x, float largest, float temperature, float* w, int64_t n);
+  // sums[i]: the sum of w[i * kSumBlock, (i + 1) * kSumBlock).
   void (*block_sums)(const float* w, double* sums, int64_t n);
-  // maxima[i]: the largest of x[i * kMaxBlock, (i + 1) * kMaxBlock).
+  // maxima[i]: the maximum of x[i * kMaxBlock, (i + 1) * kMaxBlock).
   void (*block_maxima)(const float* x, float* maxima, int64_t n);
 };
 
@@ -82,14 +84,14 @@ inline constexpr int64_t kSumBlock = 256, kMaxBlock = 64;
 extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
-#if defined(FLASHDECPP_HAS_AMX)  // the compiler has it
+#if defined(FLASHDECPP_HAS_AMX)  // set if the compiler supports AMX
 extern const Kernels kAvx512AmxKernels;
 #endif
 #elif defined(__aarch64__)
 extern const Kernels kNeonKernels;
 #endif
 
-// The table for this machine, or the one that FLASHDECPP_CPU_ISA names.
+// The best table for this CPU, or the one that FLASHDECPP_CPU_ISA names.
 const Kernels& kernels();
 
 }  // namespace flashdecpp::cpu

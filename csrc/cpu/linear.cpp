@@ -22,7 +22,7 @@ void run(const LinearParams& p) {
   split_linear(
       p, p.k * checks::element_size(p.dtype),
       [&](int64_t begin, int64_t end) { kernel.pack(p, x, packed_stride, begin, end); },
-      [&](const LinearPart& part) { kernel.linear(p, x, packed_stride, part); });
+      [&](const LinearTask& task) { kernel.linear(p, x, packed_stride, task); });
 }
 
 Tensor own_linear(checks::Linear& call) {

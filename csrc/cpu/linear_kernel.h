@@ -1,46 +1,46 @@
-// out[m, n] = x[m, :] . weight[n, :] + bias[n] (or +=, where p.fusion adds), streaming the weights once for up
-// to 8 rows of x.
+// out[m, n] = x[m, :] . weight[n, :] + bias[n], added to out if p.fusion.adds(). The weights are streamed once per 8
+// rows of x, so the floor is the time to read them; a register tile is kM rows of x by tile_rows(kM) rows of weights.
 //
-// Every output is one vector accumulator that walks K from its start to its end, then one fixed tree over its lanes,
-// whatever the tile around it. So an output's bits depend on its row of x and its row of weights alone: not on M, nor
-// on where the threads' shares of N begin.
+// Every output is one vector accumulator that runs along all of K, then is summed over its lanes by a fixed tree,
+// whatever its tile. Its bits therefore depend only on its row of x and its row of weights, not on M or on how N is
+// split among threads.
 //
-// How weights are stored is a type: DenseWeights here, the quantized ones in quantized_linear_kernel.h. It has
-//   Out, Packed               the types of an output and of x's packed numbers
-//   kStep                     a multiple of which are the lengths of runs along K
-//   tile_rows(m)              weight rows that a tile of m rows of x reads side by side
-//   row(n), stride(), bytes(k)  where a row of weights is, how far apart rows are, how long k weights are; in bytes
-//   run, finish               the products of a run, and what is left to do behind the last one
+// The storage of weights is a type: DenseWeights here, QuantizedWeights in quantized_linear_kernel.h. It defines
+//   Out, Packed               the types of outputs and of packed numbers of x
+//   kStep                     runs along K have lengths that are multiples of it
+//   tile_rows(m)              weight rows per tile with m rows of x
+//   row(n), stride(), bytes(k)  address of a row of weights, distance between rows, size of k weights, in bytes
+//   run, finish               adds a run's products; completes the accumulators after the last run
 #pragma once
 
 #include "cpu/kernels.h"
 #include "cpu/linear_tiles.h"
 #include "cpu/products.h"
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
-// Weight rows beside each other, as many as the accumulators leave room for.
+// Weight rows per tile, as many as this number of accumulators allows for m rows of x.
 constexpr int rows_within(int accumulators, int m) {
   const int rows = accumulators / m;
   return rows > 8 ? 8 : (rows > 0 ? rows : 1);
 }
 
-// What is fetched ahead of its use. The processor's own prefetchers do not keep up: they follow one row at a time, and
-// the arithmetic of 8 rows of x fills the window in which loads could overlap.
+// Prefetch distance. Hardware prefetchers do not keep up: they follow one row at a time, and the arithmetic of 8 rows
+// of x fills the out-of-order window in which loads could overlap.
 inline constexpr int64_t kAheadBytes = 8192;
-// Rows of x in the nearest cache beside the weights that stream through it. A longer K is walked in blocks, with the
-// accumulators of kStripRows rows of weights kept in memory between them.
+// Bytes of x that stay in L1 while weights stream through it. A longer K is processed in blocks, with the accumulators
+// of kStripRows rows of weights kept in memory between blocks.
 inline constexpr int64_t kActivationBytes = 24576;
 inline constexpr int kStripRows = 16;
 
-// Where to prefetch while walking a run of weights: at byte i, (i < turn ? first : second) + i.
-struct Ahead {
+// Prefetch addresses for a run of weights: at byte i of the run, (i < turn ? first : second) + i.
+struct Lookahead {
   const char *first, *second;
   int64_t turn;
 
   template <int kBytes>
-  FLASHDECPP_INLINE void fetch(const Ahead& ahead, int64_t i, int64_t row) {
+  FLASHDECPP_INLINE void fetch(const Lookahead& ahead, int64_t i, int64_t row) {
     const char* next = (i < ahead.turn ? ahead.first : ahead.second) + i + row;
     for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(next + line);
   }
@@ -61,22 +61,22 @@ struct DenseWeights {
   int64_t stride() const { return bytes(p.weight_stride); }
   static constexpr int64_t bytes(int64_t k) { return k * static_cast<int64_t>(sizeof(T)); }
 
-  // acc[m][r] += x[m][0, count) * weight[r][0, count), lane by lane, for weights from [n, k] on.
+  // acc[m][r] += x[m][k, k + count) * weight[n + r][k, k + count), lane by lane.
   template <int kRows, int kM>
   FLASHDECPP_INLINE void run(const DenseWeights& self, Vec (&acc)[kM * kRows], int64_t n, int64_t k, int64_t count,
-                             const Packed* x, int64_t x_stride, const Ahead& ahead) {
+                             const Packed* x, int64_t x_stride, const Lookahead& ahead) {
     const int64_t stride = self.p.weight_stride;
     const T* weight = static_cast<const T*>(self.p.weight) + n * stride + k;
     x += k;
     auto step = [&](int64_t i, auto&& load_weights) __attribute__((always_inline)) {
       typename P::Operand w[kRows];
       for (int r = 0; r < kRows; ++r) {
-        Ahead::fetch<bytes(kStep)>(ahead, bytes(i), bytes(r * stride));
+        Lookahead::fetch<bytes(kStep)>(ahead, bytes(i), bytes(r * stride));
         w[r] = load_weights(weight + r * stride + i);
       }
       for (int m = 0; m < kM; ++m) {
         typename P::Operand operand = P::load_packed(x + m * x_stride + i);
-        if (kRows > 1) keep_in_registers(operand);
+        if (kRows > 1) keep_in_register(operand);
         for (int r = 0; r < kRows; ++r) P::add(acc[m * kRows + r], w[r], operand);
       }
     };
@@ -94,9 +94,9 @@ struct DenseWeights {
   FLASHDECPP_INLINE void finish(const DenseWeights&, Vec (&)[kM * kRows], int64_t, const Packed*, int64_t) {}
 };
 
-// The lanes of every accumulator added up, plus bias, into out[m][r]; or added to what that holds.
+// out[m][r] = the sum of the accumulator's lanes, plus bias, plus the previous out[m][r] if `add`.
 template <class T, int kRows, int kM>
-FLASHDECPP_INLINE void linear_finish(const Vec (&acc)[kM * kRows], const T* bias, bool add, T* out,
+FLASHDECPP_INLINE void store_outputs(const Vec (&acc)[kM * kRows], const T* bias, bool add, T* out,
                                      int64_t out_stride) {
   constexpr int kCount = kM * kRows, kPadded = (kCount + kLanes - 1) / kLanes * kLanes;
   float offsets[kPadded] = {};
@@ -108,9 +108,9 @@ FLASHDECPP_INLINE void linear_finish(const Vec (&acc)[kM * kRows], const T* bias
   }
   T values[kPadded];
   for (int i = 0; i < kPadded; i += kLanes) {
-    Vec group[kLanes];
-    for (int j = 0; j < kLanes; ++j) group[j] = i + j < kCount ? acc[i + j] : set1(0.0f);
-    const Vec sums = sum_each(group);
+    Vec full[kLanes];
+    for (int j = 0; j < kLanes; ++j) full[j] = i + j < kCount ? acc[i + j] : set1(0.0f);
+    const Vec sums = sum_each(full);
     store(values + i, bias || add ? sums + load(offsets + i) : sums);
   }
   for (int m = 0; m < kM; ++m) __builtin_memcpy(out + m * out_stride, values + m * kRows, sizeof(T) * kRows);
@@ -128,7 +128,7 @@ void linear_tiles(const W& weights, const typename W::Packed* x, int64_t x_strid
   T* out = static_cast<T*>(p.out) + m * p.n;
   x += m * x_stride;
 
-  // A run is one tile of rows over one block of K; runs follow each other block by block within a strip of tiles.
+  // A run is one tile of weight rows over one block of K. Within a strip of tiles, runs are ordered by block.
   const int64_t blocks =
       (p.k * kM * static_cast<int64_t>(sizeof(typename W::Packed)) + kActivationBytes - 1) / kActivationBytes;
   const int64_t length = ((p.k + blocks - 1) / blocks + W::kStep - 1) / W::kStep * W::kStep;
@@ -140,12 +140,12 @@ void linear_tiles(const W& weights, const typename W::Packed* x, int64_t x_strid
     return first_row + (strip * tiles + run % tiles) * tile_bytes + block * run_bytes;
   };
   constexpr int64_t kAhead = kAheadBytes / kRows;
-  // Short runs look whole runs ahead, so that the inner loop does not change its mind in the middle of one.
+  // Short runs look a whole number of runs ahead, so that the branch in fetch goes one way throughout a run.
   const int64_t runs_ahead = run_bytes <= kAhead ? (kAhead + run_bytes - 1) / run_bytes : 0;
   const int64_t rest_ahead = run_bytes <= kAhead ? 0 : kAhead;
   const auto ahead_of = [&](int64_t run) {
-    return Ahead{address(run + runs_ahead) + rest_ahead, address(run + runs_ahead + 1) + rest_ahead - run_bytes,
-                 run_bytes - rest_ahead};
+    return Lookahead{address(run + runs_ahead) + rest_ahead, address(run + runs_ahead + 1) + rest_ahead - run_bytes,
+                     run_bytes - rest_ahead};
   };
 
   Vec kept[kStripRows / kRows][kM * kRows];
@@ -163,7 +163,7 @@ void linear_tiles(const W& weights, const typename W::Packed* x, int64_t x_strid
           for (int i = 0; i < kM * kRows; ++i) kept[tile][i] = acc[i];
         } else {
           W::template finish<kRows, kM>(weights, acc, row, x, x_stride);
-          linear_finish<T, kRows, kM>(acc, bias ? bias + row : nullptr, p.fusion.adds(), out + row, p.n);
+          store_outputs<T, kRows, kM>(acc, bias ? bias + row : nullptr, p.fusion.adds(), out + row, p.n);
         }
       }
     }
@@ -181,38 +181,38 @@ void linear_columns(const W& weights, const typename W::Packed* x, int64_t x_str
 }
 
 template <class W>
-void linear_part(const W& weights, const typename W::Packed* x, int64_t x_stride, const LinearPart& part) {
+void run_linear(const W& weights, const typename W::Packed* x, int64_t x_stride, const LinearTask& task) {
   using Columns = void (*)(const W&, const typename W::Packed*, int64_t, int64_t, int64_t, int64_t);
   static constexpr Columns columns[kMaxTileM] = {linear_columns<W, 1>, linear_columns<W, 2>, linear_columns<W, 3>,
                                                  linear_columns<W, 4>, linear_columns<W, 5>, linear_columns<W, 6>,
                                                  linear_columns<W, 7>, linear_columns<W, 8>};
-  // More rows of x than a tile holds: the weights of one strip stay in the second cache while the tiles pass over it.
+  // With more rows of x than a tile holds, the weights of a strip stay in L2 while all tiles of x pass over them.
   constexpr int64_t kStripBytes = 256 * 1024;
   const int64_t row_bytes = W::bytes(weights.p.k);
-  const bool one_pass = part.m_end - part.m_begin <= kMaxTileM;
-  const int64_t strip = one_pass ? part.n_end - part.n_begin : max(int64_t{8}, kStripBytes / row_bytes / 8 * 8);
-  for (int64_t n = part.n_begin; n < part.n_end; n += strip) {
-    for (int64_t m = part.m_begin; m < part.m_end; m += kMaxTileM) {
-      const int64_t rows = min(part.m_end - m, int64_t{kMaxTileM});
-      columns[rows - 1](weights, x, x_stride, m, n, min(n + strip, part.n_end));
+  const bool one_pass = task.m_end - task.m_begin <= kMaxTileM;
+  const int64_t strip = one_pass ? task.n_end - task.n_begin : max(int64_t{8}, kStripBytes / row_bytes / 8 * 8);
+  for (int64_t n = task.n_begin; n < task.n_end; n += strip) {
+    for (int64_t m = task.m_begin; m < task.m_end; m += kMaxTileM) {
+      const int64_t rows = min(task.m_end - m, int64_t{kMaxTileM});
+      columns[rows - 1](weights, x, x_stride, m, n, min(n + strip, task.n_end));
     }
   }
 }
 
 template <class T>
-void linear_typed(const LinearParams& p, const void* packed, int64_t packed_stride, const LinearPart& part) {
+void linear_typed(const LinearParams& p, const void* packed, int64_t packed_stride, const LinearTask& task) {
   using W = DenseWeights<T>;
-  linear_part(W{p}, static_cast<const typename W::Packed*>(packed), packed_stride, part);
+  run_linear(W{p}, static_cast<const typename W::Packed*>(packed), packed_stride, task);
 }
 
-static void linear(const LinearParams& p, const void* packed, int64_t packed_stride, const LinearPart& part) {
+static void linear(const LinearParams& p, const void* packed, int64_t packed_stride, const LinearTask& task) {
 #if defined(FLASHDECPP_TILES)
-  if (on_tiles(p)) return TiledLinear(p, packed, packed_stride).run(part);
+  if (on_tiles(p)) return TiledLinear(p, packed, packed_stride).run(task);
 #endif
   switch (p.dtype) {
-    case DType::kFloat32: return linear_typed<float>(p, packed, packed_stride, part);
-    case DType::kFloat16: return linear_typed<fp16>(p, packed, packed_stride, part);
-    case DType::kBFloat16: return linear_typed<bf16>(p, packed, packed_stride, part);
+    case DType::kFloat32: return linear_typed<float>(p, packed, packed_stride, task);
+    case DType::kFloat16: return linear_typed<fp16>(p, packed, packed_stride, task);
+    case DType::kBFloat16: return linear_typed<bf16>(p, packed, packed_stride, task);
     default: return;
   }
 }

@@ -1,10 +1,10 @@
-// The linear of bfloat16 for more rows of x than one pass of the vector kernel serves (kMaxTileM), on tile registers.
+// The bfloat16 linear on AMX tile registers, for more rows of x than one pass of the vector kernel handles (kMaxTileM).
 //
-// 16 rows of the weight, 32 numbers each, are a tile as they lie in memory; 16 rows of x are packed so that they are
-// the other factor: pairs of neighbors along K, row beside row. Two tiles of either make four of sums, so that each is
-// loaded once for two products; what is left of the weight at its edges goes through a copy with zeros around it. An
-// output is summed up along K from its start to its end, whatever is computed beside it. Subnormal numbers count as
-// zero, as they do in the vector instructions for bfloat16.
+// 16 rows of the weight, 32 numbers each, form a tile directly from memory. 16 rows of x are packed as the other
+// factor: pairs of neighbors along K, with the rows of each pair adjacent. Two tiles of each give four tiles of sums
+// (32 x 32 outputs), so each tile loaded is used twice. The weight's edges go through a zero-padded copy. An output is
+// summed along all of K in one order, whatever its neighbors. Subnormals count as zero, as in the vector instructions
+// for bfloat16.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -14,14 +14,14 @@ namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
 #if defined(FLASHDECPP_TILES)
 
-// Whether a call is one for tiles.
+// Whether this call runs on tiles.
 inline bool on_tiles(const LinearParams& p) { return p.dtype == DType::kBFloat16 && p.m > kMaxTileM; }
 
 inline constexpr int64_t kTileK = kTileBytes / 2;
 
-// 16 rows of x, [k / 2][16][2], packed_stride numbers a row; the memory of 4 bytes a number that there is for fewer
-// rows holds them, since there are more than kMaxTileM.
-inline bf16* tile_group(const void* packed, int64_t packed_stride, int64_t m) {
+// The tile row of x that holds row m: 16 rows as [k / 2][16][2]. The last tile row is padded to 16 rows, which the
+// caller's buffer of 4 bytes per number has room for because m > kMaxTileM.
+inline bf16* packed_tiles(const void* packed, int64_t packed_stride, int64_t m) {
   return static_cast<bf16*>(const_cast<void*>(packed)) + m / kTileRows * kTileRows * packed_stride;
 }
 
@@ -29,7 +29,7 @@ inline void pack_tiles(const LinearParams& p, void* packed, int64_t packed_strid
   static_assert(kPackAlign % kTileK == 0);
   for (int64_t m = begin; m < end; ++m) {
     const bf16* x = static_cast<const bf16*>(p.x) + m * p.x_stride;
-    bf16* to = tile_group(packed, packed_stride, m) + m % kTileRows * 2;
+    bf16* to = packed_tiles(packed, packed_stride, m) + m % kTileRows * 2;
     for (int64_t k = 0; k < packed_stride; ++k) to[k / 2 * kTileRows * 2 + k % 2] = k < p.k ? x[k] : bf16{};
   }
 }
@@ -39,17 +39,17 @@ class TiledLinear {
   TiledLinear(const LinearParams& p, const void* packed, int64_t packed_stride)
       : p_(p), packed_(packed), packed_stride_(packed_stride) {}
 
-  void run(const LinearPart& part) const {
+  void run(const LinearTask& task) const {
     const TileScope scope;
-    for (int64_t n = part.n_begin; n < part.n_end; n += 2 * kTileRows) {
-      for (int64_t m = part.m_begin; m < part.m_end; m += 2 * kTileRows) sums(part, n, m);
+    for (int64_t n = task.n_begin; n < task.n_end; n += 2 * kTileRows) {
+      for (int64_t m = task.m_begin; m < task.m_end; m += 2 * kTileRows) sums(task, n, m);
     }
   }
 
  private:
-  // Outputs of up to 32 x 32.
-  void sums(const LinearPart& part, int64_t n, int64_t m) const {
-    const bool second_n = n + kTileRows < part.n_end, second_m = m + kTileRows < part.m_end;
+  // Up to 32 x 32 outputs.
+  void sums(const LinearTask& task, int64_t n, int64_t m) const {
+    const bool second_n = n + kTileRows < task.n_end, second_m = m + kTileRows < task.m_end;
     tile_zero<0>();
     tile_zero<1>();
     tile_zero<2>();
@@ -67,15 +67,15 @@ class TiledLinear {
       tile_products<2, 5, 6>();
       if (second_m) tile_products<3, 5, 7>();
     }
-    write<0>(part, n, m);
-    if (second_m) write<1>(part, n, m + kTileRows);
-    if (second_n) write<2>(part, n + kTileRows, m);
-    if (second_n && second_m) write<3>(part, n + kTileRows, m + kTileRows);
+    write<0>(task, n, m);
+    if (second_m) write<1>(task, n, m + kTileRows);
+    if (second_n) write<2>(task, n + kTileRows, m);
+    if (second_n && second_m) write<3>(task, n + kTileRows, m + kTileRows);
   }
 
   template <int tile>
   void load_x(int64_t m, int64_t k) const {
-    tile_load<tile>(tile_group(packed_, packed_stride_, m) + k * kTileRows, kTileBytes);
+    tile_load<tile>(packed_tiles(packed_, packed_stride_, m) + k * kTileRows, kTileBytes);
   }
 
   template <int tile>
@@ -93,12 +93,12 @@ class TiledLinear {
     tile_load<tile>(edge, kTileBytes);
   }
 
-  // Sums [n][m] to outputs [m][n], with bias or what the outputs hold.
+  // Stores sums [n][m] as outputs [m][n], plus bias, or added to the outputs.
   template <int tile>
-  void write(const LinearPart& part, int64_t n, int64_t m) const {
+  void write(const LinearTask& task, int64_t n, int64_t m) const {
     alignas(kTileBytes) float sums[kTileRows][kTileRows];
     tile_store<tile>(sums, kTileBytes);
-    const int64_t rows = min(part.m_end - m, int64_t{kTileRows}), columns = min(part.n_end - n, int64_t{kTileRows});
+    const int64_t rows = min(task.m_end - m, int64_t{kTileRows}), columns = min(task.n_end - n, int64_t{kTileRows});
     const bf16* const bias = static_cast<const bf16*>(p_.bias);
     for (int64_t i = 0; i < rows; ++i) {
       bf16* const out = static_cast<bf16*>(p_.out) + (m + i) * p_.n + n;
@@ -112,7 +112,7 @@ class TiledLinear {
     }
   }
 
-  static constexpr int64_t kAheadK = 8 * kTileK;  // of a row: what is fetched ahead of its use
+  static constexpr int64_t kAheadK = 8 * kTileK;  // prefetch distance along a row of weights
 
   const LinearParams& p_;
   const void* packed_;

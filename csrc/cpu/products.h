@@ -1,12 +1,12 @@
-// How numbers of each type are multiplied: the one place that knows which types have dot product instructions.
+// Dot products by number type; the only place that knows which types have dot product instructions.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
-// Dot products of an array of T, in memory and used once, with an array that is packed beforehand and used often.
-// Both are read two vectors' worth at a time, in whatever order load_pair has.
+// Dot products of an array of T that is read once from memory with an array that is packed beforehand and reused. Both
+// are read two vectors at a time, in load_pair's order.
 template <class T>
 struct Products {
   using Packed = float;
@@ -23,7 +23,8 @@ struct Products {
 };
 
 #if defined(__AVX512BF16__)
-// Pairs of bfloat16 products in one instruction: half the arithmetic, and no conversion. It takes subnormals as zero.
+// One instruction multiplies and adds pairs of bfloat16: half the arithmetic and no conversion. Subnormals count as
+// zero.
 template <>
 struct Products<bf16> {
   using Packed = bf16;

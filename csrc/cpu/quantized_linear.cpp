@@ -23,28 +23,28 @@ void run_streamed(const QuantizedLinearParams& p) {
   float* x = packed.data();
   split_linear(
       p, p.k * p.bits / 8, [&](int64_t begin, int64_t end) { kernel.pack_quantized(p, x, packed_stride, begin, end); },
-      [&](const LinearPart& part) { kernel.quantized_linear(p, x, packed_stride, part); });
+      [&](const LinearTask& task) { kernel.quantized_linear(p, x, packed_stride, task); });
 }
 
 void run_dequantized(const QuantizedLinearParams& p) {
   const Kernels& kernel = kernels();
   const int64_t size = checks::element_size(p.dtype), packed_stride = ceil_div(p.k, kPackAlign) * kPackAlign;
-  const int64_t strip = std::max(kUnit, kStripBytes / (p.k * size) / kUnit * kUnit);
+  const int64_t strip = std::max(kTaskN, kStripBytes / (p.k * size) / kTaskN * kTaskN);
   Scratch<float, 16384> packed(static_cast<size_t>(p.m * packed_stride));
   float* x = packed.data();
   split_linear(
       p, p.k * size, [&](int64_t begin, int64_t end) { kernel.pack(p, x, packed_stride, begin, end); },
-      [&](const LinearPart& part) {
+      [&](const LinearTask& task) {
         Scratch<char, 1024> weights(static_cast<size_t>(strip * p.k * size));
-        for (int64_t n = part.n_begin; n < part.n_end; n += strip) {
-          const int64_t last = std::min(n + strip, part.n_end);
+        for (int64_t n = task.n_begin; n < task.n_end; n += strip) {
+          const int64_t last = std::min(n + strip, task.n_end);
           kernel.dequantize(p, weights.data(), n, last);
           LinearParams dense = p;  // outputs [n, last); p.n stays their row stride
           dense.weight = weights.data();
           dense.weight_stride = p.k;
           dense.out = static_cast<char*>(p.out) + n * size;
           if (p.bias) dense.bias = static_cast<const char*>(p.bias) + n * size;
-          kernel.linear(dense, x, packed_stride, {part.m_begin, part.m_end, 0, last - n});
+          kernel.linear(dense, x, packed_stride, {task.m_begin, task.m_end, 0, last - n});
         }
       });
 }

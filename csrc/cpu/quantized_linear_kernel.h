@@ -1,8 +1,9 @@
-// quantized_linear in the frame of linear_kernel.h: out = sum over groups of scale * (q . x) + offset * sum(x). Weights
-// are decoded in registers; a group's products are added up as they are and scaled once.
+// quantized_linear on the loops of linear_kernel.h: out = sum over groups of scale * (q . x) + offset * sum(x). Weights
+// are decoded in registers, and each group's sum of products is scaled once. The floor is the time to read the weights:
+// n * k * bits / 8 bytes, plus the scales.
 //
-// With 4 bits q - 8 is what is multiplied, and offset + 8 * scale what the sums of x are: products around zero, whose
-// sums lose less than those of numbers from 0 to 15.
+// 4-bit weights are multiplied as q - 8, and sum(x) by offset + 8 * scale: products centered on zero lose less to
+// rounding than products of numbers from 0 to 15.
 #pragma once
 
 #include "cpu/linear_kernel.h"
@@ -10,7 +11,7 @@
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
-// Scales and offsets are streams of their own beside the weights.
+// Prefetch distance of scales and offsets, which are streams separate from the weights.
 inline constexpr int64_t kGroupsAheadBytes = 2048;
 
 template <class T>
@@ -19,7 +20,7 @@ FLASHDECPP_INLINE Vec load_up_to(const T* p, int64_t left) {
   return left >= kLanes ? load(p) : left > 0 ? load(p, static_cast<int>(left)) : set1(0.0f);
 }
 
-// Scales or offsets from `index` on, of which `left` are there; zeros behind.
+// kLanes scales or offsets from `index` on, zeros after the first `left`.
 FLASHDECPP_INLINE Vec load_groups(DType dtype, const void* from, int64_t index, int64_t left) {
   if (dtype == DType::kFloat16) return load_up_to(static_cast<const fp16*>(from) + index, left);
   if (dtype == DType::kBFloat16) return load_up_to(static_cast<const bf16*>(from) + index, left);
@@ -30,7 +31,7 @@ FLASHDECPP_INLINE Vec load_scales(const QuantizedLinearParams& p, int64_t n, int
   return load_groups(p.scales_dtype, p.scales, n * p.scales_stride + group, left);
 }
 
-// What is added to the scaled products: times the sum of x over the group.
+// The factor of each group's sum of x.
 FLASHDECPP_INLINE Vec load_offsets(const QuantizedLinearParams& p, int64_t n, int64_t group, int64_t left) {
   const Vec offsets = load_groups(p.scales_dtype, p.offsets, n * p.offsets_stride + group, left);
   return p.bits == 8 ? offsets : fma(set1(8.0f), load_scales(p, n, group, left), offsets);
@@ -38,7 +39,7 @@ FLASHDECPP_INLINE Vec load_offsets(const QuantizedLinearParams& p, int64_t n, in
 
 constexpr int64_t padded_groups(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// log2 of a group's weights, or what makes every weight of the first group where a row has one.
+// log2 of the group size; if a row is one group, a shift that maps every weight to group 0.
 FLASHDECPP_INLINE int group_shift(const QuantizedLinearParams& p) {
   return p.groups() == 1 ? 62 : p.group == 32 ? 5 : p.group == 64 ? 6 : 7;
 }
@@ -51,7 +52,7 @@ struct QuantizedWeights {
   static constexpr int64_t kStep = kQuantizedAlign;
   static_assert(kStep % D::kWeights == 0);
   static constexpr int tile_rows(int m) { return rows_within(kManyRegisters ? 12 : 4, m); }
-  // Groups of the longest run, and what `select` reads behind the last.
+  // Groups in the longest run, plus the ones that `select` reads past the end.
   static constexpr int64_t max_groups(int m) {
     return padded_groups((kActivationBytes / (m * static_cast<int64_t>(sizeof(Packed))) + kStep) / kBlock + 4);
   }
@@ -64,7 +65,7 @@ struct QuantizedWeights {
 
   template <int kRows, int kM>
   FLASHDECPP_INLINE void run(const QuantizedWeights& self, Vec (&acc)[kM * kRows], int64_t n, int64_t k, int64_t count,
-                             const Packed* x, int64_t x_stride, const Ahead& ahead) {
+                             const Packed* x, int64_t x_stride, const Lookahead& ahead) {
     const QuantizedLinearParams& p = self.p;
     const int shift = group_shift(p);
     const int64_t first = k >> shift, groups = ((count - 1) >> shift) + 1;
@@ -85,16 +86,16 @@ struct QuantizedWeights {
     auto step = [&](int64_t i, auto&& load_raw) __attribute__((always_inline)) {
       typename D::Raw raw[kRows];
       for (int r = 0; r < kRows; ++r) {
-        Ahead::fetch<bytes(D::kWeights)>(ahead, bytes(i), r * p.weight_stride);
+        Lookahead::fetch<bytes(D::kWeights)>(ahead, bytes(i), r * p.weight_stride);
         raw[r] = load_raw(weight + r * p.weight_stride + bytes(i), r);
       }
       Vec products[kM * kRows];
       for (int j = 0; j < kM * kRows; ++j) products[j] = set1(0.0f);
-      unroll<D::kParts>([&](auto part) __attribute__((always_inline)) {
+      unroll<D::kSlices>([&](auto slice) __attribute__((always_inline)) {
         typename D::Operand w[kRows];
-        for (int r = 0; r < kRows; ++r) w[r] = D::template decode<part>(raw[r]);
+        for (int r = 0; r < kRows; ++r) w[r] = D::template decode<slice>(raw[r]);
         for (int m = 0; m < kM; ++m) {
-          const typename D::Operand operand = D::load_packed(x + m * x_stride + i + part * D::kPart);
+          const typename D::Operand operand = D::load_packed(x + m * x_stride + i + slice * D::kSlice);
           for (int r = 0; r < kRows; ++r) D::add(products[m * kRows + r], w[r], operand);
         }
       });
@@ -158,8 +159,8 @@ void pack_quantized_typed(const QuantizedLinearParams& p, void* packed, int64_t 
           store(ordered + i, load_up_to(x + k + i, count - i));
         }
       }
-      for (int part = 0; part < D::kParts; ++part) {
-        for (int i = 0; i < D::kPart; ++i) numbers[k + part * D::kPart + i] = ordered[D::source(part, i)];
+      for (int slice = 0; slice < D::kSlices; ++slice) {
+        for (int i = 0; i < D::kSlice; ++i) numbers[k + slice * D::kSlice + i] = ordered[D::source(slice, i)];
       }
     }
     if (!p.offsets) continue;
@@ -177,22 +178,22 @@ void pack_quantized_typed(const QuantizedLinearParams& p, void* packed, int64_t 
 
 template <class W>
 void quantized_linear_typed(const QuantizedLinearParams& p, const void* packed, int64_t packed_stride,
-                            const LinearPart& part) {
+                            const LinearTask& task) {
   using Packed = typename W::Packed;
   const int64_t stride = packed_stride * static_cast<int64_t>(sizeof(float) / sizeof(Packed));
-  linear_part(W{p}, static_cast<const Packed*>(packed), stride, part);
+  run_linear(W{p}, static_cast<const Packed*>(packed), stride, task);
 }
 
 template <class T>
 void dequantize_typed(const QuantizedLinearParams& p, void* out, int64_t begin, int64_t end) {
-  constexpr int64_t kAtOnce = 4096;
+  constexpr int64_t kChunk = 4096;
   const int shift = group_shift(p);
-  float scales[padded_groups(kAtOnce / kBlock)], offsets[padded_groups(kAtOnce / kBlock)];
+  float scales[padded_groups(kChunk / kBlock)], offsets[padded_groups(kChunk / kBlock)];
   T* to = static_cast<T*>(out);
   for (int64_t n = begin; n < end; ++n) {
     const uint8_t* row = static_cast<const uint8_t*>(p.weight) + n * p.weight_stride;
-    for (int64_t first = 0; first < p.k; first += kAtOnce) {
-      const int64_t last = min(first + kAtOnce, p.k), groups = ((last - 1 - first) >> shift) + 1;
+    for (int64_t first = 0; first < p.k; first += kChunk) {
+      const int64_t last = min(first + kChunk, p.k), groups = ((last - 1 - first) >> shift) + 1;
       for (int64_t g = 0; g < groups; g += kLanes) {
         store(scales + g, load_scales(p, n, (first >> shift) + g, groups - g));
         store(offsets + g, p.offsets ? load_offsets(p, n, (first >> shift) + g, groups - g) : set1(0.0f));
@@ -223,7 +224,7 @@ void dequantize_typed(const QuantizedLinearParams& p, void* out, int64_t begin, 
   }
 }
 
-// f.template operator()<W>() for the weights' and x's types.
+// Calls f.template operator()<W>() for the weights' bits and x's dtype.
 template <class F>
 void with_quantized(const QuantizedLinearParams& p, F&& f) {
   const bool four = p.bits == 4;
@@ -244,8 +245,8 @@ static void pack_quantized(const QuantizedLinearParams& p, void* packed, int64_t
 }
 
 static void quantized_linear(const QuantizedLinearParams& p, const void* packed, int64_t packed_stride,
-                             const LinearPart& part) {
-  with_quantized(p, [&]<class W>() { quantized_linear_typed<W>(p, packed, packed_stride, part); });
+                             const LinearTask& task) {
+  with_quantized(p, [&]<class W>() { quantized_linear_typed<W>(p, packed, packed_stride, task); });
 }
 
 static void dequantize(const QuantizedLinearParams& p, void* out, int64_t begin, int64_t end) {

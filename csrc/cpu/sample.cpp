@@ -1,4 +1,5 @@
-// sample on a CPU: vector passes over the logits, then thresholds that only look at what matters.
+// sample on a CPU, rows split among threads: vector passes over the logits, then top-k and top-p thresholds that look
+// only at the candidates above a cheap bound.
 #include <algorithm>
 #include <bit>
 #include <limits>
@@ -29,7 +30,7 @@ uint32_t philox(uint64_t key, uint64_t counter) {
   return c0;
 }
 
-// Whole numbers in the order of the floats (no NaN).
+// Maps floats other than NaN to integers in the same order.
 uint32_t ordered(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x + 0.0f);  // -0 -> 0
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -40,23 +41,24 @@ float unordered(uint32_t x) { return std::bit_cast<float>(x & 0x80000000u ? x & 
 constexpr int kBucketBits = 12;
 constexpr int kBuckets = 1 << kBucketBits;
 
-// The largest numbers of a row, with their places, in the order of places.
+// The largest numbers of a row and their indices, in index order.
 struct Candidates {
   std::vector<float> x;
   std::vector<int32_t> index;
 };
 
-// The k-th largest of x, 1 <= k <= x.size(), which is reordered.
+// The k-th largest of x, 1 <= k <= x.size(). Reorders x.
 float kth_largest(std::vector<float>& x, int64_t k) {
   std::nth_element(x.begin(), x.begin() + (k - 1), x.end(), std::greater<float>());
   return x[static_cast<size_t>(k - 1)];
 }
 
-// A number that at least k of x[0, n) reach, and not many more.
+// A lower bound of the k-th largest of x[0, n), close to it.
 float bound_of_largest(const Kernels& kernel, const float* x, int64_t n, int64_t k, std::vector<float>& maxima) {
   maxima.resize(static_cast<size_t>((n + kMaxBlock - 1) / kMaxBlock));
   kernel.block_maxima(x, maxima.data(), n);
-  if (k <= static_cast<int64_t>(maxima.size())) {  // each of the k largest blocks has a number that reaches it
+  if (k <= static_cast<int64_t>(maxima.size())) {
+    // The k blocks with the largest maxima each have a number that is at least the k-th of them.
     std::vector<float> order = maxima;
     return kth_largest(order, k);
   }
@@ -67,11 +69,12 @@ float bound_of_largest(const Kernels& kernel, const float* x, int64_t n, int64_t
   return unordered(static_cast<uint32_t>(bucket) << (32 - kBucketBits));
 }
 
-// All of x[0, n) above -inf that reach its k-th largest: more than k where several are equal to it, fewer where there
-// are fewer. At least one of x is above -inf.
+// The numbers above -inf of x[0, n) that are at least its k-th largest: more than k if several equal it, fewer if fewer
+// are above -inf. At least one must be.
 Candidates largest(const Kernels& kernel, const float* x, int64_t n, int64_t k) {
   std::vector<float> maxima;
-  // Below the lowest finite number are -inf and, where the bucket of -inf begins, a NaN, which is not larger.
+  // The bound may be -inf, or a NaN if it is the start of the bucket of -inf; max then returns the lowest finite
+  // number.
   const float bound = std::max(std::numeric_limits<float>::lowest(), bound_of_largest(kernel, x, n, k, maxima));
   Candidates found;
   for (size_t block = 0; block < maxima.size(); ++block) {
@@ -103,42 +106,43 @@ double sum(const Kernels& kernel, const float* w, int64_t n, std::vector<double>
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
-// The smallest weight that is kept when the largest weights are taken until `share` of the total is reached, 0 <= share
-// < 1; the largest weight is 1.
-float top_p_threshold(const Kernels& kernel, const float* w, int64_t n, float share) {
-  constexpr int kShift = 31 - kBucketBits;  // weights are not negative: their sign bit says nothing
+// The smallest weight kept if the largest weights are kept until they reach top_p of the total, 0 <= top_p < 1. The
+// largest weight is 1.
+float top_p_threshold(const Kernels& kernel, const float* w, int64_t n, float top_p) {
+  constexpr int kShift = 31 - kBucketBits;  // weights are not negative, so the sign bit is left out
   std::vector<double> sums;
-  const double total = sum(kernel, w, n, sums), wanted = static_cast<double>(share) * total;
-  // All weights below this add up to less than what may be left out, so the threshold is not among them.
-  const float least = static_cast<float>((1.0 - static_cast<double>(share)) * total / static_cast<double>(n) * 0.999);
-  std::vector<float> few(static_cast<size_t>(n));
+  const double total = sum(kernel, w, n, sums), wanted = static_cast<double>(top_p) * total;
+  // All weights below min_weight add up to less than top_p leaves out, so the threshold is not among them.
+  const float min_weight =
+      static_cast<float>((1.0 - static_cast<double>(top_p)) * total / static_cast<double>(n) * 0.999);
+  std::vector<float> candidates(static_cast<size_t>(n));
   size_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
-    few[count] = w[i];
-    count += w[i] >= least && w[i] > 0;
+    candidates[count] = w[i];
+    count += w[i] >= min_weight && w[i] > 0;
   }
-  few.resize(count);
+  candidates.resize(count);
 
   double before = 0.0;
-  if (count > 256) {  // leave those that share the leading bits of the threshold
+  if (count > 256) {  // keep only the candidates with the leading bits of the threshold
     sums.assign(kBuckets, 0.0);
-    for (float x : few) sums[std::bit_cast<uint32_t>(x) >> kShift] += x;
-    int bucket = kBuckets - 1, last = bucket;  // last: of those that hold anything
+    for (float x : candidates) sums[std::bit_cast<uint32_t>(x) >> kShift] += x;
+    int bucket = kBuckets - 1, last = bucket;  // last: the lowest bucket reached that is not empty
     for (; bucket >= 0; --bucket) {
       if (sums[static_cast<size_t>(bucket)] == 0.0) continue;
       last = bucket;
       if (before + sums[static_cast<size_t>(bucket)] >= wanted) break;
       before += sums[static_cast<size_t>(bucket)];
     }
-    std::erase_if(few, [&](float x) { return static_cast<int>(std::bit_cast<uint32_t>(x) >> kShift) != last; });
+    std::erase_if(candidates, [&](float x) { return static_cast<int>(std::bit_cast<uint32_t>(x) >> kShift) != last; });
   }
-  std::sort(few.begin(), few.end(), std::greater<float>());
+  std::sort(candidates.begin(), candidates.end(), std::greater<float>());
   size_t kept = 0;
-  while (kept + 1 < few.size() && before + few[kept] < wanted) before += few[kept++];
-  return few[kept];
+  while (kept + 1 < candidates.size() && before + candidates[kept] < wanted) before += candidates[kept++];
+  return candidates[kept];
 }
 
-// The first index whose cumulative weight exceeds u * total; the last one with a weight where rounding leaves none.
+// The first index whose cumulative weight exceeds u * total, or, if rounding leaves none, the last index with a weight.
 int64_t draw(const Kernels& kernel, const float* w, int64_t n, float u) {
   std::vector<double> sums;
   const double wanted = u * sum(kernel, w, n, sums);
@@ -154,7 +158,7 @@ int64_t draw(const Kernels& kernel, const float* w, int64_t n, float u) {
   return last;
 }
 
-// -1 where the row has no logit above -inf.
+// The row's token, or -1 if it has no logit above -inf.
 int64_t choose(const SampleParams& p, const Kernels& kernel, int64_t row) {
   const int64_t n = p.vocab;
   const float temperature = p.temperature ? p.temperature[row] : 0.0f;
@@ -178,7 +182,7 @@ int64_t choose(const SampleParams& p, const Kernels& kernel, int64_t row) {
     count = static_cast<int64_t>(candidates.x.size());
   }
   kernel.weights(w, top, temperature, w, count);
-  // The most likely token passes every filter. A comparison with NaN is false: such a filter is off.
+  // The most likely token passes every filter. A comparison with NaN is false, so a NaN filter is off.
   float threshold = p.min_p && p.min_p[row] > 0.0f ? std::min(p.min_p[row], 1.0f) : 0.0f;
   if (p.top_p && p.top_p[row] < 1.0f) {
     threshold = std::max(threshold, top_p_threshold(kernel, w, count, std::max(p.top_p[row], 0.0f)));

@@ -1,19 +1,20 @@
-// The passes over a row of logits that sampling needs; the choice itself (sample.cpp) looks at few of them.
+// The vector passes over a row of logits that sampling needs; sample.cpp makes the choice. The floor of greedy sampling
+// is one read of the logits; argmax reads a second time only up to the maximum.
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
 FLASHDECPP_INLINE Vec nan_to_minus_inf(Vec x) { return where_equal(x, x, x, set1(-kInf)); }
 
-// The first index of the largest of x[0, n), -1 where none is above -inf; NaN counts as -inf.
+// The first index of the largest of x[0, n), or -1 if none is above -inf; NaN counts as -inf.
 template <class T>
 int64_t argmax_typed(const T* x, int64_t n) {
   Vec largest[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
   int64_t i = 0;
-  // max(x, largest) gives its second operand where the first is NaN.
+  // max(x, largest) is `largest` if x is NaN.
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     for (int u = 0; u < 4; ++u) largest[u] = max(load(x + i + u * kLanes), largest[u]);
   }
@@ -78,12 +79,12 @@ static float scores(const SampleParams& p, int64_t row, float* x) {
 }
 
 static void weights(const float* x, float largest, float temperature, float* w, int64_t n) {
-  // (y - largest) / temperature, as quarters times 4 / temperature and both of them normal numbers: whatever the logits
-  // and the temperature are, nothing overflows on the way but to -inf, whose weight is 0. The largest has weight 1 by
-  // definition: between infinities the subtraction could not tell.
-  constexpr float most = 0x1.fffffep127f;
+  // (y - largest) / temperature is computed as (y / 4 - largest / 4) * (4 / temperature), with both factors in the
+  // normal range. Nothing then overflows for any logits and temperature except to -inf, whose weight is 0. The largest
+  // logit has weight 1 by definition, because inf - inf would be NaN.
+  constexpr float kMaxFactor = 0x1.fffffep127f;
   const Vec top = set1(largest), quarter_top = set1(-0.25f * largest);
-  const Vec inverse = set1(min(4.0f / min(temperature, most), most));
+  const Vec inverse = set1(min(4.0f / min(temperature, kMaxFactor), kMaxFactor));
   auto weight = [&](Vec y) __attribute__((always_inline)) {
     return where_equal(y, top, set1(1.0f), exp(fma(y, set1(0.25f), quarter_top) * inverse));
   };

@@ -1,4 +1,4 @@
-// Working memory of one call: on the stack up to kInline elements, from the heap beyond.
+// Working memory for one call: up to kInline elements on the stack, more on the heap.
 #pragma once
 
 #include <cstddef>

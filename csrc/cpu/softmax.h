@@ -1,34 +1,36 @@
-// The softmax of one row as a value that merges: what was subtracted from its logits, the sum of exponentials, and the
-// largest logit. The policy says what to subtract, for kLanes rows at once.
+// The softmax state of a row over some keys, as a value that merges, and the reference that is subtracted from its
+// logits.
+//
+// A block's logits are all in memory before its first exponential, so the row maximum is always known and phi saves no
+// work here: it fixes the reference and decides what counts as a fallback, and results are exact either way.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
-// The running maximum: exact for every row, and earlier sums are rescaled when it grows.
-struct OnlineMax {
-  Vec reference(Vec maximum) const { return maximum; }
+// No phi: the running maximum. Earlier sums are rescaled whenever it grows.
+struct MaxReference {
+  Vec operator()(Vec maximum) const { return maximum; }
 };
 
-// One value fixed beforehand. Only a row whose own maximum is near enough may use it. What is subtracted is the upper
-// end of the safe window, so no weight exceeds 1: a value that the online softmax can sum does not overflow here
-// either. The largest weight is then at least e^-44, and float keeps its precision down to values of 1e-19. Any other
-// row takes its maximum, which costs nothing here, since a block's logits are all there before the first exponential.
-struct UnifiedMax {
+// With phi: the upper end of the safe window around it, for rows whose maximum lies in that window. No weight then
+// exceeds 1, so a value that the online softmax can sum does not overflow here either. The largest weight is at least
+// e^-44, which keeps float's full precision down to values of 1e-19. Any other row uses its maximum, a fallback.
+struct PhiReference {
   static constexpr float kSafe = 22.0f;
-  Vec phi;
-  static bool serves(float phi, float maximum) { return __builtin_fabsf(maximum - phi) <= kSafe; }
-  Vec reference(Vec maximum) const {
+  Vec phi;  // of kLanes rows
+  static bool fits(float phi, float maximum) { return __builtin_fabsf(maximum - phi) <= kSafe; }
+  Vec operator()(Vec maximum) const {
     const Vec distance = abs(maximum - phi), safe = set1(kSafe), fixed = phi + safe;
     return where_less(distance, safe, fixed, where_equal(distance, safe, fixed, maximum));
   }
 };
 
 struct SoftmaxState {
-  float reference = -kInf;
-  float sum = 0.0f;  // NaN: a logit was not finite, and so is the row
-  float maximum = -kInf;
+  float reference = -kInf;  // subtracted from the logits
+  float sum = 0.0f;         // of the exponentials; NaN if a logit was not finite, which makes the row NaN
+  float maximum = -kInf;    // the largest logit
 
   bool empty() const { return sum == 0.0f && maximum == -kInf; }
 };

@@ -1,10 +1,10 @@
-// The tile registers of AMX: eight of 16 rows of 64 bytes, and products of bfloat16 between them. Simulated, for tests,
-// with FLASHDECPP_SIMULATED_TILES.
+// AMX: eight tile registers of 16 rows of 64 bytes, and bfloat16 products between them. FLASHDECPP_SIMULATED_TILES
+// simulates them, for tests.
 #pragma once
 
 #include <cstdint>
 
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 #if defined(__AMX_BF16__) || defined(FLASHDECPP_SIMULATED_TILES)
 #define FLASHDECPP_TILES 1
@@ -23,7 +23,7 @@ struct SimulatedTile {
 };
 inline thread_local SimulatedTile simulated_tiles[8];
 
-struct TileScope {};
+struct [[maybe_unused]] TileScope {};
 
 template <int tile>
 void tile_zero() {
@@ -66,7 +66,7 @@ void tile_products() {
 
 #else
 
-// While it lives, all of this thread's tiles are whole ones.
+// Configures all of this thread's tiles as 16 x 64 bytes for its lifetime.
 class TileScope {
  public:
   TileScope() {
@@ -87,7 +87,7 @@ class TileScope {
   TileScope& operator=(const TileScope&) = delete;
 };
 
-// The compilers have names for these, of which GCC's take no number that a template knows.
+// Inline assembly, because GCC's intrinsics do not accept a template parameter as the tile number.
 template <int tile>
 FLASHDECPP_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(tile));

@@ -19,6 +19,15 @@ void launch_tiles(const Launcher& launcher, const QuantizedLinearParams& p) {
                                                           : launch_tile<T, bits, 2, fine>(launcher, p);
 }
 
+struct DenseGemvs {
+  static constexpr int kMaxRows = 16;
+
+  template <class T>
+  static void launch(const Launcher& launcher, const QuantizedLinearParams& p) {
+    launch_tile<T, 16, 1, false>(launcher, p);
+  }
+};
+
 struct QuantizedGemvs {
   static constexpr int kMaxRows = 16;
 
@@ -33,27 +42,18 @@ struct QuantizedGemvs {
   }
 };
 
-struct DenseGemvs {
-  static constexpr int kMaxRows = 16;
-
-  template <class T>
-  static void launch(const Launcher& launcher, const QuantizedLinearParams& p) {
-    launch_tile<T, 16, 1, false>(launcher, p);
-  }
-};
-
 }  // namespace
-
-bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
-  if (p.fusion.any()) return false;
-  launch_row_chunks<QuantizedGemvs>(launcher, p);
-  return true;
-}
 
 bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
   constexpr int64_t min_rows = 3;
   if (p.m < min_rows || p.fusion.any()) return false;
   launch_row_chunks<DenseGemvs>(launcher, QuantizedLinearParams{p});
+  return true;
+}
+
+bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
+  if (p.fusion.any()) return false;
+  launch_row_chunks<QuantizedGemvs>(launcher, p);
   return true;
 }
 

@@ -1,5 +1,5 @@
-// Whether tensors lie on each other in memory: exactly, for views of one tensor may pass between each other's elements,
-// as K and V of one cache do. No torch here; strides are not negative, as torch's never are.
+// Whether tensors overlap in memory, decided exactly: views of one tensor may interleave without sharing a byte, as K
+// and V of one cache do. No torch here. Strides are assumed not to be negative, as torch guarantees.
 #pragma once
 
 #include <algorithm>
@@ -12,29 +12,29 @@ struct Region {
   const int64_t* sizes;
   const int64_t* strides;  // in elements
   int64_t dim;
-  int64_t element;  // bytes
+  int64_t element_size;  // in bytes
 
   bool empty() const {
     return std::any_of(sizes, sizes + dim, [](int64_t size) { return size == 0; });
   }
-  uintptr_t end() const {  // of a region that is not empty
+  uintptr_t end() const {  // for a region that is not empty
     int64_t last = 0;
     for (int64_t i = 0; i < dim; ++i) last += (sizes[i] - 1) * strides[i];
-    return begin + (last + 1) * element;
+    return begin + (last + 1) * element_size;
   }
 };
 
-namespace sharing {
+namespace overlap {
 
 inline constexpr int kMaxDims = 64;  // torch's own limit
 inline constexpr int kAttempts = 1 << 16;
 
-// A whole number from `low` to `high` times `step` bytes.
+// n * step for any integer n in [low, high].
 struct Term {
   int64_t step, low, high;
 };
 
-// Terms by falling steps, and what those from i on can add up to.
+// Terms, which order() sorts by descending step, and the range of the sums of terms i and up.
 struct Terms {
   Term terms[2 * kMaxDims + 1];
   int64_t lowest[2 * kMaxDims + 2], highest[2 * kMaxDims + 2];
@@ -58,8 +58,8 @@ struct Terms {
       highest[i] = highest[i + 1] + terms[i].step * terms[i].high;
     }
   }
-  // Whether the terms from i on can add up to `sum`. Views of one tensor leave a choice or two for a term; where
-  // strides are so strange that `attempts` run out, it is assumed that they can.
+  // Whether terms i and up can add up to `sum`. For views of one tensor, one or two values per term need trying;
+  // strides irregular enough to use up `attempts` count as overlapping.
   bool reach(int64_t sum, int& attempts, int i = 0) const {
     if (i == count) return sum == 0;
     const Term& term = terms[i];
@@ -73,26 +73,26 @@ struct Terms {
   }
 };
 
-}  // namespace sharing
+}  // namespace overlap
 
-// Whether any byte belongs to elements of both.
-inline bool share_memory(const Region& a, const Region& b) {
+// Whether some byte belongs to elements of both.
+inline bool overlaps(const Region& a, const Region& b) {
   if (a.empty() || b.empty() || a.end() <= b.begin || b.end() <= a.begin) return false;
-  // A byte of a is a byte of b: sums of a's steps less sums of b's steps are the distance from a to b.
-  sharing::Terms terms;
-  for (int64_t i = 0; i < a.dim; ++i) terms.add(a.strides[i] * a.element, 0, a.sizes[i] - 1);
-  for (int64_t i = 0; i < b.dim; ++i) terms.add(b.strides[i] * b.element, 1 - b.sizes[i], 0);
-  terms.add(1, 1 - b.element, a.element - 1);
+  // A byte of a is a byte of b if steps through a minus steps through b add up to the distance from a to b.
+  overlap::Terms terms;
+  for (int64_t i = 0; i < a.dim; ++i) terms.add(a.strides[i] * a.element_size, 0, a.sizes[i] - 1);
+  for (int64_t i = 0; i < b.dim; ++i) terms.add(b.strides[i] * b.element_size, 1 - b.sizes[i], 0);
+  terms.add(1, 1 - b.element_size, a.element_size - 1);
   terms.order();
-  int attempts = sharing::kAttempts;
+  int attempts = overlap::kAttempts;
   return terms.reach(static_cast<int64_t>(b.begin - a.begin), attempts);
 }
 
-// Whether two elements of one tensor are the same.
+// Whether two indices of one tensor address the same element.
 inline bool overlaps_itself(const Region& a) {
   if (a.empty()) return false;
-  // They are where two sums of steps are equal: where differences of steps, not all of them 0, add up to 0.
-  sharing::Terms steps;
+  // They do if two index vectors give the same offset, that is, if a nonzero difference of indices gives offset 0.
+  overlap::Terms steps;
   for (int64_t i = 0; i < a.dim; ++i) {
     if (a.sizes[i] <= 1) continue;
     const int before = steps.count;
@@ -100,9 +100,9 @@ inline bool overlaps_itself(const Region& a) {
     if (steps.count == before) return true;  // a stride of 0, or the same stride twice
   }
   steps.order();
-  int attempts = sharing::kAttempts;
+  int attempts = overlap::kAttempts;
   for (int i = 0; i < steps.count; ++i) {
-    const auto& [step, low, high] = steps.terms[i];  // the first difference that is not 0, say above 0
+    const auto& [step, low, high] = steps.terms[i];  // the first nonzero difference, positive by symmetry
     for (int64_t n = 1; n <= high && n * step <= steps.highest[i + 1]; ++n) {
       if (steps.reach(-n * step, attempts, i + 1)) return true;
     }
