@@ -36,10 +36,13 @@ class ForwardPass:
 
 
 class LayerPart(Protocol):
-    def __call__(self, stream: torch.Tensor, forward: ForwardPass) -> torch.Tensor: ...
+    def __call__(self, stream: torch.Tensor, forward: ForwardPass) -> torch.Tensor:
+        """The residual stream [tokens, hidden] with this part's result added."""
 
 
 class DecoderLayer:
+    """Two parts, run one after the other on the same residual stream."""
+
     def __init__(self, attention: LayerPart, feed_forward: LayerPart) -> None:
         self.attention, self.feed_forward = attention, feed_forward
 
@@ -73,7 +76,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer, of x or of its norm."""
+    """A linear layer of x or of its norm, with a gate or an activation of the result as in ops.linear."""
 
     weight: Matrix
     bias: torch.Tensor | None = None
@@ -82,24 +85,10 @@ class Projection:
         self,
         x: torch.Tensor,
         norm: Norm | None = None,
-        *,
         gate: str | None = None,
         activation: str | None = None,
     ) -> torch.Tensor:
-        """`gate` and `activation` as in `ops.linear`."""
-        if norm is not None and not norm.rms:
-            x, norm = norm(x), None
-        if norm is None:
-            return linear(x, self.weight, self.bias, gate=gate, activation=activation)
-        return linear(
-            x,
-            self.weight,
-            self.bias,
-            norm_weight=norm.weight,
-            norm_eps=norm.eps,
-            gate=gate,
-            activation=activation,
-        )
+        return linear(x, self.weight, self.bias, norm=norm, gate=gate, activation=activation)
 
 
 @dataclass(frozen=True)
@@ -114,7 +103,7 @@ class OutputProjection:
         """stream += norm(linear(x)), the only place where a part's result meets the residual stream.
 
         Without a norm the sum is fused into the linear layer. A sharded layer, whose results are summed over
-        devices first, does the two apart.
+        devices first, does the two separately.
         """
         by_blas = stream.is_cuda and stream.size(0) > BLAS_ROWS
         if self.norm is not None:
@@ -168,15 +157,13 @@ class FeedForward:
         self._down = OutputProjection(
             weights.down, weights.down_bias, _out_norm(config, weights.ffn_out_norm)
         )
-        self._activation, self._gated = config.activation, config.architecture.gated
+        gated = config.architecture.gated
+        self._gate = config.activation if gated else None
+        self._activation = None if gated else config.activation
         self._norm_after = config.norm_after
 
     def __call__(self, stream: torch.Tensor, forward: ForwardPass) -> torch.Tensor:
-        norm = None if self._norm_after else self._norm
-        if self._gated:
-            h = self._up(stream, norm, gate=self._activation)
-        else:
-            h = self._up(stream, norm, activation=self._activation)
+        h = self._up(stream, None if self._norm_after else self._norm, self._gate, self._activation)
         self._down.add_to(stream, h)
         return self._norm(stream) if self._norm_after else stream
 
@@ -187,8 +174,10 @@ def linear(
     weight: Matrix,
     bias: torch.Tensor | None = None,
     *,
+    norm: Norm | None = None,
+    gate: str | None = None,
+    activation: str | None = None,
     residual: None = None,
-    **fusion: Any,
 ) -> torch.Tensor: ...
 @overload
 def linear(
@@ -196,13 +185,25 @@ def linear(
     weight: Matrix,
     bias: torch.Tensor | None = None,
     *,
+    norm: Norm | None = None,
     residual: torch.Tensor,
-    **fusion: Any,
 ) -> None: ...
 def linear(
-    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None, **fusion: Any
+    x: torch.Tensor,
+    weight: Matrix,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    gate: str | None = None,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """`ops.linear` of a plain weight, `ops.quantized_linear` of a quantized one."""
+    """`ops.linear` or, for a quantized weight, `ops.quantized_linear`, of x or of norm(x)."""
+    fusion: dict[str, Any] = {"gate": gate, "activation": activation, "residual": residual}
+    if norm is not None and norm.rms:
+        fusion |= {"norm_weight": norm.weight, "norm_eps": norm.eps}
+    elif norm is not None:
+        x = norm(x)
     if isinstance(weight, torch.Tensor):
         return ops.linear(x, weight, bias, **fusion)
     return weight.linear(x, bias, **fusion)
