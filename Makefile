@@ -35,6 +35,7 @@ CXX_FILES = $$(git ls-files csrc "tests/*.h" "tests/*.cpp" | grep -v -E "\.(py|s
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.lint-tools
@@ -61,7 +62,7 @@ $(VENV)/.test-tools: $(VENV)/.packages
 	@touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.packages
-	$(PIP) install -c constraints.txt --quiet ruff clang-format
+	$(PIP) install -c constraints.txt --quiet ruff clang-format mypy
 	@touch $@
 
 clean:

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from flashdecpp import LLM, SamplingParams
-from flashdecpp.models.to_transformers import transformers_twin
+from flashdecpp.models.to_transformers import to_transformers
 
 SHORT_PROMPT, LONG_PROMPT, DECODE_TOKENS = 32, 512, 32
 DTYPES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16, torch.float16)}
@@ -37,7 +37,7 @@ def flashdecpp_contestant(llm: LLM) -> Contestant:
 
 
 def transformers_contestant(llm: LLM, dtype: torch.dtype) -> Contestant:
-    model = transformers_twin(llm.decoder, dtype)
+    model = to_transformers(llm.decoder, dtype)
 
     @torch.inference_mode()
     def run(prompt: list[int], steps: int) -> tuple[float, float]:

@@ -524,10 +524,10 @@ def transformers_ms(subject: Subject, rows: int, context: int) -> dict[str, obje
     transformers' own loop, eager. A ratio is what the drop-in gains. What can't be compiled says why.
     """
     from flashdecpp.integrations.transformers import accelerate, attention_calls, restore
-    from flashdecpp.models.to_transformers import transformers_twin
+    from flashdecpp.models.to_transformers import to_transformers
 
     config, device = subject.decoder.config, subject.decoder.device
-    model = transformers_twin(subject.decoder, subject.decoder.dtype)
+    model = to_transformers(subject.decoder, subject.decoder.dtype)
     model.set_attn_implementation("sdpa")
     model.generation_config.eos_token_id = None  # which random logits might choose
     prompt = torch.randint(0, config.vocab, (rows, context), device=device)

@@ -1,12 +1,31 @@
-"""FlashDecoding++ for PyTorch: decode attention with a unified maximum, flat GEMM, GEMV and their switch.
+"""FlashDecoding++ for PyTorch: decode attention with a unified maximum, flat GEMM, GEMV and a model runner.
 
-Four ways in:
+The ops, for your own model:
 
-- ``flashdecpp.ops`` (or ``torch.ops.flashdecpp``): the ops, for your own model; ``flashdecpp.quantize_`` to
-  run its linear layers in 8 or 4 bits
-- ``flashdecpp.accelerate``: a model of transformers, run through the ops
-- ``flashdecpp.LLM``: the model runner
-- ``python -m flashdecpp --help``: the command line
+- `ops`: attention, linear layers and sampling of decode steps, also as ``torch.ops.flashdecpp``
+- `check`: a debugging aid that raises for lengths and block ids which `ops.decode_attention` would clamp
+- `BlockPool`: hands out the blocks of a paged KV cache
+- `KVCache`: paged key and value tensors of every layer of a model
+
+A model of your own or of transformers, made faster in place:
+
+- `quantize_`: replaces a model's linear layers by 8-bit or 4-bit ones
+- `QuantizedLinear`: the layer that `quantize_` puts in place of `nn.Linear`
+- `accelerate`: runs a transformers model's attention, linear layers and RMSNorms through the ops
+
+The model runner:
+
+- `LLM`: loads a checkpoint and generates text
+- `SamplingParams`: how tokens are chosen and when an answer ends
+- `Completion`: the answer to a prompt
+- `Piece`: a chunk of a streamed answer
+- `Stats`: counts, times and memory of the last call
+- `TokenLogprob`: a token's log-probability, and those of the likeliest alternatives
+- `Guide`: protocol of a grammar that masks the tokens that may come next
+- `ModelError`: a checkpoint, prompt or setting that cannot be used
+- `OutOfMemory`: the ModelError raised when weights or KV cache do not fit into the free memory
+
+``flashdecpp --help`` (or ``python -m flashdecpp --help``) describes the command line.
 """
 
 from __future__ import annotations
@@ -53,8 +72,8 @@ __all__ = [
 
 tuning.install()
 
-# Imported on first use: most of these bring transformers along, which takes seconds to import.
-_HOMES = {
+# Imported on first use because most of these import transformers, which takes seconds.
+_MODULES = {
     "LLM": "flashdecpp.engine.llm",
     "BlockPool": "flashdecpp.engine.block_pool",
     "Completion": "flashdecpp.engine.results",
@@ -68,7 +87,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'flashdecpp' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would accept any name
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return getattr(import_module(_MODULES[name]), name)
+        raise AttributeError(f"module 'flashdecpp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not, without the submodules that happen to be loaded."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -1,4 +1,4 @@
-"""What users pass in: checked where it is given, named in the error, and kept as Python's own types."""
+"""Checks of user arguments: the error names the argument, the result has one of Python's own types."""
 
 import math
 import reprlib
@@ -9,33 +9,33 @@ from .errors import ModelError
 
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = 3.4028234663852886e38
-FLOAT32_SMALLEST = 1.1754943508222875e-38  # of the normal ones, which no device takes for 0
+FLOAT32_SMALLEST = 1.1754943508222875e-38  # normal: no device flushes it to 0
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 60
 
 
 def shown(value: object) -> str:
-    """A value as errors quote it: one line, and not all of it where it is long."""
+    """A value as errors quote it: on one line and shortened if it is long."""
     try:
         return " ".join(_repr.repr(value).split())
-    except ValueError:  # an integer of more digits than Python prints
+    except ValueError:  # an integer with more digits than Python prints
         return f"a huge {type(value).__name__}"
 
 
-def require(holds: bool, name: str, what: str, value: object) -> None:
-    """ModelError unless it holds: `name` must be `what`."""
-    if not holds:
+def require(condition: bool, name: str, what: str, value: object) -> None:
+    """Raises a ModelError, "`name` must be `what`, got `value`", unless the condition holds."""
+    if not condition:
         raise ModelError(f"{name} must be {what}, got {shown(value)}")
 
 
 def is_integer(value: object) -> bool:
-    """Python's or numpy's; a bool is none."""
+    """Whether it is an integer of Python or numpy, and not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """An int from `low` to `high`."""
+    """The value as an int. ModelError unless it is an integer from `low` to `high`."""
     require(is_integer(value), name, "an integer", value)
     require(value >= low, name, f"{low} or more", value)
     require(high is None or value <= high, name, f"at most {high}", value)
@@ -45,9 +45,9 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
 def number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf
 ) -> float:
-    """A float that float32 has, too: above `above`, from `low` to `high`.
+    """The value as a float. ModelError unless it is within float32's range and the given bounds.
 
-    What float32 would round to 0 becomes its smallest: the limit that was meant, and nothing divides by 0.
+    A value that float32 would flush to 0 becomes the smallest normal one, so that nothing divides by 0.
     """
     real = isinstance(value, Real) and not isinstance(value, bool)
     try:
@@ -62,5 +62,6 @@ def number(
 
 
 def flag(name: str, value: Any) -> bool:
+    """The value. ModelError unless it is a bool."""
     require(isinstance(value, bool), name, "True or False", value)
     return value

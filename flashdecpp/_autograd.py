@@ -7,6 +7,8 @@ if an argument does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def _no_backward(grad: Tensor, like: Tensor, op: str) -> Tensor:
 
 
 @_no_backward.register_fake
-def _(grad, like, op):
+def _(grad: Tensor, like: Tensor, op: str) -> Tensor:
     return torch.empty_like(like)
 
 
@@ -29,15 +31,15 @@ class _WithoutBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(op: str, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(result.view_as(result) for result in tensors[:count])
+        return tuple(result.view_as(result) for result in tensors[:count] if result is not None)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.op, ctx.count, *tensors = inputs
         ctx.likes = [x.detach() if x is not None and x.requires_grad else None for x in tensors[ctx.count :]]
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_) -> tuple:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (like if like is None else _no_backward(grad, like, ctx.op) for like in ctx.likes)
         return None, None, *[None] * ctx.count, *gradients
 

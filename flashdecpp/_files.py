@@ -1,19 +1,20 @@
-"""Files that others wrote: what they are is looked at before anything waits for them or believes them."""
+"""Reads files that others wrote: their kind and size are checked before they are opened or parsed."""
 
 from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# Far more than any model's. The largest tokenizer.json has 35 MB, and half a million merges that are lists.
+# Far above what any model needs. The largest tokenizer.json has 35 MB, and half a million merges as lists.
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_CONTAINERS = 1 << 21
 MAX_JSON_DEPTH = 64
 JSON_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 
-# How files begin that only stand for the one that was meant.
+# First bytes of files that stand in for the one that was meant.
 _STAND_INS = {
     b"version https://git-lfs.github.com/spec/": "is a Git LFS pointer, not the file: run git lfs pull",
     b"<!doctype html": "is a web page, not the file: download it again",
@@ -22,9 +23,9 @@ _STAND_INS = {
 
 
 def check_file(path: Path, error: type[ValueError]) -> None:
-    """Raises `error` for what isn't a file that can be read, and for one that only stands for another.
+    """Raises `error` unless `path` is a readable regular file with content of its own.
 
-    A pipe or a device is never opened: that might wait forever.
+    Pipes and devices are never opened, since that might block forever.
     """
     if "\0" in str(path):
         raise error(f"{str(path)!r} is not a path")
@@ -39,15 +40,15 @@ def check_file(path: Path, error: type[ValueError]) -> None:
             raise error(f"{path} is a link to a file that isn't there; download it again") from None
         raise error(f"{path} can't be read: {problem.strerror}") from None
     if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise error(f"{path} is {what}, but must be a file")
-    for beginning, what in _STAND_INS.items():
-        if start.startswith(beginning):
-            raise error(f"{path} {what}")
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise error(f"{path} is {kind}, but must be a file")
+    for prefix, description in _STAND_INS.items():
+        if start.startswith(prefix):
+            raise error(f"{path} {description}")
 
 
 def read_json(path: Path, kind: type, error: type[ValueError]) -> Any:
-    """What a JSON file holds, which must be of `kind`: dict, list, ... Else raises `error`, one line."""
+    """The value in a JSON file, which must be of `kind`: dict, list, ... Raises `error` with one line."""
     try:
         value = parse_json(read_small(path, error))
     except JSONError as problem:
@@ -58,7 +59,7 @@ def read_json(path: Path, kind: type, error: type[ValueError]) -> Any:
 
 
 def check_small(path: Path, error: type[ValueError]) -> None:
-    """As check_file; and the file must not be larger than any JSON file is."""
+    """As check_file, and the file must not exceed MAX_JSON_BYTES."""
     check_file(path, error)
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
@@ -68,7 +69,7 @@ def check_small(path: Path, error: type[ValueError]) -> None:
 
 
 def read_small(path: Path, error: type[ValueError]) -> bytes:
-    """The bytes of such a file."""
+    """The bytes of a file that passes check_small."""
     check_small(path, error)
     try:
         return path.read_bytes()
@@ -77,11 +78,11 @@ def read_small(path: Path, error: type[ValueError]) -> bytes:
 
 
 class JSONError(ValueError):
-    """Bytes that are no JSON, or JSON of a depth or size that nobody needs."""
+    """Bytes that are not JSON, or JSON beyond the limits above."""
 
 
 def parse_json(text: bytes) -> Any:
-    """The value that UTF-8 bytes hold. Raises JSONError."""
+    """Parses UTF-8 JSON. Raises JSONError."""
     if text.count(b"[") + text.count(b"{") > MAX_JSON_CONTAINERS:
         raise JSONError(f"more than {MAX_JSON_CONTAINERS} lists and objects")
     too_deep = f"lists and objects within more than {MAX_JSON_DEPTH} others"
@@ -91,14 +92,15 @@ def parse_json(text: bytes) -> Any:
         raise JSONError(too_deep) from None
     except ValueError as error:
         raise JSONError(str(error)) from None
-    level = [[value]]
+    level: list[Iterable[Any]] = [[value]]
     for _ in range(MAX_JSON_DEPTH + 1):
-        level = [item for items in level for item in items if isinstance(item, dict | list)]
-        if not level:
+        containers = [item for items in level for item in items if isinstance(item, dict | list)]
+        if not containers:
             return value
-        level = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [item.values() if isinstance(item, dict) else item for item in containers]
     raise JSONError(too_deep)
 
 
 def json_kind(kind: type) -> str:
+    """A Python type as errors name it in JSON's terms."""
     return JSON_KINDS.get(kind, "a number")

@@ -1,4 +1,4 @@
-"""Where the package keeps files of its own on this machine."""
+"""The folder in which the package keeps its own files on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """$FLASHDECPP_CACHE, else ~/.cache/flashdecpp. OSError for a user without a home."""
+    """$FLASHDECPP_CACHE, or ~/.cache/flashdecpp. Raises OSError for a user without a home folder."""
     chosen = os.environ.get("FLASHDECPP_CACHE") or "~/.cache/flashdecpp"
     try:
         return Path(chosen).expanduser()

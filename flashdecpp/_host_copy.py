@@ -1,11 +1,12 @@
 """Copies between host and device without waiting: through pinned memory, in the order of the stream."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 
-def upload(values: Sequence, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor of these values on the device. The next launch sees it; the host does not wait."""
     host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
@@ -30,7 +31,7 @@ class HostCopy:
         if self._done is not None:
             self._done.record()
 
-    def wait(self) -> list:
+    def wait(self) -> list[Any]:
         """The values as nested lists."""
         if self._done is not None:
             self._done.synchronize()

@@ -1,6 +1,6 @@
-"""Ctrl-C while torch is imported, which takes seconds: it ends the command line without a traceback.
+"""Lets Ctrl-C end the command line without a traceback while torch is imported, which takes seconds.
 
-Imported before torch. It changes nothing where another program imports the package.
+Imported before torch. Has no effect if another program imports the package.
 """
 
 from __future__ import annotations
@@ -8,23 +8,27 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 
 def _is_command_line() -> bool:
-    """`flashdecpp ...` or `python -m flashdecpp ...`, whose package comes before its __main__."""
+    """Whether this is `flashdecpp ...` or `python -m flashdecpp ...` (which imports the package first)."""
     if sys.argv[:1] == ["-m"]:
         return ("-m", "flashdecpp") in itertools.pairwise(sys.orig_argv)
     return any(Path(program).name == "flashdecpp" for program in sys.argv[:1])
 
 
-def _set(handler: object, instead_of: object) -> None:
+def _set(handler: Handler, instead_of: Handler) -> None:
     if signal.getsignal(signal.SIGINT) is instead_of:
         signal.signal(signal.SIGINT, handler)
 
 
 def raise_again() -> None:
-    """From here on Ctrl-C is a KeyboardInterrupt, as in any program."""
+    """Makes Ctrl-C raise KeyboardInterrupt again, as in any program."""
     _set(signal.default_int_handler, instead_of=signal.SIG_DFL)
 
 

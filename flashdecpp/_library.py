@@ -55,7 +55,7 @@ def _load_all() -> dict[str, Library]:
         raise ImportError(
             f"flashdecpp is built for another Python than {sys.version.split()[0]}: {_remedy()}"
         )
-    problems = {"cuda": None, "hip": None}
+    problems: dict[str, str | None] = {"cuda": None, "hip": None}
     if torch.version.cuda is None:
         problems["cuda"] = "this torch is built without CUDA"
     if torch.version.hip is None:

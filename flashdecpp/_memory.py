@@ -1,4 +1,4 @@
-"""How much memory is free and how much was used at most."""
+"""Free memory and peak memory of a device."""
 
 import resource
 import sys
@@ -9,16 +9,16 @@ import torch
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on `device`."""
+    """Bytes that can still be allocated on `device`."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch's allocator has reserved and doesn't use is ours to use as well.
+        # torch's allocator also hands out what it has reserved and not yet allocated.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(psutil.virtual_memory().available, _cgroup_available())
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has held: on the GPU by torch, else resident in RAM."""
+    """Peak memory of this process in bytes: allocated by torch on a GPU, else resident in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -30,7 +30,7 @@ def gigabytes(count: int) -> str:
 
 
 def _cgroup_available() -> float:
-    """The room a container leaves; infinite where there is no limit."""
+    """Bytes left below the container's memory limit; infinite without a limit."""
     root = Path("/sys/fs/cgroup")
     try:
         limit = (root / "memory.max").read_text().strip()

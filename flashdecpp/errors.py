@@ -1,20 +1,20 @@
-"""Errors that a user can act on: one clean line each, raised before any long work."""
+"""Errors that users can act on: one line each, raised before any long work."""
 
-LONGEST = 2000  # characters of a message
+MAX_CHARACTERS = 2000
 
 
 class ModelError(ValueError):
-    """A checkpoint, a prompt or a setting that the runner can't work with.
+    """A checkpoint, prompt or setting that the runner cannot use.
 
-    The message stays one line of a bearable length whatever a file's names and values have in them.
+    The message is a single line of bounded length, whatever names and values of a file it quotes.
     """
 
     def __init__(self, message: str) -> None:
         line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
-        if len(line) > LONGEST:
-            line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+        if len(line) > MAX_CHARACTERS:
+            line = f"{line[: MAX_CHARACTERS // 2]} ... {line[-MAX_CHARACTERS // 2 :]}"
         super().__init__(line)
 
 
 class OutOfMemory(ModelError):
-    """The weights or the KV cache don't fit the memory that is free."""
+    """The weights or the KV cache do not fit into the free memory."""

@@ -12,7 +12,7 @@ import torch
 import flashdecpp
 from flashdecpp import _C, ops
 from flashdecpp._library import LIBRARIES, cpu_instruction_set, gpu_library
-from flashdecpp.tuning import Found, find_tables
+from flashdecpp.tuning import TableSet, find_tables
 from flashdecpp.tuning.device import device_name, gfx_target, gpu_properties
 from flashdecpp.tuning.table import DTYPES, Shape, TableError, check_sizes
 
@@ -132,8 +132,8 @@ def _gpu_lines() -> Iterator[str]:
 
 def _kernel_lines() -> Iterator[str]:
     dims = ", ".join(str(dim) for dim in _NATIVE_HEAD_DIMS)
-    yield "  decode_attention: online softmax, or the unified maximum where phi is given or carried; rows"
-    yield "    outside its safe window fall back in the same launch and are counted in fallback_count"
+    yield "  decode_attention: online softmax, or the unified maximum if phi is given or carried; rows"
+    yield "    outside its safe window stay exact, in the same launch, and are counted in fallback_count"
     yield f"    cuda: head_dim {dims} natively; other multiples of 8 are padded to the next (slower)"
     if torch.cuda.is_available() and gpu_library().loaded:
         device = gpu_properties(torch.device("cuda", 0))
@@ -173,7 +173,7 @@ def _table_lines(shapes: Sequence[Shape], dtype: str | None) -> Iterator[str]:
             yield f"    {_choice_line(found, device, n, k, dtype)}"
 
 
-def _choice_line(found: Found, device: torch.device, n: int, k: int, dtype: str | None) -> str:
+def _choice_line(found: TableSet, device: torch.device, n: int, k: int, dtype: str | None) -> str:
     """Such as "bfloat16 [576, 1536]: gemv from M = 1 to 64, blas from M = 65 (default rule)"."""
     dtype = dtype or ("bfloat16" if device.type == "cpu" else "float16")
     row = torch.empty(k, dtype=getattr(torch, dtype), device=device)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from . import (
     _library,  # noqa: F401  (loading it registers torch.ops.flashdecpp)
 )
 from ._autograd import refuse_gradients, without_backward
+
+Fake = Callable[..., Any]
 
 __all__ = [
     "check",
@@ -117,23 +119,23 @@ def _foreign(op: OpOverload, arguments: Mapping[str, object]) -> str | None:
     return None
 
 
-def _fake(*ops: OpOverload) -> Callable[[Callable], Callable]:
+def _fake(*ops: OpOverload) -> Callable[[Fake], Fake]:
     """Registers a function as the fake kernel of ops, for calls in which no tensor has memory.
 
     The dispatcher also comes here for one meta tensor among real ones, which is refused.
     """
 
-    def checked(op: OpOverload, function: Callable) -> Callable:
+    def checked(op: OpOverload, function: Fake) -> Fake:
         names = [argument.name for argument in op._schema.arguments]
 
-        def fake(*args, **kwargs):
+        def fake(*args: Any, **kwargs: Any) -> Any:
             if foreign := _foreign(op, dict(zip(names, args, strict=False)) | kwargs):
                 raise RuntimeError(foreign)
             return function(*args, **kwargs)
 
         return fake
 
-    def register(function: Callable) -> Callable:
+    def register(function: Fake) -> Fake:
         for op in ops:
             torch.library.register_fake(op)(checked(op, function))
         return function
@@ -252,7 +254,7 @@ def decode_attention(
 
 
 @_fake(_decode_attention, _decode_attention_carry)
-def _(q, k_cache, v_cache, seq_lens, block_table=None, **_):
+def _(q: Tensor, *_args: object, **_: object) -> tuple[Tensor, Tensor]:
     batch, q_len, q_heads, _head_dim = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
 
@@ -455,7 +457,7 @@ def _residual_alone(op: str, gate: str | None, activation: str | None) -> None:
 
 
 @_fake(_linear_residual, _quantized_linear_residual)
-def _(*_args, **_):
+def _(*_args: object, **_: object) -> None:
     return None
 
 
@@ -583,7 +585,7 @@ def quantized_linear(
 
 
 @_fake(_gemv, _flat_gemm, _linear, _linear_plain, _quantized_linear, _quantized_linear_plain)
-def _(x, weight, *_args, gate=None, **_):
+def _(x: Tensor, weight: Tensor, *_args: object, gate: str | None = None, **_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.size(0) // (1 if gate is None else 2)))
 
 
@@ -654,7 +656,7 @@ def layer_norm(
 
 
 @_fake(_rms_norm, _rms_norm_residual, _layer_norm, _layer_norm_residual)
-def _(x, *_args, **_):
+def _(x: Tensor, *_args: object, **_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -718,7 +720,7 @@ def rotary_append(
 
 
 @_fake(_rotary_append)
-def _(*_args, **_):
+def _(*_args: object, **_: object) -> None:
     return None
 
 
@@ -743,7 +745,7 @@ def gated_activation(gate_up: Tensor, *, activation: str = "silu") -> Tensor:
 
 
 @_fake(_gated_activation)
-def _(gate_up, *, activation="silu"):
+def _(gate_up: Tensor, *, activation: str = "silu") -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.size(-1) // 2))
 
 
@@ -811,5 +813,5 @@ def sample(
 
 
 @_fake(_sample, _sample_seen)
-def _(logits, *_args, **_):
+def _(logits: Tensor, *_args: object, **_: object) -> Tensor:
     return logits.new_empty((logits.size(0),), dtype=torch.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +42,13 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.weight, self.scales, self.offsets) if part is not None)
 
+    @overload
     def linear(
-        self, x: Tensor, bias: Tensor | None = None, **fusion: Tensor | float | str | None
-    ) -> Tensor | None:
+        self, x: Tensor, bias: Tensor | None = None, *, residual: None = None, **fusion: Any
+    ) -> Tensor: ...
+    @overload
+    def linear(self, x: Tensor, bias: Tensor | None = None, *, residual: Tensor, **fusion: Any) -> None: ...
+    def linear(self, x: Tensor, bias: Tensor | None = None, **fusion: Any) -> Tensor | None:
         """x @ w^T + bias with the fusions of ops.quantized_linear."""
         return ops.quantized_linear(x, self.weight, self.scales, self.offsets, bias, **fusion)
 
@@ -157,6 +162,11 @@ class QuantizedLinear(nn.Module):
     quantized the same way. Gradients reach the input, through the weight dequantized to x's dtype (slower,
     and as large as before); the layer itself has nothing to train.
     """
+
+    weight: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()

@@ -11,13 +11,16 @@ float32 results.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 E4M3_MAX = 448.0
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -163,14 +166,14 @@ def gemv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, compute_dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`linear`: the two differ in speed alone."""
-    return linear(x, weight, bias, compute_dtype=compute_dtype)
+    return cast("Tensor", linear(x, weight, bias, compute_dtype=compute_dtype))
 
 
 def flat_gemm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, compute_dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`linear`: the two differ in speed alone."""
-    return linear(x, weight, bias, compute_dtype=compute_dtype)
+    return cast("Tensor", linear(x, weight, bias, compute_dtype=compute_dtype))
 
 
 def quantized_linear(

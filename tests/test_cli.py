@@ -1,4 +1,4 @@
-"""The command line as a person meets it: its streams and its exit status, mostly in a process of its own."""
+"""The command line as users see it: its streams and exit status, mostly in a process of its own."""
 
 import errno
 import functools
@@ -27,7 +27,7 @@ from flashdecpp.engine.logprobs import TokenLogprob
 
 
 def interruptible() -> None:
-    """For a child process: a shell that runs the tests in the background has interrupts ignored."""
+    """For a child process, since a shell ignores interrupts for tests that run in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -132,13 +132,13 @@ def test_steps_that_are_slower_by_choice_are_reported() -> None:
 
 @pytest.mark.demo
 def test_a_batch_invariant_answer_is_the_same_alone_and_beside_others() -> None:
-    """Others that begin like it included: their beginning isn't taken from the cache."""
+    """Even next to prompts with the same beginning, which is then not read from the cache."""
     prompt = "The capital of France is a city that lies on the river Seine, and the people who live there"
     settings = ["--batch-invariant", "--lines", "--json", "-n", "8", "--device", "cpu"]
     results = [flashdecpp("generate", *settings, stdin=f"{prompt}\n" * count) for count in (1, 3)]
     alone, *beside = (json.loads(line)["token_ids"] for r in results for line in r.stdout.splitlines())
     assert len(beside) == 3 and all(ids == alone for ids in beside)
-    assert not any("found in the cache" in result.stderr for result in results)
+    assert not any("from the cache" in result.stderr for result in results)
 
 
 @pytest.mark.demo
@@ -198,7 +198,7 @@ def run(
     output: io.BytesIO | None = None,
     typed: bool = False,
 ) -> Result:
-    """The command line with these streams. `typed`: standard input is a terminal; None: there is none."""
+    """The command line with these streams. `typed`: standard input is a terminal, or closed if None."""
     output, errors = output or io.BytesIO(), io.StringIO()
     source = (Terminal if typed else io.TextIOWrapper)(io.BytesIO(stdin or b""), "utf-8")
     streams = {
@@ -218,7 +218,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose answers are bytes without sense."""
+    """A tiny model whose answers are random bytes."""
     folder = tmp_path_factory.mktemp("llama")
     save_model(folder)
     return folder
@@ -231,10 +231,10 @@ def generate(folder: Path) -> Callable[..., Result]:
 
 
 class Puppet:
-    """In place of the LLM: notes what it is asked, and answers as it is told to."""
+    """Replaces the LLM: records its calls and returns prepared answers."""
 
     name, device, dtype, stats = "puppet", torch.device("cpu"), torch.float32, None
-    answers: Sequence[Any] = ()  # completions or pieces; between them errors, and functions to call
+    answers: Sequence[Any] = ()  # completions or pieces, and between them errors and functions to call
     asked: ClassVar[list[tuple[Any, ...]]] = []
 
     def __init__(self, model: str, **settings: Any) -> None:
@@ -402,7 +402,7 @@ def test_tools_reach_the_chat_template(puppet, tmp_path) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_that_can_not_print_everything_gets_replacements(generate, encoding) -> None:
-    """Nearly every byte that this model says is none that stands for a character alone."""
+    """Almost no byte that this model generates is a character by itself."""
     expected = generate("x", "-n", "40").output.decode()
     assert "\ufffd" in expected
     result = generate("x", "-n", "40", encoding=encoding)
@@ -465,7 +465,7 @@ def test_an_infinity_is_null_in_json(puppet) -> None:
 
 @pytest.mark.parametrize(("arguments", "shown"), [(["--json"], [1, 2, 3]), ([], [0, 1, 3])])
 def test_an_answer_is_out_before_the_next_has_ended(puppet, arguments, shown) -> None:
-    """Texts alone in the order of their prompts."""
+    """Texts only, in the order of their prompts."""
     output, seen = io.BytesIO(), []
     look = lambda: seen.append(output.getvalue().count(b"answer"))  # noqa: E731
     for index in (2, 0, 1):
@@ -491,7 +491,7 @@ def test_after_an_interrupt_what_was_answered_is_there(puppet, arguments) -> Non
 
 
 class Closed(io.BytesIO):
-    """A stream that can't be written to."""
+    """A stream that cannot be written."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -525,7 +525,7 @@ LONG = ["generate", "x", "-n", "30000", "--ignore-eos", "--device", "cpu", "--dt
 
 @pytest.fixture(scope="module")
 def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model with room for an answer that takes minutes."""
+    """The context allows an answer that takes minutes."""
     folder = tmp_path_factory.mktemp("long")
     save_model(folder, max_position_embeddings=32768, num_hidden_layers=1)
     return folder

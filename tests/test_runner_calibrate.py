@@ -1,4 +1,4 @@
-"""phi: measured as transformers' q and k say, kept in a file, taken up by the runner, no change to tokens."""
+"""phi: measured as transformers' q and k imply, stored in a file, and without effect on the tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def phi_file(folder, measured):
 
 
 def transformers_inputs(model, module, tokens: list[int], monkeypatch) -> list[torch.Tensor]:
-    """The softmax inputs of each layer, [q_heads, tokens, tokens], NaN where its mask hides the key."""
+    """The softmax inputs of each layer, [q_heads, tokens, tokens], NaN for masked keys."""
     inputs = []
     attention = module.eager_attention_forward
 
@@ -93,7 +93,7 @@ def test_statistics_are_those_of_the_inputs_of_transformers(
             assert (found.coverage[name][layer] <= surely[1] + 1e-6).all()
 
 
-def test_a_text_beyond_the_context_is_measured_in_pieces(folder):
+def test_a_text_beyond_the_context_is_measured_in_chunks(folder):
     tokens = random_tokens(70, seed=3)
     whole = LLM(folder, device="cpu", dtype="float32", max_len=32)
     found = calibration.measure(whole, tokens)
@@ -103,13 +103,13 @@ def test_a_text_beyond_the_context_is_measured_in_pieces(folder):
     torch.testing.assert_close(found.minimum, torch.stack([part.minimum for part in parts]).amin(dim=0))
 
 
-def test_phi_is_the_middle_of_what_the_narrowest_window_holds_the_most_of():
+def test_phi_is_the_midpoint_of_the_fullest_narrowest_window():
     rows = torch.tensor(
         [
-            [0.0, 1.0, 2.0, 30.0, 31.0, 60.0],  # the most
-            [-9.0, -1.0, 20.0, 24.0, 40.0, 47.0],  # equally many: the closest together
+            [0.0, 1.0, 2.0, 30.0, 31.0, 60.0],  # the most maxima
+            [-9.0, -1.0, 20.0, 24.0, 40.0, 47.0],  # a tie: the closest together
             [5.0, 5.0, 5.0, 5.0, 5.0, 5.0],
-            [0.0, 11.0, 50.0, 100.0, 150.0, 200.0],  # a window's two ends are in it
+            [0.0, 11.0, 50.0, 100.0, 150.0, 200.0],  # a window includes both ends
         ]
     )
     assert calibration.choose_phi(rows).tolist() == [1.0, 22.0, 5.0, 5.5]
@@ -123,7 +123,7 @@ def test_inputs_that_are_not_finite_are_refused(folder):
         calibration.measure(llm, random_tokens(8))
 
 
-def test_a_file_gives_back_what_it_was_written_from(tmp_path, measured):
+def test_a_file_round_trips(tmp_path, measured):
     path = tmp_path / "phi.json"
     measured.save(path)
     loaded = Calibration.load(path)
@@ -139,12 +139,12 @@ def test_a_file_gives_back_what_it_was_written_from(tmp_path, measured):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["again.json", "phi.json"]
 
 
-def test_it_lies_in_the_folder_or_beside_the_file(tmp_path):
+def test_phi_is_stored_in_the_folder_or_next_to_the_file(tmp_path):
     assert phi_path(tmp_path) == tmp_path / "phi.json"
     assert phi_path(tmp_path / "model.gguf") == tmp_path / "model.gguf.phi.json"
 
 
-def test_the_runner_takes_it_up_and_answers_the_same(folder, measured, phi_file):
+def test_the_runner_uses_it_and_answers_the_same(folder, measured, phi_file):
     prompts = [random_tokens(length, seed=length) for length in (3, 40, 17)]
     params = SamplingParams(max_tokens=24, ignore_eos=True)
     without = [LLM(folder, device="cpu", dtype="float32", phi=none) for none in ("none", None)]
@@ -161,7 +161,7 @@ def test_the_runner_takes_it_up_and_answers_the_same(folder, measured, phi_file)
     assert llm.decoder.phi.layers is None and llm.stats.softmax == "carried phi"
 
 
-def test_rows_that_it_does_not_fit_are_counted(folder, phi_file):
+def test_rows_outside_its_window_are_counted(folder, phi_file):
     raw = json.loads(phi_file.read_text())
     raw["layers"][1]["phi"] = [900.0] * HEADS
     phi_file.write_text(json.dumps(raw))
@@ -210,7 +210,7 @@ def test_a_bad_file_is_one_clear_error(folder, phi_file, case):
         LLM(folder, device="cpu", dtype="float32", phi=phi)
 
 
-def test_a_file_that_is_not_there(folder):
+def test_a_missing_file(folder):
     assert LLM(folder, device="cpu", dtype="float32").decoder.phi.layers is None
     with pytest.raises(ModelError, match=r"nowhere\.json can't be read: No such file"):
         LLM(folder, device="cpu", dtype="float32", phi="nowhere.json")
@@ -247,7 +247,7 @@ def test_the_command_and_the_runs_after_it(tmp_path):
     assert "phi.json is not valid JSON" in complaint(flashdecpp(*generate))
 
 
-def test_what_can_not_be_written_is_said_before_the_work(tmp_path):
+def test_unwritable_files_are_reported_before_the_work(tmp_path):
     save_model(tmp_path)
     output = tmp_path / "nowhere" / "phi.json"
     said = complaint(flashdecpp("calibrate", "--model", str(tmp_path), "--output", str(output)))

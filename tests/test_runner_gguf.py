@@ -1,4 +1,4 @@
-"""GGUF files: written here out of a small model, they give what the model gives."""
+"""GGUF files written from a small model give the results of that model."""
 
 from __future__ import annotations
 
@@ -127,22 +127,22 @@ def test_logits_equal_those_of_the_model(tmp_path, architecture, overrides, quan
     write_gguf(path, model, architecture, quantisation)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:  # what the file lost
+            if parameter.dim() == 2:  # rounded as in the file
                 packed = gguf.quants.quantize(parameter.numpy(), quantisation)
                 parameter.copy_(torch.tensor(gguf.quants.dequantize(packed, quantisation)))
     prompt, following = random_tokens(20, seed=1), random_tokens(8, seed=2)
     expected = transformers_logits(model, prompt, following)
-    for quantize in ("auto", "none"):  # the op with the weights as stored; dequantised weights
+    for quantize in ("auto", "none"):  # the op on stored weights, and dequantized weights
         llm = LLM(path, device="cpu", dtype="float32", quantize=quantize)
         logits = runner_logits(llm, prompt, following)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         stored = {Q.Q8_0: "int8", Q.Q4_0: "int4", Q.Q4_1: "int4"}.get(quantisation, "float32")
-        assert llm.decoder.weights.kinds == (stored if quantize == "auto" else "float32")
+        assert llm.decoder.weights.storage_formats == (stored if quantize == "auto" else "float32")
 
 
 @pytest.mark.parametrize("quantisation", [Q.Q8_0, Q.Q4_0, Q.Q4_1])
-def test_stored_blocks_are_taken_as_they_are(tmp_path, quantisation):
-    """Every weight is the number that gguf's own dequantisation gives, in float32 with the same roundings."""
+def test_stored_blocks_are_used_unchanged(tmp_path, quantisation):
+    """Every weight equals gguf's own dequantization, in float32 with the same rounding."""
     write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "hf"), quantisation=quantisation)
     file = GGUFFile(tmp_path / "m.gguf")
     for name, shape in file.shapes.items():
@@ -156,8 +156,8 @@ def test_stored_blocks_are_taken_as_they_are(tmp_path, quantisation):
             )
 
 
-def test_pieces_of_one_weight_in_different_formats(tmp_path):
-    """Q4_0 beside Q4_1 gets offsets; 4 beside 8 bits is dequantised."""
+def test_tensors_of_one_weight_in_different_formats(tmp_path):
+    """Q4_0 stacked with Q4_1 gets offsets; 4 bits with 8 bits are dequantized."""
     model = save_model(tmp_path / "hf")
     kinds = {"attn_q": Q.Q4_0, "attn_k": Q.Q4_1, "attn_v": Q.Q4_0, "ffn_gate": Q.Q4_0, "ffn_up": Q.Q8_0}
     write_gguf(tmp_path / "m.gguf", model, quantisation=Q.F32, others=kinds)
@@ -181,7 +181,7 @@ def test_llama3_rope_is_a_tensor_of_factors(tmp_path):
     torch.testing.assert_close(logits, transformers_logits(model, prompt, following), rtol=1e-4, atol=1e-4)
 
 
-def test_tensors_are_read_in_pieces(tmp_path, monkeypatch):
+def test_tensors_are_read_in_chunks(tmp_path, monkeypatch):
     from flashdecpp.loading import weights
 
     model = save_model(tmp_path / "hf")
@@ -270,7 +270,7 @@ HEADERS = {
     "a text of 2^62 bytes": (gguf_file(gguf_value("a", 8, struct.pack("<Q", 2**62))), "is truncated"),
     "arrays in arrays": (
         gguf_file(gguf_value("a", 9, struct.pack("<IQ", 9, 1) * 9999)),
-        "in more than 4 others",
+        "nests arrays more than 4 deep",
     ),
     "an unknown kind of value": (gguf_file(gguf_value("a", 99, b"")), "has the unknown type 99"),
     "a key twice": (gguf_file(*[gguf_value("a", 7, b"\1")] * 2), "has the key a twice"),
@@ -283,7 +283,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("header", HEADERS)
-def test_headers_are_not_believed(tmp_path, header):
+def test_headers_are_not_trusted(tmp_path, header):
     content, said = HEADERS[header]
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
@@ -294,8 +294,8 @@ def test_headers_are_not_believed(tmp_path, header):
 
 
 @pytest.mark.parametrize("item", [0, 8, 9])
-def test_a_header_is_not_read_on_through_a_large_file(tmp_path, item):
-    """An array that the file has room for, but that nobody needs: refused before it is counted to."""
+def test_a_header_does_not_extend_through_a_large_file(tmp_path, item):
+    """An array that fits into the file but that no model needs is refused before it is read."""
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_file(gguf_value("a", 9, struct.pack("<IQ", item, 2**33))))
     os.truncate(path, 1 << 40)
@@ -310,7 +310,7 @@ def read_values(path: Path, **values: tuple[int, bytes]) -> GGUFFile:
     return GGUFFile(path)
 
 
-def test_metadata_is_read_by_kind(tmp_path):
+def test_metadata_is_checked_by_type(tmp_path):
     metadata = read_values(
         tmp_path / "m.gguf",
         number=(4, struct.pack("<I", 2)),
@@ -343,7 +343,7 @@ def test_metadata_is_read_by_kind(tmp_path):
             metadata.listed(key, str)
 
 
-def test_a_gguf_file_is_known_by_how_it_begins(tmp_path):
+def test_a_gguf_file_is_recognized_by_its_first_bytes(tmp_path):
     write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "hf"))
     (tmp_path / "m.gguf").rename(tmp_path / "sha256-0123")
     assert GGUFFile.is_gguf(tmp_path / "sha256-0123")
@@ -372,7 +372,7 @@ def test_a_model_in_several_files_loads_from_any(tmp_path, parts):
     assert len(answers) == 1
 
 
-def test_parts_that_are_missing_or_others_are_named(tmp_path, parts):
+def test_missing_and_foreign_parts_are_named(tmp_path, parts):
     def refused(path: Path, said: str) -> None:
         with pytest.raises(ModelError, match=said):
             LLM(path, device="cpu")
@@ -388,7 +388,7 @@ def test_parts_that_are_missing_or_others_are_named(tmp_path, parts):
 
 
 @pytest.mark.parametrize("kind", [Q.Q8_K, Q.Q8_1, Q.F64, Q.I32])
-def test_types_that_nobody_dequantizes_are_refused_before_loading(tmp_path, monkeypatch, kind):
+def test_types_that_cannot_be_dequantized_are_refused_before_loading(tmp_path, monkeypatch, kind):
     from flashdecpp.engine import llm as llm_module
 
     model = save_model(tmp_path / "hf", hidden_size=256, intermediate_size=256)
@@ -418,7 +418,7 @@ def test_unsupported_files(tmp_path):
 
 
 def test_the_tokenizer_of_the_file(tmp_path):
-    """The same ids as the folder's tokenizer; no <s> unless the file asks for it."""
+    """The same ids as the folder's tokenizer; <s> only if the file asks for it."""
     write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "hf"))
     ours, theirs = (
         LLM(tmp_path / "m.gguf", device="cpu").tokenizer,

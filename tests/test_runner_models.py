@@ -328,7 +328,7 @@ def test_rounded_weights(tmp_path, quantize, tied):
     weights, config = llm.decoder.weights, llm.config
     assert isinstance(weights.embed, torch.Tensor)
     assert isinstance(weights.lm_head, torch.Tensor) == tied
-    assert set(weights.kinds.split(" + ")) == {quantize, "float32"}
+    assert set(weights.storage_formats.split(" + ")) == {quantize, "float32"}
     with torch.no_grad():
         for layer, rounded in zip(model.model.layers, weights.layers, strict=True):
             attention, mlp = layer.self_attn, layer.mlp

@@ -1,4 +1,4 @@
-"""What a request may ask for, in which types, and that nothing it asks for can spoil those of others."""
+"""Parameters and prompts of a request, their types, and the isolation of requests from each other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def refused(call, match: str = "") -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-# What is given
+# Arguments
 
 
 @pytest.mark.parametrize(
@@ -194,14 +194,14 @@ def test_what_a_tokenizer_of_transformers_returns_is_a_prompt(llm, folder):
     ],
     ids=lambda prompt: repr(prompt)[:30],
 )
-def test_what_is_no_prompt_is_refused_at_once(llm, prompt):
+def test_invalid_prompts_are_refused_at_once(llm, prompt):
     refused(lambda: llm.generate(prompt, GREEDY), "prompt|token id")
     if not isinstance(prompt, list):
         refused(lambda: llm.stream(prompt, GREEDY), "prompt")
 
 
 @pytest.mark.parametrize("params", [{"max_tokens": 3}, "greedy", 5, [None], [GREEDY, GREEDY], [{}]], ids=str)
-def test_what_are_no_params_is_refused(llm, params):
+def test_invalid_params_are_refused(llm, params):
     refused(lambda: llm.generate("hi", params), "SamplingParams")
     refused(lambda: llm.stream("hi", params), "params")
 
@@ -209,7 +209,7 @@ def test_what_are_no_params_is_refused(llm, params):
 @pytest.mark.parametrize(
     "messages", [None, "hi", [], ["hi"], {"role": "user", "content": "x"}, [{"content": "x"}]], ids=repr
 )
-def test_what_are_no_messages_is_refused(llm, messages):
+def test_invalid_messages_are_refused(llm, messages):
     refused(lambda: llm.chat(messages), "messages")
 
 
@@ -239,11 +239,11 @@ def test_what_are_no_messages_is_refused(llm, messages):
     ],
     ids=str,
 )
-def test_settings_of_another_kind_are_refused(folder, setting):
+def test_settings_of_a_wrong_type_are_refused(folder, setting):
     refused(lambda: load(folder, **setting), next(iter(setting)))
 
 
-def test_a_model_that_is_no_path_and_a_gpu_that_is_not_there(folder, monkeypatch):
+def test_invalid_models_and_missing_gpus(folder, monkeypatch):
     for model in (None, 5, b"x", ["a"]):
         refused(lambda model=model: LLM(model), "^model must be a path or a name")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -251,7 +251,7 @@ def test_a_model_that_is_no_path_and_a_gpu_that_is_not_there(folder, monkeypatch
     refused(lambda: load(folder, device="cuda:9"), "cuda:9 was asked for, but torch finds 2 GPUs")
 
 
-def test_what_is_not_given_is_the_models_own(llm, monkeypatch):
+def test_defaults_are_those_of_the_model(llm, monkeypatch):
     defaults = GenerationDefaults(temperature=1.0, top_k=7, repetition_penalty=1.3, max_tokens=5)
     monkeypatch.setattr(llm, "defaults", defaults)
     own = SamplingParams(temperature=1.0, top_k=7, repetition_penalty=1.3, max_tokens=5, seed=3)
@@ -263,7 +263,7 @@ def test_what_is_not_given_is_the_models_own(llm, monkeypatch):
     assert len(tokens(llm, given)) == llm.max_len - len(PROMPT)
 
 
-# What is done with it, as transformers does it
+# Their effects, compared with transformers
 
 
 class Penalty(transformers.LogitsProcessor):
@@ -314,7 +314,7 @@ def test_penalties_and_biases_are_those_of_transformers(llm, theirs, params, set
     assert expected != their_tokens(theirs, suppress_tokens=[257])
     others = [GREEDY, SamplingParams(max_tokens=9, presence_penalty=1.0, logit_bias={1: 4.0})]
     prompts = [random_tokens(5), PROMPT, random_tokens(30, seed=2)]
-    together = llm.generate(prompts, [others[0], changed, others[1]])  # whatever the rows beside it ask for
+    together = llm.generate(prompts, [others[0], changed, others[1]])  # whatever the other rows
     assert together[1].token_ids == tokens(llm, changed) == expected
 
 
@@ -357,7 +357,7 @@ def test_min_tokens_hold_back_what_ends_an_answer(llm, theirs):
         assert len(answer.token_ids) >= least
 
 
-def test_bad_words_never_come(llm, theirs):
+def test_bad_words_are_never_generated(llm, theirs):
     letters = set(llm.tokenizer.encode("abcdefghijklmnop", add_special_tokens=False))
     others = [token for token in range(VOCAB) if token not in letters]
     bias = dict.fromkeys(others, -float("inf"))
@@ -371,7 +371,7 @@ def test_bad_words_never_come(llm, theirs):
 
 
 def test_bad_words_of_several_tokens(llm):
-    """'ab' and 'aba' are never said, though both letters are."""
+    """'ab' and 'aba' are never generated, although both letters are."""
     ids = llm.tokenizer.encode("ab", add_special_tokens=False)
     often = dict.fromkeys(ids, 30.0)
     params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=1.0, seed=1, logit_bias=often)
@@ -383,7 +383,7 @@ def test_bad_words_of_several_tokens(llm):
     assert set("ab") <= set(text) and "ab" not in text and "bbb" not in text
 
 
-def test_a_logits_processor_has_the_first_word(llm, folder):
+def test_a_logits_processor_runs_first(llm, folder):
     seen = []
 
     def odd(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
@@ -405,7 +405,7 @@ def test_a_logits_processor_has_the_first_word(llm, folder):
         assert {kind for _, *kind in map(lambda s: (s[0], (s[1], s[2])), seen) for kind in kind} == {
             (torch.float32, (VOCAB,))
         }
-        # Log-probabilities are of what the model gave.
+        # Log-probabilities are those of the unmodified logits.
         unchanged = llm.generate(PROMPT, SamplingParams(max_tokens=1, logprobs=2))[0].logprobs[0]
         assert dict(answer.logprobs[0].top) == pytest.approx(dict(unchanged.top))
     for wrong in (lambda ids, logits: None, lambda ids, logits: logits[:5]):
@@ -422,7 +422,7 @@ def test_special_tokens_stay_in_the_text_if_asked_for(llm):
         assert "".join(piece.text for piece in llm.stream("x", params)) == text
 
 
-def test_a_completion_says_what_identifies_and_repeats_it(llm):
+def test_a_completion_has_what_identifies_and_repeats_it(llm):
     params = SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True, n=2)
     answers = llm.generate([PROMPT, "hello", PROMPT * 3], params)
     assert [(a.index, a.sample) for a in answers] == list(itertools.product(range(3), range(2)))
@@ -434,7 +434,7 @@ def test_a_completion_says_what_identifies_and_repeats_it(llm):
     assert found.cached_prompt_tokens == llm.stats.cached_prompt_tokens == 32
 
 
-def test_answers_come_as_they_end(llm):
+def test_answers_are_yielded_as_they_end(llm):
     params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (20, 3, 9)]
     order = [answer.index for answer in llm.completions([PROMPT] * 3, params)]
     assert order == [1, 2, 0]
@@ -445,15 +445,15 @@ def test_answers_come_as_they_end(llm):
     assert llm._engine.pool.used_blocks == 0
 
 
-# What one of them does to others
+# Isolation
 
 
-SPOILED = 271  # which no prompt and no answer here has
+SPOILED = 271  # a token that no prompt or answer here contains
 
 
 @pytest.fixture
 def spoiled(folder) -> LLM:
-    """A model that says nothing but NaN after a prompt with token SPOILED."""
+    """A model whose logits are NaN after a prompt with token SPOILED."""
     llm = load(folder)
     llm.decoder.weights.embed[SPOILED] = torch.nan
     return llm
@@ -485,7 +485,7 @@ def test_params_that_leave_no_token_end_their_own_request(llm):
 
 
 def test_an_error_is_raised_by_the_call_that_it_belongs_to(llm):
-    """Though another thread makes the steps."""
+    """Even if another thread runs the steps."""
 
     def broken(ids, logits):
         if len(ids) > len(PROMPT) + 2:
@@ -495,14 +495,14 @@ def test_an_error_is_raised_by_the_call_that_it_belongs_to(llm):
     good = SamplingParams(max_tokens=40, ignore_eos=True)
     expected = tokens(llm, good)
     bad = llm.stream(PROMPT, SamplingParams(max_tokens=9, ignore_eos=True, logits_processor=broken))
-    next(bad)  # takes part from now on, and goes on with the steps of the other
+    next(bad)  # joins now and advances with the steps of the other
     assert tokens(llm, good) == expected
     with pytest.raises(ZeroDivisionError, match="a user's mistake"):
         list(bad)
     assert tokens(llm, good) == expected and llm._engine.pool.used_blocks == 0
 
 
-def test_bad_requests_of_one_thread_leave_those_of_another_alone(llm):
+def test_bad_requests_of_one_thread_do_not_affect_another(llm):
     good = SamplingParams(max_tokens=30, ignore_eos=True)
     expected, found = tokens(llm, good), []
 
@@ -556,7 +556,7 @@ def test_blocks_that_an_error_left_uncounted_are_found_again(folder, llm):
 
     def interrupted(count: int):
         allocate(count)
-        raise KeyboardInterrupt  # before anybody knows which they are
+        raise KeyboardInterrupt  # before anything has recorded which they are
 
     pool.allocate = interrupted
     for _ in range(20):
@@ -569,7 +569,7 @@ def test_blocks_that_an_error_left_uncounted_are_found_again(folder, llm):
 
 
 def test_a_stream_that_is_collected_within_a_step_of_its_own_thread(llm, monkeypatch):
-    """As garbage may be at any time: neither a deadlock nor blocks that nobody gives back."""
+    """Garbage may be collected at any time: neither a deadlock nor leaked blocks may follow."""
     expected = tokens(llm)
     decode, left = llm.decoder.decode, []
     left.append(llm.stream(PROMPT, GREEDY))
@@ -590,8 +590,8 @@ def test_a_stream_that_is_collected_within_a_step_of_its_own_thread(llm, monkeyp
     assert llm._engine.pool.used_blocks == 0
 
 
-def test_figures_are_of_the_tokens_that_were_computed(folder, monkeypatch):
-    """Every decode step takes 20 ms here; the prompt's own token none of them."""
+def test_figures_count_the_computed_tokens(folder, monkeypatch):
+    """Every decode step takes 20 ms here; the first token needs none."""
     llm = load(folder)
     llm.generate(PROMPT, GREEDY)
     decode = llm.decoder.decode
@@ -608,11 +608,11 @@ def test_figures_are_of_the_tokens_that_were_computed(folder, monkeypatch):
     stream = llm.stream(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True))
     begin = time.perf_counter()
     next(stream)
-    assert time.perf_counter() - begin < 0.02  # shown before the step that comes next
+    assert time.perf_counter() - begin < 0.02  # yielded before the next step
     stream.close()
 
 
-# What the program around it has set in torch
+# torch settings of the calling program
 
 
 @contextlib.contextmanager
@@ -657,7 +657,7 @@ def test_settings_of_torch_around_it_change_nothing(folder, name):
         assert llm.stats.preemptions > 0
         return [(answer.token_ids, answer.logprobs, answer.prompt_logprobs) for answer in found]
 
-    small = {"cache_tokens": 16 * 9}  # sequences are saved and restored, too
+    small = {"cache_tokens": 16 * 9}  # also saves and restores sequences
     before = load(folder, **small)
     expected = answers(before)
     with SURROUNDINGS[name]():
@@ -665,4 +665,4 @@ def test_settings_of_torch_around_it_change_nothing(folder, name):
         assert answers(within) == expected
         assert answers(before) == expected
     assert answers(within) == expected
-    within.decoder.weights.embed.mul_(1.0)  # its weights are tensors like others
+    within.decoder.weights.embed.mul_(1.0)  # its weights are ordinary tensors

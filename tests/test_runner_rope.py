@@ -1,4 +1,4 @@
-"""Rotary scalings: what transformers computes from a folder, what llama.cpp makes of a GGUF file."""
+"""Rotary scaling: as in transformers for folders, as in llama.cpp for GGUF files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def llama(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(llama, tmp_path) -> Path:
-    """A copy to change."""
+    """A copy that a test may change."""
     for file in llama.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
@@ -155,14 +155,14 @@ def test_a_wrong_value_is_named(folder, scaling, match):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scaling", [5, [1], "linear"], ids=str)
-def test_a_scaling_of_another_kind_is_refused(folder, scaling):
+def test_an_unknown_scaling_is_refused(folder, scaling):
     edit_config(folder, rope_parameters=scaling)
     with pytest.raises(ModelError, match="rope"):
         load(folder)
 
 
 def test_a_million_positions_of_dynamic_scaling_load_at_once(folder):
-    """What a position is rotated by takes no loop over positions."""
+    """The table of rotations is computed without a loop over positions."""
     edit_config(
         folder,
         rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
@@ -174,7 +174,7 @@ def test_a_million_positions_of_dynamic_scaling_load_at_once(folder):
     assert time.perf_counter() - started < 20  # a loop takes minutes
 
 
-def test_positions_beyond_the_memory_are_refused(folder, monkeypatch):
+def test_positions_that_exceed_memory_are_refused(folder, monkeypatch):
     from flashdecpp.models import decoder
 
     edit_config(folder, max_position_embeddings=10**9)
@@ -191,14 +191,14 @@ def test_positions_beyond_the_memory_are_refused(folder, monkeypatch):
 
 
 def save_phi3(folder: Path):
-    """Frequencies of the short kind up to 64 tokens, of the long kind above."""
+    """Short factors up to 64 tokens, long ones above."""
     scaling = {"type": "longrope", "short_factor": SHORT, "long_factor": LONG}
     return save_model(folder, "phi3", original_max_position_embeddings=64, rope_scaling=scaling)
 
 
 @torch.no_grad()
 def transformers_answer(model, prompt: list[int], count: int) -> list[int]:
-    """The tokens that transformers' own generate goes on with, greedily and without an end."""
+    """The tokens that transformers' generate appends, greedily and without an end of sequence."""
     ids = torch.tensor([prompt])
     options = {"eos_token_id": None, "bad_words_ids": [[257]], "pad_token_id": 258}
     out = model.generate(ids, max_new_tokens=count, do_sample=False, **options)
@@ -211,7 +211,7 @@ LENGTHS = (30, 41, 50, 62, 63, 64, 65, 66, 90)
 
 @pytest.fixture(scope="module")
 def phi3(tmp_path_factory):
-    """The folder; prompts of lengths on both sides of 64 tokens, and what generate answers to each."""
+    """The folder, prompts with lengths on both sides of 64 tokens, and transformers' answer to each."""
     folder = tmp_path_factory.mktemp("phi3")
     model = save_phi3(folder)
     prompts = [random_tokens(length, seed=length, below=256) for length in LENGTHS]
@@ -230,14 +230,14 @@ def phi3(tmp_path_factory):
     ],
     ids=str,
 )
-def test_longrope_answers_are_generates(phi3, options):
-    """Several at once: each crosses the boundary at a step of its own, or not at all."""
+def test_longrope_answers_equal_those_of_transformers(phi3, options):
+    """Several at once, each of which crosses the boundary at its own step or not at all."""
     folder, prompts, answers = phi3
     llm = load(folder, **options)
     got = [answer.token_ids for answer in llm.generate(prompts, ON)]
     assert got == answers
     assert (llm.stats.preemptions > 0) == ("cache_tokens" in options)
-    # Once more, with what the first time left in the cache; and one by one.
+    # Again with a filled prefix cache, and one by one.
     assert [answer.token_ids for answer in llm.generate(prompts[::-1], ON)] == answers[::-1]
     assert [llm.generate([prompt], ON)[0].token_ids for prompt in prompts[:3]] == answers[:3]
     assert [piece.token_id for piece in llm.stream(prompts[2], ON) if piece.token_id is not None] == answers[
@@ -245,7 +245,7 @@ def test_longrope_answers_are_generates(phi3, options):
     ]
 
 
-def test_samples_of_a_prompt_cross_the_boundary_each(phi3):
+def test_each_sample_of_a_prompt_crosses_the_boundary(phi3):
     folder, prompts, answers = phi3
     llm = load(folder, max_batch=3)
     params = SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.0, n=5)
@@ -254,7 +254,7 @@ def test_samples_of_a_prompt_cross_the_boundary_each(phi3):
 
 
 def test_an_answer_that_ends_at_the_boundary(phi3):
-    """Its last token is chosen, so nothing is computed for a next one."""
+    """Its last token has been chosen, so no further step is computed."""
     folder, prompts, answers = phi3
     llm = load(folder)
     for count in (1, 2, 3):
@@ -263,7 +263,7 @@ def test_an_answer_that_ends_at_the_boundary(phi3):
 
 
 def test_keys_of_another_model_with_longrope_stay(tmp_path):
-    """transformers computes them anew for Phi-3 alone."""
+    """transformers recomputes them for Phi-3 only."""
     scaling = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": SHORT, "long_factor": LONG}
     model = save_model(tmp_path, rope_parameters=scaling | {"original_max_position_embeddings": 64})
     prompts = [random_tokens(length, seed=length) for length in (55, 64, 65)]
@@ -272,8 +272,8 @@ def test_keys_of_another_model_with_longrope_stay(tmp_path):
 
 
 @pytest.mark.parametrize("prompt_length", [55, 64, 65, 100])
-def test_dynamic_answers_are_generates(tmp_path, prompt_length):
-    """Every step has frequencies of its own; a prompt has those of its length."""
+def test_dynamic_answers_equal_those_of_transformers(tmp_path, prompt_length):
+    """Every step has its own frequencies; a prompt has those of its length."""
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     model = save_model(tmp_path, rope_parameters=rope, max_position_embeddings=64)
     prompt = random_tokens(prompt_length, seed=prompt_length)
@@ -300,7 +300,7 @@ YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.o
 HF_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 DEFAULT = {"rope_type": "default"}
-# GGUF's keys, and what a folder says that means the same
+# GGUF keys and the equivalent values of a folder
 MEANINGS = {
     "linear": ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, LINEAR),
     "a factor without a type": ({"rope.scaling.factor": 4.0}, LINEAR),
@@ -349,7 +349,7 @@ def test_a_gguf_files_scaling_is_that_of_a_folder(file, folder, case):
 
 @pytest.mark.parametrize("max_len", [64, 256])
 def test_a_gguf_files_longrope_goes_by_the_context(file, folder, max_len):
-    """llama.cpp chooses the factors once for a session: by how long its sequences may get."""
+    """llama.cpp chooses the factors once per session, by the maximum length of its sequences."""
     metadata = {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": 64}
     metadata["rope.scaling.attn_factor"] = 1.2
     tensors = {"rope_factors_short.weight": SHORT, "rope_factors_long.weight": LONG}

@@ -1,4 +1,4 @@
-"""Chat templates: a folder's and a GGUF file's are rendered alike, and what goes wrong is said in a line."""
+"""Chat templates of folders and GGUF files are rendered alike, and errors are one line."""
 
 from __future__ import annotations
 
@@ -125,17 +125,17 @@ def test_a_template_that_fails(tmp_path, kind, template, reason):
         * 99,
     ],
 )
-def test_a_template_without_end(loops, monkeypatch):
+def test_an_endless_template(loops, monkeypatch):
     monkeypatch.setattr(templates, "RENDER_SECONDS", 0.3)
     tokenizer = gguf_tokenizer(chat_template=loops)
     started = time.perf_counter()
-    with pytest.raises(ModelError, match=r"the chat template is not done after 0\.3 seconds"):
+    with pytest.raises(ModelError, match=r"the chat template did not finish within 0\.3 seconds"):
         tokenizer.chat_prompt(QUESTION)
     assert time.perf_counter() - started < 5
     for thread in threading.enumerate():
         if thread.name == "chat template":
             thread.join(20)
-            assert not thread.is_alive()  # it doesn't go on in the background
+            assert not thread.is_alive()  # it does not continue in the background
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
@@ -152,7 +152,7 @@ def test_no_template(tmp_path, kind):
         ({"role": "user", "content": "hi"}, "messages must be a list of messages, got a value of type dict"),
         (None, "messages must be a list of messages, got None"),
         (5, "messages must be a list"),
-        ([], "one message or more"),
+        ([], "at least one message"),
         (["hi"], r"messages\[0\] must be like .*, got a value of type str"),
         ([*QUESTION, None], r"messages\[1\] must be like .*, got None"),
         ([{"content": "hi"}], r"messages\[0\]\['role'\] must be a string, got None"),
@@ -162,20 +162,20 @@ def test_no_template(tmp_path, kind):
         ([{"role": "user", "content": 5}], r"messages\[0\]\['content'\] must be"),
     ],
 )
-def test_what_is_no_message(messages, reason):
+def test_invalid_messages(messages, reason):
     tokenizer = gguf_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(ModelError, match=reason):
         tokenizer.encode_chat(messages)
 
 
 @pytest.mark.parametrize("tools", ["add", {"type": "function"}, 5, [5], [None], [SCHEMA, "add"]])
-def test_what_is_no_tool(tools):
+def test_invalid_tools(tools):
     with pytest.raises(ModelError, match=r"^tools(\[\d\])? must be"):
         gguf_tokenizer(chat_template="x").chat_prompt(QUESTION, tools)
 
 
-def test_messages_of_other_kinds_that_do(tmp_path):
-    """Parts are the template's business, and nothing that is given is changed."""
+def test_other_valid_messages(tmp_path):
+    """Content parts reach the template, and the arguments are not modified."""
     template = (
         "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
     )
@@ -192,7 +192,7 @@ def test_messages_of_other_kinds_that_do(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["a\ud800", "caf\udce9"])
-def test_content_that_is_no_unicode(content):
+def test_content_that_is_not_unicode(content):
     tokenizer = gguf_tokenizer(chat_template="{{ messages[0].content }}")
     with pytest.raises(ModelError, match=r"the text has U\+D[0-9A-F]{3} at character [13]"):
         tokenizer.encode_chat([{"role": "user", "content": content}])

@@ -1,4 +1,4 @@
-"""Text to tokens: tokenizers of folders, of ChatGLM2 and 3 and of GGUF files, and what is wrong with them."""
+"""Tokenizers of folders, of ChatGLM2 and 3 and of GGUF files, and their errors."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from flashdecpp import LLM, ModelError, SamplingParams
 from flashdecpp.loading.chatglm_tokenizer import ChatGLMTokenizer
 from flashdecpp.loading.tokenizer import FolderTokenizer
 
-ENCODED = {  # by hand: the pair with the highest score is merged, again and again
+ENCODED = {  # by hand: repeatedly merge the pair with the highest score
     "hello": ["▁hello"],
     "hello world": ["▁hello", "▁w", "or", "l", "d"],
     "hell, helo": ["▁hel", "l", ",", "▁hel", "o"],
     "o  ho": ["▁", "o", "▁", "▁h", "o"],
     "wé\n": ["▁w", "<0xC3>", "<0xA9>", "<0x0A>"],
-    "<s>": ["▁", "<0x3C>", "<0x73>", "<0x3E>"],  # no special token, only text
+    "<s>": ["▁", "<0x3C>", "<0x73>", "<0x3E>"],  # plain text, not the special token
 }
-BEHIND = len(PIECES)  # the first id of the tokens that ChatGLM2 puts behind its pieces
+ADDED = len(PIECES)  # the first id of the tokens that ChatGLM2 adds after its pieces
 
 
 @pytest.fixture
@@ -44,17 +44,17 @@ def tokenizer(tmp_path) -> ChatGLMTokenizer:
 def test_pairs_are_merged_by_their_scores(tokenizer, text):
     expected = [PIECES.index(piece) for piece in ENCODED[text]]
     assert tokenizer.encode(text, add_special_tokens=False) == expected
-    assert tokenizer.encode(text) == [BEHIND + 1, BEHIND + 3, *expected]  # [gMASK] sop
+    assert tokenizer.encode(text) == [ADDED + 1, ADDED + 3, *expected]  # [gMASK] sop
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode([0, 1, *expected, 2, BEHIND + 4]) == text
+    assert tokenizer.decode([0, 1, *expected, 2, ADDED + 4]) == text
     assert tokenizer.eos_ids == (2,)
 
 
-def test_a_piece_may_be_called_like_a_token_behind_the_pieces(tmp_path):
+def test_a_piece_may_have_the_name_of_an_added_token(tmp_path):
     pieces = ["sop" if piece == "▁w" else piece for piece in PIECES]
     write_sentencepiece(tmp_path / "tokenizer.model", pieces=pieces)
     tokenizer = ChatGLMTokenizer(tmp_path)
-    ids = [BEHIND + 1, BEHIND + 3, pieces.index("▁hel"), pieces.index("sop"), BEHIND + 4, 10**6]
+    ids = [ADDED + 1, ADDED + 3, pieces.index("▁hel"), pieces.index("sop"), ADDED + 4, 10**6]
     assert tokenizer.decode(ids) == "helsop"
     assert tokenizer.decode(ids, skip_special_tokens=False) == "[gMASK]sop helsopeop"
 
@@ -80,13 +80,13 @@ def test_a_chatglm2_folder_generates(tmp_path):
     write_sentencepiece(tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ChatGLMTokenizer"}))
     llm = LLM(tmp_path, device="cpu", dtype="float32")
-    assert llm.tokenizer.encode("hello") == [BEHIND + 1, BEHIND + 3, PIECES.index("▁hello")]
+    assert llm.tokenizer.encode("hello") == [ADDED + 1, ADDED + 3, PIECES.index("▁hello")]
     ids = llm.tokenizer.encode("h", add_special_tokens=False)
     (answer,) = llm.generate([ids], SamplingParams(max_tokens=8, ignore_eos=True))
     assert len(answer.token_ids) == 8
 
 
-def test_files_that_are_no_byte_pair_encoding(tmp_path):
+def test_files_without_byte_pair_encoding(tmp_path):
     path = tmp_path / "tokenizer.model"
     write_sentencepiece(path)
     whole = path.read_bytes()
@@ -96,7 +96,7 @@ def test_files_that_are_no_byte_pair_encoding(tmp_path):
             ChatGLMTokenizer(tmp_path)
     for settings in ({"kind": 1}, {"remove_spaces": 1}):
         write_sentencepiece(path, **settings)
-        with pytest.raises(ModelError, match="does not hold byte-pair encoding of plain text"):
+        with pytest.raises(ModelError, match="is not byte-pair encoding of plain text"):
             ChatGLMTokenizer(tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_gguf_metadata_of_the_same(add_space):
     tokenizer = spm_tokenizer(add_space_prefix=add_space)
     if add_space:
         for text, pieces in ENCODED.items():
-            if text != "<s>":  # read as the token here: chat templates write it
+            if text != "<s>":  # encoded to the token here, since chat templates write it
                 assert tokenizer.encode(text) == [1, *(PIECES.index(piece) for piece in pieces)]
     assert tokenizer.encode("<s>", add_special_tokens=False) == [1]
     for text in ("hello world", "wé\n", "o  ho"):
@@ -116,7 +116,7 @@ def test_gguf_metadata_of_the_same(add_space):
 
 # ---- ChatGLM3 and GLM-4
 
-ROLES = {role: BEHIND + 5 + i for i, role in enumerate(("system", "user", "assistant", "observation"))}
+ROLES = {role: ADDED + 5 + i for i, role in enumerate(("system", "user", "assistant", "observation"))}
 
 
 def save_chatglm3(folder: Path) -> ChatGLMTokenizer:
@@ -127,7 +127,7 @@ def save_chatglm3(folder: Path) -> ChatGLMTokenizer:
 
 
 def test_chatglm3s_roles_are_tokens(tmp_path):
-    """Each before a line with what a tool is called, and then the text."""
+    """A role, a line with the name of a tool, and the text."""
     tokenizer = save_chatglm3(tmp_path)
     messages = [
         {"role": "system", "content": "hello"},
@@ -135,7 +135,7 @@ def test_chatglm3s_roles_are_tokens(tmp_path):
         {"role": "assistant", "metadata": "lo", "content": "world"},
         {"role": "observation", "content": "o"},
     ]
-    expected = [BEHIND + 1, BEHIND + 3]  # [gMASK] sop
+    expected = [ADDED + 1, ADDED + 3]  # [gMASK] sop
     for message in messages:
         name = message.get("metadata", "")
         expected += [ROLES[message["role"]], *tokenizer.encode(name + "\n", add_special_tokens=False)]
@@ -147,14 +147,14 @@ def test_chatglm3s_roles_are_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("generation", [2, 3])
-def test_what_chatglms_chat_does_not_take(tmp_path, generation):
+def test_what_chatglms_chat_does_not_support(tmp_path, generation):
     tokenizer = save_chatglm3(tmp_path)
     if generation == 2:
         (tmp_path / "tokenizer_config.json").unlink()
         tokenizer = ChatGLMTokenizer(tmp_path)
     for messages, tools, reason in (
         ([{"role": "tool", "content": "hello"}], None, "has no role 'tool'"),
-        ([{"role": "user", "content": [{"type": "text", "text": "hello"}]}], None, "not a string"),
+        ([{"role": "user", "content": [{"type": "text", "text": "hello"}]}], None, "content is a string"),
         ([{"role": "user", "content": "hello"}], [{"type": "function"}], "has no tools"),
         ("hello", None, "messages must be a list"),
     ):
@@ -163,11 +163,11 @@ def test_what_chatglms_chat_does_not_take(tmp_path, generation):
 
 
 def test_glm4s_first_tokenizer_is_named(tmp_path):
-    """A line for each token. The folder's tokenizer.json counts, once it is there."""
+    """A line per token. A tokenizer.json in the folder takes precedence."""
     folder_tokenizer(tmp_path / "whole")
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     for make in (FolderTokenizer, ChatGLMTokenizer):
-        with pytest.raises(ModelError, match=r"tiktoken vocabulary, as GLM-4 .* put the tokenizer\.json"):
+        with pytest.raises(ModelError, match=r"tiktoken vocabulary, as GLM-4 .* add the tokenizer\.json"):
             make(tmp_path)
     (tmp_path / "tokenizer.json").write_text((tmp_path / "whole" / "tokenizer.json").read_text())
     assert FolderTokenizer(tmp_path).encode("hi")
@@ -178,7 +178,7 @@ def test_glm4s_first_tokenizer_is_named(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
-    """What standard input was asked; the answer is always yes."""
+    """The questions asked on standard input, which always answers yes."""
     questions: list[str] = []
     monkeypatch.setattr("builtins.input", lambda *text: questions.extend(text or [""]) or "y")
     return questions
@@ -266,8 +266,8 @@ def with_merges(pre: str):
 
 
 @pytest.mark.parametrize("place", ["vocabulary", "added"])
-def test_an_id_as_large_as_the_memory(tmp_path, place):
-    """The tokenizers library would make a table for it, and end the process where it can't have that."""
+def test_an_enormous_token_id(tmp_path, place):
+    """The tokenizers library would allocate a table for it, and abort the process if it could not."""
     folder_tokenizer(tmp_path, "<turn>")
 
     def change(values):
@@ -296,7 +296,7 @@ def test_other_names_of_a_pre_tokenizer(pre):
     )
 
 
-def test_pre_tokenizers_divide_text_each_in_their_way():
+def test_each_pre_tokenizer_splits_text_in_its_way():
     divided = {pre: tuple(with_merges(pre).encode(SPOKEN, add_special_tokens=False)) for pre in FAMILIES}
     assert len({divided[pre] for pre in ("llama-bpe", "qwen2", "gpt-2", "smollm")}) == 4
     one_by_one = with_merges("qwen2")
@@ -315,7 +315,7 @@ def test_no_pre_tokenizer_is_a_warning_and_llama_cpps_default():
     assert gguf_tokenizer("\u0120.", pre="gpt-2", **spaced).encode(" .") == [259]
     assert (
         len(gguf_tokenizer("\u0120.", pre="default", **spaced).encode(" .")) == 2
-    )  # punctuation stands alone
+    )  # punctuation is split off
 
 
 @pytest.mark.parametrize(
@@ -346,14 +346,14 @@ def test_no_pre_tokenizer_is_a_warning_and_llama_cpps_default():
         ({"chat_template": 5}, "tokenizer.chat_template must be a string"),
     ],
 )
-def test_metadata_without_sense(values, reason):
+def test_inconsistent_metadata(values, reason):
     with pytest.raises(ModelError, match=reason) as error:
         gguf_tokenizer(**values)
     assert "model.gguf" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_large_vocabularies_load_at_once():
-    """128,000 tokens; a piece of a million characters has no merges that anybody looks for."""
+    """128,000 tokens; merges of a piece of a million characters are not searched."""
     words = [f"{a}{b}{c}" for a in "abcdefgh" for b in range(100, 260) for c in range(100, 200)]
     started = time.perf_counter()
     tokenizer = gguf_tokenizer(*words, kind=NORMAL)
@@ -370,20 +370,20 @@ def test_large_vocabularies_load_at_once():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("a\ud800b", r"U\+D800 at character 1, which is half a character"),
+        ("a\ud800b", r"U\+D800 at character 1, a lone surrogate"),
         (b"caf\xe9".decode(errors="surrogateescape"), r"U\+DCE9 at character 3"),
         (b"hi", "must be a string, got bytes"),
         (None, "must be a string, got NoneType"),
         (["hi"], "must be a string, got list"),
     ],
 )
-def test_what_is_no_text(make, text, reason):
+def test_invalid_text(make, text, reason):
     with pytest.raises(ModelError, match=reason):
         make().encode(text)
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
-def test_text_that_cannot_fit_is_refused_before_it_is_tokens(tmp_path, kind):
+def test_text_that_cannot_fit_is_refused_before_it_is_encoded(tmp_path, kind):
     tokenizer = gguf_tokenizer() if kind == "gguf" else folder_tokenizer(tmp_path)
     started = time.perf_counter()
     with pytest.raises(ModelError, match="of 50000000 characters has far more tokens than the 1000 that fit"):
@@ -398,4 +398,4 @@ def test_text_that_fits_is_the_same_with_a_limit():
     text = wide * 2000
     assert tokenizer.encode(text, limit=2500) == tokenizer.encode(text) == [259] * 2000
     short = "hello" * 1000
-    assert tokenizer.encode(short, limit=10) == tokenizer.encode(short)  # the caller says what is too long
+    assert tokenizer.encode(short, limit=10) == tokenizer.encode(short)  # the caller decides what is too long

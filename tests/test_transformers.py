@@ -262,7 +262,7 @@ def test_what_falls_back_says_why():
 def test_a_mask_that_the_model_changed_is_refused():
     q = torch.rand(1, 4, 1, 16)
     description = integration.mask(1, 1, 8, q_offset=7)
-    with pytest.raises(ValueError, match="must be boolean, of floats, or as it was made"):
+    with pytest.raises(ValueError, match="must be boolean, floating-point or unmodified"):
         integration.attention(nn.Identity(), q, q, q, nn.functional.pad(description, (0, 7)))
 
 
@@ -595,10 +595,10 @@ def test_without_transformers(monkeypatch):
 @pytest.mark.demo
 def test_the_demo_model_gives_the_same_tokens():
     from flashdecpp import LLM
-    from flashdecpp.models.to_transformers import transformers_twin
+    from flashdecpp.models.to_transformers import to_transformers
 
     llm = LLM("demo", device="cpu", dtype="float32")
-    model = transformers_twin(llm.decoder, torch.float32).eval()
+    model = to_transformers(llm.decoder, torch.float32).eval()
     ids = [llm.tokenizer.encode(text) for text in ("The capital of France is", "def fibonacci(n):")]
     longest = max(map(len, ids))
     batch = {

@@ -579,7 +579,7 @@ def test_a_bad_table_is_a_warning_and_tuning_says_what_to_do(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ((), "say what to measure, by --model or by --shapes, not both"),
+        ((), "give either --model or --shapes, not both"),
         (("--shapes", "8,8", "--model", "demo"), "not both"),
         (("--shapes", "8"), "--shapes must be pairs N,K"),
         (("--shapes", "8,8", "--device", "cpu", "--dtype", "int8"), "dtype on cpu must be one of"),

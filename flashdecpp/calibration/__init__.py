@@ -1,1 +1,1 @@
-"""Measures a model's softmax inputs and chooses phi."""
+"""Chooses phi from measurements of a model's softmax inputs."""

@@ -1,4 +1,4 @@
-"""What `flashdecpp calibrate` reads when it is given no text: short pieces of many kinds, written for it."""
+"""The default text of `flashdecpp calibrate`: short passages of many kinds, written for it."""
 
 TEXT = """\
 The lighthouse keeper had counted ships for thirty-one years, and in all that time no two evenings had been

@@ -1,3 +1,3 @@
-"""The command line: `flashdecpp` or `python -m flashdecpp`."""
+"""The command line, `flashdecpp` or `python -m flashdecpp`."""
 
 from .app import main as main

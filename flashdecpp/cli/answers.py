@@ -1,11 +1,11 @@
-"""How the command line prints answers, and the line about a run that follows them."""
+"""Prints answers and the line of statistics that follows them."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from flashdecpp import LLM, Completion, Piece
 
 
-def print_stream(pieces: Iterator[Piece]) -> tuple[str, bool]:
-    """Prints an answer as it comes, until it ends or Ctrl-C. The answer, and whether it was interrupted."""
+def print_stream(pieces: Generator[Piece]) -> tuple[str, bool]:
+    """Prints an answer as it arrives, until its end or Ctrl-C. Returns it and whether it was interrupted."""
     answer, interrupted = "", False
     with closing(pieces):
         try:
@@ -35,7 +35,7 @@ def print_stream(pieces: Iterator[Piece]) -> tuple[str, bool]:
 
 
 def print_texts(completions: Iterable[Completion], samples: int) -> None:
-    """In the order of the prompts: each as soon as it and all before it have ended."""
+    """Prints answers in the order of the prompts, each as soon as it and all earlier ones are complete."""
     texts: dict[int, str] = {}
     due = 0
     for completion in completions:
@@ -46,8 +46,8 @@ def print_texts(completions: Iterable[Completion], samples: int) -> None:
 
 
 def print_json(completions: Iterable[Completion], prompts: Sequence[str]) -> None:
-    """One object a line, each as soon as its answer has ended."""
-    # Escaped where the stream would replace characters.
+    """Prints one object per line, each as soon as its answer is complete."""
+    # Escaped if the stream would otherwise replace characters.
     ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     for completion in completions:
         result = _finite(_result(prompts[completion.index], completion))
@@ -55,7 +55,7 @@ def print_json(completions: Iterable[Completion], prompts: Sequence[str]) -> Non
 
 
 def _result(prompt: str, completion: Completion) -> dict[str, object]:
-    result = {
+    result: dict[str, object] = {
         "index": completion.index,
         "sample": completion.sample,
         "seed": completion.seed,
@@ -82,16 +82,16 @@ def _result(prompt: str, completion: Completion) -> dict[str, object]:
 
 
 def _finite(value: object) -> object:
-    """null for infinities, which JSON doesn't have: those of excluded tokens."""
+    """Replaces the infinite log-probabilities of excluded tokens by null, since JSON has no infinity."""
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_stats(llm: LLM) -> None:
-    """One line on stderr about the last run."""
+    """Prints a line about the last run on stderr."""
     stats = llm.stats
     if stats is None:
         return
@@ -100,7 +100,8 @@ def print_stats(llm: LLM) -> None:
     softmax = stats.softmax
     if softmax != "online softmax":
         softmax += f": {stats.softmax_fallbacks} softmax fallbacks in {stats.softmax_rows} rows"
-    found = f"{stats.cached_prompt_tokens} tokens found in the cache, " if stats.cached_prompt_tokens else ""
+    cached = stats.cached_prompt_tokens
+    found = f"{cached} prompt tokens from the cache, " if cached else ""
     preempted = f"{stats.preemptions} preemptions, " if stats.preemptions else ""
     slower = "" if stats.cuda_graphs else "no CUDA graphs, "
     slower += "batch-invariant, " if stats.batch_invariant else ""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -18,6 +18,8 @@ from . import terminal
 
 if TYPE_CHECKING:
     from flashdecpp import LLM, SamplingParams
+
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
 class _Commands(TyperGroup):
@@ -32,7 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # which would take "[default: ...]" for a style and drop it
+    rich_markup_mode=None,  # rich would read "[default: ...]" as a style and drop it
 )
 
 Model = Annotated[
@@ -43,116 +45,114 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32 (CPU only), bfloat16 or float16.  [default: bfloat16; on a GPU the model's own]"
+        help="float32 (CPU only), bfloat16 or float16.  [default: bfloat16; on a GPU that of the model]"
     ),
 ]
 Phi = Annotated[
     str,
     typer.Option(
-        help="Unified maximum of the softmax: auto (what calibrate wrote beside the model, else carry), "
-        "carry (each sequence's last row maxima), none, or a file."
+        help="Unified maximum of the softmax: auto (the file that calibrate wrote next to the model, else "
+        "carry), carry (the row maxima of each sequence's last step), none, or a file."
     ),
 ]
 Quantize = Annotated[
     str,
     typer.Option(
-        help="Weights: auto (a GGUF's Q4_0, Q4_1 and Q8_0 as stored), none (all in --dtype), "
-        "int8 or int4 (float weights rounded to the nearest)."
+        help="Weights: auto (Q4_0, Q4_1 and Q8_0 of a GGUF file as stored), none (all in --dtype), "
+        "int8 or int4 (float weights rounded to nearest)."
     ),
 ]
 CudaGraphs = Annotated[
     bool,
     typer.Option(
-        help="Replay decode steps on a GPU as CUDA graphs; without, their kernels are launched one by one, "
-        "to debug or profile."
+        help="Replay decode steps on a GPU as CUDA graphs, or launch their kernels one by one to debug or "
+        "profile."
     ),
 ]
 GenerationConfig = Annotated[
     bool,
     typer.Option(
         "--generation-config/--no-generation-config",
-        help="Sample as the model's generation_config.json says, where no option says otherwise.",
+        help="Use the sampling defaults of the model's generation_config.json.",
     ),
 ]
 
-# Options that become SamplingParams, by its names. None of them has a default here: what isn't given is the
-# model's own, or that of SamplingParams.
+# Options that become fields of SamplingParams. Their defaults are those of the model and of SamplingParams.
 _OWN = "  [default: the model's own]"
 SAMPLING: dict[str, Any] = {
     "max_tokens": Annotated[
-        int | None, typer.Option("--max-tokens", "-n", help=f"Most tokens of an answer.{_OWN}")
+        int | None, typer.Option("--max-tokens", "-n", help=f"Maximum tokens of an answer.{_OWN}")
     ],
     "temperature": Annotated[
-        float | None, typer.Option("--temperature", "-t", help=f"0 takes the most likely token.{_OWN}")
+        float | None, typer.Option("--temperature", "-t", help=f"0 always picks the likeliest token.{_OWN}")
     ],
-    "top_k": Annotated[
-        int | None, typer.Option(help=f"Choose among the k most likely tokens; 0 is off.{_OWN}")
-    ],
+    "top_k": Annotated[int | None, typer.Option(help=f"Sample from the k likeliest tokens; 0 is off.{_OWN}")],
     "top_p": Annotated[
-        float | None, typer.Option(help=f"Choose among the most likely tokens that sum up to p.{_OWN}")
+        float | None,
+        typer.Option(help=f"Sample from the likeliest tokens whose probabilities add up to p.{_OWN}"),
     ],
     "min_p": Annotated[
         float | None, typer.Option(help=f"Drop tokens below p times the likeliest one's probability.{_OWN}")
     ],
     "repetition_penalty": Annotated[
-        float | None, typer.Option(help=f"Above 1 makes tokens already there less likely.{_OWN}")
+        float | None, typer.Option(help=f"Above 1, tokens of prompt and answer become less likely.{_OWN}")
     ],
     "presence_penalty": Annotated[
-        float | None, typer.Option(help="Taken off the logits of tokens that the answer has.")
+        float | None, typer.Option(help="Subtracted from the logit of every token in the answer.")
     ],
     "frequency_penalty": Annotated[
-        float | None, typer.Option(help="The same for each time that it has them.")
+        float | None, typer.Option(help="Subtracted from a token's logit once per occurrence in the answer.")
     ],
     "logit_bias": Annotated[
         list[str] | None,
         typer.Option(
-            metavar="<id>=<value>", help="Added to a token's logit, -inf excludes it; again for others."
+            metavar="<id>=<value>", help="Added to a token's logit, -inf excludes it; may be repeated."
         ),
     ],
     "bad_words": Annotated[
         list[str] | None,
-        typer.Option("--bad-word", metavar="<str>", help="Never generated; may be given again."),
+        typer.Option("--bad-word", metavar="<str>", help="Never generated; may be repeated."),
     ],
     "stop": Annotated[
         list[str] | None,
-        typer.Option(metavar="<str>", help="End the answer before this text; may be given again."),
+        typer.Option(metavar="<str>", help="End the answer before this text; may be repeated."),
     ],
     "stop_token_ids": Annotated[
         list[int] | None,
         typer.Option(
-            "--stop-token-id", metavar="<int>", help="End the answer before this token; may be given again."
+            "--stop-token-id", metavar="<int>", help="End the answer before this token; may be repeated."
         ),
     ],
-    "min_tokens": Annotated[int | None, typer.Option(help="Fewest tokens of an answer.")],
+    "min_tokens": Annotated[int | None, typer.Option(help="Minimum tokens of an answer.")],
     "ignore_eos": Annotated[
-        bool | None, typer.Option("--ignore-eos", help="Go on past the end of the answer.")
+        bool | None, typer.Option("--ignore-eos", help="Never choose an end-of-sequence token.")
     ],
     "skip_special_tokens": Annotated[
         bool | None,
         typer.Option(
-            "--skip-special-tokens/--keep-special-tokens", help="Whether they are left out of the text."
+            "--skip-special-tokens/--keep-special-tokens", help="Whether the text leaves special tokens out."
         ),
     ],
-    "seed": Annotated[int | None, typer.Option(help="Makes sampling repeatable.  [default: a fresh one]")],
+    "seed": Annotated[int | None, typer.Option(help="Makes sampling repeatable.  [default: random]")],
 }
 SAMPLING_OF_MANY: dict[str, Any] = SAMPLING | {
     "n": Annotated[
-        int | None, typer.Option("--samples", help="Answers to each prompt (n); answer i has seed + i.")
+        int | None, typer.Option("--samples", help="Answers per prompt (n); answer i has seed + i.")
     ],
     "logprobs": Annotated[
         int | None,
         typer.Option(
-            help="With --json: log-probabilities of its tokens and of so many others at each place."
+            help="With --json: log-probabilities of the answer's tokens and of this many alternatives each."
         ),
     ],
-    "prompt_logprobs": Annotated[int | None, typer.Option(help="The same of the prompt's tokens.")],
+    "prompt_logprobs": Annotated[int | None, typer.Option(help="The same for the prompt's tokens.")],
 }
 
 
-def _takes(options: dict[str, Any]) -> Callable[[Callable], Callable]:
-    """Adds options to a command, which gets them as its **keywords."""
+def _with_options(options: dict[str, Any]) -> Callable[[Command], Command]:
+    """Adds options to a command, which receives them as its **keywords."""
 
-    def decorate(command: Callable) -> Callable:
+    def decorate(command: Command) -> Command:
         hints = get_type_hints(command, include_extras=True)
         own = [
             parameter.replace(annotation=hints[parameter.name])
@@ -163,7 +163,7 @@ def _takes(options: dict[str, Any]) -> Callable[[Callable], Callable]:
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
             for name, annotation in options.items()
         ]
-        command.__signature__ = inspect.Signature([*own, *added])
+        setattr(command, "__signature__", inspect.Signature([*own, *added]))  # noqa: B010
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
         return command
 
@@ -171,23 +171,23 @@ def _takes(options: dict[str, Any]) -> Callable[[Callable], Callable]:
 
 
 @app.command()
-@_takes(SAMPLING_OF_MANY)
+@_with_options(SAMPLING_OF_MANY)
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt. Without one, --file or standard input.")
+        str | None, typer.Argument(help="The prompt.  [default: --file or standard input]")
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
     lines: Annotated[
-        bool, typer.Option("--lines", help="Every line of the input is a prompt of its own.")
+        bool, typer.Option("--lines", help="Treat every line of the input as a prompt.")
     ] = False,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")
+        bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")
     ] = False,
     tools: Annotated[
         Path | None, typer.Option(help="With --chat: a JSON list of functions that the model may call.")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON object for each answer as soon as it has ended.")
+        bool, typer.Option("--json", help="Print a JSON object per answer, as soon as it is complete.")
     ] = False,
     model: Model = "demo",
     device: Device = None,
@@ -199,8 +199,8 @@ def generate(
         bool,
         typer.Option(
             "--batch-invariant",
-            help="An answer doesn't depend on what it is batched with: every step computes a full batch, "
-            "and every prompt is computed anew.",
+            help="Make answers independent of what they are batched with: every step computes a full batch, "
+            "and no prompt uses the prefix cache.",
         ),
     ] = False,
     generation_config: GenerationConfig = True,
@@ -212,9 +212,9 @@ def generate(
     prompts = _prompts(prompt, file, lines)
     params = _sampling_params(sampling)
     if tools is not None and not chat:
-        raise ValueError("--tools needs --chat: the chat template tells the model of them")
+        raise ValueError("--tools needs --chat, whose template describes them to the model")
     if (params.logprobs, params.prompt_logprobs) != (None, None) and not as_json:
-        raise ValueError("--logprobs and --prompt-logprobs need --json, which has a place for them")
+        raise ValueError("--logprobs and --prompt-logprobs need --json")
     functions = None if tools is None else _read_tools(tools)
     llm = _load(
         model,
@@ -230,7 +230,7 @@ def generate(
     inputs = [_templated(llm, text, functions) for text in prompts] if chat else prompts
     several, interrupted = len(inputs) * params.n > 1, False
     if several or as_json:
-        # A bar beside the answers, where both are on the terminal, would be written over.
+        # On a terminal the answers would overwrite the bar.
         progress = several and not sys.stdout.isatty()
         try:
             with closing(llm.completions(inputs, params, progress=progress)) as completions:
@@ -248,7 +248,7 @@ def generate(
 
 
 @app.command()
-@_takes(SAMPLING)
+@_with_options(SAMPLING)
 def chat(
     model: Model = "demo",
     system: Annotated[str | None, typer.Option(help="A system message that opens the conversation.")] = None,
@@ -260,31 +260,40 @@ def chat(
     generation_config: GenerationConfig = True,
     **sampling: Any,
 ) -> None:
-    """Talk with a model. Ctrl-C ends an answer, Ctrl-D the conversation, /new forgets it."""
+    """Talk with a model. Ctrl-C ends an answer, Ctrl-D the conversation; /new starts a new one."""
     from .conversation import converse
 
     params = _sampling_params(sampling)
-    settings = {"quantize": quantize, "cuda_graphs": cuda_graphs, "generation_config": generation_config}
-    converse(_load(model, device, dtype, phi, **settings), params, system and terminal.clean(system))
+    llm = _load(
+        model,
+        device,
+        dtype,
+        phi,
+        quantize=quantize,
+        cuda_graphs=cuda_graphs,
+        generation_config=generation_config,
+    )
+    converse(llm, params, system and terminal.clean(system))
 
 
 @app.command()
 def calibrate(
     model: Model = "demo",
     text: Annotated[
-        Path | None, typer.Option(help="A text to measure.  [default: a short one of many kinds]")
+        Path | None, typer.Option(help="The text to measure.  [default: a short built-in one]")
     ] = None,
-    tokens: Annotated[
-        int, typer.Option("--tokens", "-n", help="Most tokens of it to measure.", min=1)
-    ] = 4096,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Maximum tokens to measure.", min=1)] = 4096,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where phi goes.  [default: beside the model]")
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write phi to.  [default: next to the model]"),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the statistics into this PNG (matplotlib).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Plot the statistics to this PNG (needs matplotlib).")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure a model's softmax inputs and write the unified maximum of every head beside the model."""
+    """Measure a model's softmax inputs and write the unified maximum of every head next to the model."""
     from flashdecpp.calibration import calibrate as calibration
     from flashdecpp.calibration.text import TEXT
     from flashdecpp.models.phi import phi_path
@@ -310,11 +319,12 @@ def tune(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Measure the linear layers of this model: 'demo', a folder, a .gguf."
+            "--model", "-m", help="Measure the linear layers of this model: 'demo', a folder or a .gguf file."
         ),
     ] = None,
     shapes: Annotated[
-        str | None, typer.Option(help="Or these weights [N, K]: 'N,K;N,K', such as '4096,4096;11008,4096'.")
+        str | None,
+        typer.Option(help="Measure weights [N, K] given as 'N,K;N,K', such as '4096,4096;11008,4096'."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -322,14 +332,16 @@ def tune(
         Path | None,
         typer.Option("--output", "-o", help="The table's file.  [default: where every run finds it]"),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw time over M into this PNG (matplotlib).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Plot time over M to this PNG (needs matplotlib).")
+    ] = None,
 ) -> None:
-    """Measure gemv, flat GEMM and BLAS on this machine: which one linear() takes for how many rows.
+    """Measure GEMV, flat GEMM and BLAS on this device, so that linear() picks the fastest for each M.
 
-    For every weight [N, K] two inflection points come out: gemv below M1 rows, flat GEMM from M1 to M2, BLAS
-    from M2 on. They are added to this device's table, in tables/ of $FLASHDECPP_CACHE (~/.cache/flashdecpp),
-    which every later run finds by itself. `flashdecpp info --shapes ...` shows what is chosen. Let nothing
-    else run meanwhile.
+    The result is two inflection points per weight [N, K]: GEMV below M1 rows, flat GEMM from M1 to M2, BLAS
+    from M2 on. They are added to this device's table in tables/ of $FLASHDECPP_CACHE (~/.cache/flashdecpp),
+    which later runs load by themselves; `flashdecpp info --shapes ...` shows the choices. Keep the device
+    otherwise idle while it is measured.
     """
     import torch
 
@@ -342,24 +354,24 @@ def tune(
     from flashdecpp.tuning.table import parse_shapes
 
     if (model is None) == (shapes is None):
-        raise ValueError("say what to measure, by --model or by --shapes, not both")
+        raise ValueError("give either --model or --shapes, not both")
     if plot is not None:
         calibration.need_matplotlib()
     _need_writable(output, plot)
-    place = resolve_device(device)
+    target = resolve_device(device)
     if shapes is not None:
         wanted, own_dtype = parse_shapes(shapes), torch.float16
-    else:
+    elif model is not None:
         checkpoint = open_checkpoint(model)
         wanted, own_dtype = checkpoint.plan.linear_shapes, checkpoint.config.dtype
-    table = Table(place.type, device_name(place))
+    table = Table(target.type, device_name(target))
     if output is None:
         user_folder().mkdir(parents=True, exist_ok=True)
         output = user_folder() / table.file_name
         _need_writable(output)
     if output.exists():
         table = table.merged(Table.load(output))
-    measured = tuner.tune(wanted, resolve_dtype(dtype, place, own_dtype), place)
+    measured = tuner.tune(wanted, resolve_dtype(dtype, target, own_dtype), target)
     table.merged(measured).save(output)
     if plot is not None:
         drawing.plot(measured, plot)
@@ -372,10 +384,10 @@ def tune(
 @app.command()
 def info(
     shapes: Annotated[
-        str | None, typer.Option(help="Show what linear() takes for weights [N, K]: 'N,K;N,K'.")
+        str | None, typer.Option(help="Show what linear() runs for weights [N, K] given as 'N,K;N,K'.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="The dtype of these shapes.  [default: bfloat16; on a GPU float16]")
+        str | None, typer.Option(help="The dtype of --shapes.  [default: bfloat16; on a GPU float16]")
     ] = None,
     attention: Annotated[
         str | None,
@@ -385,7 +397,7 @@ def info(
         ),
     ] = None,
 ) -> None:
-    """What was built, which devices there are, and which kernels will run and why."""
+    """Show what was built, the devices, and which kernels will run and why."""
     from flashdecpp.info import lines, parse_attention
     from flashdecpp.tuning.table import parse_shapes
 
@@ -395,7 +407,7 @@ def info(
 
 
 def main() -> None:
-    """Runs the command line; every expected error is one line on stderr and exit status 1."""
+    """Runs the command line. An expected error is one line on stderr and exit status 1."""
     terminal.prepare()
     app()
 
@@ -411,7 +423,7 @@ def _prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
 
 
 def _sampling_params(options: dict[str, Any]) -> SamplingParams:
-    """Of the options of SAMPLING that were given."""
+    """SamplingParams from the options of SAMPLING that were given."""
     from flashdecpp import SamplingParams
 
     given = {name: value for name, value in options.items() if value is not None and value != []}
@@ -441,16 +453,16 @@ def _read_tools(path: Path) -> list[Any]:
 
 
 def _need_writable(*paths: Path | None) -> None:
-    """Raises an error where a file could not be written, before the work that it's for."""
+    """Raises an error for files that could not be written, before any long work."""
     for path in paths:
         if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-            raise ValueError(f"{path} can't be written: {path.parent} is no folder that may be written to")
+            raise ValueError(f"{path} can't be written: {path.parent} is not a writable folder")
 
 
-def _load(model: str, device: str | None, dtype: str | None, phi: str, **settings: str | bool) -> LLM:
+def _load(model: str, device: str | None, dtype: str | None, phi: str, **options: Any) -> LLM:
     from flashdecpp import LLM
 
-    return LLM(model, device=device, dtype=dtype, phi=phi, **settings)
+    return LLM(model, device=device, dtype=dtype, phi=phi, **options)
 
 
 def _templated(llm: LLM, text: str, tools: list[Any] | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""`flashdecpp chat`: turns of a person at a terminal, or lines of a pipe, and a model's answers."""
+"""`flashdecpp chat`: a conversation at a terminal, or over a pipe with one turn per line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .terminal import UNUSABLE, clean, complain
 if TYPE_CHECKING:
     from flashdecpp import LLM, SamplingParams
 
-SIGN = "> "
+PROMPT = "> "
 
 
 def converse(llm: LLM, params: SamplingParams, system: str | None = None) -> None:
-    """Answers every turn until the input ends. A turn that can't be answered is a line, and forgotten."""
+    """Answers every turn until the input ends. One that fails is reported on a line and dropped."""
     opening = [{"role": "system", "content": system}] if system else []
     messages = opening
     print(
@@ -39,11 +39,11 @@ def converse(llm: LLM, params: SamplingParams, system: str | None = None) -> Non
 
 
 def _turns() -> Iterator[str]:
-    """What is typed, line by line, without blank ones."""
+    """Yields the lines of standard input that are not blank."""
     if sys.stdin is None:
         return
     typed = sys.stdin.isatty()
-    # Line editing, where Python knows that both are a terminal, draws the sign itself, on standard output.
+    # With a terminal at both ends Python edits the line itself and draws the prompt on standard output.
     edited = typed and sys.stdout.isatty()
     if edited:
         with suppress(ImportError):
@@ -51,8 +51,8 @@ def _turns() -> Iterator[str]:
     while True:
         try:
             if typed and not edited:
-                print(SIGN, end="", file=sys.stderr, flush=True)
-            text = clean(input(SIGN if edited else "")).strip()
+                print(PROMPT, end="", file=sys.stderr, flush=True)
+            text = clean(input(PROMPT if edited else "")).strip()
         except EOFError:
             if typed:
                 print(file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The standard streams of the command line: text in, text out, and how a run ends."""
+"""Standard streams and exit status of the command line."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ import torch
 
 from flashdecpp._interrupt import raise_again
 
-# Of a model, a prompt or a setting: what a person at a terminal can act on.
+# Errors that a person at a terminal can act on: an unusable model, prompt or setting.
 UNUSABLE = (ValueError, MemoryError, torch.OutOfMemoryError)
 
-_SURROGATES = re.compile("[\ud800-\udfff]")  # what Python has in place of bytes that are no text
+_SURROGATES = re.compile("[\ud800-\udfff]")  # how Python decodes bytes that are not UTF-8
 
 
 def prepare() -> None:
-    """What a terminal can't show is replaced, as is input that is no text: neither ends an answer midway."""
+    """Makes the streams replace what they cannot encode or decode, so that no answer ends midway."""
     raise_again()
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    for name in ("stdout", "stderr"):  # None where the shell has closed it
+    for name in ("stdout", "stderr"):  # None if the shell has closed it
         if getattr(sys, name) is None:
             setattr(sys, name, io.StringIO())
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Every expected error is a line on stderr and exit status 1; 130 after Ctrl-C, 0 after a closed pipe."""
+    """Turns expected errors into one line and exit status 1; 130 after Ctrl-C, 0 after a closed pipe."""
     try:
         yield
     except KeyboardInterrupt:
@@ -50,6 +50,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def complain(error: BaseException, advice: str = "") -> None:
+    """Prints an error as one line on stderr."""
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror[:1].lower() + error.strerror[1:]
         text = reason if error.filename is None else f"{error.filename}: {reason}"
@@ -59,12 +60,12 @@ def complain(error: BaseException, advice: str = "") -> None:
 
 
 def clean(text: str) -> str:
-    """An argument of the command line as text: U+FFFD for every byte that is none."""
+    """A command-line argument as valid Unicode, with U+FFFD for every undecodable byte."""
     return _SURROGATES.sub("\ufffd", text)
 
 
 def read_text(path: Path | None) -> str:
-    """A file's text, or standard input's: UTF-8, with U+FFFD for bytes that are none."""
+    """Reads a file, or standard input, as UTF-8 with U+FFFD for undecodable bytes."""
     if path is not None:
         data = path.read_bytes()
     elif sys.stdin is None:
@@ -77,7 +78,7 @@ def read_text(path: Path | None) -> str:
 
 
 def _flush(stream: TextIO) -> None:
-    """What can't be written any more is dropped, so that the interpreter doesn't try again when it ends."""
+    """Drops output that can no longer be written, so that the interpreter does not try again at exit."""
     try:
         stream.flush()
     except OSError:

@@ -54,8 +54,8 @@ class BlockPool:
         blocks = [self._unused.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._users[block] = 1
-            if self._keys[block] is not None:
-                self._registered.pop(self._keys[block], None)
+            if (key := self._keys[block]) is not None:
+                self._registered.pop(key, None)
                 self._keys[block] = None
         self._note_peak()
         return blocks

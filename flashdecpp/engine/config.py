@@ -33,6 +33,13 @@ class EngineConfig:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def length_limit(self) -> int:
+        """max_len, once `within` has filled it in."""
+        if self.max_len is None:
+            raise ValueError("max_len is not filled in yet")
+        return self.max_len
+
     def within(self, context: int) -> "EngineConfig":
         """The same with max_len filled in, which must fit the model's context."""
         max_len = context if self.max_len is None else self.max_len

@@ -26,7 +26,7 @@ from .config import EngineConfig
 from .logprobs import TokenLogprob
 from .request import Request, due_to
 from .sampler import Sampled, Sampler
-from .sampling import SamplingFeatures
+from .sampling import LogitsProcessor, SamplingFeatures
 
 # A graph's number of rows and the features by which it samples tokens; None computes the logits alone
 GraphKey = tuple[int, SamplingFeatures | None]
@@ -68,7 +68,7 @@ class DecodeBatch:
         model, device = decoder.config, self._device
         self._lengths = torch.zeros(max_batch, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(max_batch, dtype=torch.int64, device=device)
-        table = (max_batch, blocks_for(config.max_len))
+        table = (max_batch, blocks_for(config.length_limit))
         self._block_table = torch.zeros(table, dtype=torch.int32, device=device)
         self._phi: torch.Tensor | None = None  # carried by each row: NaN until its first step
         if decoder.phi.carried:
@@ -190,9 +190,9 @@ class DecodeBatch:
         if features.processed:
             logits = logits.to(torch.float32, copy=True)
             for row, request in zip(logits, self.requests[rows], strict=False):
-                if request.params.logits_processor is not None:
+                if (processor := request.params.logits_processor) is not None:
                     with due_to(request):
-                        row.copy_(_processed(request, row))
+                        row.copy_(_processed(processor, request, row))
         return self._sample(logits, own, rows, features)
 
     def _capture(self, key: GraphKey) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -238,9 +238,9 @@ def _logprob(request: Request, token: int, row: Sequence[float]) -> TokenLogprob
     return None if count is None else logprobs.unpack(token, row, count)
 
 
-def _processed(request: Request, logits: torch.Tensor) -> torch.Tensor:
+def _processed(processor: LogitsProcessor, request: Request, logits: torch.Tensor) -> torch.Tensor:
     """The request's logits_processor applied to logits [vocab]."""
-    result = request.params.logits_processor(request.history, logits)
+    result = processor(request.history, logits)
     if not isinstance(result, torch.Tensor) or result.shape != logits.shape:
         kind = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
         raise ModelError(

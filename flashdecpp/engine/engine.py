@@ -87,12 +87,12 @@ class Engine:
                 while events:
                     event = events.popleft()
                     request, answer = event.request, event.request.answer
-                    if answer.finish_reason is not None:
+                    if answer.has_ended():
                         continue
                     if event.error is not None:
                         raise event.error
                     pieces = answer.receive(event)
-                    if answer.finish_reason is not None:
+                    if answer.has_ended():
                         unfinished -= 1
                         if event.token is not None:  # a stop string, of which the engine knows nothing
                             self._leave([request])
@@ -162,12 +162,10 @@ class Engine:
     def _decode(self) -> bool:
         """A token of every running sequence. False, with nothing launched, if unread tokens had to be read
         first: sequences that ended may have left room for all others."""
-        step = self.scheduler.schedule_decode()
-        if step is None:
+        while (step := self.scheduler.schedule_decode()) is None:
             if self._read():
                 return False
             self._make_room()
-            step = self.scheduler.schedule_decode()
         if step.rows:
             self._unread.append(self.executor.decode(step))
             self.scheduler.decoded(step)
@@ -201,20 +199,20 @@ class Engine:
                 try:
                     self._append_token(request, token, logprob)
                 except Exception as error:
-                    raise RequestError(request) from error
+                    raise RequestError(request, error) from error
         self.scheduler.drop_finished()
         return any_read
 
     def _append_token(self, request: Request, token: int, logprob: TokenLogprob | None) -> None:
         """Adds a token to a request, and ends the request if this was its last one."""
         now = time.perf_counter()
-        if token in self.executor.eos_ids or token in request.params.stop_token_ids:
+        if token in self.executor.eos_ids or token in (request.params.stop_token_ids or ()):
             request.finish_reason, request.stop_token = "stop", token
         else:
             for guide in request.guides:
                 guide.accept(token)
             request.token_ids.append(token)
-            if request.length >= request.final_length(self.config.max_len):
+            if request.length >= request.final_length(self.config.length_limit):
                 request.finish_reason = "length"
             request.events.append(Event(request, token, logprob, at=now))
         if request.finish_reason is not None:
@@ -228,7 +226,7 @@ class Engine:
             yield
         except RequestError as error:
             self._recover()
-            self._fail(error.request, error.__cause__)
+            self._fail(error.request, error.error)
         except BaseException:
             self._recover()
             raise
@@ -256,11 +254,12 @@ class Engine:
         On a GPU as large as a full batch can ever need; on the CPU one context, or what these requests need.
         """
         config, fixed = self.config, self.config.cache_blocks
-        needs = sorted((blocks_for(r.final_length(config.max_len)) for r in requests), reverse=True)
-        context, least = blocks_for(config.max_len), needs[0]
+        max_len = config.length_limit
+        needs = sorted((blocks_for(r.final_length(max_len)) for r in requests), reverse=True)
+        context, least = blocks_for(max_len), needs[0]
         on_cpu = self.decoder.device.type == "cpu"
         wanted = max(context, sum(needs[: config.max_batch])) if on_cpu else context * config.max_batch
-        fits = self.cache is not None and least <= self.cache.num_blocks
+        fits = least <= self.pool.num_blocks
         if fits and (fixed is not None or wanted <= self._wanted_blocks):
             return
         if fixed is None and self.scheduler.idle:
@@ -271,7 +270,7 @@ class Engine:
         elif not fits:
             raise OutOfMemory(
                 f"a prompt and its answer may need {least * BLOCK_SIZE} tokens of KV cache, "
-                f"which has {self.cache.num_blocks * BLOCK_SIZE}; raise cache_tokens or lower max_tokens"
+                f"which has {self.pool.num_blocks * BLOCK_SIZE}; raise cache_tokens or lower max_tokens"
             )
 
     def _affordable_blocks(self) -> int:

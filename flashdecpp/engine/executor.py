@@ -21,6 +21,18 @@ class Executor:
         self.cache: KVCache | None = None
         self.batch: DecodeBatch | None = None
 
+    @property
+    def _cache(self) -> KVCache:
+        if self.cache is None:
+            raise RuntimeError("use_cache must come first")
+        return self.cache
+
+    @property
+    def _batch(self) -> DecodeBatch:
+        if self.batch is None:
+            raise RuntimeError("new_batch must come first")
+        return self.batch
+
     def use_cache(self, cache: KVCache | None) -> None:
         """Replaces the cache while nothing runs; None frees the old one."""
         self.cache, self.batch = cache, None
@@ -31,51 +43,54 @@ class Executor:
 
     def new_batch(self, rows: list[Request]) -> None:
         """The first batch, or the one after `reset`: `rows` resume in it."""
-        batch = DecodeBatch(self.decoder, self.cache, self.eos_ids, self._config)
+        batch = DecodeBatch(self.decoder, self._cache, self.eos_ids, self._config)
         batch.join(rows)
         self.batch = batch
 
     def prefill(self, chunk: PrefillChunk) -> torch.Tensor | None:
         """Writes a chunk's tokens to the cache. Logits [1, vocab] of the last one; None for no tokens."""
         request, device = chunk.request, self.decoder.device
-        if chunk.restored:
-            self.cache.restore(chunk.restored, request.saved[:, :, -len(chunk.restored) :])
+        if chunk.restored and request.saved is not None:
+            self._cache.restore(chunk.restored, request.saved[:, :, -len(chunk.restored) :])
         if chunk.start == chunk.stop:
             return None
         tokens = upload(request.history[chunk.start : chunk.stop], torch.int64, device)
         table = upload([request.blocks], torch.int32, device)
-        wanted = {}
-        if request.scores_prompt:
-            scores = request.prompt_logprobs, request.prompt_ids, request.params.prompt_logprobs
-            wanted["score"] = PromptScores(*scores).add
+        score, count = None, request.params.prompt_logprobs
+        if request.scores_prompt and count is not None:
+            score = PromptScores(request.prompt_logprobs, request.prompt_ids, count).add
         return self.decoder.prefill(
-            tokens, self.cache, table, start=chunk.start, prompt_length=request.rotated_for, **wanted
+            tokens, self._cache, table, start=chunk.start, prompt_length=request.rotated_for, score=score
         )
 
     def start(self, start: DecodeStart, logits: torch.Tensor | None) -> SampledTokens | None:
         """Adds rows to the batch. New ones get their first tokens, from the logits of their prompt."""
-        self.batch.keep_only(start.rows)
-        self.batch.join(start.joining)
-        return self.batch.sample_first(start.joining, logits) if start.samples_first else None
+        batch = self._batch
+        batch.keep_only(start.rows)
+        batch.join(start.joining)
+        if not start.samples_first or logits is None:
+            return None
+        return batch.sample_first(start.joining, logits)
 
     def decode(self, step: DecodeStep) -> SampledTokens:
         """Launches one token of every row."""
-        self.batch.keep_only(step.rows)
+        batch = self._batch
+        batch.keep_only(step.rows)
         if step.growth:
             for growth in step.growth:
                 if growth.copied_from is not None:
-                    self.cache.copy(growth.copied_from, growth.block)
+                    self._cache.copy(growth.copied_from, growth.block)
             rows, columns, blocks = zip(*((g.row, g.column, g.block) for g in step.growth), strict=True)
-            self.batch.set_blocks(rows, columns, blocks)
-        return self.batch.step()
+            batch.set_blocks(rows, columns, blocks)
+        return batch.step()
 
     def read(self, sampled: SampledTokens) -> list[tuple[int, TokenLogprob | None]]:
         """Waits for what a start or a decode step sampled."""
-        return self.batch.read(sampled)
+        return self._batch.read(sampled)
 
     def save(self, victim: Request) -> None:
         """Copies a sequence's state to the host before its blocks are freed."""
         if victim.cached:
-            victim.saved = self.cache.save(victim.blocks[: blocks_for(victim.cached)])
-        if victim in self.batch.requests:
-            victim.carried_phi = self.batch.phi_of(victim)
+            victim.saved = self._cache.save(victim.blocks[: blocks_for(victim.cached)])
+        if victim in self._batch.requests:
+            victim.carried_phi = self._batch.phi_of(victim)

@@ -1,6 +1,6 @@
-"""Masks of the tokens that may come next, which the host writes between two steps: grammars, bad words.
+"""Masks of the tokens that may come next, written on the host between two steps: grammars and bad words.
 
-A grammar library's matcher becomes a guide in a few lines. llguidance's:
+A grammar library's matcher becomes a guide in a few lines. With llguidance:
 
     from llguidance import LLMatcher
     from llguidance.torch import fill_next_token_bitmask
@@ -15,12 +15,12 @@ A grammar library's matcher becomes a guide in a few lines. llguidance's:
         def accept(self, token):
             self.matcher.consume_token(token)
 
-    # once for a model, with as many tokens as the model has logits; hf_tokenizer is transformers'
+    # once per model, with as many tokens as the model has logits; hf_tokenizer is a transformers tokenizer
     tokenizer = llguidance.hf.from_tokenizer(hf_tokenizer, n_vocab=llm.config.vocab)
     grammar = LLMatcher.grammar_from_json_schema(schema)
     params = SamplingParams(guide=lambda: Grammar(tokenizer, grammar))
 
-xgrammar's: `fill` is `matcher.fill_next_token_bitmask(mask.unsqueeze(0))`, `accept` is
+With xgrammar, `fill` is `matcher.fill_next_token_bitmask(mask.unsqueeze(0))` and `accept` is
 `matcher.accept_token(token)`.
 """
 
@@ -32,29 +32,29 @@ import torch
 from flashdecpp.errors import ModelError
 from flashdecpp.loading.tokenizer import BaseTokenizer
 
-ALL = -1  # int32: a word of the mask that allows its 32 tokens
+ALL = -1  # int32 word of a mask that allows all its 32 tokens
 
 
 @runtime_checkable
 class Guide(Protocol):
-    """Says for one answer which tokens may come next. It holds the answer's state, so each has its own."""
+    """Decides which tokens of an answer may come next. It holds state, so every answer has its own."""
 
     def fill(self, mask: torch.Tensor) -> None:
-        """Writes what may come next: bit i % 32 of word i // 32 allows token i.
+        """Writes the mask of the next token: bit i % 32 of word i // 32 allows token i.
 
-        mask: int32 [ceil(vocab / 32)] on the CPU, contiguous; it comes with all bits set. End-of-sequence
-        tokens are tokens like others: the answer may end where their bits are set.
+        mask: int32 [ceil(vocab / 32)] on the CPU, contiguous, with all bits set. End-of-sequence tokens are
+        treated like others: the answer may end if their bits are set.
         """
 
     def accept(self, token: int) -> None:
-        """Takes note of the token that was chosen. It isn't called for one that ended the answer."""
+        """Records the chosen token. Not called for a token that ends the answer."""
 
 
 GuideFactory = Callable[[], Guide]
 
 
 class BadWords:
-    """Excludes the last token of sequences of tokens whose others have just come."""
+    """Excludes the last token of each word once the answer ends with the word's other tokens."""
 
     def __init__(self, words: Sequence[Sequence[int]]) -> None:
         self._words = [(tuple(word[:-1]), word[-1]) for word in words]
@@ -71,7 +71,7 @@ class BadWords:
 
 
 def spellings(words: Sequence[str], tokenizer: BaseTokenizer) -> list[list[int]]:
-    """The tokens of each word as it is, and as it is after a space."""
+    """The tokens of each word, as it is and after a space."""
     texts = [text for word in words for text in (word, " " + word.lstrip())]
     ids = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     return [list(word) for word in dict.fromkeys(ids) if word]
@@ -83,7 +83,7 @@ def mask_words(vocab: int) -> int:
 
 
 def fill_mask(guides: Sequence[Guide], mask: torch.Tensor) -> None:
-    """Writes what all guides allow into mask, int32 [mask_words(vocab)] on the CPU."""
+    """Writes the tokens that all guides allow into mask, int32 [mask_words(vocab)] on the CPU."""
     mask.fill_(ALL)
     guides[0].fill(mask)
     for guide in guides[1:]:
@@ -93,6 +93,7 @@ def fill_mask(guides: Sequence[Guide], mask: torch.Tensor) -> None:
 
 
 def new_guide(factory: GuideFactory) -> Guide:
+    """Calls the user's factory and checks its result."""
     guide = factory()
     if not isinstance(guide, Guide):
         raise ModelError(f"guide must return an object with fill and accept, got {type(guide).__name__}")

@@ -1,17 +1,17 @@
-"""LLM: a model that generates text."""
+"""The model runner that users see."""
 
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
-from tqdm import tqdm
 
 from flashdecpp._arguments import flag, require, shown
 from flashdecpp._library import gpu_library
 from flashdecpp._memory import available_bytes, gigabytes, peak_bytes
+from flashdecpp._progress import progress_bar
 from flashdecpp.errors import ModelError, OutOfMemory
 from flashdecpp.loading.checkpoint import open_checkpoint
 from flashdecpp.loading.formats import QUANTIZE
@@ -30,47 +30,51 @@ from .sampling import SamplingParams
 from .scheduler import Counts
 from .surroundings import undisturbed
 
-INVARIANT_SPLITS = 8  # of every sequence's keys, where the number mustn't depend on the batch
+INVARIANT_SPLITS = 8  # splits of every sequence's keys if the batch must not affect their number
 
 
 class LLM:
     """Loads a model and generates with it.
 
-    model: "demo" (SmolLM2-135M-Instruct, fetched on first use), a Hugging Face folder, or a .gguf file.
-    device: None takes "cuda" where torch has a GPU and the CUDA library is loaded, else "cpu".
-    dtype: a torch dtype or its name. Default: bfloat16 on the CPU; on a GPU the checkpoint's own half type,
-        float16 for GGUF files, and bfloat16 for checkpoints in float32.
-    max_len: most tokens of prompt and answer together; the model's context if None.
-    max_batch: sequences that are decoded together; more prompts than that take turns.
-    cache_tokens: size of the KV cache, reserved at once. None makes it, on a GPU, as large as a full batch
-        can ever need, but leaves 600 MB free; on the CPU as large as the call can need, at least one whole
-        context, of which only what is used takes memory. If it is too small for all, the youngest
-        sequences wait in the host's memory and go on later.
-    prefill_chunk: tokens of prompts that are computed between two decode steps, at most.
-    prefix_cache: a prompt that begins like an earlier one (a conversation, a system message) finds that
-        beginning in the cache, as long as its blocks were not needed for others. In half precision the answer
-        may then be another, equally good one; without it, it is the same whatever came before.
-    phi: the unified maximum of the softmax. "auto": from the file that `flashdecpp calibrate` wrote beside
-        the model if it's there, else "carry". "carry": every sequence and head takes the row maximum of its
-        last step. "none" or None: online softmax. Else the path of such a file, or float32 [q_heads] for
-        each layer. It changes the time, never the result.
-    quantize: what the matrices are stored in. "auto": the Q4_0, Q4_1 and Q8_0 tensors of a GGUF file as they
-        are, everything else in dtype. "none": everything in dtype. "int8" (a scale a row) and
-        "int4" (a scale for 32 weights): float weights are rounded to the nearest, but for the embedding, and
-        so an lm_head that is tied to it; tensors that a GGUF file has quantised so stay as they are. Weights
-        whose rows are not a multiple of 32 stay in dtype with "int4". On a GPU quantised weights are decoded
-        in registers for up to 48 rows; for more, in prefill, they are dequantised first.
-    cuda_graphs: on a GPU, decode steps are captured at first use, one for each power of two of sequences, and
-        replayed; False launches every kernel of every step, to debug or profile.
-    batch_invariant: the bits of an answer don't depend on what else is decoded, at the price of steps that
-        always compute max_batch rows and split keys alike. Together with prefix_cache=False a prompt then
-        gets the same answer always, in half precision too.
-    generation_config: what the model says of its sampling (generation_config.json: temperature, top_k and
-        more) holds where SamplingParams say nothing; `defaults` has it. False is greedy, up to 256 tokens.
+    model: "demo" (SmolLM2-135M-Instruct, fetched on first use), a Hugging Face folder, the name of a model on
+        the Hugging Face Hub, or a GGUF file.
+    device: default "cuda" if torch has a GPU and the GPU's op library is loaded, else "cpu".
+    dtype: a torch dtype or its name. The default is bfloat16 on the CPU; on a GPU it is the checkpoint's own
+        half type, float16 for GGUF files, and bfloat16 for checkpoints in float32.
+    max_len: maximum tokens of prompt and answer together. Default: the model's context.
+    max_batch: maximum sequences that are decoded together. Other prompts wait.
+    cache_tokens: size of the KV cache, which is reserved at once. By default, on a GPU it has room for a full
+        batch of maximum length but leaves 600 MB free; on the CPU it has room for the call and at least one
+        full context, of which only the used part occupies memory. If it is too small for all sequences, the
+        youngest are moved to host memory and resume later.
+    prefill_chunk: maximum prompt tokens that are computed between two decode steps.
+    prefix_cache: reuse cached keys and values for a prompt with the same beginning as an earlier one (a
+        conversation, a system message), unless their blocks have been reused. In half precision this may
+        lead to another, equally good answer; without it, earlier calls have no effect on an answer.
+    phi: the unified maximum of the softmax. "auto" reads the file that `flashdecpp calibrate` wrote next to
+        the model, or is "carry" without one. "carry" uses the row maxima of each sequence's last step.
+        "none" or None computes the online softmax. Otherwise the path of such a file, or float32 [q_heads]
+        for each layer. phi affects the time, never the accuracy.
+    quantize: the storage of the matrices. "auto" keeps Q4_0, Q4_1 and Q8_0 tensors of a GGUF file and stores
+        everything else in dtype; "none" stores everything in dtype. "int8" (one scale per row) and "int4"
+        (one scale per 32 weights) round float weights to nearest, except for the embedding and an lm_head
+        tied to it, and keep tensors that a GGUF file has quantized. With "int4", weights whose rows are not
+        a multiple of 32 stay in dtype. On a GPU, quantized weights are decoded in registers for up to 48
+        rows, and dequantized first for more, as in prefill.
+    cuda_graphs: on a GPU, capture decode steps at first use, one per power of two of sequences, and replay
+        them. False launches every kernel of every step, to debug or profile.
+    batch_invariant: make the bits of an answer independent of the other sequences, at the cost of steps that
+        always compute max_batch rows and split all keys alike. With prefix_cache=False as well, a prompt
+        always gets the same answer, even in half precision.
+    generation_config: use the model's sampling defaults (generation_config.json) for values that
+        SamplingParams leaves open; `defaults` holds them. False means greedy, with up to 256 tokens.
 
-    Any number of threads may use it at once, and their requests are decoded together. What they have set in
-    torch (autocast, default dtype and device, inference mode) doesn't change what it computes. An error in
-    one request is raised by its own call and ends no other's; the LLM stays usable.
+    Any number of threads may share an LLM, whose requests are decoded together. Their torch settings
+    (autocast, default dtype and device, inference mode) do not affect the results. An error of a request is
+    raised by the call that made it; other requests continue, and the LLM remains usable.
+
+    Raises ModelError for anything wrong with the model or the arguments, OutOfMemory (a ModelError) if the
+    weights or the cache do not fit.
     """
 
     def __init__(
@@ -111,7 +115,7 @@ class LLM:
             if self.dtype == torch.float16 and not self.config.architecture.float16:
                 raise ModelError(f"{self.config.architecture.name} overflows float16; run it in bfloat16")
             settings = settings.within(self.config.context)
-            self.max_len = settings.max_len
+            self.max_len = settings.length_limit
             self.defaults = checkpoint.defaults if generation_config else GenerationDefaults()
             plan = checkpoint.plan.quantized(quantize, checkpoint.source)
             if settings.cache_tokens is not None:
@@ -130,16 +134,15 @@ class LLM:
         *,
         progress: bool = False,
     ) -> list[Completion]:
-        """Answers to prompts, in the order of the prompts.
+        """Answers prompts, in the order of the prompts.
 
-        prompts: one or several, each a text or token ids: a list, an array, a 1-D tensor, or a mapping with
-            input_ids, such as transformers' tokenizers return. A single one gives a list of one.
-        params: for all, or one for each prompt; where params.n is more than one, the answers to a prompt
-            follow each other.
-        progress: a bar on stderr, where that's a terminal.
+        prompts: one or several. Each is a text or token ids: a list, an array, a 1-D tensor, or a mapping
+            with input_ids, such as the output of a transformers tokenizer.
+        params: for all prompts, or one per prompt. With params.n > 1, the answers to a prompt are adjacent.
+        progress: show a bar, on stderr if it is a terminal or in a notebook.
 
-        Any number of prompts keeps up to max_batch sequences decoding together. Raises ModelError for what
-        can't be answered: all arguments are checked before anything is computed.
+        Up to max_batch sequences are decoded together, however many prompts there are. All arguments are
+        checked before anything is computed. Raises ModelError for a prompt that cannot be answered.
         """
         answers = list(self.completions(prompts, params, progress=progress))
         return sorted(answers, key=lambda answer: (answer.index, answer.sample))
@@ -150,42 +153,76 @@ class LLM:
         params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         progress: bool = False,
-    ) -> Iterator[Completion]:
-        """What generate gives, each answer as soon as it has ended: `index` and `sample` say which it is.
+    ) -> Generator[Completion, None, None]:
+        """As `generate`, but yields each answer as soon as it is complete. `index` and `sample` identify it.
 
-        The call itself raises errors of its arguments.
+        Errors in the arguments are raised by the call itself.
         """
         return self._completions(self._requests(prompts, params), progress)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
-        """The answer to one prompt as it is generated. The call itself raises errors of its arguments."""
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Piece, None, None]:
+        """Yields the answer to one prompt as it is generated.
+
+        Errors in the arguments are raised by the call itself. Closing the generator ends the answer.
+        """
         _need_one_answer(params)
         return self._pieces(self._requests([read_prompt(prompt)], params))
+
+    @overload
+    def chat(
+        self,
+        messages: Iterable[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Iterable[Tool] | None = None,
+        stream: Literal[False] = False,
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Iterable[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Iterable[Tool] | None = None,
+        stream: Literal[True],
+    ) -> Generator[Piece, None, None]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Iterable[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Iterable[Tool] | None = None,
+        stream: bool,
+    ) -> Completion | Generator[Piece, None, None]: ...
 
     def chat(
         self,
         messages: Iterable[Message],
         params: SamplingParams | None = None,
         *,
-        tools: Sequence[Tool] | None = None,
+        tools: Iterable[Tool] | None = None,
         stream: bool = False,
-    ) -> Completion | Iterator[Piece]:
-        """The model's answer to messages like {"role": "user", "content": "..."}.
+    ) -> Completion | Generator[Piece, None, None]:
+        """Answers messages like {"role": "user", "content": "..."}.
 
-        tools: functions, or JSON schemas of functions, that the chat template tells the model of.
+        tools: functions, or JSON schemas of functions, that the chat template describes to the model.
+        stream: return the generator of `stream` rather than a Completion.
         """
         _need_one_answer(params)
         ids = self.tokenizer.encode_chat(messages, tools, limit=self.max_len)
         return self.stream(ids, params) if stream else self.generate([ids], params)[0]
 
-    def _completions(self, requests: list[Request], progress: bool) -> Iterator[Completion]:
-        with _ProgressBar(len(requests), progress) as bar:
+    def _completions(self, requests: list[Request], progress: bool) -> Generator[Completion, None, None]:
+        with _AnswersBar(len(requests), progress) as bar:
             for request, piece in self._run(requests):
                 bar.count(piece.token_id)
                 if piece.token_id is None:
                     yield Completion.of(request)
 
-    def _pieces(self, requests: list[Request]) -> Iterator[Piece]:
+    def _pieces(self, requests: list[Request]) -> Generator[Piece, None, None]:
         for _, piece in self._run(requests):
             yield piece
 
@@ -201,7 +238,7 @@ class LLM:
         prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | Iterable[SamplingParams] | None,
     ) -> list[Request]:
-        """n requests for each prompt, once nothing is wrong with any of them."""
+        """n requests per prompt, all of them checked."""
         texts = read_prompts(prompts)
         each = self._resolved(params, len(texts))
         pairs = enumerate(zip(texts, each, strict=True))
@@ -210,20 +247,23 @@ class LLM:
     def _resolved(
         self, params: SamplingParams | Iterable[SamplingParams] | None, prompts: int
     ) -> list[SamplingParams]:
-        """A prompt's params for each, with the model's defaults, checked against its vocabulary."""
-        single = params is None or isinstance(params, SamplingParams)
-        what = "SamplingParams, or as many as there are prompts"
+        """The params of each prompt, with the model's defaults, checked against its vocabulary."""
+        if params is None or isinstance(params, SamplingParams):
+            single = (params or SamplingParams()).resolved(self.defaults)
+            single.check_vocabulary(self.config.vocab)
+            return [single] * prompts
+        what = "SamplingParams, or one for each prompt"
         several = isinstance(params, Iterable) and not isinstance(params, str | bytes | Mapping)
-        require(single or several, "params", what, params)
-        given = [SamplingParams() if params is None else params] if single else list(params)
+        require(several, "params", what, params)
+        given = list(params)
         for p in given:
             require(isinstance(p, SamplingParams), "params", what, p)
-        if not single and len(given) != prompts:
+        if len(given) != prompts:
             raise ModelError(f"{prompts} prompts need as many SamplingParams, got {len(given)}")
         resolved = [p.resolved(self.defaults) for p in given]
         for p in resolved:
             p.check_vocabulary(self.config.vocab)
-        return resolved * prompts if single else resolved
+        return resolved
 
     def _samples(self, prompt: str | list[int], params: SamplingParams, index: int) -> list[Request]:
         if isinstance(prompt, str):
@@ -257,7 +297,7 @@ class LLM:
         answers = [request.answer for request in requests]
         generated = sum(len(answer.token_ids) for answer in answers)
         begun = [request for request in requests if request.answer.first_token_at is not None]
-        first = min((request.answer.first_token_at for request in begun), default=0.0)
+        first = min((answer.first_token_at or 0.0 for answer in (r.answer for r in begun)), default=0.0)
         last = max((request.answer.last_token_at for request in begun), default=0.0)
         waits = (request.answer.time_to_first_token(request.started_at) for request in begun)
         return Stats(
@@ -269,7 +309,7 @@ class LLM:
             softmax=self.decoder.phi.softmax,
             softmax_rows=decoded * self.config.layers * self.config.q_heads,
             softmax_fallbacks=int(self.decoder.fallbacks.item()) - fallbacks_before,
-            weights=self.decoder.weights.kinds,
+            weights=self.decoder.weights.storage_formats,
             weight_bytes=self.decoder.weights.nbytes,
             cached_prompt_tokens=counts.cached_prompt_tokens - before.cached_prompt_tokens,
             preemptions=counts.preemptions - before.preemptions,
@@ -280,29 +320,28 @@ class LLM:
         )
 
 
-class _ProgressBar(tqdm):
-    """Finished answers of many, with the tokens a second so far."""
+class _AnswersBar:
+    """A progress bar of complete answers that also shows the tokens per second."""
 
     def __init__(self, answers: int, shown: bool) -> None:
         self._tokens, self._started = 0, time.perf_counter()
-        super().__init__(
-            total=answers,
-            unit=" answers",
-            desc="generating",
-            file=sys.stderr,
-            leave=False,
-            miniters=0,  # tokens alone move its figure
-            disable=None if shown else True,
-        )
+        # miniters=0: redrawn for tokens, too, although only answers advance it.
+        self._bar = progress_bar(total=answers, desc="generating", unit=" answers", shown=shown, miniters=0)
+
+    def __enter__(self) -> "_AnswersBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
     def count(self, token: int | None) -> None:
-        """A token of any answer; None at the end of one."""
-        if self.disable:
+        """Counts a token of any answer, or with None the end of one."""
+        if self._bar.disable:
             return
         self._tokens += token is not None
         rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
-        self.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-        self.update(token is None)
+        self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        self._bar.update(token is None)
 
 
 def _need_one_answer(params: SamplingParams | None) -> None:
@@ -312,7 +351,7 @@ def _need_one_answer(params: SamplingParams | None) -> None:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device to run on: the one that is named, else the GPU if there is one. ModelError for others."""
+    """The device to run on: the named one, else the GPU if available. ModelError for an unusable one."""
     if device is None:
         usable = torch.cuda.is_available() and gpu_library().loaded
         return torch.device("cuda" if usable else "cpu")
@@ -338,7 +377,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def resolve_dtype(
     dtype: str | torch.dtype | None, device: torch.device, checkpoint: torch.dtype
 ) -> torch.dtype:
-    """The dtype to run in: the one that is named, else LLM's default. ModelError for what can't be run in."""
+    """The dtype to run in: the named one, else LLM's default. ModelError for an unsupported one."""
     if dtype is None:
         own_half = device.type == "cuda" and checkpoint in (torch.float16, torch.bfloat16)
         return checkpoint if own_half else torch.bfloat16

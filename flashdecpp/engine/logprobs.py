@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, of the model's own distribution."""
+"""Log-probabilities of tokens under the model's own distribution."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from flashdecpp._host_copy import upload
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's natural log-probability: log_softmax of the logits as the model gives them, in float32.
+    """A token's natural log-probability: log_softmax in float32 of the model's unmodified logits.
 
-    Penalties, biases, masks, temperature and filters come after. `top`: the most likely tokens of its place
-    and their log-probabilities, most likely first, as many as were asked for.
+    It ignores penalties, biases, masks, temperature and filters. `top`: the requested number of likeliest
+    tokens at its position and their log-probabilities, likeliest first.
     """
 
     token_id: int
@@ -22,10 +22,10 @@ class TokenLogprob:
 
 
 def pack(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
-    """What `unpack` reads, for a row of logits [rows, vocab] each and its token, int64 [rows].
+    """Log-probabilities of `tokens`, int64 [rows], under logits [rows, vocab], for `unpack`.
 
-    float64 [rows, 1 + 2 * count], which holds token ids exactly: the token's, then the `count` best, then
-    their ids. On the device of logits, without waiting for it.
+    Returns float64 [rows, 1 + 2 * count], which holds token ids exactly: the token's log-probability, the
+    `count` highest ones, and their ids. Runs on the device of logits without synchronizing.
     """
     logits = logits.float()
     log_sum = logits.logsumexp(1, keepdim=True)
@@ -35,7 +35,7 @@ def pack(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor
 
 
 def unpack(token: int, row: Sequence[float], count: int) -> TokenLogprob:
-    """The first `count` of the best that are in a row of `pack`'s."""
+    """Reads a row of `pack`'s result, with the first `count` of its likeliest tokens."""
     own, best = row[0], row[1:]
     ids = best[len(best) // 2 :]
     pairs = zip(ids[:count], best[:count], strict=True)
@@ -43,17 +43,17 @@ def unpack(token: int, row: Sequence[float], count: int) -> TokenLogprob:
 
 
 class PromptScores:
-    """Puts the log-probabilities of a prompt's tokens into `scores`, as the prompt is computed.
+    """Appends the log-probabilities of a prompt's tokens to `scores` while the prompt is computed.
 
-    None for the first, which nothing comes before.
+    The first token, which has no predecessor, gets None.
     """
 
     def __init__(self, scores: list[TokenLogprob | None], prompt_ids: Sequence[int], count: int) -> None:
         self._scores, self._prompt_ids, self._count = scores, prompt_ids, count
 
     def add(self, start: int, logits: torch.Tensor) -> None:
-        """What the logits [rows, vocab] of the tokens from `start` on say of those that follow."""
-        self._scores[start + 1 :] = []  # of a prompt that is computed again
+        """Scores the tokens that follow those of logits [rows, vocab], the first of which is at `start`."""
+        self._scores[start + 1 :] = []  # a preempted prompt is computed again
         if start == 0:
             self._scores[:] = [None]
         following = self._prompt_ids[start + 1 : start + 1 + len(logits)]

@@ -1,4 +1,4 @@
-"""Prompts in the types of Python, numpy, torch and transformers, as texts and lists of token ids."""
+"""Converts prompts in types of Python, numpy, torch and transformers to texts and lists of token ids."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,22 +8,22 @@ import torch
 from flashdecpp._arguments import is_integer, shown
 from flashdecpp.errors import ModelError
 
-# A text or its token ids: a list, a tuple, an array, a 1-D tensor, what a tokenizer of transformers returns
+# A text or token ids: a list, a tuple, an array, a 1-D tensor, or the output of a transformers tokenizer
 Prompt = str | Iterable[int] | Mapping[str, Any]
 
 KIND = "a text or token ids"
 
 
 def read_prompts(prompts: Prompt | Iterable[Prompt]) -> list[str | list[int]]:
-    """One prompt or several, of any kind. ModelError for what is neither.
+    """Reads one prompt or several. Raises a ModelError for anything else.
 
-    Arrays and tensors of two dimensions hold a prompt in each row; of a mapping like transformers'
-    BatchEncoding the input_ids count, without those that its attention_mask leaves out.
+    Two-dimensional arrays and tensors hold a prompt per row. A mapping such as transformers' BatchEncoding
+    stands for its input_ids, without those that its attention_mask excludes.
     """
     if isinstance(prompts, str):
         return [str(prompts)]
     if isinstance(prompts, Mapping):
-        return _encoded(prompts)
+        return [*_encoded(prompts)]
     values = _values(prompts, "prompts", f"{KIND}, or several of these")
     if values and (_token(values[0]) is not None):
         return [token_ids("prompt", values)]
@@ -31,7 +31,7 @@ def read_prompts(prompts: Prompt | Iterable[Prompt]) -> list[str | list[int]]:
 
 
 def read_prompt(prompt: Prompt, name: str = "prompt") -> str | list[int]:
-    """A single prompt."""
+    """Reads a single prompt."""
     if isinstance(prompt, str):
         return str(prompt)
     if isinstance(prompt, Mapping):
@@ -46,7 +46,7 @@ def read_prompt(prompt: Prompt, name: str = "prompt") -> str | list[int]:
 
 
 def token_ids(name: str, values: Iterable[int], what: str = KIND) -> list[int]:
-    """ids as ints, whatever integers they are. ModelError for what is no iterable of integers."""
+    """Token ids as ints. Raises a ModelError unless they are an iterable of integers."""
     ids = []
     for value in _values(values, name, what):
         token = _token(value)
@@ -57,13 +57,13 @@ def token_ids(name: str, values: Iterable[int], what: str = KIND) -> list[int]:
 
 
 def _encoded(encoding: Mapping[str, Any], name: str = "prompts") -> list[list[int]]:
-    """The prompts of a tokenizer's output."""
+    """The prompts in a tokenizer's output."""
     if "input_ids" not in encoding:
         raise ModelError(f"{name} must be {KIND}, got a mapping without input_ids: {shown(dict(encoding))}")
-    rows = read_prompts(encoding["input_ids"])
+    rows = _rows(encoding["input_ids"], f"{name}['input_ids']")
     if encoding.get("attention_mask") is None:
         return rows
-    masks = read_prompts(encoding["attention_mask"])
+    masks = _rows(encoding["attention_mask"], f"{name}['attention_mask']")
     if [len(row) for row in rows] != [len(mask) for mask in masks]:
         raise ModelError(f"{name} must have input_ids and an attention_mask of the same shape")
     return [
@@ -72,8 +72,16 @@ def _encoded(encoding: Mapping[str, Any], name: str = "prompts") -> list[list[in
     ]
 
 
+def _rows(values: Any, name: str) -> list[list[int]]:
+    """One row of integers or several."""
+    values = _values(values, name, "token ids, or several rows of them")
+    if values and _token(values[0]) is not None:
+        return [token_ids(name, values)]
+    return [token_ids(f"{name}[{index}]", row) for index, row in enumerate(values)]
+
+
 def _values(values: Any, name: str, what: str) -> Sequence[Any]:
-    """What is in an iterable, arrays and tensors converted at once."""
+    """The elements of an iterable. Arrays and tensors are converted at once."""
     if hasattr(values, "tolist") and getattr(values, "ndim", 0) > 0:
         return values.tolist()
     scalar = isinstance(values, (str, bytes, bytearray, memoryview, Mapping)) or hasattr(values, "ndim")
@@ -83,7 +91,7 @@ def _values(values: Any, name: str, what: str) -> Sequence[Any]:
 
 
 def _token(value: Any) -> int | None:
-    """An integer of Python, numpy or torch (a tensor without dimensions); None for anything else."""
+    """An integer of Python, numpy or torch (a 0-D tensor) as an int; None for anything else."""
     if isinstance(value, torch.Tensor) and value.ndim == 0:
         value = value.item()
     return int(value) if is_integer(value) else None

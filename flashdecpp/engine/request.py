@@ -42,12 +42,15 @@ class Answer:
         self.finish_reason: str | None = None
         self.stop_match: str | int | None = None  # the stop string or the token that ended it
         self.first_token_at: float | None = None
-        self.last_token_at: float | None = None
+        self.last_token_at = 0.0
         self._text = text
 
     @property
     def text(self) -> str:
         return self._text.text
+
+    def has_ended(self) -> bool:
+        return self.finish_reason is not None
 
     def receive(self, event: Event) -> list[Piece]:
         """The text that is certain after this event: the token's piece, then the last one if it ends here."""
@@ -77,9 +80,8 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        if len(self.token_ids) < 2 or self.last_token_at <= self.first_token_at:
-            return 0.0
-        return (len(self.token_ids) - 1) / (self.last_token_at - self.first_token_at)
+        seconds = self.last_token_at - (self.first_token_at or 0.0)
+        return (len(self.token_ids) - 1) / seconds if len(self.token_ids) > 1 and seconds > 0 else 0.0
 
 
 @dataclass(eq=False)
@@ -115,7 +117,7 @@ class Request:
         params = self.params
         stream = TextStream(
             self.tokenizer,
-            params.stop,
+            tuple(params.stop or ()),
             skip_special_tokens=params.skip_special_tokens,
             prompt_ids=self.prompt_ids,
         )
@@ -124,7 +126,7 @@ class Request:
         if params.guide is not None:
             self.guides.append(new_guide(params.guide))
         if params.bad_words:
-            self.guides.append(BadWords(spellings(params.bad_words, self.tokenizer)))
+            self.guides.append(BadWords(spellings(tuple(params.bad_words), self.tokenizer)))
         self._keys: list[bytes] = []
         self.rotated_for = len(self.prompt_ids)
         if self.seed < 0:
@@ -180,7 +182,7 @@ class Request:
     def final_length(self, max_len: int) -> int:
         """The most tokens that prompt and answer may have together."""
         limit = self.params.max_tokens
-        return max_len if limit is None else min(max_len, len(self.prompt_ids) + limit)
+        return min(max_len, len(self.prompt_ids) + limit) if isinstance(limit, int) else max_len
 
     def start_over(self) -> None:
         """Makes all its tokens a prompt whose keys are yet to be computed."""
@@ -201,11 +203,11 @@ class Request:
 
 
 class RequestError(Exception):
-    """An error, its __cause__, that is due to one request and ends that request alone."""
+    """An error that is due to one request and ends that request alone."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, error: Exception) -> None:
         super().__init__("a request failed")
-        self.request = request
+        self.request, self.error = request, error
 
 
 @contextmanager
@@ -216,4 +218,4 @@ def due_to(request: Request) -> Iterator[None]:
     except RequestError:
         raise
     except Exception as error:
-        raise RequestError(request) from error
+        raise RequestError(request, error) from error

@@ -59,7 +59,7 @@ class Completion:
             text=answer.text,
             token_ids=answer.token_ids,
             prompt_token_ids=request.prompt_ids,
-            finish_reason=answer.finish_reason,
+            finish_reason=answer.finish_reason or "",
             time_to_first_token=answer.time_to_first_token(request.started_at),
             tokens_per_second=answer.tokens_per_second,
             sample=request.sample,

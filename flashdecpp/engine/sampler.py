@@ -52,12 +52,12 @@ class Sampler:
     def movable(self) -> list[tuple[torch.Tensor, int]]:
         """Tensors with a row per request, and the dimension of the rows."""
         tables = (self._seen, self._counts, self._bias, self._stops, self._mask)
-        by_row = [self._seeds, *(table.rows for table in tables if table.rows is not None)]
+        by_row = [self._seeds, *(table.rows for table in tables if table.used)]
         return [(self._fields, 1), *((tensor, 0) for tensor in by_row)]
 
     def changed(self) -> list[torch.Tensor]:
         """Tensors that a step changes."""
-        return [table.rows for table in (self._seen, self._counts) if table.rows is not None]
+        return [table.rows for table in (self._seen, self._counts) if table.used]
 
     def join(self, requests: Sequence[Request], first: int) -> None:
         """Writes the parameters of requests into the rows from `first` on."""
@@ -143,7 +143,8 @@ class Sampler:
     def _draw(
         self, logits: torch.Tensor, rows: slice, lengths: torch.Tensor, features: SamplingFeatures
     ) -> torch.Tensor:
-        reals, arguments = self._reals, {}
+        reals = self._reals
+        arguments: dict[str, torch.Tensor] = {}
         if features.drawn:
             arguments = {
                 "temperature": reals[TEMPERATURE, rows],
@@ -167,11 +168,12 @@ class Sampler:
             tokens = upload(request.token_ids, torch.int64, device)
             counts.scatter_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
         if (bias := self._bias.reset_row(row, bool(params.logit_bias))) is not None:
-            tokens = upload(list(params.logit_bias), torch.int64, device)
-            bias.index_copy_(0, tokens, upload(list(params.logit_bias.values()), torch.float32, device))
+            biases = dict(params.logit_bias or {})
+            tokens = upload(list(biases), torch.int64, device)
+            bias.index_copy_(0, tokens, upload(list(biases.values()), torch.float32, device))
         holding = bool(params.min_tokens and params.stop_token_ids)
         if (stops := self._stops.reset_row(row, holding)) is not None:
-            stops.index_fill_(0, upload(params.stop_token_ids, torch.int64, device), True)
+            stops.index_fill_(0, upload(tuple(params.stop_token_ids or ()), torch.int64, device), True)
         self._mask.reset_row(row, bool(request.guides))
 
 
@@ -182,12 +184,22 @@ class _RowTable:
         self, max_batch: int, width: int, dtype: torch.dtype, device: torch.device, empty: int = 0
     ) -> None:
         self._shape, self._dtype, self._device, self._empty = (max_batch, width), dtype, device, empty
-        self.rows: torch.Tensor | None = None
+        self._rows: torch.Tensor | None = None
+
+    @property
+    def used(self) -> bool:
+        return self._rows is not None
+
+    @property
+    def rows(self) -> torch.Tensor:
+        if self._rows is None:
+            raise RuntimeError("no row has used the table yet")
+        return self._rows
 
     def reset_row(self, row: int, used: bool) -> torch.Tensor | None:
         """Empties a row; returns it if it is used."""
-        if self.rows is None and used:
-            self.rows = torch.full(self._shape, self._empty, dtype=self._dtype, device=self._device)
-        if self.rows is not None:
-            self.rows[row].fill_(self._empty)
+        if self._rows is None and used:
+            self._rows = torch.full(self._shape, self._empty, dtype=self._dtype, device=self._device)
+        if self._rows is not None:
+            self._rows[row].fill_(self._empty)
         return self.rows[row] if used else None

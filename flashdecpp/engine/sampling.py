@@ -1,8 +1,8 @@
-"""How tokens are chosen, and when to stop."""
+"""How tokens are chosen and when an answer ends."""
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -16,45 +16,47 @@ from flashdecpp.loading.generation_config import GenerationDefaults
 from .guides import GuideFactory
 from .prompts import token_ids
 
-MAX_ANSWERS = 65_536  # to a prompt
+MAX_ANSWERS = 65_536  # per prompt
 
-# (token ids of prompt and answer so far, float32 logits [vocab] to change or to replace) -> logits [vocab]
+# (token ids of prompt and answer so far, float32 logits [vocab], which it may modify) -> logits [vocab]
 LogitsProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
 
 
 class Unset(Enum):
-    """In place of a value that may be None."""
+    """Stands for an argument that was not given, where None is a value."""
 
     MODEL_DEFAULT = "the model's own default"
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a prompt is answered. What isn't given is the model's own default, or the one that is said here.
+    """How a prompt is answered.
 
-    temperature: 0 takes the most likely token.
-    top_k, top_p, min_p, repetition_penalty: off at 0, 1, 0 and 1. Tokens of prompt and answer are penalized.
-        These and temperature: None is what the model's generation_config.json says, else greedy and off.
-    seed: None draws a fresh one for each prompt; a given seed gives a prompt the same answer in any batch.
+    temperature: 0 always picks the likeliest token.
+    top_k, top_p, min_p, repetition_penalty: 0, 1, 0 and 1 turn them off. The penalty applies to tokens of
+        prompt and answer. For these and temperature, None is the default in the model's
+        generation_config.json, else greedy decoding with all of them off.
+    seed: None draws one per prompt. With a given seed a prompt gets the same answer in any batch.
     stop: the text ends before the first of these strings.
-    max_tokens: most tokens of the answer; None goes on to the end of the context. By default what
-        generation_config.json says, else 256.
-    ignore_eos: never chooses the end-of-sequence token, so that the answer goes on.
-    n: answers to a prompt, which is computed and kept once for all; answer i has seed + i.
-    presence_penalty, frequency_penalty: taken off the logit of a token that the answer has, and once for
-        each time that it has it.
-    logit_bias: token id -> what is added to its logit; -inf excludes it.
-    bad_words: never generated, nor after a space; as the tokens that the tokenizer makes of them.
+    max_tokens: maximum tokens of the answer; None continues to the end of the context. The default is that of
+        generation_config.json, else 256.
+    ignore_eos: never choose an end-of-sequence token.
+    n: answers per prompt, which is computed and stored once for all of them. Answer i has seed + i.
+    presence_penalty: subtracted from the logit of every token in the answer.
+    frequency_penalty: subtracted from a token's logit once per occurrence in the answer.
+    logit_bias: token id -> value added to its logit; -inf excludes the token.
+    bad_words: never generated, neither as they are nor after a space, in the tokenizer's spelling.
     stop_token_ids: the answer ends before the first of these tokens, as before an end of sequence.
-    min_tokens: so many tokens come before an end of sequence or a token of stop_token_ids is chosen.
-    logprobs: log-probabilities of the answer's tokens, and of so many of the most likely at each place
-        (0: the answer's alone): see TokenLogprob.
-    prompt_logprobs: the same of the prompt's tokens, which then isn't taken from the prefix cache.
+    min_tokens: minimum tokens before an end-of-sequence token or one of stop_token_ids may be chosen.
+    logprobs: return the log-probabilities of the answer's tokens and of this many of the likeliest tokens at
+        each position (see TokenLogprob). 0 returns only those of the answer.
+    prompt_logprobs: the same for the prompt's tokens. Such a prompt does not use the prefix cache.
     skip_special_tokens: False keeps special tokens, such as those of a chat template, in the text.
-    logits_processor: called for every token, on the host, before all else that changes logits:
-        (token ids of prompt and answer so far, logits float32 [vocab]) -> logits. Steps wait for it.
-    guide: makes a Guide (guides.py) for each answer: a grammar's mask of the tokens that may come next.
-        On a GPU it is applied within the step's graph; the step after waits for its token.
+    logits_processor: called on the host for every token, before anything else changes the logits:
+        (token ids of prompt and answer so far, logits float32 [vocab]) -> logits. Each step waits for it.
+    guide: returns a new Guide for each answer, which masks the tokens that may come next, as for a grammar.
+        On a GPU the mask is applied within the step's graph, and the next step waits for the token.
+
     Logits change in this order: logits_processor, logit_bias, presence and frequency penalty, masks (guide,
     bad_words, min_tokens, ignore_eos), repetition penalty, temperature, top-k, top-p, min-p.
     """
@@ -65,15 +67,15 @@ class SamplingParams:
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | Iterable[str] | None = ()
+    stop: str | Collection[str] | None = ()
     max_tokens: int | Unset | None = Unset.MODEL_DEFAULT
     ignore_eos: bool = False
     n: int = 1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
-    bad_words: str | Iterable[str] | None = ()
-    stop_token_ids: Iterable[int] | None = ()
+    bad_words: str | Collection[str] | None = ()
+    stop_token_ids: Collection[int] | None = ()
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -91,15 +93,17 @@ class SamplingParams:
             require(self.min_tokens <= self.max_tokens, "min_tokens", what, self.min_tokens)
 
     def resolved(self, defaults: GenerationDefaults) -> "SamplingParams":
-        """With the model's defaults for what wasn't given."""
+        """A copy in which the model's defaults replace values that were not given."""
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        own = {name: getattr(defaults, name) for name in names if getattr(self, name) is None}
+        missing: dict[str, Any] = {
+            name: getattr(defaults, name) for name in names if getattr(self, name) is None
+        }
         if self.max_tokens is Unset.MODEL_DEFAULT:
-            own["max_tokens"] = defaults.max_tokens
-        return replace(self, **own) if own else self
+            missing["max_tokens"] = defaults.max_tokens
+        return replace(self, **missing) if missing else self
 
     def check_vocabulary(self, vocab: int) -> None:
-        """ModelError for token ids and counts that a model with this vocabulary doesn't have."""
+        """Raises a ModelError for token ids and counts beyond the vocabulary."""
         for name in ("logit_bias", "stop_token_ids"):
             outside = [token for token in getattr(self, name) or () if not 0 <= token < vocab]
             if outside:
@@ -110,7 +114,7 @@ class SamplingParams:
 
     @property
     def constraints(self) -> list[str]:
-        """The names of what may have excluded all tokens."""
+        """The names of the parameters that may have excluded all tokens."""
         by_user = [
             name for name in ("guide", "logits_processor", "logit_bias", "bad_words") if getattr(self, name)
         ]
@@ -124,7 +128,7 @@ def fresh_seed() -> int:
 
 @dataclass(frozen=True)
 class SamplingFeatures:
-    """What some row of a batch makes use of, and a step therefore computes."""
+    """The features that some row of a batch uses, and that a step therefore computes."""
 
     drawn: bool = False  # a temperature
     penalized: bool = False  # repetition_penalty
@@ -134,13 +138,13 @@ class SamplingFeatures:
     stops_held: bool = False  # min_tokens with stop_token_ids
     masked: bool = False  # guide, bad_words
     processed: bool = False  # logits_processor
-    logprobs: int | None = None  # the most that a row asks for, or some more
+    logprobs: int | None = None  # maximum over the rows, rounded up
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab: int) -> "SamplingFeatures":
         counts = [p.logprobs for p in params if p.logprobs is not None]
         return cls(
-            drawn=any(p.temperature > 0 for p in params),
+            drawn=any((p.temperature or 0) > 0 for p in params),
             penalized=any(p.repetition_penalty != 1 for p in params),
             counted=any(p.presence_penalty or p.frequency_penalty for p in params),
             biased=any(p.logit_bias for p in params),
@@ -153,14 +157,14 @@ class SamplingFeatures:
 
 
 def _power_of_two(count: int) -> int:
-    """Not below count, so that a few sizes serve all."""
+    """Rounds up, so that few sizes occur."""
     return 1 << (count - 1).bit_length() if count else 0
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
-    what = "strings that aren't empty"
+    what = "nonempty strings"
     require(isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping)), name, what, value)
     value = tuple(value)
     require(all(isinstance(text, str) and text for text in value), name, what, value)
@@ -185,7 +189,7 @@ def _callable(name: str, value: Any) -> Any:
     return value
 
 
-def _most_tokens(name: str, value: Any) -> Any:
+def _max_tokens(name: str, value: Any) -> Any:
     return value if value is Unset.MODEL_DEFAULT else integer(name, value, 1)
 
 
@@ -197,7 +201,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "repetition_penalty": lambda name, value: number(name, value, above=0),
     "seed": lambda name, value: integer(name, value, 0, (1 << 63) - 1),
     "stop": lambda name, value: () if value is None else _strings(name, value),
-    "max_tokens": _most_tokens,
+    "max_tokens": _max_tokens,
     "ignore_eos": flag,
     "n": lambda name, value: integer(name, value, 1, MAX_ANSWERS),
     "presence_penalty": number,

@@ -99,7 +99,7 @@ class Scheduler:
     def active(self) -> list[Request]:
         """The running requests that need another token: their count may already have reached its limit,
         before the host has read the last token."""
-        max_len = self._config.max_len
+        max_len = self._config.length_limit
         return [r for r in self.running if r.sampled_length < r.final_length(max_len)]
 
     # ---- prompts

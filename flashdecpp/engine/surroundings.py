@@ -1,23 +1,27 @@
-"""What a program sets in torch for its own code, and what must not change what the runner computes."""
+"""Shields the runner from torch settings that the calling program makes for its own code."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 _CPU = torch.device("cpu")
 
 
-def undisturbed(device: torch.device, inference: bool) -> AbstractContextManager:
-    """Without the caller's autocast, default device and inference mode, whatever they are.
+def undisturbed(device: torch.device, inference: bool) -> AbstractContextManager[Any]:
+    """A context without the caller's autocast, default device and inference mode.
 
-    `inference`: in inference mode, for computing; False: outside of it and without gradients, for what is
-    made to be kept, since a tensor of inference mode can't be changed outside of it.
-    Entered around work, never around a yield. The default dtype is the whole process's, other threads'
-    included, and stays what it is: what is made here has its dtype said.
+    inference: True for computing. False turns inference mode and gradients off, for tensors that are kept,
+        since those created in inference mode cannot be modified outside of it.
+
+    Do not yield inside it. The default dtype belongs to the whole process and is left alone, so tensors
+    created inside must name their dtype.
     """
-    kinds = {"cpu", device.type}
-    settings = [torch.autocast(kind, enabled=False) for kind in kinds if torch.is_autocast_enabled(kind)]
+    types = {"cpu", device.type}
+    settings: list[AbstractContextManager[Any]] = [
+        torch.autocast(type, enabled=False) for type in types if torch.is_autocast_enabled(type)
+    ]
     if torch.get_default_device() != _CPU:
         settings.append(_CPU)
     settings.append(torch.inference_mode(inference))
@@ -27,7 +31,7 @@ def undisturbed(device: torch.device, inference: bool) -> AbstractContextManager
 
 
 @contextmanager
-def _all_of(settings: Sequence[AbstractContextManager]) -> Iterator[None]:
+def _all_of(settings: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
     with ExitStack() as stack:
         for setting in settings:
             stack.enter_context(setting)

@@ -1,18 +1,20 @@
 """flashdecpp inside transformers: decode attention, linear layers and norms of its models.
 
-Importing this module makes `attn_implementation="flashdecpp"` known to transformers. A call with 1 to 16 new
-tokens whose mask is causal (with a window, with padding) runs in `ops.decode_attention`, on the cache as
-transformers holds it, dynamic or static, without a copy. A longer one is prefill and runs in transformers'
-SDPA attention; what SDPA cannot express (softcap, sinks) in the model's own eager attention. Any other call
-takes the same way as prefill, is counted with its reason (`attention_calls`), and logged once.
+Importing this module registers `attn_implementation="flashdecpp"` with transformers. A call with 1 to 16 new
+tokens and a causal mask (also with a window or padding) runs in `ops.decode_attention`, on transformers'
+dynamic or static cache without a copy. Prefill, with more tokens, runs in transformers' SDPA attention, or in
+the model's own eager attention if SDPA lacks a feature (softcap, sinks). Any other call runs as prefill does,
+is counted by its reason (`attention_calls`), and is logged once.
 
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="flashdecpp")
     model = flashdecpp.accelerate(model)     # attention, nn.Linear and RMSNorm
 
-What makes the difference is known where transformers makes the mask, once a step for all layers: lengths,
-window and padding. There a mask that the op can follow is not spelt out but described, in the terms of the op
-(`_describe`). So models that read their mask themselves instead of handing it on to attention, to choose keys
-(Doge, DeepSeek V3.2 and later), end in an error.
+`model.config._attn_implementation` then reads "decpp", because transformers treats any name that contains
+"flash" as FlashAttention.
+
+Lengths, window and padding are known when transformers creates the mask, once per step for all layers. A mask
+that the op supports is not materialized there but described in the op's terms (`_describe`). Models that read
+the mask themselves to choose keys (Doge, DeepSeek V3.2 and later) therefore fail with an error.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import operator
 import sys
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,19 +57,18 @@ if TYPE_CHECKING:
 __all__ = ["NAME", "accelerate", "attention_calls", "layer_fallbacks", "restore"]
 
 NAME = "flashdecpp"
-# transformers takes any name with "flash" in it for a build of FlashAttention, and treats models and masks
-# accordingly. So the name that its registries and configs hold is another.
+# The name in transformers' registries and configs: any that contains "flash" is treated as FlashAttention.
 REGISTERED = "decpp"
-OURS = "flashdecpp"  # what attention_calls counts beside the reasons for falling back
+OURS = "flashdecpp"  # a key of attention_calls, next to the reasons for falling back
 PREFILL = "prefill"
 GRADIENTS = "gradients are needed: use torch.no_grad()"
 AUTOCAST = "autocast"
 
-PLAIN = (Tensor, nn.Parameter)  # a tensor of any other type has a meaning that only its library knows
+PLAIN = (Tensor, nn.Parameter)  # only a subclass's own library knows what its data mean
 LAYER_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of linear and rms_norm
 ON_GPU = torch._C._dispatch_has_kernel_for_dispatch_key("flashdecpp::linear", "CUDA")
 
-# What decode_attention takes, by the device types that this build has it for.
+# The dtypes of decode_attention, by the device types that this build supports.
 DTYPES = {
     key.lower(): dtypes
     for key, dtypes in {
@@ -84,17 +85,17 @@ logger = logging.get_logger(__name__)
 
 
 def _describe(seq_lens: Tensor, window: int = 0, visible_keys: Tensor | None = None) -> Tensor:
-    """A mask in the terms of decode_attention, as one tensor that transformers hands from model to attention.
+    """A mask in decode_attention's terms, as one tensor that transformers passes from the model to attention.
 
     Args:
         seq_lens: [batch] int32, the keys of each sequence in this layer's cache.
-        window: the keys that a token sees; 0 for all.
-        visible_keys: [batch, keys] int32: only these places of the cache are keys, in this order.
+        window: the number of keys that a token sees; 0 for all.
+        visible_keys: [batch, keys] int32, the cache positions of the visible keys, in order; None for all.
 
     Returns:
-        [batch, 1 (+ keys), 1 + window, 2] int32: four dimensions as every mask has, so that transformers
-        passes it on as it is; a dtype that no mask has and a last dimension that broadcasts with none, so
-        that a model that reads it fails. The window is a size, since the op wants it on the host.
+        [batch, 1 (+ keys), 1 + window, 2] int32. It has four dimensions like any mask, so transformers passes
+        it on unchanged, but a dtype and a last dimension of no mask, so a model that reads it fails. The
+        window is encoded as a size because the op needs it on the host.
     """
     rows = seq_lens[:, None] if visible_keys is None else torch.cat((seq_lens[:, None], visible_keys), 1)
     return rows[:, :, None, None].expand(-1, -1, 1 + window, 2)
@@ -114,7 +115,7 @@ def _has_keys(description: Tensor) -> bool:
     return description.size(1) > 1
 
 
-def _spelt_out(mask: Tensor, q_length: int, kv_length: int) -> Tensor:
+def _boolean(mask: Tensor, q_length: int, kv_length: int) -> Tensor:
     """The boolean mask [batch, 1, q_length, kv_length] of a description."""
     seq_lens, window, visible_keys = _described(mask)
     key = torch.arange(kv_length, device=mask.device)
@@ -127,11 +128,11 @@ def _spelt_out(mask: Tensor, q_length: int, kv_length: int) -> Tensor:
     return (key <= query) & (key > query - window) if window else key <= query
 
 
-def _window(mask_function: Callable) -> int | None:
-    """The window of a causal mask function, 0 where it has none; None for any other function."""
+def _window(mask_function: Callable[..., Any]) -> int | None:
+    """The window of a causal mask function, 0 without one; None for any other function."""
     if mask_function is causal_mask_function:
         return 0
-    if torch.compiler.is_compiling():  # closures cannot be looked into there
+    if torch.compiler.is_compiling():  # which does not support looking into closures
         return None
     if mask_function.__code__ is not sliding_window_causal_mask_function(1).__code__:
         return None
@@ -141,7 +142,7 @@ def _window(mask_function: Callable) -> int | None:
     return _closure(overlay)["sliding_window"]
 
 
-def _closure(function: Callable) -> dict[str, object]:
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
     cells = function.__closure__ or ()
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
 
@@ -152,17 +153,17 @@ def mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **options: object,
 ) -> Tensor | None:
-    """What transformers asks for once a step and kind of layer (`AttentionMaskInterface`).
+    """Creates the mask, once per step and layer type (`AttentionMaskInterface`).
 
-    A description where decode_attention can follow the mask, else what SDPA gets. Padding, and masks that
-    are neither causal nor a sliding window, are described for one new token by the places of its visible
-    keys. Reads whether there is padding from the device, as SDPA's mask does; under torch.compile a padding
-    mask counts as padding.
+    Returns a description if decode_attention supports the mask, else SDPA's mask. Padding, and masks that are
+    neither causal nor a sliding window, are described for a single new token by the positions of its visible
+    keys. Whether there is padding is read from the device, as for SDPA's mask; under torch.compile any
+    attention_mask counts as padding.
     """
     described = q_length <= _C.MAX_NEW_TOKENS and mask_function is not bidirectional_mask_function
     if described:
@@ -194,13 +195,14 @@ def mask(
 
 
 def _describe_visible(visible: Tensor) -> Tensor:
-    """The description of a mask [batch, keys] for one new token: the places of True in each row."""
+    """Describes a mask [batch, keys] for one new token by the positions of True in each row."""
     rank = visible.cumsum(1)
     keys = visible.size(1)
-    places = torch.zeros(visible.size(0), keys + 1, dtype=torch.int32, device=visible.device)
-    place = torch.arange(keys, dtype=torch.int32, device=visible.device).expand_as(visible)
-    places = places.scatter(1, torch.where(visible, rank - 1, keys), place)  # the last column: of False
-    return _describe(rank[:, -1].int(), visible_keys=places[:, :-1])
+    positions = torch.zeros(visible.size(0), keys + 1, dtype=torch.int32, device=visible.device)
+    position = torch.arange(keys, dtype=torch.int32, device=visible.device).expand_as(visible)
+    # The last column receives the positions of False.
+    positions = positions.scatter(1, torch.where(visible, rank - 1, keys), position)
+    return _describe(rank[:, -1].int(), visible_keys=positions[:, :-1])
 
 
 # -------------------------------------------------------------------------------------------------- attention
@@ -216,23 +218,23 @@ def attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What a layer calls (`AttentionInterface`).
+    """The attention function of a layer (`AttentionInterface`).
 
     Args:
         module: the layer.
         query: [batch, q_heads, q_len, head_dim].
-        key, value: [batch, kv_heads, keys, head_dim], the layer's cache with the new tokens in it.
-        attention_mask: of `mask`, or a mask that the user gave.
+        key, value: [batch, kv_heads, keys, head_dim], the layer's cache including the new tokens.
+        attention_mask: from `mask`, or given by the user.
         s_aux: [q_heads], sinks.
 
     Returns:
-        [batch, q_len, q_heads, head_dim], and the weights where the model's eager attention ran, else None.
+        [batch, q_len, q_heads, head_dim], and the weights if the model's eager attention ran, else None.
     """
     reason = _reason_to_fall_back(query, key, value, attention_mask, dropout, options)
     _count(module, OURS if reason is None else reason)
-    if reason is None:
+    if reason is None and attention_mask is not None:
         return _decode(query, key, value, attention_mask, scaling, softcap, s_aux), None
 
     attention_mask = _for_torch(module, attention_mask, query.size(2), key.size(2))
@@ -244,7 +246,7 @@ def attention(
     if eager is None:
         raise ValueError(
             f"flashdecpp: attn_implementation must be another for {type(module).__name__}: "
-            "it has softcap or sinks, which SDPA does not know, and no eager attention for prefill"
+            "it has softcap or sinks, which SDPA does not support, and no eager attention for prefill"
         )
     if softcap is not None:
         options["softcap"] = softcap
@@ -263,7 +265,7 @@ def _reason_to_fall_back(
     dropout: float,
     options: dict[str, object],
 ) -> str | None:
-    """Why decode_attention cannot serve this call; None if it can."""
+    """Why decode_attention cannot run this call; None if it can."""
     _, q_heads, q_length, head_dim = query.shape
     _, kv_heads, kv_length, key_dim = key.shape
     if q_length > _C.MAX_NEW_TOKENS:
@@ -280,7 +282,7 @@ def _reason_to_fall_back(
         return GRADIENTS
     if torch._C._is_any_autocast_enabled():
         return AUTOCAST
-    for option in ("position_bias", "output_attentions", "cache"):  # the last is that of continuous batching
+    for option in ("position_bias", "output_attentions", "cache"):  # "cache" comes from continuous batching
         if (given := options.get(option)) is not None and given is not False:
             return option
     device, dtype = query.device.type, query.dtype
@@ -292,16 +294,16 @@ def _reason_to_fall_back(
         return f"head_dim {head_dim} of q, {key_dim} of k and {value.size(3)} of v"
     if q_heads % kv_heads or q_heads > _C.MAX_QUERY_GROUP * kv_heads:
         return f"{q_heads} query heads over {kv_heads} KV heads"
-    if _has_keys(attention_mask) and (_pitch(key) is None or _pitch(key) != _pitch(value)):
-        return "padding, and sequences that are not the same whole number of keys apart in k and v"
+    if _has_keys(attention_mask) and (_pitch(key) < 0 or _pitch(key) != _pitch(value)):
+        return "padding, and strides of k and v over sequences that differ or are no multiple of a key"
     return None
 
 
-def _pitch(cache: Tensor) -> int | None:
-    """How many keys a sequence of the cache is after the one before; None where that is no whole number."""
+def _pitch(cache: Tensor) -> int:
+    """The stride between sequences in keys; -1 unless it is a whole number of them."""
     if cache.size(0) == 1:
         return 0
-    return None if cache.stride(0) % cache.stride(2) else cache.stride(0) // cache.stride(2)
+    return -1 if cache.stride(0) % cache.stride(2) else cache.stride(0) // cache.stride(2)
 
 
 def _decode(
@@ -317,7 +319,7 @@ def _decode(
     if block_table is None:
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     else:
-        # Every place of the cache is a block of one token, counted through all sequences.
+        # Every cache position is a block of one token, numbered across all sequences.
         sequence = torch.arange(key.size(0), dtype=torch.int32, device=key.device)
         block_table = block_table + sequence[:, None] * _pitch(key)
         key, value = _by_token(key), _by_token(value)
@@ -344,19 +346,19 @@ def _by_token(cache: Tensor) -> Tensor:
 
 
 def _for_torch(module: nn.Module, mask: Tensor | None, q_length: int, kv_length: int) -> Tensor | None:
-    """The mask as SDPA takes it."""
+    """The mask in SDPA's form."""
     if mask is None or mask.dtype == torch.bool or mask.is_floating_point():
         return mask
     if _is_description(mask, kv_length):
-        return _spelt_out(mask, q_length, kv_length)
+        return _boolean(mask, q_length, kv_length)
     raise ValueError(
         f"flashdecpp: attn_implementation must be another for {type(module).__name__}: its mask must be "
-        f"boolean, of floats, or as it was made, got {mask.dtype} of shape {tuple(mask.shape)}"
+        f"boolean, floating-point or unmodified, got {mask.dtype} of shape {tuple(mask.shape)}"
     )
 
 
 def _additive(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool | None) -> Tensor | None:
-    """SDPA's mask as eager attention wants it; None stands for causal from the first key on, as in SDPA."""
+    """SDPA's mask in eager attention's additive form. None means causal from the first key on, as in SDPA."""
     if mask is None:
         q_length = query.size(2)
         if q_length == 1 or is_causal is False:
@@ -374,52 +376,47 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool |
 def _count(module: nn.Module, what: str) -> None:
     if what not in (OURS, PREFILL):
         _warn(f"flashdecpp: attention falls back to transformers' own ({what})")
-    if torch.compiler.is_compiling():  # which would compile anew whenever the count has changed
+    if torch.compiler.is_compiling():  # which would recompile whenever the count changes
         return
-    if not hasattr(module, "_flashdecpp_calls"):
-        module._flashdecpp_calls = Counter()
-    module._flashdecpp_calls[what] += 1
+    vars(module).setdefault("_flashdecpp_calls", Counter())[what] += 1
 
 
 def _count_fallback(module: nn.Module, reason: str) -> None:
     _warn(f"flashdecpp: a layer runs as it did before accelerate ({reason})")
     if torch.compiler.is_compiling():
         return
-    if "_flashdecpp_fallbacks" not in vars(module):
-        module._flashdecpp_fallbacks = Counter()
-    module._flashdecpp_fallbacks[reason] += 1
+    vars(module).setdefault("_flashdecpp_fallbacks", Counter())[reason] += 1
 
 
-# torch.compile runs it itself, once, and leaves it out of the graph. Only with constants: torch 2.11 knows no
-# way to hand a module to such a function.
+# torch.compile runs this once while tracing and leaves it out of the graph. Its arguments must be constants:
+# torch 2.11 cannot pass a module to such a function.
 @torch.compiler.assume_constant_result
 def _warn(message: str) -> None:
     logger.warning_once(message)
 
 
 def attention_calls(model: nn.Module) -> Counter[str]:
-    """How many attention calls of a model went where, over all layers since it was loaded.
+    """Counts a model's attention calls by the way they ran, over all layers since it was loaded.
 
     Returns:
-        "flashdecpp": through `ops.decode_attention`; "prefill": more than 16 new tokens, transformers' own;
-        any other key: transformers' own too, for the reason that the key says. Calls below torch.compile
-        are not counted; what falls back there is logged when it is compiled.
+        "flashdecpp": in `ops.decode_attention`. "prefill": more than 16 new tokens, in transformers'
+        attention. Any other key is the reason why a call ran in transformers' attention. Calls under
+        torch.compile are not counted; their fallbacks are logged when they are compiled.
     """
     calls: Counter[str] = Counter()
     for module in model.modules():
-        calls.update(getattr(module, "_flashdecpp_calls", {}))
+        calls.update(vars(module).get("_flashdecpp_calls", {}))
     return calls
 
 
 def layer_fallbacks(model: nn.Module) -> Counter[str]:
-    """How many calls of linear layers and norms of an accelerated model ran as before, by the reason.
+    """Counts the calls of linear layers and norms that did not run in flashdecpp, by the reason.
 
-    Over all of them since the model was loaded, but for calls below torch.compile, as in `attention_calls`.
-    Calls that went through flashdecpp are not counted.
+    Covers all layers of an accelerated model since it was loaded, except for calls under torch.compile.
     """
     fallbacks: Counter[str] = Counter()
     for module in model.modules():
-        fallbacks.update(getattr(module, "_flashdecpp_fallbacks", {}))
+        fallbacks.update(vars(module).get("_flashdecpp_fallbacks", {}))
     return fallbacks
 
 
@@ -429,29 +426,33 @@ def layer_fallbacks(model: nn.Module) -> Counter[str]:
 def accelerate(model: Model) -> Model:
     """Runs a transformers model's attention, linear layers and RMSNorms through flashdecpp, in place.
 
-    Attention: as with `attn_implementation="flashdecpp"`. `nn.Linear` (no subclasses): `ops.linear`, which
-    picks GEMV, flat GEMM or BLAS by the shape. RMSNorms that compute what Llama's does: `ops.rms_norm`.
-    Parameters, hooks and state_dict stay what they are; `restore` undoes all of it. A copy or a pickle of the
-    model is accelerated as well, and runs its own weights. For inference: where gradients are needed, in
-    autocast, and for weights that are tensor subclasses (torchao, DTensor) a layer runs as it did before, and
-    says why in `layer_fallbacks`. So call the model below `torch.no_grad()`, as `generate` does.
+    Attention runs as with `attn_implementation="flashdecpp"`; `model.config._attn_implementation` will read
+    "decpp", because transformers treats any name that contains "flash" as FlashAttention. `nn.Linear`, but
+    not its subclasses, runs in `ops.linear`, which picks GEMV, flat GEMM or BLAS by the shape. RMSNorms with
+    the same code as Llama's run in `ops.rms_norm`. Parameters, hooks and state_dict do not change, and
+    `restore` undoes everything. Copies and pickles of the model are accelerated as well, with weights of
+    their own.
+
+    This is for inference, under `torch.no_grad()` as in `generate`: if gradients are needed, in autocast, and
+    for weights that are tensor subclasses (torchao, DTensor), a layer runs as before, and `layer_fallbacks`
+    counts the reason.
 
     Args:
-        model: on any device, in any dtype; also one with an adapter around it, as PEFT's, that has
-            get_base_model(). Layers whose forward another library has replaced are left alone.
+        model: on any device, in any dtype; may be wrapped in an adapter that has get_base_model(), such as
+            PEFT's. Layers whose forward another library has replaced are left alone.
 
     Returns:
         The model.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: its attention cannot be chosen.
+        ValueError: its attention implementation cannot be selected.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise TypeError(
             f"flashdecpp: model must be a transformers PreTrainedModel, got {type(base).__name__}; "
-            "pass the one that it is made around"
+            "pass the model that it wraps"
         )
     if base.config._attn_implementation != REGISTERED:
         previous = {"": base.config._attn_implementation}
@@ -466,7 +467,7 @@ def accelerate(model: Model) -> Model:
             )
         base._flashdecpp_previous_attention = previous
     for module in base.modules():
-        accelerated = _accelerated(type(module))
+        accelerated = _accelerated(type(module))  # type: ignore[arg-type]  # torch's stubs: not hashable
         if accelerated is not None and "forward" not in vars(module):
             module.__class__ = accelerated
     return model
@@ -484,23 +485,26 @@ def restore(model: Model) -> Model:
 
 
 class _InOp(nn.Module):
-    """Before a layer's own class in the class that `accelerate` gives it: `forward` runs in an op.
+    """A mixin, placed before a layer's own class by `accelerate`, whose `forward` runs in an op.
 
-    It is the class that changes, not the object, so that whatever copies the object (deepcopy, pickle,
-    DataParallel) copies a layer that runs the weights of the copy.
+    Changing the class rather than the object means that copies of the object (deepcopy, pickle, DataParallel)
+    run with the weights of the copy.
     """
 
     flashdecpp_original: type[nn.Module]
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        # The class is made at run time, so a pickle names the one that it was made of.
-        _, _, *state = super().__reduce_ex__(protocol)
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        # The class is created at run time, so a pickle names the original one.
+        _, _, *state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         return _unpickled, (self.flashdecpp_original,), *state
 
 
 class _Linear(_InOp):
+    weight: Tensor
+    bias: Tensor | None
+
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias  # once: a module looks its parameters up in Python
+        weight, bias = self.weight, self.bias  # read once: a module looks up parameters in Python
         reason = _reason_for_torch(input, weight, bias)
         if reason is None:
             return ops.linear(input, weight, bias)
@@ -509,6 +513,9 @@ class _Linear(_InOp):
 
 
 class _RMSNorm(_InOp):
+    weight: Tensor
+    variance_epsilon: float
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight = self.weight
         reason = _reason_for_torch(hidden_states, weight)
@@ -520,7 +527,8 @@ class _RMSNorm(_InOp):
 
 @functools.cache
 def _accelerated(original: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that runs in an op what `original` computes; None where there is no such op."""
+    """A subclass of `original` that runs in an op; None if there is no such op."""
+    mixin: type[_InOp]
     if original is nn.Linear:
         mixin = _Linear
     elif _is_llama_norm(original):
@@ -532,24 +540,24 @@ def _accelerated(original: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def _unpickled(original: type[nn.Module]) -> nn.Module:
-    """An accelerated layer whose state is still to come."""
-    accelerated = _accelerated(original)
+    """An accelerated layer without its state, which the unpickler sets."""
+    accelerated = _accelerated(original) or original  # type: ignore[arg-type]
     return accelerated.__new__(accelerated)
 
 
 def _is_llama_norm(original: type[nn.Module]) -> bool:
-    """Whether its code is that of Llama's, of which most families have a copy."""
+    """Whether its code is that of Llama's RMSNorm, which most families copy."""
     code, llama = (getattr(f, "__code__", None) for f in (original.forward, LlamaRMSNorm.forward))
-    parts = operator.attrgetter("co_code", "co_names", "co_consts")
-    return code is not None and parts(code) == parts(llama)
+    behavior = operator.attrgetter("co_code", "co_names", "co_consts")
+    return code is not None and behavior(code) == behavior(llama)
 
 
 def _reason_for_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    """Why a layer has to run as it did before; None where its op gives the same."""
+    """Why a layer must run as before; None if its op is equivalent."""
     if type(weight) not in PLAIN or type(x) not in PLAIN:
         return f"weight of type {type(weight).__name__}, input of type {type(x).__name__}"
     if weight.layout is not torch.strided or weight.stride(-1) != 1:
-        return f"weight that is {weight.layout} and not contiguous"
+        return f"weight of layout {weight.layout} and not contiguous"
     if _differentiated(x, weight, bias):
         return GRADIENTS
     if torch._C._is_any_autocast_enabled():
@@ -562,7 +570,7 @@ def _reason_for_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
-    """Whether gradients are asked for, backward or forward (which no tensor tells in Python)."""
+    """Whether gradients are needed, in reverse mode or in forward mode (which tensors do not show)."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return True
     return torch.autograd.forward_ad._current_level >= 0
@@ -574,7 +582,9 @@ def _register() -> None:
     choose = PreTrainedModel._check_and_adjust_attn_implementation
 
     @functools.wraps(choose)
-    def choose_by_our_name(self, attn_implementation, *args, **options):
+    def choose_by_our_name(
+        self: PreTrainedModel, attn_implementation: str | None, *args: Any, **options: Any
+    ) -> Any:
         name = REGISTERED if attn_implementation == NAME else attn_implementation
         return choose(self, name, *args, **options)
 

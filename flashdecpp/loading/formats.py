@@ -1,4 +1,4 @@
-"""What a weight can be stored in beside the model's dtype."""
+"""Formats that quantized weights are stored in."""
 
 from dataclasses import dataclass
 
@@ -6,18 +6,18 @@ import torch
 
 from flashdecpp.quantization import QuantizedWeight
 
-QUANTIZE = ("auto", "none", "int8", "int4")  # what LLM(quantize=) takes
+QUANTIZE = ("auto", "none", "int8", "int4")  # values of LLM(quantize=)
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight is quantized. `stored`: in the checkpoint already, so nothing is rounded any more.
+    """How a weight is quantized. `stored`: the checkpoint has it in this format, so nothing is rounded.
 
     Scales and offsets are float16, as in GGUF files.
     """
 
     bits: int
-    group: int | None  # None: a row shares a scale
+    group: int | None  # weights per scale; None: one scale per row
     offsets: bool = False
     stored: bool = False
 
@@ -38,4 +38,4 @@ class Format:
         return QuantizedWeight(weight, numbers(), numbers() if self.offsets else None)
 
 
-ROUNDED = {"int8": Format(8, None), "int4": Format(4, 32)}  # what float weights become
+ROUNDED = {"int8": Format(8, None), "int4": Format(4, 32)}  # formats that float weights are rounded to

@@ -1,15 +1,15 @@
-"""How a model asks to be sampled where the user says nothing: generation_config.json, or GGUF's metadata."""
+"""A model's sampling defaults, from generation_config.json or GGUF metadata."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .settings import Settings
+from .config_reader import ConfigReader
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """A model's own defaults under the names of SamplingParams, whose meaning they have."""
+    """A model's defaults for the fields of SamplingParams with the same names."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -19,7 +19,7 @@ class GenerationDefaults:
     max_tokens: int | None = 256
 
 
-# What transformers samples with where the file asks for sampling and names no value of its own
+# transformers' defaults if the file asks for sampling without values of its own
 SAMPLED = GenerationDefaults(temperature=1.0, top_k=50)
 
 GGUF_NAMES = {
@@ -31,11 +31,11 @@ GGUF_NAMES = {
 }
 
 
-def generation_defaults(settings: Settings) -> GenerationDefaults:
-    """Of the values of a generation_config.json. ModelError for one that isn't what it must be.
+def generation_defaults(settings: ConfigReader) -> GenerationDefaults:
+    """The defaults in a generation_config.json. Raises a ModelError for a bad value.
 
-    As in transformers, only `do_sample` makes the model sample. Without it temperature doesn't count, but
-    the other values do: for a user who asks for a temperature.
+    As in transformers, a model samples only with `do_sample`. Without it the file's temperature is ignored;
+    its other values apply if the user gives a temperature.
     """
     if settings.flag("do_sample", False):
         return _read(settings, SAMPLED)
@@ -43,11 +43,11 @@ def generation_defaults(settings: Settings) -> GenerationDefaults:
 
 
 def gguf_generation_defaults(metadata: Mapping[str, Any], source: str) -> GenerationDefaults:
-    """Of a GGUF file's metadata, under llama.cpp's keys: a temperature there makes the model sample."""
-    return _read(Settings(metadata, source, GGUF_NAMES), GenerationDefaults())
+    """The defaults in GGUF metadata, under llama.cpp's keys. A temperature there makes the model sample."""
+    return _read(ConfigReader(metadata, source, GGUF_NAMES), GenerationDefaults())
 
 
-def _read(settings: Settings, absent: GenerationDefaults) -> GenerationDefaults:
+def _read(settings: ConfigReader, absent: GenerationDefaults) -> GenerationDefaults:
     return GenerationDefaults(
         temperature=settings.number("temperature", absent.temperature, low=0.0),
         top_k=settings.integer("top_k", absent.top_k, low=0),

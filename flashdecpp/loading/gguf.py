@@ -1,6 +1,6 @@
-"""A GGUF model, in one file or split into several: memory-mapped and dequantized a few rows at a time.
+"""A GGUF model, in one file or split into several, memory-mapped and dequantized a few rows at a time.
 
-The header is read by gguf_header.py; the `gguf` package dequantizes.
+gguf_header.py reads the header; the `gguf` package dequantizes.
 """
 
 import re
@@ -16,7 +16,7 @@ from .formats import Format
 from .gguf_header import MAGIC, Header
 from .mapped import release_pages
 
-# GGUF's types whose blocks ops.quantized_linear knows: 32 weights behind a scale and, with offsets, a minimum
+# GGUF types that ops.quantized_linear runs: blocks of a scale, a minimum if there are offsets, and 32 weights
 FORMATS = {
     "Q4_0": Format(4, 32, stored=True),
     "Q4_1": Format(4, 32, offsets=True, stored=True),
@@ -26,25 +26,25 @@ PART = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf",
 
 
 class GGUFFile:
-    """The tensors of a GGUF file and of all parts that belong to it, by name. A WeightSource (weights.py).
+    """The tensors of a GGUF file, or of all files of a split model, as a WeightSource.
 
-    path: the file, or any of the parts NAME-00001-of-0000N.gguf. `metadata` is that of the first part.
+    path: the file, or any of the files NAME-00001-of-0000N.gguf. `metadata` is that of the first one.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        parts = _read_parts(path)
-        self.metadata = parts[0].metadata
-        self._headers = {name: part for part in parts for name in part.tensors}
+        headers = _read_headers(path)
+        self.metadata = headers[0].metadata
+        self._headers = {name: header for header in headers for name in header.tensors}
         self.shapes: dict[str, tuple[int, ...]] = {
-            name: part.tensors[name].shape for name, part in self._headers.items()
+            name: header.tensors[name].shape for name, header in self._headers.items()
         }
-        if len(self.shapes) != sum(len(part.tensors) for part in parts):
+        if len(self.shapes) != sum(len(header.tensors) for header in headers):
             raise ModelError(f"{path}: parts of the model have tensors of the same name")
 
     @staticmethod
     def is_gguf(path: Path) -> bool:
-        """Whether a file is one, by how it begins and whatever its name; False for what is no file."""
+        """Whether the path is that of a GGUF file, by its first bytes and whatever its name."""
         try:
             if not path.is_file():
                 return False
@@ -54,7 +54,7 @@ class GGUFFile:
             return False
 
     def check(self, name: str) -> None:
-        """A ModelError where nobody dequantizes the tensor's type."""
+        """Raises a ModelError if the gguf package cannot dequantize the tensor."""
         from gguf.constants import GGML_QUANT_SIZES
         from gguf.quants import dequantize
 
@@ -71,10 +71,10 @@ class GGUFFile:
             ) from None
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """float32 rows [start, stop) of a tensor."""
+        """Rows [start, stop) of a tensor in float32."""
         from gguf.quants import dequantize
 
-        # dequantize returns float32 as it is: a view of the (read-only) map, which torch must not have.
+        # dequantize returns float32 tensors as views of the read-only map, which torch does not support.
         values = dequantize(self._raw_rows(name, start, stop), self._headers[name].tensors[name].kind)
         values = values.reshape(stop - start, *self.shapes[name][1:])
         return torch.from_numpy(values if values.flags.writeable else values.copy())
@@ -83,10 +83,10 @@ class GGUFFile:
         return FORMATS.get(self._headers[name].tensors[name].kind.name)
 
     def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
-        """Rows [start, stop) as they are stored, bit for bit: each block's scale, minimum and weights."""
-        format = self.format(name)
+        """Rows [start, stop), with the bits of each block's scale, minimum and weights as stored."""
+        format = FORMATS[self._headers[name].tensors[name].kind.name]
         blocks = torch.from_numpy(self._raw_rows(name, start, stop).copy())
-        blocks = blocks.unflatten(1, (self.shapes[name][-1] // format.group, -1))
+        blocks = blocks.unflatten(1, (format.groups(self.shapes[name][-1]), -1))
         numbers, weight = blocks.tensor_split((4 if format.offsets else 2,), dim=2)
         numbers = numbers.contiguous().view(torch.float16)
         weight = weight.flatten(1)
@@ -107,8 +107,8 @@ class GGUFFile:
         return np.frombuffer(header.data, np.uint8, count, offset).reshape(stop - start, -1)
 
 
-def _read_parts(path: Path) -> list[Header]:
-    """The file's header, or those of all parts in their order where it is one of several."""
+def _read_headers(path: Path) -> list[Header]:
+    """The file's header, or those of all files in order if the model is split."""
     given = Header(path)
     count = given.metadata.typed("split.count", int, 1)
     if count <= 1:
@@ -118,7 +118,7 @@ def _read_parts(path: Path) -> list[Header]:
         number = given.metadata.typed("split.no", int) + 1
         raise ModelError(
             f"{path} is part {number} of {count}: it must be called NAME-{number:05}-of-{count:05}.gguf, "
-            "and the others beside it likewise"
+            "and the others likewise, in the same folder"
         )
     paths = [path.with_name(f"{name['prefix']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
     missing = [part.name for part in paths if not part.exists()]

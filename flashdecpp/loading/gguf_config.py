@@ -1,43 +1,43 @@
-"""What a GGUF file says of its model, in the meaning that llama.cpp gives it."""
+"""Reads the model configuration from GGUF metadata, with the meaning that llama.cpp gives it."""
 
 from typing import Any
 
 from flashdecpp.errors import ModelError
 from flashdecpp.models.architectures import find_gguf_architecture
-from flashdecpp.models.config import MOST_LAYERS, ModelConfig
+from flashdecpp.models.config import MAX_LAYERS, ModelConfig
 from flashdecpp.models.rope import Rope, yarn_magnitude
 
+from .config_reader import ConfigReader
 from .gguf import GGUFFile
-from .settings import Settings
 
-ENDS = ("eos", "eot", "eom")  # kinds of tokens that end a sequence
+ENDS = ("eos", "eot", "eom")  # tokens that end a sequence
 SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
-class GGUFSettings(Settings):
-    """A file's metadata. A list that gives every layer the same counts as that value."""
+class GGUFConfigReader(ConfigReader):
+    """A file's metadata. A list with the same value for every layer counts as that value."""
 
     def get(self, key: str, default: Any = None) -> Any:
         value = super().get(key, default)
-        if isinstance(value, list) and value and all(each == value[0] for each in value):
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
             return value[0]
         return value
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:
-    """GGUF says by the presence of a tensor whether the model has one: biases, an untied head."""
+    """Biases and an untied head are not in the metadata: the presence of their tensors tells."""
     metadata, tensors, source = file.metadata, file.shapes, str(file.path)
-    architecture = find_gguf_architecture(Settings(metadata, source).text("general.architecture"))
-    settings = GGUFSettings(metadata, source, prefix=f"{architecture.gguf}.")
+    architecture = find_gguf_architecture(ConfigReader(metadata, source).text("general.architecture"))
+    settings = GGUFConfigReader(metadata, source, prefix=f"{architecture.gguf}.")
     if settings.integer("expert_count", 0, low=0):
         raise ModelError("mixture-of-experts GGUF files are not supported")
-    layers, hidden = settings.integer("block_count", high=MOST_LAYERS), settings.integer("embedding_length")
+    layers, hidden = settings.integer("block_count", high=MAX_LAYERS), settings.integer("embedding_length")
     q_heads = settings.integer("attention.head_count")
     head_dim = settings.integer("attention.key_length", hidden // q_heads)
     rope = _rope(settings, file, head_dim)
-    # Vocabularies grow after the metadata was written: the tensor has a row for every token.
+    # Vocabularies are extended without an update of the metadata; the tensor has a row for every token.
     vocab = tensors.get("token_embd.weight", (0,))[0] or settings.integer("vocab_size")
-    tokens = Settings(metadata, source, prefix="tokenizer.ggml.")
+    tokens = ConfigReader(metadata, source, prefix="tokenizer.ggml.")
     ends = [token for kind in ENDS for token in tokens.token_ids(f"{kind}_token_id")]
     return ModelConfig(
         architecture=architecture,
@@ -61,8 +61,8 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     )
 
 
-def _rope(settings: Settings, file: GGUFFile, head_dim: int) -> Rope:
-    """A factor without a type is a linear one, a factor of 0 is none, and yarn is whatever extrapolates."""
+def _rope(settings: ConfigReader, file: GGUFFile, head_dim: int) -> Rope:
+    """As in llama.cpp, a factor without a type is linear, 0 means none, and any extrapolation is yarn."""
     kind = settings.text("rope.scaling.type", "linear")
     if kind not in SCALINGS:
         raise ModelError(f"GGUF rope scaling {kind!r} is not supported, only {', '.join(SCALINGS)}")
@@ -102,7 +102,7 @@ def _rope(settings: Settings, file: GGUFFile, head_dim: int) -> Rope:
 
 
 def _factors(file: GGUFFile, name: str, dim: int) -> list[float]:
-    """What a tensor divides each of the dim / 2 frequencies by."""
+    """The divisors of the dim / 2 frequencies that a tensor holds."""
     shape = file.shapes.get(name)
     if shape != (dim // 2,):
         raise ModelError(f"{file.path}: {name} must have the shape ({dim // 2},), got {shape}")

@@ -1,18 +1,18 @@
-"""What stands before the weights in a GGUF file: its metadata and where each tensor lies.
+"""Reads the header of a GGUF file: its metadata and the location of every tensor.
 
-Nothing in it is believed: counts and sizes are held against the file's size, and against what any model
-needs, before something is allocated or counted to. The `gguf` package's own reader checks little of it, and
-takes seconds for a vocabulary of 50,000 tokens.
+The header is not trusted: counts and sizes are checked against the file's size and the limits below before
+anything is allocated. The `gguf` package's own reader checks little and takes seconds for a vocabulary of
+50,000 tokens.
 """
 
 import math
 import mmap
-import reprlib
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from flashdecpp._arguments import shown
 from flashdecpp.errors import ModelError
 
 from .mapped import map_file
@@ -22,29 +22,29 @@ MAGIC = b"GGUF"
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
-# Far beyond any model's; a vocabulary has up to 300,000 tokens, with a score, a type and merges for each.
-MAX_BYTES = 256 << 20  # of all that stands before the weights
-MAX_VALUES = 1 << 22  # of the metadata, those in arrays among them
+# Far above any model's: vocabularies have up to 300,000 tokens, each with a score, a type and merges.
+MAX_BYTES = 256 << 20  # of the header
+MAX_VALUES = 1 << 22  # of the metadata, elements of arrays included
 MAX_ARRAY_DEPTH = 4
 MAX_TENSORS = 1 << 17
 MAX_DIMENSIONS = 4  # ggml has no more
 
-REQUIRED: Final = object()  # a default that is none
+REQUIRED: Final = object()  # in place of a default
 _KINDS = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
 _LISTS = {int: "integers", float: "finite numbers", str: "strings", bool: "true and false"}
 
 
 class Metadata(dict[str, Any]):
-    """The keys and values of a file: of any kind, until `typed` or `listed` has looked."""
+    """The metadata of a file. `typed` and `listed` check the type of a value."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
 
     def typed(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """The value of a key, of `kind` (int, float, str or bool); a ModelError names the key otherwise.
+        """The value of a key, which must be of `kind`: int, float, str or bool. An integer counts as a float.
 
-        An integer counts as a float. default: for a missing key, which without one is a ModelError, too.
+        Raises a ModelError that names the key for another value, and for a missing key without a default.
         """
         if key not in self:
             if default is REQUIRED:
@@ -52,18 +52,16 @@ class Metadata(dict[str, Any]):
             return default
         value = self[key]
         if not _is(value, kind):
-            raise ModelError(f"{self.path}: {key} must be {_KINDS[kind]}, got {reprlib.repr(value)}")
+            raise ModelError(f"{self.path}: {key} must be {_KINDS[kind]}, got {shown(value)}")
         return kind(value)
 
     def listed(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """As `typed`, for a list of values that are all of `kind`."""
+        """As `typed`, for a list whose values are all of `kind`."""
         if key not in self:
             return self.typed(key, kind, default)
         values = self[key]
         if not isinstance(values, list) or not all(_is(value, kind) for value in values):
-            raise ModelError(
-                f"{self.path}: {key} must be a list of {_LISTS[kind]}, got {reprlib.repr(values)}"
-            )
+            raise ModelError(f"{self.path}: {key} must be a list of {_LISTS[kind]}, got {shown(values)}")
         return values
 
 
@@ -75,7 +73,7 @@ def _is(value: Any, kind: type) -> bool:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: rows of `row_bytes`, one after the other. A vector's rows are its elements."""
+    """The location of a tensor: contiguous rows of `row_bytes`. The rows of a vector are its elements."""
 
     shape: tuple[int, ...]
     kind: Any  # gguf.GGMLQuantizationType
@@ -85,13 +83,13 @@ class TensorInfo:
 
 
 class Header:
-    """One file's, with the map of the whole file."""
+    """The header of a file, with a map of the whole file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.data = map_file(path)
         cursor = _Cursor(self.data, path)
-        if cursor.take(len(MAGIC)) != MAGIC:
+        if cursor.read(len(MAGIC)) != MAGIC:
             raise ModelError(f"{path} is not a GGUF file")
         (version,) = cursor.unpack("I")
         if version not in (2, 3):
@@ -124,7 +122,7 @@ class Header:
                 )
             shape = cursor.unpack(f"{dimensions}Q")[::-1]  # GGUF stores the fastest dimension first
             tensors[name] = self._tensor(name, shape, *cursor.unpack("IQ"))
-        return self._placed(tensors, cursor.position)
+        return self._located(tensors, cursor.position)
 
     def _tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> TensorInfo:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -141,13 +139,13 @@ class Header:
         row_bytes = block_bytes if len(shape) == 1 else shape[-1] // block * block_bytes
         return TensorInfo(shape, GGMLQuantizationType(kind), offset, row_bytes, nbytes)
 
-    def _placed(self, tensors: dict[str, TensorInfo], table_end: int) -> dict[str, TensorInfo]:
-        """With offsets in the file: as llama.cpp has it, each must follow on the one before."""
+    def _located(self, tensors: dict[str, TensorInfo], table_end: int) -> dict[str, TensorInfo]:
+        """The tensors with offsets in the file. As in llama.cpp, they must follow each other without gaps."""
         alignment = self.metadata.typed("general.alignment", int, 32)
         if alignment < 1 or alignment & (alignment - 1):
             raise ModelError(f"{self.path}: general.alignment must be a power of two, got {alignment}")
         start = end = -(-table_end // alignment) * alignment
-        placed = {}
+        located = {}
         for name, tensor in tensors.items():
             offset = -(-end // alignment) * alignment
             if start + tensor.offset != offset:
@@ -161,17 +159,17 @@ class Header:
                     f"{self.path} is truncated: tensor {name} ends at byte {end}, "
                     f"the file has {len(self.data)}; download it again"
                 )
-            placed[name] = replace(tensor, offset=offset)
-        return placed
+            located[name] = replace(tensor, offset=offset)
+        return located
 
 
 class _Cursor:
-    """Reads GGUF's little-endian values one after the other."""
+    """Reads GGUF's little-endian values in sequence."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.position, self.values = data, path, 0, 0
 
-    def take(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes:
         end = self.position + count
         if end > len(self.data):
             raise ModelError(f"{self.path} is truncated: its header goes beyond its {len(self.data)} bytes")
@@ -179,23 +177,22 @@ class _Cursor:
             raise ModelError(
                 f"{self.path} is not a valid GGUF file: its header has more than {MAX_BYTES} bytes"
             )
-        taken = self.data[self.position : end]
-        self.position = end
-        return taken
+        start, self.position = self.position, end
+        return self.data[start:end]
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
         layout = "<" + layout
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+        return struct.unpack(layout, self.read(struct.calcsize(layout)))
 
     def string(self) -> str:
-        return self.take(self.unpack("Q")[0]).decode("utf-8", errors="replace")
+        return self.read(self.unpack("Q")[0]).decode("utf-8", errors="replace")
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind == STRING:
             return self.string()
         if kind == ARRAY:
             if depth == MAX_ARRAY_DEPTH:
-                raise ModelError(f"{self.path}: a metadata value is arrays in more than {depth} others")
+                raise ModelError(f"{self.path}: a metadata value nests arrays more than {depth} deep")
             item, count = self.unpack("IQ")
             self.count(count)
             if item in SCALARS:
@@ -206,7 +203,7 @@ class _Cursor:
         return self.unpack(SCALARS[kind])[0]
 
     def count(self, values: int) -> None:
-        """Of the metadata, so many more are to be read."""
+        """Adds to the number of metadata values. Raises a ModelError beyond MAX_VALUES."""
         self.values += values
         if self.values > MAX_VALUES:
             raise ModelError(

@@ -1,10 +1,10 @@
-"""The tokenizer in a GGUF file: byte-pair encoding, of bytes ("gpt2") or SentencePiece's ("llama")."""
+"""The tokenizer in a GGUF file: byte-pair encoding of bytes ("gpt2") or of SentencePiece ("llama")."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFIX = "tokenizer.ggml."
-NO_TOKEN = (-1, 0xFFFFFFFF)  # as an id: there is none
+NO_TOKEN = (-1, 0xFFFFFFFF)  # ids that stand for no token
 
-# Tokens that end a turn, whatever the file's end-of-sequence: llama.cpp stops at them, too.
+# Tokens that end a turn in addition to the file's end-of-sequence token, as in llama.cpp.
 TURN_ENDS = (
     "<|eot_id|>",
     "<|eom_id|>",
@@ -50,12 +50,12 @@ _QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """What divides text before byte-pair encoding: what a pattern matches stands alone for the next one."""
+    """Splits text before byte-pair encoding. Each pattern splits the pieces that the previous ones left."""
 
     patterns: Sequence[str]
-    whole_words: bool = False  # a word of the vocabulary is never put together by merges
-    adds_bos: bool = False  # where the file doesn't say
-    composes: bool = False  # characters and their accents, first (NFC)
+    whole_words: bool = False  # words of the vocabulary are tokens without any merge
+    adds_bos: bool = False  # unless the file says otherwise
+    composes: bool = False  # normalizes to NFC first
 
     def tokenizer(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=self.whole_words))
@@ -69,7 +69,7 @@ class PreTokenizer:
         return tokenizer
 
 
-# By the names that llama.cpp's converter writes to tokenizer.ggml.pre
+# By their names in tokenizer.ggml.pre, as llama.cpp's converter writes them
 PRE_TOKENIZERS = {
     name: rule
     for rule, names in (
@@ -107,16 +107,16 @@ PRE_TOKENIZERS = {
 
 
 class GGUFTokenizer(BaseTokenizer):
-    """Built from a file's metadata. ModelError for kinds that aren't supported and values without sense."""
+    """Built from a file's metadata. Raises a ModelError for an unsupported type or inconsistent values."""
 
     def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata
-        kind = metadata.typed(PREFIX + "model", str, None)
-        if kind is None or PREFIX + "tokens" not in metadata:
+        model = metadata.typed(PREFIX + "model", str, None)
+        if model is None or PREFIX + "tokens" not in metadata:
             raise ModelError(f"{metadata.path}: the GGUF file has no tokenizer")
-        if kind not in ("llama", "gpt2"):
+        if model not in ("llama", "gpt2"):
             raise ModelError(
-                f"{metadata.path}: GGUF tokenizer {kind!r} is not supported, only 'llama' and 'gpt2'"
+                f"{metadata.path}: GGUF tokenizer {model!r} is not supported, only 'llama' and 'gpt2'"
             )
         self._tokens: list[str] = metadata.listed(PREFIX + "tokens", str)
         self._templates = self._read_templates()
@@ -124,8 +124,8 @@ class GGUFTokenizer(BaseTokenizer):
         turn_ends = self._turn_ends(kinds)
         for token in turn_ends:
             kinds[token] = CONTROL
-        with model_error(f"{metadata.path}: the tokenizer makes no sense"):
-            if kind == "llama":
+        with model_error(f"{metadata.path}: the tokenizer is invalid"):
+            if model == "llama":
                 add_space = metadata.typed(PREFIX + "add_space_prefix", bool, True)
                 scores = self._each_token("scores", float)
                 self._tokenizer = Vocabulary(self._tokens, scores, kinds, add_space).tokenizer()
@@ -133,19 +133,19 @@ class GGUFTokenizer(BaseTokenizer):
                 rule = self._pre_tokenizer()
                 self._tokenizer = rule.tokenizer(self._vocabulary, self._merges())
                 add_special_tokens(self._tokenizer, self._tokens, kinds)
-        add_bos = metadata.typed(PREFIX + "add_bos_token", bool, kind == "llama" or rule.adds_bos)
+        add_bos = metadata.typed(PREFIX + "add_bos_token", bool, model == "llama" or rule.adds_bos)
         bos = self._special_id("bos")
         self._prefix = [bos] if add_bos and bos is not None else []
         named = (self._special_id(name) for name in ("eos", "eot", "eom"))
         self.eos_ids = tuple(dict.fromkeys(token for token in (*named, *turn_ends) if token is not None))
         self.special_tokens = {
-            index: self._tokens[index] for index, its in enumerate(kinds) if its in (CONTROL, UNKNOWN)
+            index: self._tokens[index] for index, kind in enumerate(kinds) if kind in (CONTROL, UNKNOWN)
         }
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
+    def chat_prompt(self, messages: Iterable[Message], tools: Iterable[Tool] | None = None) -> str:
         return render_chat(self._renderer, messages, tools)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -166,7 +166,7 @@ class GGUFTokenizer(BaseTokenizer):
         return template_renderer(self._templates if named else self._templates.get("default"), **texts)
 
     def _read_templates(self) -> dict[str, str]:
-        """The chat template, and others that the file names."""
+        """The chat template and any others by name."""
         key = "tokenizer.chat_template"
         names = [name for name in self._metadata if name.startswith(key + ".")]
         found = {name.removeprefix(key + "."): self._metadata.typed(name, str) for name in names}
@@ -174,7 +174,7 @@ class GGUFTokenizer(BaseTokenizer):
         return found if default is None else found | {"default": default}
 
     def _turn_ends(self, kinds: Sequence[int]) -> list[int]:
-        """Tokens known to end a turn, where they are control tokens or the chat template has them."""
+        """Those of TURN_ENDS that are control tokens or occur in the chat template."""
         template = "".join(self._templates.values())
         found = [(self._vocabulary[text], text) for text in TURN_ENDS if text in self._vocabulary]
         return [index for index, text in found if kinds[index] == CONTROL or text in template]
@@ -190,8 +190,8 @@ class GGUFTokenizer(BaseTokenizer):
             )
         return index
 
-    def _each_token(self, name: str, kind: type, *default: int) -> list:
-        """A number for each token."""
+    def _each_token(self, name: str, kind: type, *default: int) -> list[Any]:
+        """A number per token."""
         if default and PREFIX + name not in self._metadata:
             return list(default) * len(self._tokens)
         values = self._metadata.listed(PREFIX + name, kind)
@@ -206,7 +206,7 @@ class GGUFTokenizer(BaseTokenizer):
         name = self._metadata.typed(PREFIX + "pre", str, "")
         if not name:
             warnings.warn(
-                f"{self._metadata.path} names no pre-tokenizer (tokenizer.ggml.pre): text is divided by "
+                f"{self._metadata.path} names no pre-tokenizer (tokenizer.ggml.pre): text is split by "
                 "llama.cpp's default, which may not be what the model was trained with; convert it again",
                 stacklevel=2,
             )

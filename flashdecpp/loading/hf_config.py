@@ -1,4 +1,4 @@
-"""A Hugging Face folder's config.json and generation_config.json, of any transformers version."""
+"""Reads config.json and generation_config.json of any transformers version."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,13 +8,14 @@ import torch
 
 from flashdecpp.errors import ModelError
 from flashdecpp.models.architectures import ARCHITECTURES, Architecture, Bias
-from flashdecpp.models.config import MOST_LAYERS, ModelConfig
+from flashdecpp.models.config import MAX_LAYERS, ModelConfig
 from flashdecpp.models.rope import Rope
 
+from .config_reader import ConfigReader
 from .json_files import read_json
-from .settings import Settings
+from .quantized_files import quantized
 
-# config.json's hidden_act -> the name that ops.gated_activation knows
+# config.json's hidden_act -> its name in the ops
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -24,7 +25,7 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 
-# What is looked at before transformers makes anything of it, which takes these for granted
+# Checked before transformers reads the file, since it takes their types for granted
 SIZES = (
     "hidden_size",
     "num_attention_heads",
@@ -34,25 +35,25 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
-LAYER_KINDS = ("full_attention", "sliding_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # transformers 5 gathers theta and scaling in rope_parameters; 4 had rope_theta and rope_scaling.
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
-# The numbers that a kind of rope scaling must have, and those that it may have
-ROPE_NEEDS = {
+# Numbers that a rope type must have, and numbers that it may have
+ROPE_REQUIRED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 ORIGINAL, ORIGINAL_KEY = ("llama3", "yarn", "longrope"), "original_max_position_embeddings"
-ROPE_TAKES = {
+ROPE_OPTIONAL = {
     "longrope": ("attention_factor",),
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 }
 
 
-def find_architecture(config: Settings) -> Architecture:
-    """The one that config.json's "architectures" name, or its "model_type" where they name none."""
+def find_architecture(config: ConfigReader) -> Architecture:
+    """The architecture that config.json's "architectures" names, or its "model_type" if the list is empty."""
     names = config.get("architectures", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         config.refuse("architectures", "a list of class names")
@@ -65,16 +66,13 @@ def find_architecture(config: Settings) -> Architecture:
     raise ModelError(f"architecture {asked} is not supported; supported are {supported}")
 
 
-def config_from_directory(path: Path, generation: Settings) -> ModelConfig:
-    """What config.json says, and generation_config.json of the end of a sequence."""
+def config_from_directory(path: Path, generation: ConfigReader) -> ModelConfig:
+    """The configuration in config.json, with the end-of-sequence tokens of generation_config.json."""
     raw = read_json(path / "config.json")
-    top = Settings(raw, str(path / "config.json"))
+    top = ConfigReader(raw, str(path / "config.json"))
     for key in ("quantization_config", "quantization", "compression_config"):
         if how := top.mapping(key, {}):
-            raise ModelError(
-                f"{path} is quantised ({how.get('quant_method', key)}); "
-                "use a float16 / bfloat16 / float32 checkpoint or a GGUF"
-            )
+            raise ModelError(quantized(path, str(how.get("quant_method", key))))
     files = (top, top.section("text_config"), generation)
     ends = [token for file in files for token in file.token_ids("eos_token_id")]
     architecture = find_architecture(top)
@@ -87,15 +85,15 @@ def config_from_directory(path: Path, generation: Settings) -> ModelConfig:
         raise ModelError(
             f"hidden_act {settings.get('hidden_act')!r} is not supported, only {', '.join(ACTIVATIONS)}"
         )
-    layers = settings.integer("num_hidden_layers", high=MOST_LAYERS)
+    layers = settings.integer("num_hidden_layers", high=MAX_LAYERS)
     hidden, q_heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
     head_dim = settings.integer("head_dim", hidden // q_heads)
     query_scalar = settings.number("query_pre_attn_scalar", None, above=0.0)
-    kinds = settings.get("layer_types") or ["sliding_attention"] * layers
-    if len(kinds) != layers or any(kind not in LAYER_KINDS for kind in kinds):
-        settings.refuse("layer_types", f"a list of {layers} of {' and '.join(LAYER_KINDS)}")
+    layer_types = settings.get("layer_types") or ["sliding_attention"] * layers
+    if len(layer_types) != layers or any(layer_type not in LAYER_TYPES for layer_type in layer_types):
+        settings.refuse("layer_types", f"a list of {layers} of {' and '.join(LAYER_TYPES)}")
     window = settings.integer("sliding_window", -1) if architecture.windowed else -1
-    ropes = _ropes(settings, kinds, head_dim, architecture)
+    ropes = _ropes(settings, layer_types, head_dim, architecture)
     contexts = [rope.context for rope in ropes if rope is not None]
     return ModelConfig(
         architecture=architecture,
@@ -111,7 +109,7 @@ def config_from_directory(path: Path, generation: Settings) -> ModelConfig:
         context=max(contexts, default=settings.integer("max_position_embeddings")),
         ropes=ropes,
         tied_embeddings=settings.flag("tie_word_embeddings"),
-        windows=tuple(window if kind == "sliding_attention" else -1 for kind in kinds),
+        windows=tuple(window if layer_type == "sliding_attention" else -1 for layer_type in layer_types),
         activation=activation,
         norm_after=not settings.flag("do_layer_norm_before", True),
         attn_scale=None if query_scalar is None else query_scalar**-0.5,
@@ -125,67 +123,69 @@ def config_from_directory(path: Path, generation: Settings) -> ModelConfig:
     )
 
 
-def generation_settings(folder: Path) -> Settings:
-    """What generation_config.json says; nothing where there is none."""
+def read_generation_config(folder: Path) -> ConfigReader:
+    """generation_config.json, empty if the folder has none."""
     path = folder / "generation_config.json"
-    return Settings(read_json(path) if path.exists() else {}, str(path))
+    return ConfigReader(read_json(path) if path.exists() else {}, str(path))
 
 
-def _settings(top: Settings, architecture: Architecture) -> Settings:
-    """A model's configuration under Llama's keys, whatever its architecture calls them."""
+def _settings(top: ConfigReader, architecture: Architecture) -> ConfigReader:
+    """The text model's configuration under Llama's keys, whatever its architecture calls them."""
     names = architecture.keys
     stated = top.section("text_config") if "text_config" in top.values else top
-    stated = Settings(stated.values, stated.source, names)
+    stated = ConfigReader(stated.values, stated.source, names)
     for key in SIZES:
         stated.integer(key, None)
-    stated.integer("num_hidden_layers", None, high=MOST_LAYERS)
-    kinds = stated.get("layer_types", [])
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+    stated.integer("num_hidden_layers", None, high=MAX_LAYERS)
+    layer_types = stated.get("layer_types", [])
+    if not isinstance(layer_types, list) or not all(isinstance(name, str) for name in layer_types):
         stated.refuse("layer_types", "a list of strings")
     for key in ROPE_KEYS:
         shared = stated.section(key)
-        for parameters in (shared, *(shared.section(kind) for kind in LAYER_KINDS)):
-            _scaling(parameters, _kind(parameters))
+        for parameters in (shared, *(shared.section(name) for name in LAYER_TYPES)):
+            _scaling(parameters, _rope_type(parameters))
     values = _completed(top, architecture) if architecture.in_transformers else top.values
-    return Settings(values, top.source, names, architecture.defaults)
+    return ConfigReader(values, top.source, names, architecture.defaults)
 
 
-def _completed(top: Settings, architecture: Architecture) -> Mapping[str, Any]:
-    """The text model's values, with transformers' own where the file lacks one. Its class is known: whatever
-    code or other class the file names is not looked for."""
-    from transformers import CONFIG_MAPPING  # late: it is slow to import and a GGUF file does without it
+def _completed(top: ConfigReader, architecture: Architecture) -> Mapping[str, Any]:
+    """The text model's values, completed by transformers' defaults.
+
+    The architecture determines the configuration class; code or classes that the file names are ignored.
+    """
+    from transformers import CONFIG_MAPPING  # late: slow to import, and GGUF files do not need it
 
     try:
         config = CONFIG_MAPPING[architecture.model_type].from_dict(dict(top.values))
         return config.get_text_config().to_dict()
-    except Exception as error:  # transformers raises many kinds for a bad file
+    except Exception as error:  # transformers raises many types of error for a bad file
         reason = " ".join(str(error).split())
         raise ModelError(f"{top.source} can't be read: {reason}") from error
 
 
-def _has_bias(settings: Settings, where: Bias) -> bool:
+def _has_bias(settings: ConfigReader, where: Bias) -> bool:
     return where if isinstance(where, bool) else any(settings.flag(key, False) for key in where)
 
 
 def _ropes(
-    settings: Settings, kinds: list[str], head_dim: int, architecture: Architecture
+    settings: ConfigReader, layer_types: list[str], head_dim: int, architecture: Architecture
 ) -> tuple[Rope | None, ...]:
-    """Of each layer; layers of one kind share theirs."""
+    """The rope of every layer. Layers of one type share theirs."""
     if architecture.rotary is None:
-        return (None,) * len(kinds)
+        return (None,) * len(layer_types)
     shared = settings.section(next(filter(settings.get, ROPE_KEYS), ROPE_KEYS[0]))
     ropes = {}
-    for kind in set(kinds):
-        own = shared.section(kind) if kind in shared.values else shared
-        ropes[kind] = _rope(settings, own, head_dim, architecture, shared=own is shared)
-    return tuple(ropes[kind] for kind in kinds)
+    for name in set(layer_types):
+        own = shared.section(name) if name in shared.values else shared
+        ropes[name] = _rope(settings, own, head_dim, architecture, shared=own is shared)
+    return tuple(ropes[name] for name in layer_types)
 
 
 def _rope(
-    settings: Settings, parameters: Settings, head_dim: int, architecture: Architecture, shared: bool
+    settings: ConfigReader, parameters: ConfigReader, head_dim: int, architecture: Architecture, shared: bool
 ) -> Rope:
-    """parameters: of this rope. shared: they are those of all layers."""
-    kind = _kind(parameters)
+    """A rope from its parameters. `shared`: they are those of all layers."""
+    kind = _rope_type(parameters)
     theta = parameters.number("rope_theta", None, above=1.0) or settings.number(
         "rope_theta", 10000.0, above=1.0
     )
@@ -196,7 +196,7 @@ def _rope(
         fraction = 1.0
     dim, max_positions = int(head_dim * fraction), settings.integer("max_position_embeddings")
     scaling = _scaling(parameters, kind)
-    if kind in ORIGINAL and shared:  # as transformers has it, the one at the top counts more
+    if kind in ORIGINAL and shared:  # as in transformers, the top-level one takes precedence
         top = settings.integer(ORIGINAL_KEY, None, low=2)
         scaling[ORIGINAL_KEY] = top or scaling[ORIGINAL_KEY]
     if kind == "longrope":
@@ -206,10 +206,10 @@ def _rope(
     return Rope(dim, theta, max_positions, kind, scaling, recomputed)
 
 
-def _scaling(parameters: Settings, kind: str) -> dict[str, Any]:
-    """What a kind of scaling reads but for its lists, under the same keys."""
-    scaling = {key: parameters.number(key, above=0.0) for key in ROPE_NEEDS.get(kind, ())}
-    scaling |= {key: parameters.number(key, None, low=0.0) for key in ROPE_TAKES.get(kind, ())}
+def _scaling(parameters: ConfigReader, kind: str) -> dict[str, Any]:
+    """The parameters of a rope type, apart from its lists, under the same keys."""
+    scaling = {key: parameters.number(key, above=0.0) for key in ROPE_REQUIRED.get(kind, ())}
+    scaling |= {key: parameters.number(key, None, low=0.0) for key in ROPE_OPTIONAL.get(kind, ())}
     if kind in ORIGINAL:
         scaling[ORIGINAL_KEY] = parameters.integer(ORIGINAL_KEY, None, low=2)
     if kind in ("yarn", "longrope"):
@@ -221,7 +221,7 @@ def _scaling(parameters: Settings, kind: str) -> dict[str, Any]:
     return scaling
 
 
-def _kind(parameters: Settings) -> str:
+def _rope_type(parameters: ConfigReader) -> str:
     return parameters.text("rope_type", None) or parameters.text("type", "default")
 
 

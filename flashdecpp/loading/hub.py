@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub: from its cache on this machine, else downloaded into it."""
+"""Models of the Hugging Face Hub, from the local cache or downloaded into it."""
 
 import re
 from pathlib import Path
@@ -7,28 +7,28 @@ from flashdecpp.errors import ModelError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # organization/model
 
-# What a model is read from. Folders within the repository have it in other formats.
+# The files that a model is loaded from. Subfolders of a repository hold other formats.
 FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 SAFETENSORS, TORCH = "model*.safetensors", "pytorch_model*.bin"
 SHARD = re.compile(r"-\d+-of-(?P<count>\d+)\.")
 
 
 def is_name(model: str) -> bool:
-    """Whether it looks like organization/model and not like a path, whose first folder would be there."""
+    """Whether it looks like organization/model, and not like a path whose first folder exists."""
     return NAME.fullmatch(model) is not None and not Path(model).parent.exists()
 
 
 def fetch(name: str) -> Path:
-    """The folder of a model by its name. Asks the network for nothing where the cache has all of it."""
-    from huggingface_hub import constants  # late: slow to import, and needed for names alone
+    """The folder of a model by its name. Does not use the network if the cache has all its files."""
+    from huggingface_hub import constants  # late: slow to import, and only needed for names
 
     cached = snapshot(Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}")
     return cached if cached is not None and _is_whole(cached) else _download(name)
 
 
 def snapshot(folder: Path) -> Path | None:
-    """In a folder models--organization--name of the cache: what main stood for when it was last fetched, else
-    the only revision that is there."""
+    """The snapshot in a cache folder models--organization--name: that of the main branch when it was last
+    fetched, else the only one."""
     main, snapshots = folder / "refs" / "main", folder / "snapshots"
     if main.is_file() and (found := snapshots / main.read_text(errors="replace").strip()).is_dir():
         return found
@@ -37,7 +37,7 @@ def snapshot(folder: Path) -> Path | None:
 
 
 def name_of(folder: Path) -> str:
-    """What a model folder is called: the repository's name where it is one of the cache."""
+    """The name of a model folder, which for one of the cache is that of its repository."""
     for path in (folder, *folder.parents[:2]):
         if path.name.startswith("models--"):
             return path.name.rpartition("--")[2]
@@ -45,9 +45,9 @@ def name_of(folder: Path) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a snapshot has weights, and not only the files that something else once asked for."""
+    """Whether a snapshot has all weight files, and not just a few files that another program fetched."""
     for pattern in (SAFETENSORS, TORCH):
-        if files := [path for path in folder.glob(pattern) if path.exists()]:  # links to blobs that are there
+        if files := [path for path in folder.glob(pattern) if path.exists()]:  # not a dangling link
             shards = [match for path in files if (match := SHARD.search(path.name))]
             return not shards or len(shards) == int(shards[0]["count"])
     return False
@@ -76,7 +76,7 @@ def _download(name: str) -> Path:
         ) from None
     except errors.OfflineModeIsEnabled:
         raise ModelError(f"{name} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set") from None
-    except Exception as error:  # of the connection, of the server, of the disk
+    except Exception as error:  # connection, server or disk
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
             f"{name} is neither a path nor in the Hugging Face cache, and can't be downloaded: {reason}"

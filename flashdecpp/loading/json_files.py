@@ -1,4 +1,4 @@
-"""The files of a model folder beside its weights: what they are is looked at before a library reads them."""
+"""The small files of a model folder, checked before a library reads them."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,27 @@ from typing import Any
 from flashdecpp import _files
 from flashdecpp.errors import ModelError
 
-# What transformers opens by itself where it is there.
-SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-SMALL_FILES += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
-SMALL_FILES += ("chat_template.jinja", "chat_template.json")
+# Files that transformers opens by itself if they exist.
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """What the file holds, which must be of `kind`: dict, list, ...
+    """The value in a JSON file, which must be of `kind` (dict, list, ...).
 
-    A ModelError says what else it is: missing, not valid JSON, too deep or too large to be believed, of
-    another kind, no file at all (a folder, a pipe), a Git LFS pointer.
+    Raises a ModelError if the file is missing, not a regular file, a Git LFS pointer, not valid JSON, far too
+    deep or large, or holds a value of another kind.
     """
     if not path.exists():
         raise ModelError(f"{path.parent} has no {path.name}; a model folder must have one")
@@ -25,13 +35,13 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def check_file(path: Path) -> Path:
-    """The path, where it is that of a file that can be read; a ModelError says what it is instead."""
+    """Returns the path of a readable file. Raises a ModelError that says what it is instead."""
     _files.check_file(path, ModelError)
     return path
 
 
 def check_small_files(folder: Path) -> None:
-    """A ModelError where one of SMALL_FILES is there, but a pipe, a folder, a Git LFS pointer, huge, ..."""
+    """Raises a ModelError for one of SMALL_FILES that is a pipe, a folder, a Git LFS pointer, huge, ..."""
     for name in SMALL_FILES:
         if os.path.lexists(folder / name):
             _files.check_small(folder / name, ModelError)

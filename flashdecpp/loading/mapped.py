@@ -1,4 +1,4 @@
-"""Read-only memory maps whose pages can be given back once they have been copied."""
+"""Read-only memory maps whose pages can be released once they have been copied."""
 
 import mmap
 from pathlib import Path
@@ -9,7 +9,7 @@ from .json_files import check_file
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """The bytes of a file. A ModelError says why it is none that can be mapped."""
+    """Maps a file. Raises a ModelError for one that cannot be mapped."""
     check_file(path)
     try:
         with path.open("rb") as file:
@@ -21,7 +21,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def release_pages(data: mmap.mmap, offset: int, length: int) -> None:
-    """Drops whole pages of a range from this process; they stay in the page cache and can be read again."""
+    """Drops the whole pages of a range from this process. They can be read again from the page cache."""
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
     start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE

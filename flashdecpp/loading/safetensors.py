@@ -19,9 +19,9 @@ from flashdecpp.quantization import QuantizedWeight
 from .mapped import map_file, release_pages
 from .quantized_files import quantized
 
-# Those that a weight can have. The others are of indices, masks and quantized weights.
+# The dtypes of weights. Others belong to indices, masks and quantized weights.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_HEADER = 100_000_000  # as the safetensors library
+MAX_HEADER = 100_000_000  # the safetensors library's limit
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,7 @@ class _Entry:
 
 
 class SafetensorsFiles:
-    """The tensors of all files, by name; of a name that several have, the last file's, as in transformers.
-
-    A WeightSource (weights.py).
-    """
+    """The tensors of several files as a WeightSource. A later file's tensor wins, as in transformers."""
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self.path = folder
@@ -46,13 +43,13 @@ class SafetensorsFiles:
             self._read_header(path)
 
     def check(self, name: str) -> None:
-        """A ModelError where the tensor has integers, or floats of 8 bits or less."""
+        """Raises a ModelError for integers and for floats of 8 bits or fewer."""
         dtype = self._entries[name].dtype
         if dtype not in DTYPES:
             raise ModelError(quantized(self.path, f"tensor {name} has the dtype {dtype}"))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) in the file's dtype: a view of the map, not to be written."""
+        """Rows [start, stop) in the file's dtype: a view of the mapped file that must not be written."""
         entry, shape = self._entries[name], self.shapes[name]
         dtype = DTYPES[entry.dtype]
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
@@ -62,12 +59,12 @@ class SafetensorsFiles:
             values = torch.frombuffer(
                 entry.data, dtype=torch.uint8, count=(stop - start) * row_bytes, offset=offset
             )
-        if offset % dtype.itemsize:  # which the format allows, and kernels don't
+        if offset % dtype.itemsize:  # the format allows unaligned tensors, kernels do not
             values = values.clone()
         return values.view(dtype).view(stop - start, *shape[1:])
 
     def format(self, name: str) -> None:
-        """Nothing here is quantized."""
+        """None: no tensor of these files is quantized."""
 
     def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
         raise NotImplementedError("no tensor has a format")
@@ -93,7 +90,7 @@ class SafetensorsFiles:
         except JSONError as error:
             raise ModelError(f"{path} is not a safetensors file: its header is not JSON ({error})") from None
         try:
-            with safe_open(path, "numpy"):  # the library's own checks, of every name, kind, size and offset
+            with safe_open(path, "numpy"):  # the library checks every name, dtype, size and offset
                 pass
         except (SafetensorError, OSError) as error:
             raise ModelError(_what_is_wrong(path, header, len(data) - start, error)) from None
@@ -106,7 +103,7 @@ class SafetensorsFiles:
 
 
 def _what_is_wrong(path: Path, header: Any, nbytes: int, error: Exception) -> str:
-    """Why the library refused a file, with the tensor, which the library doesn't always name."""
+    """Why the library refused a file, naming the tensor, which the library does not always do."""
     reason = str(error).removeprefix("Error while deserializing header: ")
     for name, entry in header.items() if isinstance(header, dict) else ():
         if name == "__metadata__":
@@ -123,7 +120,7 @@ def _what_is_wrong(path: Path, header: Any, nbytes: int, error: Exception) -> st
 
 
 def _fits(entry: dict[str, Any]) -> bool:
-    """Whether a tensor takes as many bytes as it has."""
+    """Whether a tensor's byte range has the size of its shape and dtype."""
     (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES.get(entry["dtype"])
     if len(shape) > 8 or not all(isinstance(size, int) and 0 <= size < 1 << 63 for size in shape):
         return False

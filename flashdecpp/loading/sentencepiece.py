@@ -1,10 +1,11 @@
-"""SentencePiece's byte-pair encoding, as the tokenizers library runs it: ChatGLM2's files and GGUF files."""
+"""SentencePiece byte-pair encoding through the tokenizers library, for ChatGLM2 and GGUF files."""
 
 import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
@@ -12,13 +13,13 @@ from flashdecpp.errors import ModelError
 
 from .json_files import check_file
 
-# Kinds of pieces, in SentencePiece's files as in GGUF's
+# Kinds of pieces in SentencePiece and GGUF files
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
 SPACE = "\u2581"
 
 MAX_BYTES = 64 << 20  # of a file; the largest vocabularies have 5 MB
-MAX_WORK = 1 << 27  # characters to compare when merges are looked for; they need up to 1 << 25
+MAX_WORK = 1 << 27  # characters compared to find the merges; real vocabularies need up to 1 << 25
 
 # A line of a tiktoken vocabulary: the bytes of a token in base64, and its rank
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)")
@@ -26,15 +27,15 @@ TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Pieces in the order of their ids; the higher the score, the earlier two pieces are merged into one."""
+    """Pieces in the order of their ids. Those with higher scores are merged first."""
 
     pieces: Sequence[str]
     scores: Sequence[float]
     kinds: Sequence[int]
-    add_space: bool = True  # before the text
+    add_space: bool = True  # at the beginning of a text
 
     def tokenizer(self) -> Tokenizer:
-        """With CONTROL and UNKNOWN pieces as its special tokens. ModelError where that makes no sense."""
+        """A tokenizer whose special tokens are the CONTROL and UNKNOWN pieces. ModelError for huge pieces."""
         if sum(len(piece) ** 2 for piece in self.pieces) > MAX_WORK:
             raise ModelError("the SentencePiece vocabulary has pieces that are far too long for one")
         ids = {piece: index for index, piece in enumerate(self.pieces)}
@@ -46,7 +47,7 @@ class Vocabulary:
         pairs = [(self.pieces[a], self.pieces[b]) for _, a, b in sorted(merges)]
         unknown = next((p for p, kind in zip(self.pieces, self.kinds, strict=True) if kind == UNKNOWN), None)
         tokenizer = Tokenizer(models.BPE(ids, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-        steps = [normalizers.Replace(" ", SPACE)]
+        steps: list[Any] = [normalizers.Replace(" ", SPACE)]
         ends = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         if self.add_space:
             steps.insert(0, normalizers.Prepend(SPACE))
@@ -58,7 +59,7 @@ class Vocabulary:
 
 
 def add_special_tokens(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
-    """Makes those tokens special whose kinds say so; user-defined ones are only never split."""
+    """Adds CONTROL and UNKNOWN tokens as special ones, and USER_DEFINED ones so that they are never split."""
     tokenizer.add_tokens(
         [
             AddedToken(token, special=kind != USER_DEFINED, normalized=False)
@@ -69,7 +70,7 @@ def add_special_tokens(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Seque
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """Of a SentencePiece model file. ModelError for other files, and for what is not byte-pair encoding."""
+    """Reads a SentencePiece model file. ModelError for others and for anything but byte-pair encoding."""
     check_file(path)
     if path.stat().st_size > MAX_BYTES:
         raise ModelError(f"{path} is not a SentencePiece model: it has more than {MAX_BYTES} bytes")
@@ -88,29 +89,32 @@ def read_vocabulary(path: Path) -> Vocabulary:
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, StopIteration, struct.error):
         raise ModelError(f"{path} is not a SentencePiece model") from None
     if training.get(3) != 2 or normalizer.get(2) or normalizer.get(4, 1):
-        raise ModelError(f"{path} does not hold byte-pair encoding of plain text, which alone is supported")
+        raise ModelError(
+            f"{path} is not byte-pair encoding of plain text, the only supported SentencePiece model"
+        )
     return vocabulary
 
 
 def check_not_tiktoken(path: Path) -> None:
-    """A ModelError for a file of that name in another library's format."""
+    """Raises a ModelError for a tiktoken vocabulary, which GLM-4 stored under the same name."""
     if not path.exists():
         return
     with path.open("rb") as file:
         start = file.read(4096)
     if TIKTOKEN_LINE.match(start):
         raise ModelError(
-            f"{path} is not a SentencePiece model but a tiktoken vocabulary, as GLM-4 was first published "
-            "with: put the tokenizer.json of the model's newer version (GLM-4's names end in -hf) beside it"
+            f"{path} is not a SentencePiece model but a tiktoken vocabulary, as GLM-4 was first released: "
+            "add the tokenizer.json of the model's newer release (for GLM-4, names that end in -hf)"
         )
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | float | bytes]]:
-    """Number and value of each field of a protocol buffers message."""
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yields number and value (int, float or bytes) of each field of a protocol buffers message."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
         number, kind = key >> 3, key & 7
+        value: int | float | bytes
         if kind == 0:
             value, at = _varint(message, at)
         elif kind == 2:
@@ -119,7 +123,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | float | bytes]]:
         elif kind == 5:
             (value,), at = struct.unpack_from("<f", message, at), at + 4
         else:
-            raise ValueError(f"field {number} is of the kind {kind}, which these files don't use")
+            raise ValueError(f"field {number} has the wire type {kind}, which these files don't use")
         yield number, value
     if at != len(message):
         raise ValueError("truncated")

@@ -1,8 +1,8 @@
-"""Chat templates: messages to a prompt, rendered by transformers for folders and GGUF files alike."""
+"""Renders messages to a prompt by a model's chat template, through transformers."""
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokenizers import Tokenizer, models
@@ -16,16 +16,16 @@ Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 Tool = Mapping[str, Any] | Callable[..., Any]  # a JSON schema, or a function with type hints and a docstring
 Result = TypeVar("Result")
 
-RENDER_SECONDS = 5.0  # a thousand times what a template of a real model takes
+RENDER_SECONDS = 5.0  # a thousand times longer than a real model's template needs
 
 
 def render_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], tools: Sequence[Tool] | None = None
+    tokenizer: "PreTrainedTokenizerBase", messages: Iterable[Message], tools: Iterable[Tool] | None = None
 ) -> str:
-    """The messages by the tokenizer's chat template, up to where the answer begins.
+    """The messages rendered by the tokenizer's chat template, up to the beginning of the answer.
 
-    A template comes with the model: it runs in jinja's sandbox, and not for long. ModelError for what it
-    doesn't do, for messages that are none, and for a model without a template.
+    Templates come with the model and are not trusted: they run in jinja's sandbox for a limited time. Raises
+    a ModelError if the template fails, for invalid messages, and for a model without a template.
     """
     messages, tools = check_messages(messages), check_tools(tools)
     if not tokenizer.chat_template:
@@ -39,21 +39,21 @@ def render_chat(
         )
     except TimeoutError:
         raise ModelError(
-            f"the chat template is not done after {RENDER_SECONDS:g} seconds; its loops may have no end"
+            f"the chat template did not finish within {RENDER_SECONDS:g} seconds; it may loop forever"
         ) from None
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates may raise anything
         raise ModelError(f"the chat template refuses these messages: {first_line(error)}") from error
 
 
 def template_renderer(
     template: str | dict[str, str] | None, **special_tokens: str
 ) -> "PreTrainedTokenizerBase":
-    """A tokenizer of transformers that is good for nothing but render_chat.
+    """A transformers tokenizer that only serves render_chat.
 
-    template: one, or several by name ("default", "tool_use"). special_tokens: bos_token and the like, which
+    template: one, or several by name ("default", "tool_use"). special_tokens: bos_token and others that
     templates may write.
     """
-    from transformers import PreTrainedTokenizerFast  # late: it is slow to import
+    from transformers import PreTrainedTokenizerFast  # late: slow to import
 
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE()), chat_template=template, **special_tokens
@@ -61,12 +61,12 @@ def template_renderer(
 
 
 def check_messages(messages: Iterable[Message]) -> list[Message]:
-    """The messages as a list of dicts; a ModelError names the first that isn't one."""
+    """The messages as a list of dicts. A ModelError names the first invalid one."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         raise ModelError(f"messages must be a list of messages, got {_kind(messages)}")
     messages = list(messages)
     if not messages:
-        raise ModelError("messages must have one message or more, got none")
+        raise ModelError("messages must have at least one message, got none")
     for index, message in enumerate(messages):
         name = f"messages[{index}]"
         if not isinstance(message, Mapping):
@@ -82,7 +82,7 @@ def check_messages(messages: Iterable[Message]) -> list[Message]:
 
 
 def check_tools(tools: Iterable[Tool] | None) -> list[Tool] | None:
-    """The tools as a list, None for no tools; a ModelError names the first that isn't one."""
+    """The tools as a list, or None without tools. A ModelError names the first invalid one."""
     if tools is None:
         return None
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Iterable):
@@ -103,11 +103,11 @@ def _kind(value: object) -> str:
 
 
 class _Ended(BaseException):
-    """Ends the thread of a template: no `except Exception` on the way stops it."""
+    """Ends the thread of a template. No `except Exception` on the way catches it."""
 
 
 def _within(seconds: float, call: Callable[[], Result]) -> Result:
-    """What `call` returns or raises; TimeoutError where that takes longer."""
+    """Returns or raises what `call` does, or raises TimeoutError if it takes longer."""
     results: list[Result] = []
     errors: list[BaseException] = []
 
@@ -121,7 +121,7 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
     thread.start()
     try:
         thread.join(seconds)
-    finally:  # an interrupt by the user, too
+    finally:  # also on Ctrl-C
         ended = not thread.is_alive()
         if not ended:
             _end(thread)
@@ -133,13 +133,14 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
 
 
 def _end(thread: threading.Thread) -> None:
-    """Raises an exception in a thread, for Python has no other way to end one.
+    """Raises an exception in a thread, the only way to end one in Python.
 
-    It takes effect between two steps of the template. A finalizer that is at work swallows it, hence the
-    repetition.
+    It takes effect between two steps of the template. Repeated because a running finalizer swallows it.
     """
     for _ in range(10):
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Ended))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Ended)
+        )
         thread.join(0.1)
         if not thread.is_alive():
             return

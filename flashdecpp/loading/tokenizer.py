@@ -1,7 +1,7 @@
-"""Text to token ids and back: what the runner asks of a tokenizer, and that of a Hugging Face folder."""
+"""The interface of tokenizers, and the tokenizer of a Hugging Face folder."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -19,62 +19,62 @@ if TYPE_CHECKING:
 
 __all__ = ["BaseTokenizer", "FolderTokenizer", "Message", "TextStream", "Tool", "model_error"]
 
-COUNTED = 1 << 16  # characters of a text that are encoded at once only to be counted
+COUNT_CHUNK = 1 << 16  # characters encoded at a time to count the tokens of a long text
 MAX_TOKEN_ID = 1 << 24  # beyond every vocabulary
-DENSE = 8  # characters of a token: text of more for each token that fits is counted first
+LONG_TOKENS = 8  # characters per token: a text with more of them than the limit allows is counted first
 
 
 class BaseTokenizer:
-    """What the runner asks of a tokenizer.
+    """A tokenizer as the runner uses it.
 
-    eos_ids: the tokens that end an answer. special_tokens: the text of those that decode leaves out, by id.
+    eos_ids: tokens that end an answer. special_tokens: id -> text of the tokens that decode leaves out.
     """
 
     eos_ids: tuple[int, ...] = ()
     special_tokens: Mapping[int, str] = MappingProxyType({})
 
     def encode(self, text: str, add_special_tokens: bool = True, *, limit: int | None = None) -> list[int]:
-        """The text's token ids. ModelError for what is no text.
+        """The token ids of a text. Raises a ModelError if it is not valid Unicode.
 
-        A text that is far beyond `limit` tokens is a ModelError, too, before it takes the time and memory;
-        one that is a little beyond is not.
+        A text of far more than `limit` tokens is refused before it costs time and memory; one of slightly
+        more is not.
         """
         _check_text(text)
         with model_error("the tokenizer can't encode the text"):
-            if limit is not None and len(text) > max(COUNTED, DENSE * limit):
+            if limit is not None and len(text) > max(COUNT_CHUNK, LONG_TOKENS * limit):
                 self._check_length(text, limit)
             return self._encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text, special tokens left out unless skip_special_tokens is False."""
+        """The text of tokens, without special ones unless skip_special_tokens is False."""
         raise NotImplementedError
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
-        """The messages in the model's chat format, up to where its answer begins.
+    def chat_prompt(self, messages: Iterable[Message], tools: Iterable[Tool] | None = None) -> str:
+        """The messages in the model's chat format, up to the beginning of its answer.
 
-        tools: functions, or JSON schemas of functions, that the model may ask for.
+        tools: functions, or JSON schemas of functions, that the model may call.
         """
         raise NotImplementedError
 
     def encode_chat(
         self,
-        messages: Sequence[Message],
-        tools: Sequence[Tool] | None = None,
+        messages: Iterable[Message],
+        tools: Iterable[Tool] | None = None,
         *,
         limit: int | None = None,
     ) -> list[int]:
-        """The tokens of chat_prompt, whose template writes special tokens itself; `limit` as for encode."""
+        """The tokens of chat_prompt, whose template writes the special tokens. `limit` as in encode."""
         return self.encode(self.chat_prompt(messages, tools), add_special_tokens=False, limit=limit)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         raise NotImplementedError
 
     def _check_length(self, text: str, limit: int) -> None:
-        """Counts piece by piece. Divided text may have more tokens: twice the limit is too many."""
-        tokens, most = 0, 2 * limit + len(text) // COUNTED + 1
-        for start in range(0, len(text), COUNTED):
-            tokens += len(self._encode(text[start : start + COUNTED], False))
-            if tokens > most:
+        """Counts tokens in chunks, which may have more than the whole text: twice the limit is too many."""
+        tokens, max_tokens = 0, 2 * limit + len(text) // COUNT_CHUNK + 1
+        for start in range(0, len(text), COUNT_CHUNK):
+            tokens += len(self._encode(text[start : start + COUNT_CHUNK], False))
+            if tokens > max_tokens:
                 raise ModelError(
                     f"the prompt of {len(text)} characters has far more tokens than the {limit} that fit"
                 )
@@ -87,16 +87,16 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ModelError(
-            f"the text has U+{ord(text[error.start]):04X} at character {error.start}, which is half a "
-            "character and no Unicode text; decode bytes with errors='replace'"
+            f"the text has U+{ord(text[error.start]):04X} at character {error.start}, a lone surrogate "
+            "that is not valid Unicode; decode bytes with errors='replace'"
         ) from None
 
 
 @contextmanager
 def model_error(what: str) -> Iterator[None]:
-    """Makes a ModelError of one line of whatever a library raises here.
+    """Turns whatever a library raises into a ModelError of one line.
 
-    The tokenizers library's own panics are no Exceptions.
+    Panics of the tokenizers library do not derive from Exception.
     """
     try:
         yield
@@ -109,9 +109,8 @@ def model_error(what: str) -> Iterator[None]:
 class FolderTokenizer(BaseTokenizer):
     """The tokenizer files of a Hugging Face folder, through transformers.
 
-    Code that lies in the folder is never run, and nobody is asked whether it may. An answer ends where
-    transformers would end it: at the tokens of config.json and generation_config.json, and at the tokenizer's
-    own end-of-sequence; the chat template isn't searched for others.
+    Code in the folder is never run. As in transformers, an answer ends at the end-of-sequence tokens of
+    config.json, generation_config.json and the tokenizer; the chat template is not searched for others.
     """
 
     VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -137,11 +136,12 @@ class FolderTokenizer(BaseTokenizer):
         self.special_tokens = {i: str(token) for i, token in added if token.special}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode(
+        text: str = self._tokenizer.decode(
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
+        return text
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
+    def chat_prompt(self, messages: Iterable[Message], tools: Iterable[Tool] | None = None) -> str:
         return render_chat(self._tokenizer, messages, tools)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -149,9 +149,9 @@ class FolderTokenizer(BaseTokenizer):
 
 
 def _check_ids(path: Path) -> None:
-    """The tokenizers library keeps a table as long as the largest token id, and ends the process without it.
+    """Refuses huge ids: the tokenizers library allocates a table up to the largest and aborts if it cannot.
 
-    A search for long numbers comes first, since parsing the file takes several times as long.
+    Searches for long numbers first, since parsing the file takes several times as long.
     """
     if not re.search(rb'"\s*:\s*\d{8}', path.read_bytes()):
         return
@@ -167,7 +167,7 @@ def _check_ids(path: Path) -> None:
 
 
 def _load(folder: Path, own_code: bool) -> "PreTrainedTokenizerBase":
-    """own_code: the folder names a class of its own. tokenizer.json says the same without it."""
+    """Loads the tokenizer. `own_code`: the folder names a class of its own, which tokenizer.json replaces."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # late: slow to import
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -178,7 +178,7 @@ def _load(folder: Path, own_code: bool) -> "PreTrainedTokenizerBase":
             return PreTrainedTokenizerFast.from_pretrained(folder, **options)
         if own_code:
             raise ModelError(
-                f"the tokenizer in {folder} is code of that folder, which is never run; "
+                f"the tokenizer in {folder} needs code of that folder, which is never run; "
                 "save it there as tokenizer.json"
             ) from None
         raise

@@ -1,4 +1,4 @@
-"""The pytorch_model.bin files of a model folder, memory-mapped where they can be: what older models have."""
+"""The pytorch_model.bin files of older models, memory-mapped if possible."""
 
 import struct
 import zipfile
@@ -16,9 +16,7 @@ from .quantized_files import quantized
 
 
 class TorchFiles:
-    """The tensors of all files, by name; of a name that several have, the last file's. A WeightSource
-    (weights.py).
-    """
+    """The tensors of several files as a WeightSource. A later file's tensor wins."""
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self.path = folder
@@ -28,7 +26,7 @@ class TorchFiles:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def check(self, name: str) -> None:
-        """A ModelError where the tensor isn't a plain one, of floats of 16 bits or more."""
+        """Raises a ModelError unless the tensor is a plain one of floats of 16 bits or more."""
         tensor = self._tensors[name]
         if tensor.is_meta:
             raise ModelError(f"{self.path}: tensor {name} has no values: it was saved from the meta device")
@@ -41,42 +39,42 @@ class TorchFiles:
             raise ModelError(quantized(self.path, f"tensor {name} has the dtype {dtype}"))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """A view of the map: rows [start, stop) in the file's dtype."""
+        """Rows [start, stop) in the file's dtype: a view of the mapped file."""
         return self._tensors[name][start:stop]
 
     def format(self, name: str) -> None:
-        """Nothing here is quantized."""
+        """None: no tensor of these files is quantized."""
 
     def quantized_rows(self, name: str, start: int, stop: int) -> QuantizedWeight:
         raise NotImplementedError("no tensor has a format")
 
     def release(self, name: str) -> None:
-        """The pages of a file can be reclaimed at any time; torch has no way to drop them earlier."""
+        """Does nothing: torch cannot drop pages early, and the system reclaims them when it needs to."""
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
-    """What the file holds by name. It can't be code: weights_only refuses that."""
+    """The tensors of a file by name. weights_only refuses files that contain code."""
     check_file(path)
     try:
-        # What torch wrote before 1.6 is no zip archive and can't be mapped.
+        # Files of torch before 1.6 are not zip archives and cannot be mapped.
         records = _records(path) if zipfile.is_zipfile(path) else None
         state: Any = torch.load(path, map_location="cpu", mmap=records is not None, weights_only=True)
     except ModelError:
         raise
-    except Exception as error:  # torch raises many kinds for a bad file
-        said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # what stands before is advice
+    except Exception as error:  # torch raises many types of error for a bad file
+        said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # the text before it is advice
         reason = (said.partition(". Please")[0].splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} can't be read: {reason}") from error
     if not isinstance(state, dict):
         raise ModelError(f"{path} holds a {type(state).__name__}, but must hold tensors by name")
-    plain = (torch.Tensor, torch.nn.Parameter)  # subclasses are none that a weight is read from
+    plain = (torch.Tensor, torch.nn.Parameter)  # no subclasses
     tensors = {
         name: value.detach()
         for name, value in state.items()
         if isinstance(name, str) and type(value) in plain
     }
     if records is not None and not _are_records([x for x in tensors.values() if _is_plain(x)], records):
-        raise ModelError(f"{path} is spoiled: it has other sizes for its tensors than for their bytes")
+        raise ModelError(f"{path} is corrupt: the sizes of its tensors are not those of their bytes")
     return tensors
 
 
@@ -85,19 +83,19 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _records(path: Path) -> dict[int, int]:
-    """Where the records of an archive that torch.save wrote begin, and their sizes, in bytes."""
+    """Offset and size, in bytes, of every record of an archive that torch.save wrote."""
     records = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
                 raise ModelError(f"{path} is a compressed archive, which torch.save doesn't write")
-            file.seek(record.header_offset + 26)  # of the name's and the extra field's length
+            file.seek(record.header_offset + 26)  # the lengths of the name and of the extra field
             records[file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))] = record.file_size
     return records
 
 
 def _are_records(tensors: Sequence[torch.Tensor], records: dict[int, int]) -> bool:
-    """Whether the storages of tensors, parts of one map of the file, are records: torch doesn't look."""
+    """Whether every tensor's storage, a slice of the mapped file, is a record. torch does not check."""
     storages = {
         storage.data_ptr(): storage.nbytes() for x in tensors if (storage := x.untyped_storage()).nbytes()
     }

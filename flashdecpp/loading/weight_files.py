@@ -1,6 +1,7 @@
-"""Which files of a model folder hold its weights: what transformers would take."""
+"""Finds the weight files of a model folder, the same ones that transformers loads."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from flashdecpp.errors import ModelError
@@ -10,35 +11,38 @@ from .safetensors import SafetensorsFiles
 from .torch_files import TorchFiles
 from .weights import WeightSource
 
-# In this order, each before its index.
-FORMATS = {"model.safetensors": SafetensorsFiles, "pytorch_model.bin": TorchFiles}
+# In order of preference; a whole file comes before an index.
+FORMATS: dict[str, Callable[[Path, Sequence[Path]], WeightSource]] = {
+    "model.safetensors": SafetensorsFiles,
+    "pytorch_model.bin": TorchFiles,
+}
 
 
 def open_weights(folder: Path) -> WeightSource:
-    """The weights of a folder: of a whole file where there is one, else of all that an index tells of.
+    """The weights of a folder: of the whole file if it exists, else of the files that an index lists.
 
-    An index beside a whole file may be of parts that are gone, but not of another kind.
+    Next to a whole file, an index must be valid but its files need not exist.
     """
-    for name, source in FORMATS.items():
+    for name, open_files in FORMATS.items():
         index = folder / f"{name}.index.json"
-        parts = _parts(index) if index.is_file() else None
+        shards = _shards(index) if index.is_file() else None
         if (folder / name).is_file():
-            return source(folder, [folder / name])
-        if parts is not None:
-            missing = [part for part in parts if not os.path.exists(folder / part)]
+            return open_files(folder, [folder / name])
+        if shards is not None:
+            missing = [shard for shard in shards if not os.path.exists(folder / shard)]
             if missing:
                 some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-                raise ModelError(f"{folder} lacks {len(missing)} of {len(parts)} weight files: {some}")
-            return source(folder, [folder / part for part in parts])
+                raise ModelError(f"{folder} lacks {len(missing)} of {len(shards)} weight files: {some}")
+            return open_files(folder, [folder / shard for shard in shards])
     for name in (name for whole in FORMATS for name in (whole, f"{whole}.index.json")):
-        if os.path.lexists(folder / name):  # but is no file
+        if os.path.lexists(folder / name):  # but is not a file
             check_file(folder / name)
     first, second = FORMATS
-    raise ModelError(f"{folder} has no {first} and no {second}, whole or with an index of parts")
+    raise ModelError(f"{folder} has neither {first} nor {second}, whole or sharded with an index")
 
 
-def _parts(index: Path) -> list[str]:
-    """The names of all files that an index tells of, which must be in its folder."""
+def _shards(index: Path) -> list[str]:
+    """The names of all files that an index lists, which must be in its folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError(f"{index} is not a valid index of weight files: it needs a weight_map of file names")
@@ -50,7 +54,7 @@ def _parts(index: Path) -> list[str]:
 
 
 def _stays_inside(name: str) -> bool:
-    """Whether a name, on any system, is of a file in the folder or below it."""
+    """Whether a name stays within the folder, on any operating system."""
     paths = (PurePosixPath(name), PureWindowsPath(name))
     leaves = any(path.anchor or ".." in path.parts for path in paths)
     return bool(paths[0].parts) and not leaves and "\0" not in name

@@ -1,6 +1,6 @@
-"""The decoder architectures, as data: what their tensors are called and how they differ from Llama.
+"""The decoder architectures as data: their tensor names and how they differ from Llama.
 
-To add one that fits the shared decoder (decoder.py), add an entry to ARCHITECTURES.
+An architecture that fits the shared decoder (decoder.py) needs only an entry in ARCHITECTURES.
 """
 
 from collections.abc import Mapping
@@ -11,33 +11,33 @@ from flashdecpp.errors import ModelError
 
 
 @dataclass(frozen=True)
-class Naming:
-    """Tensor names without ".weight" / ".bias"; a tuple is packed, by rows, into one weight.
+class TensorNames:
+    """Tensor names without ".weight" / ".bias", or None if the architecture has no such tensor.
 
-    A name that is None: the architecture has no such tensor.
+    The tensors of a tuple are packed, by rows, into one weight.
     """
 
-    roots: tuple[str, ...]  # prefixes of all but lm_head; the first under which there is a layer counts
+    roots: tuple[str, ...]  # prefixes of all names but lm_head; the first with a layer is used
     embed: str
     norm: str
     lm_head: str
-    layer: str  # prefix of a layer's tensors, with its index as {}
+    layer: str  # prefix of a layer's tensors; {} is its index
     attn_norm: str
-    qkv: tuple[str, ...]  # three names, or one where the checkpoint has them packed already
+    qkv: tuple[str, ...]  # three names, or one if the checkpoint packs them
     o: str
     ffn_norm: str
-    gate_up: tuple[str, ...]  # two names, or one where they are packed or there is no gate
+    gate_up: tuple[str, ...]  # two names, or one if packed or without a gate
     down: str
-    q_norm: str | None = None  # of each head, before it is rotated
+    q_norm: str | None = None  # per head, before rotation
     k_norm: str | None = None
-    attn_out_norm: str | None = None  # of what attention adds to the residual stream
-    ffn_out_norm: str | None = None
+    attn_out_norm: str | None = None  # before the residual add of attention
+    ffn_out_norm: str | None = None  # before that of the feed-forward part
     positions: str | None = None  # learned position embeddings
-    project_in: str | None = None  # between embeddings and hidden states, where their widths differ
-    project_out: str | None = None
+    project_in: str | None = None  # from embeddings to hidden states of another width
+    project_out: str | None = None  # and back
 
 
-LLAMA_NAMES = Naming(
+LLAMA_NAMES = TensorNames(
     roots=("model.",),
     embed="embed_tokens",
     norm="norm",
@@ -62,7 +62,7 @@ PHI3_NAMES = replace(LLAMA_NAMES, qkv=("self_attn.qkv_proj",), gate_up=("mlp.gat
 GLM_NAMES = replace(LLAMA_NAMES, gate_up=("mlp.gate_up_proj",))
 GLM4_NAMES = replace(GLM_NAMES, attn_out_norm="post_self_attn_layernorm", ffn_out_norm="post_mlp_layernorm")
 
-OPT_NAMES = Naming(
+OPT_NAMES = TensorNames(
     roots=("model.decoder.", "decoder."),
     embed="embed_tokens",
     positions="embed_positions",
@@ -79,7 +79,7 @@ OPT_NAMES = Naming(
     down="fc2",
 )
 
-CHATGLM_NAMES = Naming(
+CHATGLM_NAMES = TensorNames(
     roots=("transformer.",),
     embed="embedding.word_embeddings",
     norm="encoder.final_layernorm",
@@ -93,7 +93,7 @@ CHATGLM_NAMES = Naming(
     down="mlp.dense_4h_to_h",
 )
 
-GGUF_NAMES = Naming(
+GGUF_NAMES = TensorNames(
     roots=("",),
     embed="token_embd",
     norm="output_norm",
@@ -107,35 +107,37 @@ GGUF_NAMES = Naming(
     down="ffn_down",
 )
 
-# Whether a projection has a bias: always or never, or where one of these keys of the configuration says so
+# Whether a projection has a bias: always, never, or if one of these keys of the configuration is true
 Bias = bool | tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Architecture:
+    """A decoder architecture. The defaults describe Llama's."""
+
     name: str  # the class name in config.json's "architectures"
     model_type: str  # of its configuration in transformers
-    names: Naming
-    keys: Mapping[str, str] = field(default_factory=dict)  # what config.json calls Llama's keys
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # of Llama's keys that config.json lacks
-    requires: Mapping[str, bool] = field(default_factory=dict)  # keys whose other value isn't supported
-    in_transformers: bool = True  # else config.json is read as it is
+    names: TensorNames
+    keys: Mapping[str, str] = field(default_factory=dict)  # Llama's key -> its name in config.json
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # values of Llama's keys missing in config.json
+    requires: Mapping[str, bool] = field(default_factory=dict)  # the only supported values of flags
+    in_transformers: bool = True  # False: config.json is read without transformers
     norm: Literal["rms", "layer"] = "rms"
-    norm_offset: float = 0.0  # to be added to the norms' weights as they are stored
-    rotary: Literal["halves", "pairs"] | None = "halves"  # what is rotated together; None: nothing
-    partial_rotary: bool = False  # partial_rotary_factor counts without a scaling, too
-    rekeyed_longrope: bool = False  # generation computes all keys anew once longrope's long factors count
-    position_offset: int = 0  # the row of the learned embeddings that position 0 has
-    scaled_embedding: bool = False  # by the root of the hidden size
+    norm_offset: float = 0.0  # added to the stored weights of norms
+    rotary: Literal["halves", "pairs"] | None = "halves"  # layout of rotated pairs; None: no rotation
+    partial_rotary: bool = False  # partial_rotary_factor applies without rope scaling, too
+    rekeyed_longrope: bool = False  # keys are recomputed when longrope switches to its long factors
+    position_offset: int = 0  # row of position 0 in the learned embeddings
+    scaled_embedding: bool = False  # by sqrt(hidden)
     gated: bool = True
     qkv_bias: Bias = False
     o_bias: Bias = False
     mlp_bias: Bias = False
-    windowed: bool = False  # sliding_window of the configuration counts
-    float16: bool = True  # False: hidden states go beyond what float16 holds
+    windowed: bool = False  # sliding_window of the configuration applies
+    float16: bool = True  # False: hidden states overflow float16
     gguf: str | None = None  # GGUF's general.architecture
-    gguf_names: Naming = GGUF_NAMES
-    gguf_interleaved_qk: bool = False  # GGUF stores the rows of q and k for adjacent-pair rotation
+    gguf_names: TensorNames = GGUF_NAMES
+    gguf_interleaved_qk: bool = False  # GGUF stores q and k for adjacent-pair rotation
 
 
 LLAMA = Architecture(
@@ -176,13 +178,13 @@ GEMMA3 = replace(
     name="Gemma3ForCausalLM",
     model_type="gemma3_text",
     names=GEMMA3_NAMES,
-    # transformers reads the soft cap of attention in Gemma 2 alone
+    # transformers applies the soft cap of attention in Gemma 2 only
     requires={"use_bidirectional_attention": False, "attn_logit_softcapping": False},
 )
 GLM = Architecture(
     "GlmForCausalLM", "glm", GLM_NAMES, rotary="pairs", partial_rotary=True, qkv_bias=("attention_bias",)
 )
-CHATGLM = Architecture(  # ChatGLM2, ChatGLM3 and GLM-4 as their authors published them
+CHATGLM = Architecture(  # ChatGLM2, ChatGLM3 and GLM-4 in their authors' format
     "ChatGLMModel",
     "chatglm",
     CHATGLM_NAMES,
@@ -217,7 +219,7 @@ ARCHITECTURES = (
     QWEN3,
     GEMMA2,
     GEMMA3,
-    replace(  # its text model
+    replace(  # the language model of the multimodal checkpoints
         GEMMA3,
         name="Gemma3ForConditionalGeneration",
         model_type="gemma3",
@@ -249,7 +251,7 @@ ARCHITECTURES = (
 
 
 def find_gguf_architecture(name: str) -> Architecture:
-    """The architecture of a GGUF file's general.architecture."""
+    """The architecture that a GGUF file's general.architecture names."""
     for architecture in ARCHITECTURES:
         if architecture.gguf == name:
             return architecture

@@ -1,4 +1,4 @@
-"""What the decoder needs to know of a model."""
+"""The configuration of a model as the decoder needs it."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +11,14 @@ from flashdecpp.errors import ModelError
 from .architectures import Architecture
 from .rope import Rope
 
-LARGEST = 2**31 - 1  # of a size or a number of tokens: kernels count in 32 bits
-MOST_LAYERS = 10_000  # far more than any model has: nothing is made for each of more before they are found
+LARGEST = 2**31 - 1  # size or number of tokens: kernels count in 32 bits
+MAX_LAYERS = 10_000  # far above any model's, checked before anything is built per layer
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Sizes and features of a model. Raises a ModelError for those that the decoder cannot run."""
+
     architecture: Architecture
     hidden: int
     layers: int
@@ -25,22 +27,22 @@ class ModelConfig:
     head_dim: int
     ffn: int
     vocab: int
-    embed_dim: int  # `hidden`, unless the embeddings are projected to it
+    embed_dim: int  # `hidden`, unless the embeddings are projected
     norm_eps: float
-    context: int  # most tokens of a sequence
-    ropes: tuple[Rope | None, ...]  # of each layer, None where nothing is rotated
+    context: int  # maximum tokens of a sequence
+    ropes: tuple[Rope | None, ...]  # per layer, None without rotation
     tied_embeddings: bool
-    windows: tuple[int, ...]  # sliding window of each layer, -1 for none
+    windows: tuple[int, ...]  # sliding window per layer, -1 for none
     activation: str = "silu"
-    norm_after: bool = False  # norms follow on what a sublayer adds to the residual stream, and replace it
-    attn_scale: float | None = None  # of q.k; None: 1 / sqrt(head_dim)
-    attn_softcap: float = 0.0  # 0 for none
+    norm_after: bool = False  # norms follow the residual additions instead of preceding the sublayers
+    attn_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    attn_softcap: float = 0.0  # 0: none
     logit_softcap: float = 0.0
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    eos_ids: tuple[int, ...] = ()  # those outside the vocabulary, which stand for none, are left out
-    dtype: torch.dtype = torch.float16  # of the checkpoint; quantised ones count as float16
+    eos_ids: tuple[int, ...] = ()  # without ids outside the vocabulary, which stand for no token
+    dtype: torch.dtype = torch.float16  # of the checkpoint; float16 for quantized ones
 
     def __post_init__(self) -> None:
         if self.q_heads % self.kv_heads:
@@ -64,14 +66,14 @@ class ModelConfig:
 
     @cached_property
     def distinct_ropes(self) -> tuple[Rope, ...]:
-        """Those that layers share, once each."""
+        """The ropes of all layers, each once."""
         return tuple({id(rope): rope for rope in self.ropes if rope is not None}.values())
 
     @cached_property
     def rekeyed(self) -> bool:
-        """Whether keys are computed anew where a sequence outgrows the frequencies of some rope."""
+        """Whether keys are recomputed once a sequence outgrows the frequencies of a rope."""
         return any(rope.recomputed for rope in self.distinct_ropes)
 
     def rotation(self, length: int) -> int:
-        """Stands for all frequencies of a prompt of `length`: the same where each of them is the same."""
-        return sum(rope.rotation(length) for rope in self.distinct_ropes)  # none of them ever decreases
+        """A number that identifies the frequencies of all ropes for a prompt of `length`."""
+        return sum(rope.rotation(length) for rope in self.distinct_ropes)  # no term ever decreases

@@ -52,7 +52,8 @@ class Decoder:
         # Rounded as Gemma's authors do it
         scale = torch.tensor(config.hidden**0.5, dtype=self.dtype, device="cpu").item()
         self._embed_scale = scale if config.architecture.scaled_embedding else None
-        self._norm = None if config.norm_after else Norm.of(config, weights.norm, weights.norm_bias)
+        norm = weights.norm  # None with norm_after
+        self._norm = None if norm is None else Norm.of(config, norm, weights.norm_bias)
 
     @torch.inference_mode()
     def decode(
@@ -134,7 +135,8 @@ class Decoder:
         attend: Attend,
     ) -> torch.Tensor:
         """The residual stream [batch * q_len, hidden] after the last layer."""
-        forward = ForwardPass(tuple(tokens.shape), cache, seq_lens, block_table, cos_sin, attend)
+        batch, q_len = tokens.shape
+        forward = ForwardPass((batch, q_len), cache, seq_lens, block_table, cos_sin, attend)
         stream = self._embed(tokens, seq_lens)
         for layer in self.layers:
             stream = layer(stream, forward)

@@ -6,7 +6,7 @@ returns the stream. A mixture of experts or a sharded layer is another class wit
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, overload
 
 import torch
 
@@ -130,7 +130,7 @@ class Attention:
         config, norm_after = self._config, self._config.norm_after
         qkv = self._qkv(stream, None if norm_after else self._norm)
         q, k, v = qkv.view(*forward.shape, sum(self._heads), config.head_dim).split(self._heads, dim=2)
-        if self._q_norm is not None:
+        if self._q_norm is not None and self._k_norm is not None:
             q = ops.rms_norm(q, self._q_norm, eps=config.norm_eps)
             k = ops.rms_norm(k, self._k_norm, eps=config.norm_eps)
         ops.rotary_append(
@@ -158,7 +158,8 @@ class FeedForward:
             weights.down, weights.down_bias, _out_norm(config, weights.ffn_out_norm)
         )
         gated = config.architecture.gated
-        self._gate, self._activation = (config.activation, None) if gated else (None, config.activation)
+        self._gate = config.activation if gated else None
+        self._activation = None if gated else config.activation
         self._norm_after = config.norm_after
 
     def __call__(self, stream: torch.Tensor, forward: ForwardPass) -> torch.Tensor:
@@ -167,6 +168,26 @@ class FeedForward:
         return self._norm(stream) if self._norm_after else stream
 
 
+@overload
+def linear(
+    x: torch.Tensor,
+    weight: Matrix,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    gate: str | None = None,
+    activation: str | None = None,
+    residual: None = None,
+) -> torch.Tensor: ...
+@overload
+def linear(
+    x: torch.Tensor,
+    weight: Matrix,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    residual: torch.Tensor,
+) -> None: ...
 def linear(
     x: torch.Tensor,
     weight: Matrix,
@@ -177,8 +198,8 @@ def linear(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """`ops.linear` or, for a quantized weight, `ops.quantized_linear`: of norm(x) if there is a norm."""
-    fusion = {"gate": gate, "activation": activation, "residual": residual}
+    """`ops.linear` or, for a quantized weight, `ops.quantized_linear`, of x or of norm(x)."""
+    fusion: dict[str, Any] = {"gate": gate, "activation": activation, "residual": residual}
     if norm is not None and norm.rms:
         fusion |= {"norm_weight": norm.weight, "norm_eps": norm.eps}
     elif norm is not None:

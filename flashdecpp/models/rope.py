@@ -1,4 +1,4 @@
-"""Rotary position embedding: the cos/sin table of every scaling rule that checkpoints use."""
+"""Rotary position embedding: cos/sin tables for every scaling rule that checkpoints use."""
 
 import math
 import sys
@@ -11,19 +11,20 @@ import torch
 from flashdecpp.errors import ModelError
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-CPU = torch.device("cpu")  # where tables are made, whatever torch's default device is
-ROWS_AT_ONCE = 1 << 16  # of a table: bounds the memory of what it is made from
+CPU = torch.device("cpu")  # tables are computed here, whatever torch's default device is
+ROWS_AT_ONCE = 1 << 16  # bounds the temporary memory of computing a table
 
 
 @dataclass(frozen=True)
 class Rope:
-    """`scaling` holds the parameters of `kind` under the names that Hugging Face configurations use, and
-    three of GGUF's: `factors` [dim / 2] divides the frequencies before all else; `extrapolation` (default 1)
-    is how much of yarn's fast frequencies stays; `by_context` lets longrope's factors go by the length of the
-    table, that is of the context, and not of the sequence.
+    """The rotation of a layer's queries and keys.
 
-    `recomputed`: where a sequence outgrows `unscaled_positions`, its keys are computed anew, as those of a
-    prompt of its length. Else they stay what they are.
+    scaling: the parameters of `kind` under their names in Hugging Face configurations, and three of GGUF's.
+        `factors` [dim / 2] divides the frequencies before anything else. `extrapolation` (default 1) is the
+        proportion of yarn's fast frequencies that is kept. `by_context` selects longrope's factors by the
+        length of the context rather than of the sequence.
+    recomputed: once a sequence outgrows `unscaled_positions`, its keys are recomputed as those of a prompt of
+        its length. Otherwise they stay as they are.
     """
 
     dim: int
@@ -36,7 +37,7 @@ class Rope:
     def __post_init__(self) -> None:
         if self.kind not in SCALINGS:
             raise ModelError(f"rope scaling {self.kind!r} is not supported, only {', '.join(SCALINGS)}")
-        least = 4 if self.kind == "dynamic" else 2  # whose exponent is dim / (dim - 2)
+        least = 4 if self.kind == "dynamic" else 2  # its exponent is dim / (dim - 2)
         if self.dim % 2 or self.dim < least:
             raise ModelError(
                 f"rope scaling {self.kind!r} must rotate an even number of dimensions, {least} or more, "
@@ -49,7 +50,7 @@ class Rope:
 
     @property
     def context(self) -> int:
-        """The positions the checkpoint is meant for, the extension by its scaling included."""
+        """The positions that the checkpoint supports, including the extension by scaling."""
         factor = self.scaling.get("factor") or 1.0
         if self.kind == "dynamic":
             return max(self.max_positions, int(self.max_positions * factor))
@@ -59,7 +60,7 @@ class Rope:
 
     @property
     def unscaled_positions(self) -> int:
-        """Up to this length the frequencies don't depend on the length of the sequence."""
+        """The length up to which the frequencies do not depend on the sequence's length."""
         if self.kind == "dynamic":
             return self.max_positions
         if self.kind == "longrope" and not self.scaling.get("by_context"):
@@ -67,15 +68,17 @@ class Rope:
         return sys.maxsize
 
     def rotation(self, length: int) -> int:
-        """Stands for the frequencies of a prompt of `length`: the same number where they are the same, and
-        never less for a longer one."""
+        """A number that identifies the frequencies of a prompt of `length` and never decreases with it."""
         if length <= self.unscaled_positions:
             return 0
         return length if self.kind == "dynamic" else 1
 
     def table(self, length: int) -> torch.Tensor:
-        """float32 [length, dim] on the CPU, cosines then sines: row p is what a token that arrives as the
-        last of a sequence of p + 1 is rotated by. A function of p alone, so a batch can share it."""
+        """Returns float32 [length, dim] on the CPU, cosines then sines.
+
+        Row p rotates a token that arrives as the last of p + 1. It depends on p only, so a batch can share
+        the table.
+        """
         table = torch.empty(length, self.dim, dtype=torch.float32, device=CPU)
         fixed = min(length, self.unscaled_positions)
         self._fill(table[:fixed], 0, fixed)
@@ -83,7 +86,7 @@ class Rope:
         return table
 
     def prompt_table(self, length: int) -> torch.Tensor | None:
-        """The table for a prompt of `length` tokens seen at once, where it isn't the head of `table`."""
+        """The table of a prompt of `length` tokens, or None if it is the beginning of `table`."""
         if length <= self.unscaled_positions:
             return None
         table = torch.empty(length, self.dim, dtype=torch.float32, device=CPU)
@@ -91,20 +94,22 @@ class Rope:
         return table
 
     def _fill(self, rows: torch.Tensor, first: int, length: int | None) -> None:
-        """Rows of positions from `first` on, of a sequence of `length`; None: each ends one of its own."""
+        """Fills rows from position `first` of a sequence of `length`. None: each row ends its own one."""
         for start in range(0, rows.size(0), ROWS_AT_ONCE):
-            part = rows[start : start + ROWS_AT_ONCE]
+            chunk = rows[start : start + ROWS_AT_ONCE]
             begin = first + start
-            positions = torch.arange(begin, begin + part.size(0), dtype=torch.int64, device=CPU)[:, None]
+            positions = torch.arange(begin, begin + chunk.size(0), dtype=torch.int64, device=CPU)[:, None]
             lengths = positions + 1 if length is None else torch.full_like(positions[:1], length)
             frequencies, magnitude = self._frequencies(lengths)
             angles = positions.float() * frequencies
-            part[:, : self.dim // 2] = angles.cos() * magnitude
-            part[:, self.dim // 2 :] = angles.sin() * magnitude
+            chunk[:, : self.dim // 2] = angles.cos() * magnitude
+            chunk[:, self.dim // 2 :] = angles.sin() * magnitude
 
     def _frequencies(self, lengths: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies [n, dim / 2] for sequences of `lengths`, int64 [n, 1], n being 1 for all kinds
-        but "dynamic"; and the factor on cos and sin."""
+        """Inverse frequencies [n, dim / 2] for `lengths`, int64 [n, 1], and the factor of cos and sin.
+
+        n is 1 except for "dynamic".
+        """
         s = self.scaling
         exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device=CPU) / self.dim
         inverse = 1.0 / self._base(lengths) ** exponents
@@ -122,7 +127,7 @@ class Rope:
         return inverse, 1.0
 
     def _base(self, lengths: torch.Tensor) -> torch.Tensor:
-        """Of the frequencies, float32 [n, 1]: theta, which "dynamic" raises with the length."""
+        """The base of the frequencies, float32 [n, 1]: theta, which "dynamic" raises with the length."""
         theta = torch.full_like(lengths, self.theta, dtype=torch.float64)
         if self.kind == "dynamic":
             factor = self.scaling["factor"]
@@ -131,7 +136,7 @@ class Rope:
         return theta.float()
 
     def _llama3(self, inverse: torch.Tensor) -> torch.Tensor:
-        """Long waves are slowed by the factor, short ones kept, those between blended."""
+        """Slows long wavelengths by the factor, keeps short ones and blends in between."""
         s = self.scaling
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         turns = self.original_positions * inverse / (2 * math.pi)  # full turns within the original context
@@ -150,7 +155,7 @@ class Rope:
         factor = s.get("factor") or self.max_positions / self.original_positions
 
         def dim_of(turns: float) -> float:
-            """The (fractional) pair that makes `turns` full turns within the original context."""
+            """The fractional pair index that makes `turns` full turns within the original context."""
             return (
                 self.dim
                 * math.log(self.original_positions / (turns * 2 * math.pi))
@@ -173,7 +178,7 @@ class Rope:
 
 
 def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
-    """What yarn multiplies cosines and sines with, for a context that is `factor` times as long."""
+    """yarn's factor of cosines and sines for a context that is `factor` times as long."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -1,4 +1,4 @@
-"""A loaded model as transformers has it, with the very same weights: to compare results and speed with."""
+"""Exports a loaded model to transformers with the same weights, to compare results and speed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from .decoder import Decoder
 from .weights import Matrix
 
 
-def transformers_twin(decoder: Decoder, dtype: torch.dtype) -> LlamaForCausalLM:
-    """transformers' Llama with the weights of `decoder` in `dtype`. Weights of that dtype are shared."""
+def to_transformers(decoder: Decoder, dtype: torch.dtype) -> LlamaForCausalLM:
+    """transformers' Llama with the weights of `decoder` in `dtype`. Weights already in it are shared."""
     config, weights = decoder.config, decoder.weights
     rope = config.ropes[0]
-    plain = rope.kind == "default" and "factors" not in rope.scaling
-    if config.architecture.name != "LlamaForCausalLM" or not plain or config.qkv_bias:
-        raise ModelError(
-            f"a twin is made of plain Llama models, not of {config.architecture.name} with these settings"
-        )
-    with torch.device("meta"):  # no memory for weights that are about to be replaced
+    plain = rope is not None and rope.kind == "default" and "factors" not in rope.scaling
+    if rope is None or config.architecture.name != "LlamaForCausalLM" or not plain or config.qkv_bias:
+        raise ModelError(f"only plain Llama models can be exported, not this {config.architecture.name}")
+    with torch.device("meta"):  # no memory for weights that are replaced below
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=config.vocab,
@@ -42,7 +40,8 @@ def transformers_twin(decoder: Decoder, dtype: torch.dtype) -> LlamaForCausalLM:
         return weight if isinstance(weight, torch.Tensor) else weight.dense(dtype)
 
     state = {"model.embed_tokens.weight": dense(weights.embed), "lm_head.weight": dense(weights.lm_head)}
-    state["model.norm.weight"] = weights.norm
+    if weights.norm is not None:
+        state["model.norm.weight"] = weights.norm
     for index, layer in enumerate(weights.layers):
         q, k, v = dense(layer.qkv).split(config.qkv_rows)
         gate, up = dense(layer.gate_up).chunk(2)
@@ -61,7 +60,7 @@ def transformers_twin(decoder: Decoder, dtype: torch.dtype) -> LlamaForCausalLM:
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     if weights.lm_head is weights.embed:
         model.tie_weights()
-    # The frequencies of the rope are no weights: made again, off the meta device, in float32.
+    # The rope's frequencies are not weights and are still on the meta device: compute them again in float32.
     with torch.device(decoder.device):
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model.eval()

@@ -52,7 +52,7 @@ class Weights:
         return sum(weight.nbytes for weight in self._all)
 
     @property
-    def kinds(self) -> str:
+    def storage_formats(self) -> str:
         """What the matrices are stored in, as "int4 + int8": the one with the most bytes first."""
         sizes: dict[str, int] = {}
         for weight in self._all:
@@ -62,4 +62,4 @@ class Weights:
                 kind = str(weight.dtype).removeprefix("torch.")
             if len(weight.shape) == 2:
                 sizes[kind] = sizes.get(kind, 0) + weight.nbytes
-        return " + ".join(sorted(sizes, key=sizes.get, reverse=True))
+        return " + ".join(sorted(sizes, key=lambda name: sizes[name], reverse=True))

@@ -1,9 +1,9 @@
-"""The switch of linear(impl="auto"), the paper's third idea (FlashDecoding++ section 5, heuristic dataflow).
+"""Selects the implementation of linear(impl="auto"): the paper's heuristic dataflow (section 5).
 
-For every device, dtype and shape [N, K] of a weight two inflection points say which implementation is the
-fastest for M rows of x. `table` keeps them, `tuner` measures them. On import the package hands those that it
-finds to the op libraries: tables/ in this folder, which come with the package, then tables/ in the cache
-folder ($FLASHDECPP_CACHE, else ~/.cache/flashdecpp), where `flashdecpp tune` writes and which win.
+Two inflection points per device, dtype and weight shape [N, K] tell which implementation is fastest for M
+rows of x. `table` stores them and `tuner` measures them. On import the package installs all tables it finds
+in the op libraries: those in tables/ next to this file, overridden by those in tables/ of the cache folder
+($FLASHDECPP_CACHE, else ~/.cache/flashdecpp), which `flashdecpp tune` writes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from flashdecpp._library import LinearRow, gpu_library, install_linear_table
 from .device import device_name
 from .table import Table, TableError
 
-__all__ = ["Found", "Table", "TableError", "find_tables", "install", "user_folder"]
+__all__ = ["Table", "TableError", "TableSet", "find_tables", "install", "user_folder"]
 
 
 @dataclass(frozen=True)
-class Found:
-    """The tables that there are, one a device, with the files that each came from; and files that are bad."""
+class TableSet:
+    """One table per device with the files it was read from, and the problems of unusable files."""
 
-    tables: dict[str, Table] = field(default_factory=dict)  # by the device's name
+    tables: dict[str, Table] = field(default_factory=dict)  # by device name
     files: dict[str, list[Path]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -45,13 +45,13 @@ def user_folder() -> Path:
 def _folders() -> list[Path]:
     try:
         return [shipped_folder(), user_folder()]
-    except OSError:  # no home: no tables of the user's
+    except OSError:  # no home folder, so no tables of the user
         return [shipped_folder()]
 
 
-def find_tables(folders: Sequence[Path] | None = None) -> Found:
-    """Every table in the folders, a later folder's profiles before an earlier one's."""
-    found = Found()
+def find_tables(folders: Sequence[Path] | None = None) -> TableSet:
+    """Reads every table in the folders. Profiles of a later folder replace those of an earlier one."""
+    found = TableSet()
     for folder in _folders() if folders is None else folders:
         for path in sorted(folder.glob("*.json")):
             try:
@@ -65,10 +65,10 @@ def find_tables(folders: Sequence[Path] | None = None) -> Found:
 
 
 def install() -> None:
-    """Hands the tables to the op libraries. A bad file is a warning: without it the default rule holds."""
+    """Installs the tables in the op libraries. Warns of unusable files: the default rule applies."""
     found = find_tables()
     for problem in found.problems:
-        warnings.warn(f"flashdecpp: {problem}. Until then linear goes by its default rule", stacklevel=2)
+        warnings.warn(f"flashdecpp: {problem}. Until then linear uses its default rule", stacklevel=2)
     for table in found.tables.values():
         if table.kind == "cuda" and gpu_library().loaded:
             install_linear_table(gpu_library().name, table.device, rows(table))
@@ -77,5 +77,5 @@ def install() -> None:
 
 
 def rows(table: Table) -> list[LinearRow]:
-    """The table as the op libraries take it."""
+    """The table in the op libraries' format."""
     return [(int(getattr(_C.DType, p.dtype)), p.n, p.k, p.m1, p.m2, p.m[-1]) for p in table.profiles]

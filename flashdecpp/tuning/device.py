@@ -1,4 +1,4 @@
-"""What this machine is: the names that tables are kept under, and what a measurement depends on."""
+"""Names and properties of this machine's devices, which identify tables and measurements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MEMORY_CACHES = {"gfx942": 256 << 20, "gfx1100": 96 << 20}
 
 
 def gfx_target(device: torch.device) -> str | None:
-    """Such as "gfx90a" of "gfx90a:sramecc+:xnack-"; None for what is no AMD GPU."""
+    """An AMD GPU's target, such as "gfx90a" of "gfx90a:sramecc+:xnack-"; None for other devices."""
     if device.type != "cuda" or torch.version.hip is None:
         return None
     return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
@@ -44,9 +44,7 @@ def gpu_properties(device: torch.device) -> _C.DeviceProperties:
 
 
 def device_name(device: torch.device) -> str:
-    """An NVIDIA GPU as torch and the driver name it, an AMD GPU by its gfx target; a CPU with the kernels and
-    the threads that it runs with.
-    """
+    """An NVIDIA GPU's name, an AMD GPU's gfx target, or a CPU's name, instruction set and threads."""
     if device.type == "cuda":
         return gfx_target(device) or torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {cpu_instruction_set()}, {torch.get_num_threads()} threads"
@@ -64,21 +62,21 @@ def cpu_name() -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last cache before memory: inputs must be read past it to be timed as a model reads its weights."""
+    """Size of the last-level cache, which timed inputs must exceed: a model reads weights from memory."""
     if device.type == "cuda":
         level_2 = torch.cuda.get_device_properties(device).L2_cache_size
-        return max(level_2, _MEMORY_CACHES.get(gfx_target(device), 0))
+        return max(level_2, _MEMORY_CACHES.get(gfx_target(device) or "", 0))
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     kibibytes = [int(path.read_text().strip().removesuffix("K")) for path in sizes]
     return max(kibibytes, default=32 << 10) << 10
 
 
 def driver_version() -> str:
-    """The GPU's driver, or "" where nobody says."""
+    """The version of the GPU's driver, or "" if it is unknown."""
     if torch.version.hip is not None:
         try:
             return Path("/sys/module/amdgpu/version").read_text().strip()
-        except OSError:  # the one that comes with Linux has no version of its own
+        except OSError:  # the driver in the Linux kernel has no version of its own
             return f"Linux {platform.release()}"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -88,7 +86,7 @@ def driver_version() -> str:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """When something is measured, and with what."""
+    """The date and the software of a measurement."""
     record = {
         "date": datetime.date.today().isoformat(),
         "flashdecpp": metadata.version("flashdecpp"),

@@ -1,4 +1,4 @@
-"""The picture of a table. Needs matplotlib."""
+"""Plots a table. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from .table import Table
 
-COLOURS = {"gemv": "#c8102e", "flat_gemm": "#2a7f3f", "blas": "#174a7c"}
+COLORS = {"gemv": "#c8102e", "flat_gemm": "#2a7f3f", "blas": "#174a7c"}
 
 
 def plot(table: Table, path: Path) -> None:
-    """A PNG, one panel a shape: time over M for each implementation, with the inflection points."""
+    """Writes a PNG with a panel per shape: time over M of each implementation, and the inflection points."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, ScalarFormatter
 
@@ -22,7 +22,7 @@ def plot(table: Table, path: Path) -> None:
     for profile, axes in zip(table.profiles, panels, strict=False):
         for impl, times in profile.us.items():
             measured = [(m, time) for m, time in zip(profile.m, times, strict=True) if time is not None]
-            axes.plot(*zip(*measured, strict=True), marker=".", color=COLOURS[impl], label=impl)
+            axes.plot(*zip(*measured, strict=True), marker=".", color=COLORS[impl], label=impl)
         for name, m, style in (("M1", profile.m1, ":"), ("M2", profile.m2, "--")):
             axes.axvline(m, color="0.3", linestyle=style, linewidth=1, label=f"{name} = {m}")
         axes.set_xscale("log", base=2)

@@ -1,9 +1,9 @@
-"""A device's table: what linear took of each shape by each implementation, and the inflection points of that.
+"""A device's table: measured times of linear's implementations and the inflection points derived from them.
 
-A JSON file, a line for each shape: dtype, n and k; m1 and m2 (gemv below m1 rows of x, flat_gemm from m1 to
-m2, blas from m2 on); the numbers of rows `m` that were measured and the microseconds `us` of each
-implementation for them (null where one wasn't), from which m1 and m2 can be derived again; and when and with
-what that was. Further keys are allowed and ignored.
+A JSON file with a line per shape: dtype, n and k; m1 and m2 (gemv below m1 rows of x, flat_gemm from m1 to
+m2, blas from m2 on); the measured numbers of rows `m` and the microseconds `us` of each implementation (null
+if not measured), from which m1 and m2 can be derived again; and the date and software of the measurement.
+Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from flashdecpp._files import JSONError, parse_json, read_small
 
@@ -27,16 +27,16 @@ IMPLS = ("gemv", "flat_gemm", "blas")
 
 # [N, K] of a weight
 Shape = tuple[int, int]
-LARGEST = 1 << 24  # of N and of K: far more than any weight's
+LARGEST = 1 << 24  # N or K: far above any weight's
 
 
 class TableError(ValueError):
-    """A table that can't be used, or a shape that can't be measured."""
+    """A table that cannot be used, or a shape that cannot be measured."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One shape. Raises TableError for what a table must not hold."""
+    """The measurement of one shape. Raises TableError for inconsistent values."""
 
     dtype: str
     n: int
@@ -72,7 +72,7 @@ class Profile:
         return (self.dtype, self.n, self.k)
 
     def choose(self, m: int) -> str | None:
-        """What linear takes for m rows; None where the table says nothing about so many."""
+        """The implementation that linear uses for m rows; None beyond the measured ones."""
         if m > self.m[-1]:
             return None
         return "gemv" if m < self.m1 else "flat_gemm" if m < self.m2 else "blas"
@@ -80,10 +80,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class Table:
-    """The profiles of one device, at most one for each shape, in the order of their keys."""
+    """The profiles of one device, at most one per shape, sorted by their keys."""
 
     kind: str  # "cuda" or "cpu"
-    device: str  # machine.device_name
+    device: str  # device.device_name
     profiles: tuple[Profile, ...] = ()
 
     def __post_init__(self) -> None:
@@ -102,14 +102,14 @@ class Table:
         return next((profile for profile in self.profiles if profile.key == (dtype, n, k)), None)
 
     def merged(self, newer: Table) -> Table:
-        """Both tables' profiles; of one shape, the newer table's."""
+        """The profiles of both tables. For shapes in both, the newer table's."""
         if (self.kind, self.device) != (newer.kind, newer.device):
             raise TableError(f"tables of {self.device} and of {newer.device} can't be merged")
         profiles = {profile.key: profile for profile in (*self.profiles, *newer.profiles)}
         return Table(self.kind, self.device, tuple(profiles.values()))
 
     def save(self, path: Path) -> None:
-        """Writes the file, a line for each shape; all or nothing."""
+        """Writes the file atomically, with a line per shape."""
         head = json.dumps({"version": VERSION, "kind": self.kind, "device": self.device})
         shapes = ",\n".join(json.dumps(asdict(profile)) for profile in self.profiles)
         unfinished = path.with_name(path.name + ".part")
@@ -118,7 +118,7 @@ class Table:
 
     @classmethod
     def load(cls, path: Path) -> Table:
-        """Raises TableError, which names the file and what is wrong in it."""
+        """Reads a file. Raises TableError, which names the file and the problem."""
         text = read_small(path, TableError)
         try:
             return cls._of(parse_json(text))
@@ -146,7 +146,7 @@ class Table:
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """ "4096,4096;11008,4096" -> [(4096, 4096), (11008, 4096)], each once."""
+    """ "4096,4096;11008,4096" -> [(4096, 4096), (11008, 4096)], without duplicates."""
     shapes = []
     for pair in text.split(";"):
         match = re.fullmatch(r"\s*([1-9]\d{0,99})\s*,\s*([1-9]\d{0,99})\s*", pair, re.ASCII)
@@ -161,7 +161,7 @@ def parse_shapes(text: str) -> list[Shape]:
 
 
 def check_sizes(shapes: Sequence[Shape]) -> None:
-    """Raises TableError for a shape that no weight has, before anything is made of it."""
+    """Raises TableError for sizes out of range, before anything is allocated."""
     for n, k in shapes:
         if not (0 < n <= LARGEST and 0 < k <= LARGEST):
             raise TableError(f"N and K of a weight must be from 1 to {LARGEST}, got {n},{k}")
@@ -186,7 +186,7 @@ def _need(condition: bool, name: str, wanted: str, got: object) -> None:
         raise TableError(f"{name} must be {wanted}, got {reprlib.repr(got)}")
 
 
-def _number(value: object) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""The one way of timing kernels: each call on inputs that no cache holds."""
+"""Times kernels on inputs that are not in any cache."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Calls = Sequence[Callable[[], object]]
 
 
 def rotation(bytes_per_call: int, cache_bytes: int) -> int:
-    """How many input sets to rotate among so that each call finds its data outside of the cache.
+    """The number of input sets to rotate through so that each call reads its data from memory.
 
-    Before a set's turn comes again, four times the cache have been read; the number of sets ends at 64.
+    Four times the cache is read before a set is used again. There are at most 64 sets.
     """
     return 1 + min(63, -(-4 * cache_bytes // bytes_per_call))
 
 
 def graph_median_us(calls: Calls, replays: int = 30) -> float:
-    """Median microseconds of one call, from graph replays of all `calls` (each on its own inputs) in turn."""
+    """Median microseconds per call, from replays of a graph of all `calls`, each on its own inputs."""
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # which may still be writing the inputs
+    stream.wait_stream(torch.cuda.current_stream())  # it may still be writing the inputs
     with torch.cuda.stream(stream):
         for call in calls:
             call()
@@ -44,13 +44,13 @@ def graph_median_us(calls: Calls, replays: int = 30) -> float:
     return statistics.median(times)
 
 
-def wall_least_us(calls: Calls, seconds: float = 0.01, least: int = 3) -> float:
-    """Microseconds of the fastest of calls on the CPU, in turn for so long and at least so often.
+def wall_min_us(calls: Calls, seconds: float = 0.01, least: int = 3) -> float:
+    """Microseconds of the fastest call on the CPU, over `seconds` and at least `least` calls in rotation.
 
-    The fastest, for whatever else runs on the machine only ever adds to the time, and with threads that wait
-    for each other to more than half of the calls.
+    The minimum rather than the median, because other load only adds time and, with threads that wait for each
+    other, does so in more than half of the calls.
     """
-    calls[-1]()  # whatever a first call sets up
+    calls[-1]()  # warm up
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:

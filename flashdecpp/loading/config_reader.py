@@ -1,11 +1,11 @@
-"""The values of a configuration file, each checked as it is read."""
+"""Checked access to the values of a configuration file."""
 
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
-from flashdecpp._arguments import FLOAT32_MAX
+from flashdecpp._arguments import FLOAT32_MAX, is_integer, shown
 from flashdecpp.errors import ModelError
 from flashdecpp.models.config import LARGEST
 
@@ -13,11 +13,11 @@ REQUIRED: Any = object()  # in place of a default
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
-class Settings:
-    """Values by key; null and a key that isn't there are the same.
+class ConfigReader:
+    """Reads and checks values by key. A missing key and null are the same.
 
-    source: what errors call the file. names: what the file calls a key, where it isn't the key itself behind
-    `prefix`. defaults: of keys that the file lacks, whatever the caller's default is.
+    source: the file as errors name it. names: the file's names of keys, if other than `prefix` and the key.
+    defaults: values of missing keys, which override the caller's default.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Settings:
     def integer(self, key: str, default: Any = REQUIRED, *, low: int = 1, high: int = LARGEST) -> Any:
         """An int from `low` to `high`, or the default."""
         value = self._get(key, default)
-        if value is not default and not (_is_integer(value) and low <= value <= high):
+        if value is not default and not (is_integer(value) and low <= value <= high):
             self.refuse(key, f"an integer from {low} to {high}")
         return value
 
@@ -82,36 +82,36 @@ class Settings:
         return value
 
     def numbers(self, key: str, length: int, *, above: float = -math.inf) -> list[float]:
-        """A list of finite floats above `above`."""
+        """A list of `length` finite floats above `above`."""
         values = self._get(key, REQUIRED)
-        right = isinstance(values, list) and len(values) == length
-        if not right or not all(is_number(value) and value > above for value in values):
+        fits = isinstance(values, list) and len(values) == length
+        if not fits or not all(is_number(value) and value > above for value in values):
             limit = f" above {above:g}" if math.isfinite(above) else ""
             self.refuse(key, f"a list of {length} finite numbers{limit}")
         return [float(value) for value in values]
 
     def token_ids(self, key: str) -> list[int]:
-        """One token id or several; none where the key is missing."""
+        """A token id or a list of them, as a list. Empty if the key is missing."""
         value = self.get(key, [])
         ids = value if isinstance(value, list) else [value]
-        if not all(map(_is_integer, ids)):
+        if not all(map(is_integer, ids)):
             self.refuse(key, "a token id or a list of token ids")
         return ids
 
     def mapping(self, key: str, default: Any = REQUIRED) -> Any:
-        """An object of its own, or the default."""
+        """An object, or the default."""
         value = self._get(key, default)
         if value is not default and not isinstance(value, Mapping):
             self.refuse(key, "an object")
         return value
 
-    def section(self, key: str) -> "Settings":
-        """The values of an object; of an empty one where there is none."""
-        return Settings(self.mapping(key, EMPTY), f"{self.source}, {self.name(key)}")
+    def section(self, key: str) -> "ConfigReader":
+        """A reader of the object under `key`, empty if it is missing."""
+        return ConfigReader(self.mapping(key, EMPTY), f"{self.source}, {self.name(key)}")
 
-    def refuse(self, key: str, what: str) -> None:
-        """Raises the ModelError for a value that is not `what` it must be."""
-        raise ModelError(f"{self.source}: {self.name(key)} must be {what}, got {_shown(self.get(key))}")
+    def refuse(self, key: str, what: str) -> NoReturn:
+        """Raises the ModelError for a value that must be `what`."""
+        raise ModelError(f"{self.source}: {self.name(key)} must be {what}, got {shown(self.get(key))}")
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.get(key, default)
@@ -121,23 +121,10 @@ class Settings:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite int or float; a bool is neither."""
+    """Whether it is a finite int or float, and not a bool."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond every float
         return False
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _shown(value: Any) -> str:
-    """A value as an error quotes it: in one line, and not all of it where it is long."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # integers of thousands of digits, lists in lists
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."

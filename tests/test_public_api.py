@@ -1,0 +1,71 @@
+"""The public names of the package: one flat list, documented, typed, and cheap to import."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flashdecpp
+from flashdecpp import _C
+
+PACKAGE = Path(flashdecpp.__file__).parent
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert [name for name in dir(flashdecpp) if not name.startswith("_")] == sorted(flashdecpp.__all__)
+    assert {"__version__", "__all__", "__doc__"} <= set(dir(flashdecpp))
+
+
+def test_dir_is_the_same_before_anything_is_used() -> None:
+    assert run("import flashdecpp; print(*dir(flashdecpp))").split() == dir(flashdecpp)
+
+
+def test_the_docstring_has_a_line_for_each_name() -> None:
+    assert flashdecpp.__doc__ is not None
+    documented = re.findall(r"^- `(\w+)`: \S", flashdecpp.__doc__, re.MULTILINE)
+    assert sorted(documented) == sorted(flashdecpp.__all__)
+
+
+def test_star_import_brings_exactly_these_names() -> None:
+    namespace: dict[str, object] = {}
+    exec("from flashdecpp import *", namespace)
+    assert namespace.keys() - {"__builtins__"} == set(flashdecpp.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'flashdecpp' has no attribute 'Engine'"):
+        _ = flashdecpp.Engine  # type: ignore[attr-defined]
+
+
+def test_transformers_is_imported_on_first_use() -> None:
+    code = "import sys, flashdecpp; print('transformers' in sys.modules); flashdecpp.{}; "
+    code += "print('transformers' in sys.modules)"
+    assert run(code.format("ops")).split() == ["False", "False"]
+    assert run(code.format("accelerate")).split() == ["False", "True"]
+
+
+def test_the_package_is_marked_as_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert 'flashdecpp = ["py.typed", "_C.pyi"]' in project
+
+
+def test_the_stub_of_the_extension_names_what_it_has() -> None:
+    for node in ast.parse((PACKAGE / "_C.pyi").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            assert callable(getattr(_C, node.name))
+        elif isinstance(node, ast.ClassDef):
+            members = vars(getattr(_C, node.name))
+            functions = {x.name for x in node.body if isinstance(x, ast.FunctionDef)}
+            values = {t.id for x in node.body if isinstance(x, ast.Assign) for t in x.targets}  # type: ignore[attr-defined]
+            assert functions | values <= members.keys(), node.name
