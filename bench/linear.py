@@ -2,7 +2,7 @@
 
 python bench/linear.py             time over M for decode's weight shapes
 python bench/linear.py --chain     also all 128 linears of a decode step of Llama-2-7B in one graph
-python bench/linear.py --fused     also these with norms, gates and residual sums, in the kernels and apart
+python bench/linear.py --fused     also these with norms, gates and residual sums, fused and unfused
 python bench/linear.py --quantized also int8 and int4 weights beside float16 ones
 
 [--skip-shapes] [--dtypes float16,bfloat16] [--output bench/results/linear_h100.json]
@@ -129,8 +129,8 @@ class Layer:
     ffn_norm: Tensor
 
 
-def run_apart(layers: list[Layer], residual: Tensor, linear: Linear) -> None:
-    """A decode step without attention, a launch for each part: 7 a layer."""
+def run_unfused(layers: list[Layer], residual: Tensor, linear: Linear) -> None:
+    """A decode step without attention, every op a launch of its own: 7 per layer."""
     x = torch.zeros_like(residual)
     for layer in layers:
         qkv = linear(ops.rms_norm(x, layer.attention_norm, residual), layer.qkv)
@@ -140,12 +140,12 @@ def run_apart(layers: list[Layer], residual: Tensor, linear: Linear) -> None:
 
 
 def run_fused(layers: list[Layer], residual: Tensor) -> None:
-    """The same by `linear_fused`: 4 launches a layer, 6 where the norm is not part of the kernel."""
+    """The same with gates and residual sums fused into `linear`: 6 launches per layer."""
     for layer in layers:
-        qkv = ops.linear_fused(residual, layer.qkv, norm_weight=layer.attention_norm)
-        ops.linear_fused(qkv[:, : layer.out.size(1)], layer.out, residual=residual)
-        gated = ops.linear_fused(residual, layer.gate_up, norm_weight=layer.ffn_norm, activation="silu")
-        ops.linear_fused(gated, layer.down, residual=residual)
+        qkv = ops.linear(residual, layer.qkv, norm_weight=layer.attention_norm)
+        ops.linear(qkv[:, : layer.out.size(1)], layer.out, residual=residual)
+        gated = ops.linear(residual, layer.gate_up, norm_weight=layer.ffn_norm, gate="silu")
+        ops.linear(gated, layer.down, residual=residual)
 
 
 def measure_fused(dtype: torch.dtype) -> list[dict]:
@@ -164,8 +164,8 @@ def measure_fused(dtype: torch.dtype) -> list[dict]:
         residual = torch.randn(m, hidden, dtype=dtype, device="cuda")
         times = best_us(
             {
-                "blas": [partial(run_apart, layers, residual, F.linear)],
-                "apart": [partial(run_apart, layers, residual, ops.linear)],
+                "blas": [partial(run_unfused, layers, residual, F.linear)],
+                "unfused": [partial(run_unfused, layers, residual, ops.linear)],
                 "fused": [partial(run_fused, layers, residual)],
             },
             10,

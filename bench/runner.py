@@ -447,12 +447,12 @@ def kind_of(kernel: str) -> str:
 @contextlib.contextmanager
 def linear_by(impl: str) -> Iterator[None]:
     """Every linear layer through one implementation."""
-    usual = ops.linear_fused
-    ops.linear_fused = partial(usual, impl=impl)
+    usual = ops.linear
+    ops.linear = partial(usual, impl=impl)
     try:
         yield
     finally:
-        ops.linear_fused = usual
+        ops.linear = usual
 
 
 def ablations(subject: Subject, cases: list[tuple[int, int]]) -> list[dict]:

@@ -1,4 +1,4 @@
-// The parts of a linear that are launches of their own: torch's BLAS, and what a fused kernel has no place for.
+// The steps of a linear that run as launches of their own: torch's BLAS, and the fusions that a kernel does not take.
 #pragma once
 
 #include <string>
@@ -8,8 +8,8 @@
 
 namespace flashdecpp {
 
-// The product by torch's own linear, the vendor BLAS. Written to memory of x's dtype, of tensors that hold nothing but
-// memory: so neither autocast, which would change the dtype, nor autograd has a part in it.
+// x weight^T + bias by torch's linear, the vendor BLAS, in x's dtype. Its arguments are aliases that carry memory
+// alone, so neither autocast, which would change the dtype, nor autograd sees the call.
 template <class Params>
 Tensor blas_linear(const checks::LinearCall<Params>& call, const Tensor& weight, const OptionalTensor& bias) {
   const Params& p = call.params;
@@ -21,26 +21,36 @@ Tensor blas_linear(const checks::LinearCall<Params>& call, const Tensor& weight,
   return out;
 }
 
-// The ops of these names, which every backend has.
+// Every backend defines these.
 Tensor rms_norm(Tensor x, Tensor weight, double eps);
-Tensor gated_activation(Tensor gate_up, std::string activation);
+void run_activation(const char* op, Device device, const ActivationParams& p);
 
-// The norm ahead of the product: the call's x becomes what is multiplied.
+// Multiplies the norm of x from here on.
 template <class Params>
-void normalize(checks::LinearCall<Params>& call, const OptionalTensor& norm_weight, double norm_eps) {
-  if (!norm_weight) return;
-  call.take(rms_norm(call.x, *norm_weight, norm_eps));
-  call.params.fusion.norm_weight = nullptr;
+void apply_norm(checks::LinearCall<Params>& call, const OptionalTensor& norm_weight, double norm_eps) {
+  if (norm_weight) call.replace_x(rms_norm(call.x, *norm_weight, norm_eps));
 }
 
-// The gate behind it.
-inline Tensor activate(Tensor gate_up, const std::optional<std::string>& activation) {
-  return activation ? gated_activation(std::move(gate_up), *activation) : gate_up;
+// The activation or gate of a product y that was stored without it; in place where there is no gate.
+inline Tensor apply_activation(const char* op, Tensor y, LinearFusion fusion) {
+  if (!fusion.activates()) return y;
+  const View view(y);
+  ActivationParams p{};
+  p.x = view.data;
+  p.gated = fusion.gates();
+  p.cols = view.sizes[view.dim - 1] / (p.gated ? 2 : 1);
+  p.rows = p.cols > 0 ? view.numel() / view.sizes[view.dim - 1] : 0;
+  p.dtype = view.dtype;
+  p.activation = fusion.activation;
+  Tensor out = p.gated ? checks::new_like_rows(view, p.cols) : std::move(y);
+  p.out = View(out).data;
+  run_activation(op, view.device, p);
+  return out;
 }
 
-// The call's product by itself, of the whole weight into memory of its own.
+// The same product with no fusion, over all rows of the weight.
 template <class Params>
-Params product_alone(Params p) {
+Params unfused(Params p) {
   p.n = p.weight_rows();
   p.fusion = {};
   p.out = nullptr;

@@ -1,5 +1,5 @@
-// What a kernel needs to know, as plain structs: the only thing that passes from the host code to the kernels.
-// No torch here. Strides are in elements. Every pointer carries the shape behind it.
+// The parameters of every kernel as plain structs, which the host code fills and a launch copies to the device.
+// No torch here. Strides are in elements; every pointer has its shape next to it.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace flashdecpp {
 
 enum class DType : int8_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3, kInt8, kUInt8, kInt32, kInt64, kBool, kOther };
 
-// A cache is always seen as paged: a contiguous cache [batch, max_len, ...] is one block of max_len tokens a sequence.
+// Every cache is paged: a contiguous cache [batch, max_len, ...] has one block of max_len tokens per sequence.
 struct CacheLayout {
   int64_t block_stride, token_stride, head_stride;  // the last dimension is contiguous
 };
@@ -26,9 +26,9 @@ struct AttentionParams {
   const float* sinks;          // [q_heads] or null
   const float* k_scale;        // [kv_heads] or null
   const float* v_scale;        // [kv_heads] or null
-  int32_t* fallback_count;     // [1] or null, rows that phi did not fit are added
-  float* row_max;              // [batch, q_heads], rows row_max_batch_stride apart, or null: the last token's largest
-                               // logit is written there; may be phi's memory
+  int32_t* fallback_count;     // [1] or null: incremented by the number of rows that phi did not fit
+  float* row_max;              // [batch, q_heads], rows row_max_batch_stride apart, or null: receives the last token's
+                               // largest logit; may alias phi
   int64_t q_batch_stride, q_token_stride, q_head_stride;
   CacheLayout k, v;
   int64_t table_stride, phi_batch_stride, row_max_batch_stride;
@@ -45,16 +45,21 @@ struct AttentionParams {
 
 enum class Activation : int8_t { kSilu, kGelu, kGeluTanh, kRelu };
 
-// What a linear may do before and behind its product, where these would be launches of their own.
+// How a linear's epilogue turns y = x weight^T + bias, in float32, into what it stores.
 struct LinearFusion {
-  const void* norm_weight;  // [k] or null: x / rms(x) * norm_weight, rounded to x's dtype, is what is multiplied
-  float norm_eps;
-  DType norm_dtype;
-  bool add;    // results are added to what `out` holds
-  bool gated;  // rows [0, n) of the weight are gates, rows [n, 2 n) go up: out = activation(gate) * up
-  Activation activation;
+  enum Kind : int8_t {
+    kNone,        // out = y
+    kGate,        // out = activation(y[0, n)) * y[n, 2 n): the weight's rows are [gate; up]
+    kActivation,  // out = activation(y)
+    kResidual,    // out += y
+  };
+  Kind kind;
+  Activation activation;  // of kGate and kActivation
 
-  constexpr bool any() const { return norm_weight || add || gated; }
+  constexpr bool any() const { return kind != kNone; }
+  constexpr bool gates() const { return kind == kGate; }
+  constexpr bool activates() const { return kind == kGate || kind == kActivation; }
+  constexpr bool adds() const { return kind == kResidual; }
 };
 
 struct LinearParams {
@@ -67,20 +72,20 @@ struct LinearParams {
   DType dtype;
   LinearFusion fusion;
 
-  constexpr int64_t weight_rows() const { return fusion.gated ? 2 * n : n; }
+  constexpr int64_t weight_rows() const { return fusion.gates() ? 2 * n : n; }
 };
 
-// A linear whose weights are w = scale * q + offset, with one scale and offset for each `group` weights of a row.
-// LinearParams' `weight` has q, rows weight_stride bytes apart:
-//   8 bit  int8 [n, k]
-//   4 bit  uint8 [n, k / 2]: 16 bytes hold 32 consecutive q from 0 to 15, the low nibbles the first 16, in order, the
-//          high nibbles the last 16. A null `offsets` means -8 * scale: q - 8 is what is scaled.
+// A linear whose weights are w = scale * q + offset, with one scale and offset per group of `group` weights in a row.
+// `weight` holds q, rows weight_stride bytes apart:
+//   8 bit  int8 [weight_rows(), k]
+//   4 bit  uint8 [weight_rows(), k / 2]: 16 bytes hold 32 consecutive q from 0 to 15, the first 16 in the low nibbles
+//          and the last 16 in the high nibbles, both in order. Null `offsets` mean -8 * scale, so w = scale * (q - 8).
 struct QuantizedLinearParams : LinearParams {
-  const void* scales;   // [n, k / group], rows scales_stride apart
-  const void* offsets;  // the same, rows offsets_stride apart, or null
+  const void* scales;   // [weight_rows(), k / group], rows scales_stride apart
+  const void* offsets;  // [weight_rows(), k / group], rows offsets_stride apart, or null
   int64_t scales_stride, offsets_stride;
-  int64_t group;  // k where a row has one scale, else 32, 64 or 128
-  int32_t bits;   // 8 or 4
+  int64_t group;  // k if a row has a single scale, else 32, 64 or 128
+  int32_t bits;   // 8 or 4; 16 in AMD's stream GEMV, whose weight is then dense, without scales
   DType scales_dtype;
 
   constexpr int64_t groups() const { return k / group; }
@@ -93,7 +98,7 @@ struct NormParams {
   void* residual;      // [rows, cols] contiguous, updated in place, or null
   void* out;           // [rows, cols], contiguous
   int64_t rows, cols;
-  // Row r of x starts at (r / inner_rows) * outer_stride + (r % inner_rows) * x_stride: heads inside a packed
+  // Row r of x starts at (r / inner_rows) * outer_stride + (r % inner_rows) * x_stride, for heads inside a packed
   // projection.
   int64_t inner_rows, x_stride, outer_stride;
   float eps;
@@ -126,11 +131,12 @@ struct RotaryParams {
   constexpr int64_t capacity() const { return int64_t{max_blocks} * block_size; }
 };
 
-struct GatedParams {
-  const void* gate_up;  // [rows, 2 * cols], contiguous: gate, then up
-  void* out;            // [rows, cols], contiguous
+struct ActivationParams {
+  const void* x;  // contiguous; gated: [rows, 2 * cols], gate and up of each row, else [rows, cols]
+  void* out;      // [rows, cols], contiguous: activation(gate) * up, or activation(x), which may alias x
   int64_t rows, cols;
   Activation activation;
+  bool gated;
   DType dtype;
 };
 

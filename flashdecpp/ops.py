@@ -1,19 +1,19 @@
-"""The ops of flashdecpp, documented: `torch.ops.flashdecpp.*` with checked arguments and fake kernels.
+"""The ops of flashdecpp: documented wrappers of `torch.ops.flashdecpp.*`, and their fake kernels.
 
-Every op takes CPU or GPU tensors, runs on the current stream, syncs with nothing, and works under
+Every op takes CPU or GPU tensors, runs on the current stream, never synchronizes, and works under
 `torch.compile(fullgraph=True)` and in CUDA graphs: lengths, block tables and phi are read on the device when
-the op runs. What an op computes is defined by the function of its name in `flashdecpp.reference`.
+the op runs. The function of the same name in `flashdecpp.reference` defines what an op computes.
 
-An argument of the wrong dtype, device, shape or stride, or in place in memory of another one, raises a
-ValueError that names the argument, what it must be and what it was, before anything is launched or written;
-one that is no tensor or number where there must be one a TypeError. Values that only the device knows
-(lengths, block ids) can't be checked without a sync: the ops stay inside the cache whatever they are, and
-`check` reports them. Results that no memory is left for raise torch.OutOfMemoryError.
+An argument of the wrong dtype, device, shape or stride, or one that an in-place argument overlaps in memory,
+raises a ValueError that names the argument, what it must be and what it was, before anything is launched or
+written. Something other than a tensor or number where one is expected is a TypeError. Values that only the
+device knows (lengths, block ids) cannot be checked without a sync: whatever they are, the ops stay inside the
+cache, and `check` reports them. If a result does not fit in memory, torch.OutOfMemoryError is raised.
 
-No op has a backward. Where an argument requires grad, a backward through the result is a RuntimeError, and an
-op that updates its arguments in place is refused with a ValueError unless gradients are off. Calls of
-`torch.ops.flashdecpp.*` themselves have torch's own rules for such ops: a backward warns, and gives nothing.
-Autocast changes nothing of what an op computes.
+No op has a backward. If an argument requires grad, a backward through the result raises a RuntimeError, and
+an op that updates its arguments in place raises a ValueError unless gradients are off. Direct calls of
+`torch.ops.flashdecpp.*` follow torch's own rules for ops without a backward: a backward warns and yields no
+gradient. Autocast does not affect the ops.
 
 "The paper" is Hong et al., FlashDecoding++, MLSys 2024 (arXiv 2311.01282).
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -42,27 +43,25 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_choice",
-    "linear_fused",
     "quantized_linear",
-    "quantized_linear_fused",
     "rms_norm",
     "rotary_append",
     "sample",
 ]
 
-# Bound once: an attribute chain on every call would cost more than the rest of a wrapper.
+# Bound once: looking up the attribute chain on every call would cost more than the rest of a wrapper.
 _decode_attention = torch.ops.flashdecpp.decode_attention.default
 _decode_attention_carry = torch.ops.flashdecpp.decode_attention.carry
 _gemv = torch.ops.flashdecpp.gemv.default
 _flat_gemm = torch.ops.flashdecpp.flat_gemm.default
 _linear = torch.ops.flashdecpp.linear.default
+_linear_plain = torch.ops.flashdecpp.linear.plain
+_linear_residual = torch.ops.flashdecpp.linear.residual
 _linear_choice = torch.ops.flashdecpp.linear_choice.default
 _linear_choice_index = torch.ops.flashdecpp.linear_choice_index.default
-_linear_fused = torch.ops.flashdecpp.linear_fused.default
-_linear_fused_residual = torch.ops.flashdecpp.linear_fused.residual
 _quantized_linear = torch.ops.flashdecpp.quantized_linear.default
-_quantized_linear_fused = torch.ops.flashdecpp.quantized_linear_fused.default
-_quantized_linear_fused_residual = torch.ops.flashdecpp.quantized_linear_fused.residual
+_quantized_linear_plain = torch.ops.flashdecpp.quantized_linear.plain
+_quantized_linear_residual = torch.ops.flashdecpp.quantized_linear.residual
 _rms_norm = torch.ops.flashdecpp.rms_norm.default
 _rms_norm_residual = torch.ops.flashdecpp.rms_norm.residual
 _layer_norm = torch.ops.flashdecpp.layer_norm.default
@@ -73,7 +72,7 @@ _sample = torch.ops.flashdecpp.sample.default
 _sample_seen = torch.ops.flashdecpp.sample.seen
 
 
-# What csrc/torch_api.h begins its messages with: fail, out_of_memory.
+# How the messages of csrc/torch_api.h begin: those of fail, and those of out_of_memory.
 _COMPLAINT = re.compile(r"flashdecpp::\w+: ")
 _OUT_OF_MEMORY = "flashdecpp: out of memory: "
 _KINDS = {
@@ -86,7 +85,7 @@ _KINDS = {
 
 
 def _translate(error: RuntimeError, op: OpOverload, arguments: Mapping[str, object]) -> Exception:
-    """What to raise for a call of `op` that failed: an error that names the argument, if it was one."""
+    """The exception to raise for a failed call of `op`; it names the argument if one was at fault."""
     message = str(error).partition("\n")[0]
     if type(error) is RuntimeError and _COMPLAINT.match(message):
         return ValueError(message)
@@ -106,7 +105,7 @@ def _translate(error: RuntimeError, op: OpOverload, arguments: Mapping[str, obje
 
 
 def _foreign(op: OpOverload, arguments: Mapping[str, object]) -> str | None:
-    """The complaint about the first tensor on another device than the first, or of another layout."""
+    """The complaint about the first tensor that is on a different device than the first, or not strided."""
     names = [argument.name for argument in op._schema.arguments]
     tensors = {name: arguments[name] for name in names if isinstance(arguments.get(name), Tensor)}
     first = next(iter(tensors), None)
@@ -119,9 +118,9 @@ def _foreign(op: OpOverload, arguments: Mapping[str, object]) -> str | None:
 
 
 def _fake(*ops: OpOverload) -> Callable[[Callable], Callable]:
-    """Registers a function as what ops give where tensors have no memory, which all of them must then be.
+    """Registers a function as the fake kernel of ops, for calls in which no tensor has memory.
 
-    A single meta tensor among others brings torch's dispatcher here, too.
+    The dispatcher also comes here for one meta tensor among real ones, which is refused.
     """
 
     def checked(op: OpOverload, function: Callable) -> Callable:
@@ -164,50 +163,50 @@ def decode_attention(
     fallback_count: Tensor | None = None,
     carried_phi: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of 1 to 16 new tokens a sequence over a KV cache that already holds them.
+    """Attention of 1 to 16 new tokens per sequence over a KV cache that already holds them.
 
-    The keys of a sequence are split over the machine. With `phi` every split subtracts that one value instead
-    of its own maximum, so partial results add up in any order (the paper, section 3). A row (one query head
-    of one token) whose true maximum is too far from phi for that to be exact falls back inside the same
-    launch: its parts take new references, or are recomputed with the online softmax. So the result is the
-    exact softmax whatever phi is; a good phi is only faster.
+    The keys of a sequence are split across the GPU. With `phi`, every split subtracts that one value instead
+    of its own maximum, so partial results add up in any order (the paper, section 3). The result is the exact
+    softmax whatever phi is; a good phi only makes it faster. A row (one query head of one token) whose true
+    maximum is too far from phi falls back inside the same launch: a GPU rebases the row's partials on the
+    maximum that they saw. The CPU always subtracts the true maximum, which costs it nothing; there, phi only
+    decides which rows are counted as having fallen back.
 
     Query token i of a sequence has the absolute position p = seq_len - q_len + i. Its logit for key j is
-    x = scale * q.k, then softcap * tanh(x / softcap), then x - slope * (p - j). It sees key j where j <= p
-    and, with a window, j > p - window. Keys that a row doesn't see never influence it, even where they are
-    NaN. A visible key whose logit is NaN or infinite makes its row NaN, and no other row.
+    x = scale * q.k, then softcap * tanh(x / softcap), then x - slope * (p - j). It sees key j if j <= p and,
+    with a window, j > p - window. Keys that a row does not see never influence it, not even as NaN. A visible
+    key whose logit is NaN or infinite makes its row NaN, and no other row.
 
     Args:
-        q: [batch, q_len, q_heads, head_dim], float16 or bfloat16, float32 on the CPU too. q_len 1 to 16;
+        q: [batch, q_len, q_heads, head_dim], float16 or bfloat16, on the CPU also float32. q_len is 1 to 16,
             head_dim a multiple of 8 up to 256.
         k_cache, v_cache: [num_blocks, block_size, kv_heads, head_dim] with a block_table (block_size 1 or a
             multiple of 8), else [batch, max_len, kv_heads, head_dim]. q's dtype, or float8_e4m3fn. Any
-            strides with a contiguous last dim: views of [..., kv_heads, block_size, head_dim] or of one
-            tensor with K and V are fine. q_heads is 1 to 16 times kv_heads; query heads of one KV head are
-            neighbours.
-        seq_lens: [batch] int32, keys of each sequence with the new tokens counted; 0 gives zeros and an lse
-            of -inf. These and the table are read as early as a weight (`gemv`).
-        block_table: [batch, max_blocks] int32, the cache block of each block_size tokens of a sequence.
-        scale: 1 / sqrt(head_dim) if None. This and softcap are numbers that float32 holds.
-        phi: [q_heads] or [batch, q_heads] float32, the unified maximum in the units of x. None: online
-            softmax.
+            strides with a contiguous last dim, such as views of [..., kv_heads, block_size, head_dim] or of
+            one tensor with K and V. q_heads is 1 to 16 times kv_heads; the query heads of a KV head are
+            adjacent.
+        seq_lens: [batch] int32, keys per sequence including the new tokens; 0 gives zeros and an lse of -inf.
+            Like block_table, read before the preceding kernel has finished (programmatic dependent launch);
+            `gemv` says when that is unsafe.
+        block_table: [batch, max_blocks] int32, the cache block of each run of block_size tokens.
+        scale: 1 / sqrt(head_dim) if None. scale and softcap must be representable in float32.
+        phi: [q_heads] or [batch, q_heads] float32, the unified maximum in units of x. None: online softmax.
         softcap: 0 for none.
-        window: how many keys a token sees, itself included; 0 or less for all.
+        window: number of keys that a token sees, including itself; 0 or less for all.
         alibi_slopes: [q_heads] float32.
         sinks: [q_heads] float32, logits that join the denominator (and lse) and add nothing to the output.
-        k_scale, v_scale: [kv_heads] float32, what the values of a float8_e4m3fn cache are multiplied by;
-            None: 1.
-        num_splits: over how many parts the keys are split; 0 chooses. Fixed, it makes the result of a
-            sequence bitwise repeatable, whatever else is in the batch.
-        fallback_count: [1] int32; the number of rows that fell back is added to it.
+        k_scale, v_scale: [kv_heads] float32, factors of the values in a float8_e4m3fn cache; None: 1.
+        num_splits: number of parts into which the keys are split; 0 chooses. If fixed, the result of a
+            sequence is bitwise repeatable whatever else is in the batch.
+        fallback_count: [1] int32, incremented by the number of rows that fell back.
         carried_phi: [batch, q_heads] float32, contiguous last dim; instead of phi. Read as the phi of each
-            row, then replaced by the largest x of the last token's row, which is the phi of the next step:
-            a row maximum moves little from token to token, so nothing needs to be calibrated. Stays as it was
-            where that row sees no key or is NaN. A new sequence starts with NaN, which serves no row.
+            row, then replaced by the largest x of the last token's row, to be the phi of the next step: a row
+            maximum moves little from token to token, so no calibration is needed. Left unchanged if that row
+            sees no key or is NaN. Start a new sequence with NaN, which fits no row.
 
     Returns:
         out, as q, and lse, [batch, q_heads, q_len] float32: the natural logarithm of the softmax's
-        denominator. A row that sees no key has out 0 and lse -inf (its sink, where there are sinks).
+        denominator. A row that sees no key has out 0 and lse -inf, or its sink if there are sinks.
 
     Raises:
         ValueError: an argument is not as described.
@@ -220,7 +219,7 @@ def decode_attention(
             refuse_gradients("decode_attention", "carried_phi", carried_phi=carried_phi)
     else:
         raise ValueError(
-            "flashdecpp::decode_attention: phi must be None where carried_phi is given, got a tensor"
+            "flashdecpp::decode_attention: phi must be None if carried_phi is given, got a tensor"
         )
     try:
         out, lse = op(
@@ -261,11 +260,11 @@ def _(q, k_cache, v_cache, seq_lens, block_table=None, **_):
 def check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, block_table: Tensor | None = None
 ) -> None:
-    """Raises a ValueError where `decode_attention` of the same arguments would have to clamp or mask.
+    """Raises a ValueError if `decode_attention` would have to clamp or mask the same arguments.
 
-    That is a sequence longer than its cache, a negative length, or a block id outside the cache among the
-    blocks that a sequence uses. A debugging aid: it waits for the device, so neither torch.compile nor a CUDA
-    graph can hold it.
+    It would for a sequence longer than its cache, a negative length, or a block id outside the cache among
+    the blocks that a sequence uses. A debugging aid: it waits for the device, so it works neither under
+    torch.compile nor in a CUDA graph.
     """
     num_blocks = min(k_cache.size(0), v_cache.size(0))
     block_size = k_cache.size(1)
@@ -273,7 +272,7 @@ def check(
     for sequence, length in enumerate(seq_lens.tolist()):
         if not 0 <= length <= capacity:
             raise ValueError(
-                f"flashdecpp::check: seq_lens must be from 0 to the cache's {capacity} tokens a sequence, "
+                f"flashdecpp::check: seq_lens must be from 0 to the cache's {capacity} tokens per sequence, "
                 f"got {length} for sequence {sequence}"
             )
     if block_table is None:
@@ -293,18 +292,17 @@ def check(
 
 
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias as a stream of the weight, for few rows (the paper's ImplA).
+    """x @ weight^T + bias for a few rows of x, which reads the weight once (the paper's ImplA).
 
-    The weight is streamed once. Right for any number of rows M, made for M <= 8; on Hopper, where the
-    matrix units do the sums, for M <= 16.
+    Correct for any number of rows M; made for M <= 8, and on Hopper, where the tensor cores compute the sums,
+    for M <= 16.
 
     Args:
         x: [..., K], any strides. float32, float16 or bfloat16 on the CPU, float16 or bfloat16 on a GPU.
-        weight: [N, K], x's dtype, contiguous last dim. On a GPU K must be a multiple of 8. On Hopper its
-            first rows are read while the kernel ahead in the stream still runs. That is safe after every
-            kernel but one that lets its successor start (programmatic dependent launch) before it has
-            written this weight.
-        bias: [N], x's dtype; read as early.
+        weight: [N, K], x's dtype, contiguous last dim. On a GPU, K must be a multiple of 8. On Hopper, its
+            first rows are read before the preceding kernel has finished (programmatic dependent launch). That
+            is unsafe only if the preceding kernel writes this weight after letting its successor start.
+        bias: [N], x's dtype; read as early as the weight.
 
     Returns:
         [..., N] of x's dtype, accumulated in float32.
@@ -320,11 +318,11 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def flat_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias for more rows than `gemv` is made for and fewer than fill a GEMM.
+    """x @ weight^T + bias for more rows than `gemv` is made for but too few to fill a GEMM.
 
-    The flat GEMM of the paper's section 4: M is padded to 8 rather than 64, and the weight is fetched ahead
-    of the multiplication. Right for any number of rows M, made for M <= 128. Arguments, result and errors are
-    those of `gemv`.
+    The flat GEMM of the paper's section 4: M is padded to 8 rather than 64, and weights are prefetched while
+    the previous ones are multiplied. Correct for any number of rows M, made for M <= 128. Arguments, result
+    and errors are those of `gemv`.
     """
     try:
         out = _flat_gemm(x, weight, bias)
@@ -333,126 +331,139 @@ def flat_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return without_backward("flat_gemm", (out,), x, weight, bias)[0] if out.requires_grad else out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    """x @ weight^T + bias by whichever implementation is fastest for the shape (the paper, section 5).
-
-    Args:
-        x: [..., K], any strides; float32, float16 or bfloat16.
-        weight: [N, K], x's dtype, contiguous last dim; `gemv` says when it is read on Hopper.
-        bias: [N], x's dtype.
-        impl: "gemv", "flat_gemm", "blas" (torch's own linear), or "auto": by the two inflection points that
-            were measured for this device, dtype, N and K (`flashdecpp tune`), or by a rule where they
-            weren't. "auto" takes "blas" for what the other two can't do (on a GPU float32, and K not a
-            multiple of 8).
-
-    Returns:
-        [..., N] of x's dtype.
-
-    Raises:
-        ValueError: an argument is not as described.
-    """
-    try:
-        if impl == "auto":  # the op's own default: a string takes half a microsecond to pass
-            out = _linear(x, weight, bias)
-        else:
-            out = _linear(x, weight, bias, impl=impl)
-    except RuntimeError as error:
-        raise _translate(error, _linear, locals()) from None
-    return without_backward("linear", (out,), x, weight, bias)[0] if out.requires_grad else out
-
-
-def linear_fused(
+@overload
+def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    gate: str | None = None,
+    activation: str | None = None,
+    residual: None = None,
+    impl: str = "auto",
+) -> Tensor: ...
+@overload
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    gate: None = None,
+    activation: None = None,
+    residual: Tensor,
+    impl: str = "auto",
+) -> None: ...
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    gate: str | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor | None:
-    """`linear` with what stands around it in a decoder layer, in one launch where there is a kernel for that.
+    """x @ weight^T + bias by the fastest implementation for the shape (the paper, section 5).
 
-    h = rms_norm(x, norm_weight, eps=norm_eps), or x; y = h @ weight^T + bias; then
-    - gated_activation(y, activation) is returned, or y where there is no activation;
-    - or residual += y, in place, and nothing is returned.
+    It can be fused with its neighbors in a decoder layer. With h = rms_norm(x, norm_weight, eps=norm_eps), or
+    x without norm_weight, and y = h @ weight^T + bias, at most one of these three applies:
+    - gate: returns gated_activation(y, activation=gate), which is gate(y[..., :N / 2]) * y[..., N / 2:];
+    - activation: returns activation(y);
+    - residual: adds y to it in place and returns None.
 
-    h is rounded to x's dtype, as `rms_norm` gives it; the rest is float32 until the result is rounded once.
-    What runs as launches of its own instead (below) rounds y to x's dtype, too. On Hopper, where the norm is
-    part of `gemv`, x * norm_weight is what is rounded (scaled by a power of two, so that float16 holds it),
-    and 1 / rms multiplies the float32 sum: as many roundings, in another place.
-
-    On a GPU the sum with the residual and the gate are part of `gemv` and `flat_gemm`, the norm is part of
-    `gemv`; on Hopper only for up to 8 rows and 20480 columns, and for a norm_weight of x's dtype. Other
-    norms, everything around `blas`, and whatever does not start on a multiple of 16 bytes (norm_weight, a
-    residual whose N is a multiple of 8) are launches of their own. On the CPU norm and gate are passes of
-    their own: they cost little there.
+    y stays in float32 until the result is rounded, once, if the fusion is part of the kernel. On a GPU, gate,
+    activation and residual are part of `gemv` and `flat_gemm`. Separate launches, between which y is rounded
+    to x's dtype, serve `blas` and a residual that does not start on a multiple of 16 bytes although N is a
+    multiple of 8. On the CPU a residual is part of the kernel, and gate and activation are passes of their
+    own, which cost little there. The norm is always one launch before the product, as `rms_norm` is: a GEMV
+    that normalizes x in each of its CTAs was slower on an H200.
 
     Args:
-        x, bias, impl: as in `linear`.
-        weight: [N, K] as in `linear`; with an activation [2 * features, K], the rows of the gate, then those
-            of the up projection, and bias in the same order.
-        norm_weight: [K], contiguous, x's dtype or float32; read as early as a weight (`gemv`). None: no norm.
-        norm_eps: added to the mean of squares; 0 or a positive number that float32 holds.
-        activation: "silu", "gelu" (erf), "gelu_tanh" or "relu"; not with a residual.
+        x: [..., K], any strides; float32, float16 or bfloat16.
+        weight: [N, K], x's dtype, contiguous last dim; `gemv` says when it is read on Hopper. With a gate,
+            the first N / 2 rows are those of the gate, the others those of the up projection.
+        bias: [N], x's dtype.
+        norm_weight: [K], contiguous, x's dtype or float32.
+        norm_eps: added to the mean of squares; 0 or positive, and representable in float32.
+        gate, activation: "silu", "gelu" (erf), "gelu_tanh" or "relu".
         residual: [..., N] of x's dtype with x's rows, contiguous; shares no memory with another argument.
+        impl: "gemv", "flat_gemm", "blas" (torch's own linear), or "auto": by the two inflection points that
+            `flashdecpp tune` measured for this device, dtype, N and K, or by a rule without a measurement.
+            "auto" resolves to "blas" for shapes that the other two do not support (on a GPU float32, and K
+            that is not a multiple of 8).
 
     Returns:
-        [..., N] of x's dtype, [..., features] with an activation, None with a residual.
+        [..., N] of x's dtype, [..., N / 2] with a gate, None with a residual.
 
     Raises:
         ValueError: an argument is not as described.
     """
-    inputs = (x, weight, bias, norm_weight)
     if residual is None:
-        around = {"norm_weight": norm_weight, "norm_eps": norm_eps, "activation": activation, "impl": impl}
+        plain = norm_weight is None and gate is None and activation is None and norm_eps == 1e-6
+        op, keywords = _linear_plain, {}
+        if not plain or impl != "auto":
+            op, keywords = _linear, _keywords(norm_weight, norm_eps, gate, activation, impl)
         try:
-            out = _linear_fused(x, weight, bias, **around)
+            out = op(x, weight, bias, **keywords)
         except RuntimeError as error:
-            raise _translate(error, _linear_fused, locals()) from None
-        return without_backward("linear_fused", (out,), *inputs)[0] if out.requires_grad else out
+            raise _translate(error, op, locals()) from None
+        return (
+            without_backward("linear", (out,), x, weight, bias, norm_weight)[0] if out.requires_grad else out
+        )
 
-    _no_activation("linear_fused", activation)
+    _residual_alone("linear", gate, activation)
     if torch.is_grad_enabled():
         tensors = {"x": x, "weight": weight, "bias": bias, "norm_weight": norm_weight, "residual": residual}
-        refuse_gradients("linear_fused", "residual", **tensors)
+        refuse_gradients("linear", "residual", **tensors)
+    keywords = _keywords(norm_weight, norm_eps, None, None, impl)
     try:
-        _linear_fused_residual(
-            x, weight, bias, residual=residual, norm_weight=norm_weight, norm_eps=norm_eps, impl=impl
-        )
+        _linear_residual(x, weight, bias, residual=residual, **keywords)
     except RuntimeError as error:
-        raise _translate(error, _linear_fused_residual, locals()) from None
+        raise _translate(error, _linear_residual, locals()) from None
     increment_version(residual)
     return None
 
 
-def _no_activation(op: str, activation: str | None) -> None:
+def _keywords(
+    norm_weight: Tensor | None, norm_eps: float, gate: str | None, activation: str | None, impl: str = "auto"
+) -> dict[str, Tensor | float | str]:
+    """The keywords that differ from the defaults: passing a string costs the host half a microsecond."""
+    keywords: dict[str, Tensor | float | str] = {}
+    if norm_weight is not None:
+        keywords["norm_weight"] = norm_weight
+    if norm_eps != 1e-6:
+        keywords["norm_eps"] = norm_eps
+    if gate is not None:
+        keywords["gate"] = gate
     if activation is not None:
-        raise ValueError(
-            f"flashdecpp::{op}: activation must be None where residual is given, got {activation}"
-        )
+        keywords["activation"] = activation
+    if impl != "auto":
+        keywords["impl"] = impl
+    return keywords
 
 
-@_fake(_linear_fused)
-def _(x, weight, bias=None, *, norm_weight=None, norm_eps=1e-6, activation=None, impl="auto"):
-    return _fused_output(x, weight, activation)
+def _residual_alone(op: str, gate: str | None, activation: str | None) -> None:
+    for name, value in (("gate", gate), ("activation", activation)):
+        if value is not None:
+            raise ValueError(f"flashdecpp::{op}: {name} must be None if residual is given, got {value!r:.80}")
 
 
-@_fake(_linear_fused_residual, _quantized_linear_fused_residual)
+@_fake(_linear_residual, _quantized_linear_residual)
 def _(*_args, **_):
     return None
 
 
-def _fused_output(x: Tensor, weight: Tensor, activation: str | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.size(0) // (1 if activation is None else 2)))
-
-
 def linear_choice(x: Tensor, weight: Tensor) -> str:
-    """What `linear(x, weight)` takes, "gemv", "flat_gemm" or "blas": reads shapes, strides and the address.
+    """The implementation that `linear(x, weight)` would choose: "gemv", "flat_gemm" or "blas".
 
-    On a CPU "gemv" and "flat_gemm" are one kernel. Arguments and errors are those of `linear`. Not for
-    torch.compile: the choice is made when linear runs.
+    It depends on shapes, strides and the weight's address. On a CPU, "gemv" and "flat_gemm" are one kernel.
+    Arguments and errors are those of `linear`. Not for torch.compile: linear chooses when it runs.
     """
     try:
         return _choose_linear(x, weight)
@@ -467,66 +478,8 @@ def _choose_linear(x: Tensor, weight: Tensor) -> str:
 torch.library.impl("flashdecpp::linear_choice", ("cpu", "cuda"), _choose_linear)
 
 
-@_fake(_gemv, _flat_gemm, _linear)
-def _(x, weight, bias=None, *, impl="auto"):
-    return x.new_empty((*x.shape[:-1], weight.size(0)))
-
-
+@overload
 def quantized_linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """x @ w^T + bias for a weight of 8 or 4 bits: w = scale * q + offset, with q as it lies in memory.
-
-    Only the weight is quantised; products are with x as it is, in float32 or better than float32's error. A
-    group is K / G weights of one row that share a scale and an offset. Offsets are numbers, in the units of
-    w, not zero points: any affine format fits, GGUF's Q4_0 (d, no offsets), Q4_1 (d and m) and Q8_0 exactly.
-
-    On the CPU the weight is streamed as it is stored and decoded in registers. From 32 rows of x on it is
-    dequantised into x's dtype, strip by strip, or as a whole where `linear` would take the BLAS. Below that a
-    row's result is the same bits whatever else is in the batch.
-
-    On a GPU it is streamed, too, for up to 48 rows of float16 or bfloat16 x, 16 at a time: products with the
-    integers are exact, and a group's sum is scaled in float32. Otherwise (more rows, float32, rows of the
-    weight that do not start on multiples of 16 bytes) it is dequantised into x's dtype, then multiplied by
-    the vendor BLAS.
-
-    Args:
-        x: [..., K], any strides; float32, float16 or bfloat16.
-        weight: contiguous last dim. 8 bit: int8 [N, K], q from -128 to 127. 4 bit: uint8 [N, K / 2], q from 0
-            to 15; 16 bytes hold 32 neighbours along K, the low nibbles the first 16, the high nibbles the
-            last 16, both in order (GGUF's own order; `reference.pack_int4` makes it). Read on Hopper
-            as `gemv` says, scales and offsets too.
-        scales: [N, G], contiguous last dim, for groups of 32, 64 or 128; 8 bit also [N], one a row, for any
-            K. float32, float16 or bfloat16, whatever x's dtype.
-        offsets: scales' shape and dtype. None: 0 for 8 bit and -8 * scale for 4 bit, which is then symmetric
-            around q = 8.
-        bias: [N], x's dtype.
-
-    Returns:
-        [..., N] of x's dtype.
-
-    Raises:
-        ValueError: an argument is not as described.
-    """
-    try:
-        out = _quantized_linear(x, weight, scales, offsets, bias)
-    except RuntimeError as error:
-        raise _translate(error, _quantized_linear, locals()) from None
-    if out.requires_grad:
-        return without_backward("quantized_linear", (out,), x, scales, offsets, bias)[0]
-    return out
-
-
-@_fake(_quantized_linear)
-def _(x, weight, scales, offsets=None, bias=None):
-    return x.new_empty((*x.shape[:-1], weight.size(0)))
-
-
-def quantized_linear_fused(
     x: Tensor,
     weight: Tensor,
     scales: Tensor,
@@ -535,70 +488,121 @@ def quantized_linear_fused(
     *,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    gate: str | None = None,
+    activation: str | None = None,
+    residual: None = None,
+) -> Tensor: ...
+@overload
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    gate: None = None,
+    activation: None = None,
+    residual: Tensor,
+) -> None: ...
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    gate: str | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor | None:
-    """`linear_fused` with the weight of `quantized_linear`.
+    """`linear` with a weight of 8 or 4 bits: w = scale * q + offset, with q as stored in memory.
 
-    On a GPU gate and sum are part of the launch where the weight is streamed (`quantized_linear` says when);
-    a norm is a launch of its own.
+    Only the weight is quantized: x keeps its precision, and sums are as accurate as float32's. A group is
+    K / G weights of one row that share a scale and an offset. Offsets are numbers in the units of w, not zero
+    points, so any affine format fits: GGUF's Q4_0 (d, no offsets), Q4_1 (d and m) and Q8_0 exactly.
+
+    On the CPU the weight is streamed as stored and decoded in registers. From 32 rows of x on, it is
+    dequantized to x's dtype, strip by strip, or all at once if `linear` would choose the BLAS. With fewer
+    rows, a row's result has the same bits whatever else is in the batch.
+
+    On a GPU the weight is streamed for up to 48 rows of float16 or bfloat16 x, 16 at a time: products with
+    the integers are exact, and each group's sum is scaled in float32. Otherwise (more rows, float32, or
+    weight rows that do not start on multiples of 16 bytes) it is dequantized to x's dtype for the vendor
+    BLAS.
+
+    Fusions are those of `linear`: part of the kernel if the weight is streamed on a GPU, passes of their own
+    otherwise. The norm is always one launch before the product.
 
     Args:
-        x, weight, scales, offsets, bias: as in `quantized_linear`; with an activation the rows of the gate,
-            then those of the up projection.
-        norm_weight, norm_eps, activation, residual: as in `linear_fused`.
+        x: [..., K], any strides; float32, float16 or bfloat16.
+        weight: contiguous last dim. 8 bit: int8 [N, K], q from -128 to 127. 4 bit: uint8 [N, K / 2], q from 0
+            to 15; 16 bytes hold 32 neighbors along K, the first 16 in the low nibbles and the last 16 in the
+            high nibbles, both in order (GGUF's own order, which `reference.pack_int4` produces). Read on
+            Hopper as early as `gemv` says, like scales and offsets.
+        scales: [N, G], contiguous last dim, for groups of 32, 64 or 128; with 8 bits also [N], one per row,
+            for any K. float32, float16 or bfloat16, whatever x's dtype.
+        offsets: scales' shape and dtype. None: 0 with 8 bits, -8 * scale with 4 bits, which is then symmetric
+            around q = 8.
+        bias: [N], x's dtype.
+        norm_weight, norm_eps, gate, activation, residual: as in `linear`.
 
     Returns:
-        What `linear_fused` returns.
+        [..., N] of x's dtype, [..., N / 2] with a gate, None with a residual.
 
     Raises:
         ValueError: an argument is not as described.
     """
-    stored = (weight, scales, offsets, bias)
     if residual is None:
-        around = {"norm_weight": norm_weight, "norm_eps": norm_eps, "activation": activation}
+        plain = norm_weight is None and gate is None and activation is None and norm_eps == 1e-6
+        op, keywords = _quantized_linear_plain, {}
+        if not plain:
+            op, keywords = _quantized_linear, _keywords(norm_weight, norm_eps, gate, activation)
         try:
-            out = _quantized_linear_fused(x, *stored, **around)
+            out = op(x, weight, scales, offsets, bias, **keywords)
         except RuntimeError as error:
-            raise _translate(error, _quantized_linear_fused, locals()) from None
+            raise _translate(error, op, locals()) from None
         if out.requires_grad:
-            return without_backward("quantized_linear_fused", (out,), x, *stored[1:], norm_weight)[0]
+            return without_backward("quantized_linear", (out,), x, scales, offsets, bias, norm_weight)[0]
         return out
 
-    _no_activation("quantized_linear_fused", activation)
+    _residual_alone("quantized_linear", gate, activation)
     if torch.is_grad_enabled():
         tensors = {"x": x, "scales": scales, "offsets": offsets, "bias": bias, "norm_weight": norm_weight}
-        refuse_gradients("quantized_linear_fused", "residual", **tensors, residual=residual)
+        refuse_gradients("quantized_linear", "residual", **tensors, residual=residual)
+    keywords = _keywords(norm_weight, norm_eps, None, None)
     try:
-        _quantized_linear_fused_residual(
-            x, *stored, residual=residual, norm_weight=norm_weight, norm_eps=norm_eps
-        )
+        _quantized_linear_residual(x, weight, scales, offsets, bias, residual=residual, **keywords)
     except RuntimeError as error:
-        raise _translate(error, _quantized_linear_fused_residual, locals()) from None
+        raise _translate(error, _quantized_linear_residual, locals()) from None
     increment_version(residual)
     return None
 
 
-@_fake(_quantized_linear_fused)
-def _(x, weight, scales, offsets=None, bias=None, *, norm_weight=None, norm_eps=1e-6, activation=None):
-    return _fused_output(x, weight, activation)
+@_fake(_gemv, _flat_gemm, _linear, _linear_plain, _quantized_linear, _quantized_linear_plain)
+def _(x, weight, *_args, gate=None, **_):
+    return x.new_empty((*x.shape[:-1], weight.size(0) // (1 if gate is None else 2)))
 
 
-# ----------------------------------------------------------------------------------------------------- fused
+# ----------------------------------------------------------------------------------------------- elementwise
 
 
 def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, after adding x to the residual if there is one.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim.
+
+    With a residual, x is added to it first, and the norm is that of the sum.
 
     Args:
         x: [..., hidden], contiguous last dim, evenly spaced rows; float32, float16 or bfloat16.
         weight: [hidden], x's dtype or float32.
-        residual: x's shape and dtype, contiguous; shares no memory with another argument. Becomes
-            residual + x, and the norm is taken of that.
-        eps: 0 or a positive number that float32 holds.
+        residual: x's shape and dtype, contiguous; shares no memory with another argument. Updated in place.
+        eps: 0 or positive, and representable in float32.
 
     Returns:
-        x's shape and dtype; the maths is float32.
+        x's shape and dtype, computed in float32.
 
     Raises:
         ValueError: an argument is not as described.
@@ -628,7 +632,7 @@ def layer_norm(
     *,
     eps: float = 1e-5,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dim, after adding x to the residual stream.
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dim.
 
     bias is [hidden] of weight's dtype. Everything else is as in `rms_norm`.
     """
@@ -668,24 +672,24 @@ def rotary_append(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """Rotates q and k in place by their positions (RoPE), then writes k and v to their places in the cache.
+    """Rotates q and k in place by their positions (RoPE), then stores k and v in the cache.
 
-    Token i of a sequence has position seq_len - q_len + i. A negative one is left padding: it is neither
-    rotated nor written. A position beyond `cos_sin` isn't rotated, one beyond the cache isn't written.
+    Token i of a sequence has position seq_len - q_len + i. A token at a negative position is left padding,
+    neither rotated nor stored. One beyond `cos_sin` is not rotated, one beyond the cache is not stored.
 
-    q, k, k_cache and v_cache share no memory with each other or with another argument. Views of one tensor
-    that pass between each other's elements don't.
+    q, k, k_cache and v_cache share no memory with each other or with another argument; interleaved views of
+    one tensor are fine as long as no element is in two of them.
 
     Args:
         q: [batch, q_len, q_heads, head_dim], contiguous last dim; float32, float16 or bfloat16. Any q_len.
         k, v: [batch, q_len, kv_heads, head_dim], q's dtype. q, k and v may be views of one packed tensor.
         k_cache, v_cache, block_table, k_scale, v_scale: as in `decode_attention`. A float8_e4m3fn cache
             stores value / scale, saturated to +-448.
-        seq_lens: [batch] int32, the tokens of each sequence with the new ones counted. These and the table
-            are read as early as a weight (`gemv`).
-        cos_sin: [max_positions, rotary_dim] float32: the cosines of each position, then the sines. rotary_dim
-            is even and at most head_dim; the rest of a head passes through. None: nothing is rotated.
-        interleaved: the pairs are (2d, 2d + 1) as in GPT-J and GLM, not (d, d + rotary_dim / 2) as in NeoX
+        seq_lens: [batch] int32, tokens per sequence including the new ones. Like block_table, read before the
+            preceding kernel has finished (programmatic dependent launch); `gemv` says when that is unsafe.
+        cos_sin: [max_positions, rotary_dim] float32, the cosines of each position, then the sines. rotary_dim
+            is even and at most head_dim; the rest of a head is left as it is. None: nothing is rotated.
+        interleaved: pairs are (2d, 2d + 1) as in GPT-J and GLM, instead of (d, d + rotary_dim / 2) as in NeoX
             and Llama.
 
     Raises:
@@ -726,7 +730,7 @@ def gated_activation(gate_up: Tensor, *, activation: str = "silu") -> Tensor:
         activation: "silu", "gelu" (erf), "gelu_tanh" or "relu".
 
     Returns:
-        [..., features] of gate_up's dtype; the maths is float32.
+        [..., features] of gate_up's dtype, computed in float32.
 
     Raises:
         ValueError: an argument is not as described.
@@ -755,31 +759,30 @@ def sample(
     repetition_penalty: Tensor | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """One token id a row: the largest logit, or a draw from the filtered distribution.
+    """One token id per row: the largest logit, or a draw from the filtered distribution.
 
-    Filters apply in the order of the arguments of transformers: repetition penalty, temperature, top-k, top-p
-    over what top-k left, min-p relative to the most likely token. Ties at a threshold are all kept. The draw
-    takes its randomness from Philox-4x32-10 of (seed, position), so a row's token doesn't depend on the rest
-    of the batch.
+    Filters apply in transformers' order: repetition penalty, temperature, top-k, top-p over the tokens that
+    top-k kept, min-p relative to the most likely token. All ties at a threshold are kept. A draw uses
+    Philox-4x32-10 of (seed, position), so a row's token does not depend on the rest of the batch.
 
     Every parameter is a [batch] tensor on the device of logits. The most likely token passes every filter. As
-    the temperature falls to the smallest of float32 the draw becomes the greedy choice; it is even where the
-    temperature is infinite.
+    the temperature approaches 0, the draw becomes the greedy choice; at infinity, it is uniform.
 
     Args:
-        logits: [batch, vocab], contiguous last dim; float32, float16 or bfloat16. NaN counts as -inf, and
-            what is -inf is never chosen, however many top_k asks for.
-        temperature: float32. None, or 0, less or NaN in a row: greedy (the lowest index of equals).
+        logits: [batch, vocab], contiguous last dim; float32, float16 or bfloat16. NaN counts as -inf, and a
+            logit of -inf is never chosen, whatever top_k is.
+        temperature: float32. A row is greedy (lowest index among ties) if it is None, NaN, 0 or less.
         top_k: int32; 0 or less is off.
-        top_p: float32; 1, more or NaN is off, less than 0 is 0.
-        min_p: float32; 0, less or NaN is off, more than 1 is 1.
-        seed, position: int64; None is 0. The position makes successive draws of one seed independent.
+        top_p: float32; NaN or 1 or more is off, less than 0 counts as 0.
+        min_p: float32; NaN or 0 or less is off, more than 1 counts as 1.
+        seed, position: int64, 0 if None. The position makes successive draws with one seed independent.
         repetition_penalty: float32; divides the positive and multiplies the negative logits of seen tokens.
-            One that is not above 0, infinite or NaN is off.
-        seen: [batch, vocab] bool, contiguous; the chosen token is marked in it. Needed by repetition_penalty.
+            Off if it is NaN, infinite or not above 0.
+        seen: [batch, vocab] bool, contiguous; the chosen token is marked in it. Required by
+            repetition_penalty.
 
     Returns:
-        [batch] int64; -1 for a row that has no logit above -inf.
+        [batch] int64; -1 for a row without a logit above -inf.
 
     Raises:
         ValueError: an argument is not as described.

@@ -43,10 +43,10 @@ class QuantizedWeight:
         return sum(part.nbytes for part in (self.weight, self.scales, self.offsets) if part is not None)
 
     def linear(
-        self, x: Tensor, bias: Tensor | None = None, **around: Tensor | float | str | None
+        self, x: Tensor, bias: Tensor | None = None, **fusion: Tensor | float | str | None
     ) -> Tensor | None:
-        """x @ w^T + bias, with `norm_weight` and more around it as in ops.quantized_linear_fused."""
-        return ops.quantized_linear_fused(x, self.weight, self.scales, self.offsets, bias, **around)
+        """x @ w^T + bias with the fusions of ops.quantized_linear."""
+        return ops.quantized_linear(x, self.weight, self.scales, self.offsets, bias, **fusion)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows `index` of w, [len(index), K]: what an embedding looks up."""

@@ -1,12 +1,12 @@
-"""What every op of flashdecpp means, in plain torch.
+"""The definition of every op of flashdecpp, in plain torch.
 
-Each function takes the arguments of the op of its name, on any device, and returns what the op returns:
-arithmetic in float32, results rounded once to the op's output dtype, in-place arguments mutated as the op
-mutates them. Nothing here is fast. Needs torch and nothing else: no compiled library.
+Each function takes the arguments of the op of the same name, on any device, and returns the same results:
+float32 arithmetic, results rounded once to the op's output dtype, in-place arguments updated as the op
+updates them. Nothing here is fast. Needs torch only, no compiled library.
 
-`compute_dtype` is the one argument the ops lack. Their meaning is float32; bfloat16 or float16 gives the same
-maths in plain low-precision torch (the yardstick of the tolerance), float64 a ground truth for float32
-results.
+`compute_dtype` is the one argument that the ops lack. They are defined in float32; bfloat16 or float16 gives
+the same math in plain low-precision torch (the yardstick of the tolerance), float64 a ground truth for
+float32 results.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def decode_attention(
     carried_phi: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q_len new tokens a sequence over a KV cache that already holds them.
+    """Attention of q_len new tokens per sequence over a KV cache that already holds them.
 
-    `phi`, the value of `carried_phi` and `num_splits` choose how an implementation computes, never what, so
-    they are not used; `carried_phi` becomes the row maximum of the last token. `fallback_count` is left
-    alone: which rows an implementation recomputes depends on its safe window around phi. A `seq_lens` beyond
-    the cache counts as the cache's capacity. A low `compute_dtype` is that of the weights and values; logits
-    and their softmax are never below float32.
+    `phi`, the value of `carried_phi` and `num_splits` select how an implementation computes, never what, so
+    they are unused; `carried_phi` becomes the row maximum of the last token. `fallback_count` is left alone:
+    which rows fall back depends on an implementation's safe window around phi. A length beyond the cache is
+    clamped to its capacity. A low `compute_dtype` applies to the softmax weights and the values; logits and
+    their softmax are never below float32.
     """
     batch, q_len, q_heads, head_dim = q.shape
     group = q_heads // k_cache.size(2)
@@ -64,10 +64,10 @@ def decode_attention(
 
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     unseen = torch.full((q_heads,), -torch.inf, device=q.device) if sinks is None else sinks
-    lse = unseen[:, None].repeat(batch, 1, q_len)  # what stays for rows that see no key
+    lse = unseen[:, None].repeat(batch, 1, q_len)  # stays as it is for rows that see no key
 
     for b, length in enumerate(lengths):
-        # [q_heads, length, head_dim]: every query head beside its own copy of the KV head it reads.
+        # [q_heads, length, head_dim]: every query head has its own copy of the KV head that it reads.
         keys = _sequence(k_cache, b, length, block_table, k_scale, logit_dtype)
         values = _sequence(v_cache, b, length, block_table, v_scale, compute_dtype)
         keys, values = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in (keys, values))
@@ -85,7 +85,7 @@ def decode_attention(
             if alibi_slopes is not None:
                 distance = position - torch.arange(first, position + 1, device=q.device)
                 x = x - alibi_slopes[:, None].to(logit_dtype) * distance
-            # A logit of -inf would silently drop its key, one of +inf every other key: neither is an answer.
+            # A logit of -inf would silently drop its key, one of +inf all other keys. Both become NaN.
             x = torch.where(x.isfinite().all(dim=-1, keepdim=True), x, torch.nan)
             if carried_phi is not None and i == q_len - 1:
                 maximum = x.amax(dim=-1).float()
@@ -100,14 +100,14 @@ def decode_attention(
 
 
 def capacity(cache: Tensor, block_table: Tensor | None) -> int:
-    """How many tokens of one sequence a cache can hold: by its block table, or by its own length."""
+    """Tokens of one sequence that a cache can hold, as its block table or its own length allows."""
     return cache.size(1) if block_table is None else cache.size(1) * block_table.size(1)
 
 
 def _sequence(
     cache: Tensor, b: int, length: int, block_table: Tensor | None, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The first `length` keys (or values) of sequence b: [length, kv_heads, head_dim], dequantised."""
+    """The first `length` keys (or values) of sequence b: [length, kv_heads, head_dim], dequantized."""
     if block_table is None:
         tokens = cache[b, :length]
     else:
@@ -119,7 +119,7 @@ def _sequence(
 
 
 def _raw(cache: Tensor) -> Tensor:
-    """The cache as something torch can index: it does not index fp8 on every device, but bytes it does."""
+    """The cache as torch can index it: an fp8 cache as bytes, since not every device can index fp8."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
@@ -131,14 +131,32 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    gate: str | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
     impl: str = "auto",
     compute_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """x @ weight^T + bias. `impl` chooses how an implementation computes, never what, so it is not used."""
-    y = x.to(compute_dtype) @ weight.to(compute_dtype).T
+) -> Tensor | None:
+    """h @ weight^T + bias for h = x or its norm; then gated, activated or added to the residual.
+
+    Nothing is rounded in between. `impl` selects how an implementation computes, never what, so it is unused.
+    """
+    h = x.to(compute_dtype)
+    if norm_weight is not None:
+        h = rms_norm(h, norm_weight, eps=norm_eps, compute_dtype=compute_dtype)
+    y = h @ weight.to(compute_dtype).T
     if bias is not None:
         y = y + bias.to(compute_dtype)
-    return y.to(x.dtype)
+    if gate is not None:
+        y = gated_activation(y, activation=gate, compute_dtype=compute_dtype)
+    if activation is not None:
+        y = _ACTIVATIONS[activation](y)
+    if residual is None:
+        return y.to(x.dtype)
+    _add_residual(y, residual, compute_dtype)
+    return None
 
 
 def gemv(
@@ -162,58 +180,21 @@ def quantized_linear(
     offsets: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    compute_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """`linear` with the weight that `dequantize` gives."""
-    dense = dequantize(weight, scales, offsets, compute_dtype=compute_dtype)
-    return linear(x, dense, bias, compute_dtype=compute_dtype)
-
-
-def linear_fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    impl: str = "auto",
-    compute_dtype: torch.dtype = torch.float32,
-) -> Tensor | None:
-    """`linear` of normalised x, gated or added to the residual, with no rounding between."""
-    h = x.to(compute_dtype)
-    if norm_weight is not None:
-        h = rms_norm(h, norm_weight, eps=norm_eps, compute_dtype=compute_dtype)
-    y = linear(h, weight, bias, compute_dtype=compute_dtype)
-    if activation is not None:
-        y = gated_activation(y, activation=activation, compute_dtype=compute_dtype)
-    if residual is None:
-        return y.to(x.dtype)
-    _add_residual(y, residual, compute_dtype)
-    return None
-
-
-def quantized_linear_fused(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float = 1e-6,
+    gate: str | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor | None:
-    """`linear_fused` with the weight that `dequantize` gives."""
-    return linear_fused(
+    """`linear` with the weight that `dequantize` returns."""
+    return linear(
         x,
         dequantize(weight, scales, offsets, compute_dtype=compute_dtype),
         bias,
         norm_weight=norm_weight,
         norm_eps=norm_eps,
+        gate=gate,
         activation=activation,
         residual=residual,
         compute_dtype=compute_dtype,
@@ -227,8 +208,8 @@ def dequantize(
     *,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The weight [N, K] behind the arguments of `quantized_linear`: scale * q + offset, group by group."""
-    # In float32 at least: a low precision rounds the weight, not the way to it.
+    """The weight [N, K] that the arguments of `quantized_linear` encode: scale * q + offset per group."""
+    # In float32 at least: a low precision rounds the weight itself, not the steps that lead to it.
     exact = torch.promote_types(compute_dtype, torch.float32)
     scales = scales.to(exact).view(weight.size(0), -1)
     if weight.dtype == torch.uint8:
@@ -254,7 +235,7 @@ def pack_int4(q: Tensor) -> Tensor:
     return (low | high << 4).flatten(1)
 
 
-# ----------------------------------------------------------------------------------------------------- fused
+# ----------------------------------------------------------------------------------------------- elementwise
 
 
 def rms_norm(
@@ -265,7 +246,7 @@ def rms_norm(
     eps: float = 1e-6,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """x / rms(x) * weight. With a residual: residual += x, and the norm is taken of the new residual."""
+    """x / rms(x) * weight. With a residual: residual += x, and the norm is that of the new residual."""
     h = _add_residual(x, residual, compute_dtype)
     h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
     return (h * weight.to(compute_dtype)).to(x.dtype)
@@ -280,7 +261,7 @@ def layer_norm(
     eps: float = 1e-5,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(x - mean) / std * weight + bias. With a residual as in `rms_norm`."""
+    """(x - mean) / std * weight + bias. A residual acts as in `rms_norm`."""
     h = _add_residual(x, residual, compute_dtype)
     h = h - h.mean(dim=-1, keepdim=True)
     h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
@@ -292,7 +273,7 @@ def layer_norm(
 
 
 def _add_residual(x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What is to be normalised. The norm sees the residual as it is stored, rounded."""
+    """The tensor to normalize: x, or the updated residual as it is stored, rounded."""
     if residual is None:
         return x.to(dtype)
     residual.copy_(residual.to(dtype) + x.to(dtype))
@@ -314,9 +295,9 @@ def rotary_append(
     v_scale: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Rotates q and k in place by their tokens' positions, then writes k and v into the caches."""
+    """Rotates q and k in place by their tokens' positions, then stores k and v in the caches."""
     q_len = q.size(1)
-    # seq_lens counts the new tokens already; a negative position is left padding.
+    # seq_lens includes the new tokens; a negative position is left padding.
     positions = seq_lens.long()[:, None] - q_len + torch.arange(q_len, device=q.device)
     if cos_sin is not None:
         _rotate(q, positions, cos_sin, interleaved, compute_dtype)
@@ -344,7 +325,7 @@ def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, dt
 def _append(
     x: Tensor, cache: Tensor, positions: Tensor, block_table: Tensor | None, scale: Tensor | None
 ) -> None:
-    """Writes x [batch, q_len, kv_heads, head_dim] to its tokens' places, those that the cache has."""
+    """Stores x [batch, q_len, kv_heads, head_dim] at its tokens' positions, as far as the cache has them."""
     block_size = cache.size(1)
     held = (positions >= 0) & (positions < capacity(cache, block_table))
     x, positions, sequences = x[held], positions[held], held.nonzero()[:, 0]
@@ -384,10 +365,10 @@ def sample(
     seen: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """One token id a row of logits [batch, vocab]: the largest logit, or a draw where temperature > 0.
+    """One token id per row of logits [batch, vocab]: the largest logit, or a draw if temperature > 0.
 
-    The draw is a function of (row, seed, position) alone; seed and position default to 0. A row with no logit
-    above -inf gives -1, and nothing is marked as seen.
+    The draw depends on the row, seed and position alone; seed and position default to 0. A row without a
+    logit above -inf gives -1, and nothing is marked as seen.
     """
     batch = logits.size(0)
     weights = kept_weights(
@@ -405,12 +386,12 @@ def sample(
 
     cumulative = weights.cumsum(dim=-1)
     beyond = cumulative > (u * cumulative[:, -1])[:, None]
-    # argmax gives the first True. Rounding can leave none: then the last kept token.
+    # argmax gives the first True. Rounding can leave none, which selects the last kept token.
     last_kept = weights.size(-1) - 1 - (weights > 0).flip(-1).int().argmax(dim=-1)
     drawn = torch.where(beyond.any(dim=-1), beyond.int().argmax(dim=-1), last_kept)
 
     drawing = zeros > 0 if temperature is None else temperature > 0
-    token = torch.where(drawing, drawn, weights.argmax(dim=-1))  # argmax gives the first of equals
+    token = torch.where(drawing, drawn, weights.argmax(dim=-1))  # argmax gives the first of several
     token = torch.where((weights > 0).any(dim=-1), token, -1)
     if seen is not None:
         row = (token >= 0).nonzero()[:, 0]
@@ -429,11 +410,11 @@ def kept_weights(
     seen: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The distribution that `sample` draws from, [batch, vocab], not normalised.
+    """The distribution that `sample` draws from, [batch, vocab], not normalized.
 
-    1 for the most likely token, which passes every filter, 0 for those that a filter removed. Filters apply
-    in transformers' order, and keep every tie at their threshold. A parameter without a meaning is off: NaN,
-    and a penalty that is infinite or not above 0.
+    1 for the most likely token, which passes every filter, 0 for tokens that a filter removed. Filters apply
+    in transformers' order and keep every tie at their threshold. A parameter that is NaN is off, and so is a
+    penalty that is infinite or not above 0.
     """
     x = logits.to(compute_dtype)
     x = torch.where(x.isnan(), -torch.inf, x)
@@ -445,10 +426,10 @@ def kept_weights(
     largest = x.amax(dim=-1, keepdim=True)
     distance = x - largest
     if temperature is not None:
-        # A greedy row only needs its largest logit to stay the largest; -inf by infinity would be NaN.
+        # A greedy row only needs its largest logit to stay the largest. -inf / inf would be NaN.
         t = torch.where(temperature > 0, temperature, 1.0).clamp(max=torch.finfo(torch.float32).max)
         distance = distance / t[:, None].to(compute_dtype)
-    # The largest has weight 1 by definition: between infinities the subtraction could not tell.
+    # The largest has weight 1 by definition: inf - inf would be NaN.
     weights = torch.where(x == largest, 1.0, torch.exp(distance)).masked_fill(x == -torch.inf, 0.0)
 
     if top_k is not None:
@@ -468,7 +449,7 @@ def kept_weights(
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """The draw's u in [0, 1): 24 bits of the first Philox word, [batch] float32."""
+    """The u of each draw in [0, 1): 24 bits of the first Philox word, [batch] float32."""
     zero = torch.zeros_like(position)
     words = philox(torch.stack((*_halves(position), zero, zero)), torch.stack(_halves(seed)))
     return (words[0] >> 8).float() * 2.0**-24
@@ -487,5 +468,5 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The low and the high 32 bits of int64 (a product that overflowed has wrapped: its bits are right)."""
+    """The low and high 32 bits of int64, which are correct even for a product that wrapped around."""
     return x & 0xFFFFFFFF, (x >> 32) & 0xFFFFFFFF

@@ -161,19 +161,19 @@ def _sizes(rng: random.Random, place: Place) -> tuple[int, int]:
     return rng.choice((0, 1, 5, 16, 24, 64, 130)), k
 
 
-def linear(rng: random.Random, place: Place, op: str = "linear") -> Arguments:
+def linear(rng: random.Random, place: Place, op: str = "linear", fused: bool = False) -> Arguments:
     n, k = _sizes(rng, place)
     arguments: Arguments = {"x": _rows(rng, place, k), "weight": randn(place, n, k, seed=1)}
     if rng.random() < 0.5:
         arguments["bias"] = randn(place, n, seed=2)
-    if op in ("linear", "linear_fused") and rng.random() < 0.7:
+    if op == "linear" and rng.random() < 0.7:
         arguments["impl"] = rng.choice(("auto", "gemv", "flat_gemm", "blas"))
-    if op == "linear_fused":
+    if fused:
         _fuse(rng, place, arguments, k)
     return arguments
 
 
-def quantized_linear(rng: random.Random, place: Place, op: str = "quantized_linear") -> Arguments:
+def quantized_linear(rng: random.Random, place: Place, fused: bool = False) -> Arguments:
     bits = rng.choice((4, 8))
     group = rng.choice((32, 64, 128) if bits == 4 else (None, 32, 64))
     k = (group or 8) * rng.randint(1, 4)
@@ -187,20 +187,20 @@ def quantized_linear(rng: random.Random, place: Place, op: str = "quantized_line
         offsets=rng.random() < 0.5,
         bias=rng.random() < 0.5,
     )
-    if op == "quantized_linear_fused":
+    if fused:
         _fuse(rng, place, arguments, k)
     return arguments
 
 
 def _fuse(rng: random.Random, place: Place, arguments: Arguments, k: int) -> None:
-    """Adds what the fused linears take: a norm before, a gate or a residual after."""
+    """Adds the fusions of a linear: a norm before it, a gate, an activation or a residual after."""
     x, rows = arguments["x"], arguments["weight"].size(0)
     if rng.random() < 0.5:
         norm_dtype = rng.choice((place.dtype, torch.float32))
         arguments |= {"norm_weight": randn(Place(place.device, norm_dtype), k, seed=4), "norm_eps": 1e-5}
-    after = rng.choice(("none", "activation", "residual"))
-    if after == "activation" and rows % 2 == 0:
-        arguments["activation"] = rng.choice(ACTIVATIONS)
+    after = rng.choice(("none", "gate", "activation", "residual"))
+    if after == "activation" or (after == "gate" and rows % 2 == 0):
+        arguments[after] = rng.choice(ACTIVATIONS)
     elif after == "residual":
         arguments["residual"] = randn(place, *x.shape[:-1], rows, seed=5)
 
@@ -251,9 +251,9 @@ BUILDERS: dict[str, Callable[[random.Random, Place], Arguments]] = {
     "gemv": lambda rng, place: linear(rng, place, "gemv"),
     "flat_gemm": lambda rng, place: linear(rng, place, "flat_gemm"),
     "linear": linear,
-    "linear_fused": lambda rng, place: linear(rng, place, "linear_fused"),
+    "linear.fused": lambda rng, place: linear(rng, place, fused=True),
     "quantized_linear": quantized_linear,
-    "quantized_linear_fused": lambda rng, place: quantized_linear(rng, place, "quantized_linear_fused"),
+    "quantized_linear.fused": lambda rng, place: quantized_linear(rng, place, fused=True),
     "rms_norm": lambda rng, place: norm(rng, place, "rms_norm"),
     "layer_norm": lambda rng, place: norm(rng, place, "layer_norm"),
     "gated_activation": gated_activation,

@@ -1,7 +1,8 @@
-"""What the HIP library holds: its code objects, their kernels, what each needs of a machine.
+"""Kernels of the HIP library: their code objects, instructions and use of registers and LDS.
 
 python tests/hip_code.py            writes the report that tests/test_hip_library.py compares
-python tests/hip_code.py NAME ...   the loop of most loads or products in kernels whose names hold NAME
+python tests/hip_code.py NAME ...   the main loop of every kernel whose name contains NAME: that with the most
+                                    matrix products or loads
 """
 
 from __future__ import annotations
@@ -25,22 +26,21 @@ BUNDLE = b"__CLANG_OFFLOAD_BUNDLE__"
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
-    """A target: the registers a lane that a SIMD unit's warps share, taken in steps; its most warps; the
-    LDS that blocks share, and with how many SIMD units (a compute unit, or RDNA's pair of them)."""
+class Target:
+    """Limits of a compute unit, or of RDNA's pair of them."""
 
     name: str
-    registers: int
-    step: int
-    warps: int
-    shared: int
+    registers: int  # per lane, shared by the warps of a SIMD unit
+    step: int  # registers are allocated in multiples of this
+    warps: int  # per SIMD unit, at most
+    shared: int  # bytes of LDS
     simds: int
 
 
-MACHINES = {
-    "gfx90a": AttentionConfig("MI210", 512, 8, 8, 64 << 10, 4),
-    "gfx942": AttentionConfig("MI300X", 512, 8, 8, 64 << 10, 4),
-    "gfx1100": AttentionConfig("RX 7900 XTX", 1536, 24, 16, 128 << 10, 4),
+TARGETS = {
+    "gfx90a": Target("MI210", 512, 8, 8, 64 << 10, 4),
+    "gfx942": Target("MI300X", 512, 8, 8, 64 << 10, 4),
+    "gfx1100": Target("RX 7900 XTX", 1536, 24, 16, 128 << 10, 4),
 }
 INSTRUCTIONS = {
     "matrix": r"v_(mfma|wmma)_\w+",
@@ -56,14 +56,14 @@ INSTRUCTIONS = {
 class Kernel:
     target: str
     name: str  # without namespaces
-    vgprs: int  # AGPRs included: they are taken from the same registers
+    vgprs: int  # including AGPRs, which come from the same registers
     sgprs: int
     vgpr_spills: int
-    scratch: int  # bytes a lane
+    scratch: int  # bytes per lane
     static_shared: int
     threads: int
     warp: int
-    counts: Counter[str]  # of INSTRUCTIONS, and "all"
+    counts: Counter[str]  # by name in INSTRUCTIONS, and "all"
 
     @cached_property
     def family(self) -> str:
@@ -75,23 +75,21 @@ class Kernel:
 
     @property
     def warps(self) -> float:
-        """That a SIMD unit holds at once, by registers and LDS."""
-        machine = MACHINES[self.target]
-        by_registers = min(
-            machine.warps, machine.registers // (-(-self.vgprs // machine.step) * machine.step)
-        )
+        """Resident warps per SIMD unit, by registers and LDS."""
+        target = TARGETS[self.target]
+        by_registers = min(target.warps, target.registers // (-(-self.vgprs // target.step) * target.step))
         block_warps = self.threads / self.warp
-        blocks = min(by_registers * machine.simds // block_warps, machine.shared // max(self.shared, 1))
-        return blocks * block_warps / machine.simds
+        blocks = min(by_registers * target.simds // block_warps, target.shared // max(self.shared, 1))
+        return blocks * block_warps / target.simds
 
 
 def dynamic_shared(name: str) -> int:
-    """Bytes that the launch names: SharedMemory::kBytes of tile.cuh, FlatGemm::kSharedBytes."""
+    """Dynamic shared memory in bytes: SharedMemory::kBytes of tile.cuh, FlatGemm::kSharedBytes."""
     if match := re.search(r"AttentionTile<\w+, (\w+), (\d+), CtaShape<(\d+), (\d+), \d+, (\d+)>", name):
         element = 1 if match[1] == "float8" else 2
-        dims, warps, stages, merge_rows = map(int, match.groups()[1:])
-        ring = stages * 2 * 16 * (dims + 16 // element) * element
-        return warps * (ring + 16 * (dims + 8) * 2 + merge_rows * (dims + 8) * 4)
+        dims, warps, stages, scratch_rows = map(int, match.groups()[1:])
+        stages_bytes = stages * 2 * 16 * (dims + 16 // element) * element
+        return warps * (stages_bytes + 16 * (dims + 8) * 2 + scratch_rows * (dims + 8) * 4)
     if match := re.search(r"flat_gemm_kernel<\w+, (\d), \w+>", name):
         text = (ROOT / "csrc/heuristics/linear.h").read_text()
         table = re.search(r"kFlatTiles\[\] = \{(.*?)\n\};", text, re.DOTALL)[1]
@@ -103,7 +101,7 @@ def dynamic_shared(name: str) -> int:
 
 
 def tool(name: str) -> str:
-    """A tool of LLVM, beside the compiler that built the library or on PATH."""
+    """Path of an LLVM tool: next to the compiler that built the library, or on PATH."""
     compiler = ROOT / "build/hip-toolchain/compiler"
     folders = [Path(compiler.read_text().strip()).resolve().parent] if compiler.exists() else []
     found = [str(f / name) for f in folders if (f / name).exists()] + [
@@ -112,12 +110,12 @@ def tool(name: str) -> str:
     ]
     path = next((path for path in found if path), None)
     if path is None:
-        raise FileNotFoundError(f"{name} of LLVM was not found")
+        raise FileNotFoundError(f"LLVM's {name} was not found")
     return path
 
 
 def code_objects(library: Path) -> dict[str, list[bytes]]:
-    """By target, one for each source file."""
+    """Code objects by target, one for each source file."""
     data, found, at = library.read_bytes(), {}, 0
     while (at := data.find(BUNDLE, at)) >= 0:
         (count,), entry = struct.unpack_from("<Q", data, at + len(BUNDLE)), at + len(BUNDLE) + 8
@@ -141,7 +139,7 @@ def short(names: list[str]) -> list[str]:
             "__half", "half"
         )
         line = line.replace("__hip_bfloat16", "bfloat16").replace("(DType)", "")
-        line = re.sub(r", \w+Ring<.*>>$", ">", re.sub(r"\([^()]*\)$", "", line))  # it repeats the tile
+        line = re.sub(r", \w+Stages<.*>>$", ">", re.sub(r"\([^()]*\)$", "", line))  # which repeat the tile
         short_names.append(line)
     return short_names
 
@@ -154,7 +152,7 @@ def kernels(library: Path = LIBRARY) -> list[Kernel]:
                 file.write(code)
                 file.flush()
                 found += kernels_of(target, file.name)
-    return sorted(found, key=lambda kernel: (list(MACHINES).index(kernel.target), kernel.name))
+    return sorted(found, key=lambda kernel: (list(TARGETS).index(kernel.target), kernel.name))
 
 
 def kernels_of(target: str, path: str) -> list[Kernel]:
@@ -205,7 +203,7 @@ LOOP = {
 
 
 def hot_loops(target: str, code: bytes, wanted: list[str]) -> Iterator[str]:
-    """What is issued once round, in branches that are seldom taken, too: an upper bound."""
+    """Instruction counts of one iteration; an upper bound, as rarely taken branches are included."""
     with tempfile.NamedTemporaryFile(suffix=".co") as file:
         file.write(code)
         file.flush()
@@ -215,7 +213,7 @@ def hot_loops(target: str, code: bytes, wanted: list[str]) -> Iterator[str]:
     for name, body in zip(short(parts[1::2]), parts[2::2], strict=True):
         if not any(want in name for want in wanted):
             continue
-        # instruction, its address, the place in the kernel that it may branch to
+        # instruction, its address, the offset in the kernel that it may branch to
         lines = re.findall(r"\t(\S+).*// ([0-9A-F]+):[^<\n]*(?:<\w+\+0x([0-9a-f]+)>)?", body)
         code_at = [(int(address, 16), op, to) for op, address, to in lines]
         begin = code_at[0][0]
@@ -243,13 +241,13 @@ def compiler() -> str:
 
 
 def report(found: list[Kernel]) -> str:
-    """A line for each kernel and target; warps: that a SIMD unit holds at once, by registers and LDS."""
+    """One line per kernel and target."""
     fields = ("VGPR", "SGPR", "spills", "scratch", "LDS", "threads", "warps", "code")
-    rescale_or_one = [name for name in INSTRUCTIONS if name != "scratch"]
-    rows = [("target", *fields, *rescale_or_one, "kernel")]
+    counted = [name for name in INSTRUCTIONS if name != "scratch"]
+    rows = [("target", *fields, *counted, "kernel")]
     for k in found:
         needs = (k.vgprs, k.sgprs, k.vgpr_spills, k.scratch, k.shared, k.threads, k.warps, k.counts["all"])
-        rows.append((k.target, *needs, *(k.counts[name] for name in rescale_or_one), k.name))
+        rows.append((k.target, *needs, *(k.counts[name] for name in counted), k.name))
     lines = ["".join(f"{value!s:>10}" for value in row[:-1]) + f"  {row[-1]}" for row in rows]
     return "\n".join([f"{compiler()}; written by python tests/hip_code.py", *lines]) + "\n"
 

@@ -27,7 +27,7 @@ from flashdecpp import ops, reference
 
 SHAPES = [(1, 17, 40), (3, 70, 136), (8, 33, 1032), (20, 130, 264), (70, 129, 72)]  # m, n, k: nothing round
 LENGTHS = [0, 1, 77, 200]
-LINEARS = ("gemv", "flat_gemm", "linear", "linear_fused", "quantized_linear", "quantized_linear_fused")
+LINEARS = ("gemv", "flat_gemm", "linear", "quantized_linear")
 GROUP_OF = dict.fromkeys(LINEARS, "linear")
 GROUP_OF["decode_attention"] = "attention"
 
@@ -114,10 +114,11 @@ def linear_cases(place: Place, quick: bool) -> Cases:
         for op in ("gemv", "flat_gemm", "linear"):
             yield op, arguments
         norm = {"norm_weight": randn(place, k, seed=3)}
-        gated = {"x": arguments["x"], "weight": randn(place, 2 * n, k, seed=1) / k**0.5, "activation": "silu"}
+        gated = {"x": arguments["x"], "weight": randn(place, 2 * n, k, seed=1) / k**0.5, "gate": "silu"}
         for impl in ("gemv", "flat_gemm", "blas"):
-            yield "linear_fused", gated | norm | {"bias": randn(place, 2 * n, seed=2), "impl": impl}
-            yield "linear_fused", arguments | {"residual": randn(place, m, n, seed=5), "impl": impl}
+            yield "linear", gated | norm | {"bias": randn(place, 2 * n, seed=2), "impl": impl}
+            yield "linear", arguments | {"activation": "gelu", "impl": impl}
+            yield "linear", arguments | {"residual": randn(place, m, n, seed=5), "impl": impl}
 
 
 def quantized_cases(place: Place) -> Cases:
@@ -126,9 +127,10 @@ def quantized_cases(place: Place) -> Cases:
             arguments = quantized(place, rows, n, k, bits=bits, group=group, offsets=True)
             yield "quantized_linear", arguments
             arguments["norm_weight"] = randn(place, k, seed=3)
-            yield "quantized_linear_fused", arguments | {"residual": randn(place, rows, n, seed=5)}
+            yield "quantized_linear", arguments | {"residual": randn(place, rows, n, seed=5)}
+            yield "quantized_linear", arguments | {"activation": "relu"}
             if n % 2 == 0:
-                yield "quantized_linear_fused", arguments | {"activation": "gelu"}
+                yield "quantized_linear", arguments | {"gate": "gelu"}
     yield "quantized_linear", quantized(place, 3, 17, 77, bits=8, group=None)
     yield "quantized_linear", quantized(place, 3, 17, 192, bits=4, group=64, bias=True)
     yield "quantized_linear", quantized(place, 3, 17, 384, bits=4, group=128)

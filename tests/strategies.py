@@ -183,32 +183,32 @@ def sampling(place: Place, batch: int, vocab: int, *, seed: int = 0, **parameter
 
 
 def wrapper(op: str) -> Callable:
-    """The function of flashdecpp.ops for an op, or for an overload of one."""
+    """The function of flashdecpp.ops for an op, or for an overload or a variant of one."""
     return getattr(ops, op.partition(".")[0])
 
 
 def every_op(place: Place) -> dict[str, dict]:
-    """Valid arguments for each op, with its optional tensors; an overload of an op stands behind a dot."""
+    """Valid arguments for each op, with its optional tensors; an overload or a variant follows a dot."""
     heads = {name: torch.zeros(4, device=place.device) for name in ("phi", "sinks", "alibi_slopes")}
     decode = attention(place, [5, 33], q_len=2) | heads | {"window": 20, "fallback_count": int32(place, [0])}
     carried = {"carried_phi": torch.tensor([[0.0, NAN, 900.0, 1.0]] * 2, device=place.device)}
     norm = {"norm_weight": randn(place, 64, seed=4), "norm_eps": 1e-5}
     added = {"residual": randn(place, 3, 24, seed=5)}
+    stored = {bits: quantized(place, 3, 24, 64, bits=bits, offsets=True, bias=True) for bits in (4, 8)}
     return {
         "decode_attention": decode,
         "decode_attention.carry": {name: x for name, x in decode.items() if name != "phi"} | carried,
         "gemv": _linear(place),
         "flat_gemm": _linear(place),
         "linear": _linear(place) | {"impl": "auto"},
-        "linear_fused": _linear(place) | norm | {"activation": "silu", "impl": "auto"},
-        "linear_fused.residual": _linear(place) | norm | added,
-        "quantized_linear": quantized(place, 3, 24, 64, bits=4, offsets=True, bias=True),
-        "quantized_linear_fused": quantized(place, 3, 24, 64, bits=4, offsets=True, bias=True)
-        | norm
-        | {"activation": "gelu_tanh"},
-        "quantized_linear_fused.residual": quantized(place, 3, 24, 64, bits=8, offsets=True, bias=True)
-        | norm
-        | added,
+        "linear.plain": _linear(place),
+        "linear.gated": _linear(place) | norm | {"gate": "silu", "impl": "auto"},
+        "linear.activated": _linear(place) | {"activation": "relu"},
+        "linear.residual": _linear(place) | norm | added,
+        "quantized_linear.plain": stored[4],
+        "quantized_linear.gated": stored[4] | norm | {"gate": "gelu_tanh"},
+        "quantized_linear.activated": stored[8] | {"activation": "silu"},
+        "quantized_linear.residual": stored[8] | norm | added,
         "rms_norm": {
             "x": randn(place, 3, 64),
             "weight": randn(place, 64),

@@ -1,4 +1,4 @@
-"""The library for AMD GPUs, without one: what its machine code is, that it loads and which ops it registers.
+"""The library for AMD GPUs, tested without one: its machine code, that it loads, and which ops it registers.
 
 `make hip` builds it where clang and HIP's headers can be had.
 """
@@ -34,7 +34,7 @@ def head_dim(kernel: hip_code.Kernel) -> int:
 
 
 def test_every_target_has_every_kernel(kernels: list[hip_code.Kernel]) -> None:
-    by_target = {target: [k.name for k in kernels if k.target == target] for target in hip_code.MACHINES}
+    by_target = {target: [k.name for k in kernels if k.target == target] for target in hip_code.TARGETS}
     assert by_target["gfx90a"] == by_target["gfx942"] == by_target["gfx1100"]
     assert len(by_target["gfx90a"]) == len(set(by_target["gfx90a"])) > 80
 
@@ -59,7 +59,7 @@ def test_registers_are_not_spilled(kernels: list[hip_code.Kernel]) -> None:
     assert [(k.target, k.name, k.vgpr_spills) for k in spilling] == []
 
 
-def test_a_block_fits_into_its_machine(kernels: list[hip_code.Kernel]) -> None:
+def test_a_cta_fits_its_gpu(kernels: list[hip_code.Kernel]) -> None:
     for kernel in kernels:
         assert kernel.shared <= 64 << 10, kernel.name
         assert kernel.warps > 0, kernel.name

@@ -45,15 +45,18 @@ def test_nothing_but_none():
         ("decode_attention", "scale", "0.1"),
         ("decode_attention", "softcap", None),
         ("linear", "impl", 5),
-        ("linear_fused", "activation", 5),
-        ("linear_fused", "norm_eps", "small"),
+        ("linear.gated", "gate", 5),
+        ("linear.gated", "norm_eps", "small"),
+        ("linear.activated", "activation", 5),
+        ("quantized_linear.activated", "activation", 5),
         ("rms_norm", "eps", None),
         ("rotary_append", "interleaved", "yes"),
     ],
 )
 def test_what_is_no_number_or_text_is_named(op, name, value):
     arguments = every_op(CPU)[op] | {name: value}
-    with pytest.raises(TypeError, match=rf"^flashdecpp::{op}: {name} must be (a|an) .+, got {value!r}"):
+    message = rf"^flashdecpp::{op.partition('.')[0]}: {name} must be (a|an) .+, got {value!r}"
+    with pytest.raises(TypeError, match=message):
         wrapper(op)(**arguments)
 
 
@@ -61,10 +64,10 @@ NUMBERS = [
     ("decode_attention", "scale", False),
     ("decode_attention", "softcap", True),
     ("decode_attention.carry", "softcap", True),
-    ("linear_fused", "norm_eps", True),
-    ("linear_fused.residual", "norm_eps", True),
-    ("quantized_linear_fused", "norm_eps", True),
-    ("quantized_linear_fused.residual", "norm_eps", True),
+    ("linear.gated", "norm_eps", True),
+    ("linear.residual", "norm_eps", True),
+    ("quantized_linear.gated", "norm_eps", True),
+    ("quantized_linear.residual", "norm_eps", True),
     ("rms_norm", "eps", True),
     ("layer_norm", "eps", True),
 ]

@@ -41,16 +41,18 @@ def test_where_torchs_linear_is_called(any_place, rows, biased):
 
     def everything() -> list[Tensor]:
         sums, quantized_sums = residual.clone(), residual.clone()
-        ops.linear_fused(x, weight, bias, **norm, residual=sums, impl="blas")
-        ops.quantized_linear_fused(**stored, **norm, residual=quantized_sums)
+        ops.linear(x, weight, bias, **norm, residual=sums, impl="blas")
+        ops.quantized_linear(**stored, **norm, residual=quantized_sums)
         return [
             sums,
             quantized_sums,
             ops.linear(x, weight, bias),
             ops.linear(x, weight, bias, impl="blas"),
-            ops.linear_fused(x, weight, bias, **norm, activation="silu", impl="blas"),
+            ops.linear(x, weight, bias, **norm, gate="silu", impl="blas"),
+            ops.linear(x, weight, bias, activation="relu", impl="blas"),
             ops.quantized_linear(**stored),
-            ops.quantized_linear_fused(**stored, **norm, activation="gelu"),
+            ops.quantized_linear(**stored, **norm, gate="gelu"),
+            ops.quantized_linear(**stored, activation="gelu"),
         ]
 
     expected = everything()

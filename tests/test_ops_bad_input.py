@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from strategies import Place, attention, every_op, quantized, randn, rotary, wrapper
+from tolerance import assert_same
 from torch import Tensor
 
 from flashdecpp import ops
@@ -92,11 +93,15 @@ FUSED = [
     ("norm_weight", lambda a: {"norm_weight": a["norm_weight"].repeat_interleave(2)[::2]}),
 ]
 GATED = [
-    ("activation", lambda a: {"activation": "swish"}),
+    ("gate", lambda a: {"gate": "swish"}),
     (
         "weight",
         lambda a: {name: a[name][:23] for name in ("weight", "scales", "offsets", "bias") if name in a},
     ),
+]
+ACTIVATED = [
+    ("activation", lambda a: {"activation": "swish"}),
+    ("activation", lambda a: {"gate": "silu"}),
 ]
 ADDED = [
     ("residual", lambda a: {"residual": a["residual"].double()}),
@@ -145,12 +150,15 @@ BAD = {
     ],
     "gemv": LINEAR,
     "flat_gemm": LINEAR,
+    "linear.plain": LINEAR,
     "linear": [*LINEAR, ("impl", lambda a: {"impl": "fastest"})],
-    "linear_fused": [*LINEAR, *FUSED, *GATED, ("impl", lambda a: {"impl": "fastest"})],
-    "linear_fused.residual": [*LINEAR, *FUSED, *ADDED, ("impl", lambda a: {"impl": "fastest"})],
-    "quantized_linear_fused": [*QUANTIZED, *FUSED, *GATED],
-    "quantized_linear_fused.residual": [*FUSED, *ADDED],
-    "quantized_linear": QUANTIZED,
+    "linear.gated": [*LINEAR, *FUSED, *GATED, ("impl", lambda a: {"impl": "fastest"})],
+    "linear.activated": [*LINEAR, *ACTIVATED],
+    "linear.residual": [*LINEAR, *FUSED, *ADDED, ("impl", lambda a: {"impl": "fastest"})],
+    "quantized_linear.gated": [*QUANTIZED, *FUSED, *GATED],
+    "quantized_linear.activated": ACTIVATED,
+    "quantized_linear.residual": [*FUSED, *ADDED],
+    "quantized_linear.plain": QUANTIZED,
     "rms_norm": (
         NORM := [
             ("x", lambda a: {"x": a["x"].double()}),
@@ -233,15 +241,20 @@ def test_scales_of_8_bits(one_place):
 
 def test_phi_is_given_or_carried(one_place):
     arguments = every_op(one_place)["decode_attention.carry"]
-    with pytest.raises(ValueError, match=r"^flashdecpp::decode_attention: phi must be None where"):
+    with pytest.raises(ValueError, match=r"^flashdecpp::decode_attention: phi must be None if"):
         ops.decode_attention(**arguments, phi=torch.zeros(4, device=one_place.device))
 
 
-@pytest.mark.parametrize("op", ["linear_fused", "quantized_linear_fused"])
-def test_a_residual_is_not_gated(one_place, op):
+@pytest.mark.parametrize("name", ["gate", "activation"])
+@pytest.mark.parametrize("op", ["linear", "quantized_linear"])
+def test_a_residual_is_neither_gated_nor_activated(one_place, op, name):
     arguments = every_op(one_place)[f"{op}.residual"]
-    with pytest.raises(ValueError, match=rf"^flashdecpp::{op}: activation must be None where residual"):
-        wrapper(op)(**arguments, activation="silu")
+    before = arguments["residual"].clone()
+    with pytest.raises(
+        ValueError, match=rf"^flashdecpp::{op}: {name} must be None if residual is given, got"
+    ):
+        wrapper(op)(**arguments, **{name: "silu"})
+    assert_same(arguments["residual"], before)
 
 
 def tensors(arguments: dict) -> dict[str, Tensor]:

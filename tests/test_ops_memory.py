@@ -80,9 +80,10 @@ LONG = "an implementation whose name is longer than what a string holds in itsel
 WITH_STRINGS = {
     "gemv": lambda: ops.linear(X, WEIGHT, impl="gemv"),
     "blas": lambda: ops.linear(X, WEIGHT, BIAS, impl="blas"),
-    "gated": lambda: ops.linear_fused(X, WEIGHT, activation="gelu_tanh", impl="blas"),
-    "added": lambda: ops.linear_fused(X, WEIGHT, residual=SUMS, impl="blas"),
-    "quantized": lambda: ops.quantized_linear_fused(**STORED, activation="relu"),
+    "gated": lambda: ops.linear(X, WEIGHT, gate="gelu_tanh", impl="blas"),
+    "activated": lambda: ops.linear(X, WEIGHT, activation="gelu_tanh", impl="blas"),
+    "added": lambda: ops.linear(X, WEIGHT, residual=SUMS, impl="blas"),
+    "quantized": lambda: ops.quantized_linear(**STORED, gate="relu"),
     "activation": lambda: ops.gated_activation(X, activation="gelu_tanh"),
     "choice": lambda: ops.linear_choice(X, WEIGHT),
     "choice of the op": lambda: torch.ops.flashdecpp.linear_choice(X, WEIGHT),
@@ -92,8 +93,9 @@ REFUSED = {
     "shape": lambda: ops.linear(X, WEIGHT[:, :32], impl=LONG),
     "none": lambda: ops.linear(X, None, impl=LONG),
     "type": lambda: ops.linear(X, 1.5, impl=LONG),
-    "activation": lambda: ops.linear_fused(X, WEIGHT, activation=LONG, impl=LONG),
-    "norm": lambda: ops.linear_fused(X, WEIGHT, activation="silu", norm_weight=X),
+    "gate": lambda: ops.linear(X, WEIGHT, gate=LONG, impl=LONG),
+    "gate and activation": lambda: ops.linear(X, WEIGHT, gate="silu", activation=LONG),
+    "norm": lambda: ops.linear(X, WEIGHT, gate="silu", norm_weight=X),
     "gated": lambda: ops.gated_activation(X, activation=LONG),
     "choice": lambda: ops.linear_choice(X, WEIGHT.double()),
     "memory": lambda: ops.linear(X, WEIGHT[:1].expand(1 << 40, 64), impl="blas"),
@@ -160,24 +162,24 @@ def test_a_residual_in_another_arguments_memory(one_place):
             arguments | {"residual": rows[:3], "weight": rows[1]},
             "residual must share no memory with weight",
         )
-    for op in ("linear_fused.residual", "quantized_linear_fused.residual"):
+    for op in ("linear.residual", "quantized_linear.residual"):
         arguments = every_op(one_place)[op]
         for name in ("bias", "norm_weight"):
             row = arguments[name]
             sums = torch.cat((row, randn(one_place, 72 - len(row))))
             changed = {"residual": sums.view(3, 24), name: sums[: len(row)]}
             refused(op, arguments | changed, f"residual must share no memory with {name}")
-    arguments = every_op(one_place)["linear_fused.residual"]
+    arguments = every_op(one_place)["linear.residual"]
     weight = arguments["weight"]
     refused(
-        "linear_fused.residual",
+        "linear.residual",
         arguments | {"residual": weight.view(-1)[5 * 8 : 5 * 8 + 72].view(3, 24)},
         "residual must share no memory with weight",
     )
-    arguments = every_op(one_place)["quantized_linear_fused.residual"]
+    arguments = every_op(one_place)["quantized_linear.residual"]
     size = arguments["x"].element_size()
     refused(
-        "quantized_linear_fused.residual",
+        "quantized_linear.residual",
         arguments | {"residual": arguments["weight"].view(-1)[: 72 * size].view(one_place.dtype).view(3, 24)},
         "residual must share no memory with weight",
     )

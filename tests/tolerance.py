@@ -74,18 +74,23 @@ def compare(op: str, **arguments) -> object:
 
 
 def overload_for(op: str, arguments: dict) -> torch._ops.OpOverload:
-    """The overload that takes these arguments: what may be updated in place is one of its own."""
+    """The overload that ops.py chooses for these arguments: in place, without keywords, or the default."""
     op = op.partition(".")[0]
+    packet = getattr(torch.ops.flashdecpp, op)
+    if "plain" in packet.overloads():
+        positional = {argument.name for argument in packet.plain._schema.arguments}
+        if arguments.keys() <= positional:
+            return packet.plain
     in_place, overload = {
         "decode_attention": ("carried_phi", "carry"),
         "rms_norm": ("residual", "residual"),
         "layer_norm": ("residual", "residual"),
         "sample": ("seen", "seen"),
-        "linear_fused": ("residual", "residual"),
-        "quantized_linear_fused": ("residual", "residual"),
+        "linear": ("residual", "residual"),
+        "quantized_linear": ("residual", "residual"),
     }.get(op, ("", ""))
     overload = overload if arguments.get(in_place) is not None else "default"
-    return getattr(getattr(torch.ops.flashdecpp, op), overload)
+    return getattr(packet, overload)
 
 
 def _size_of_terms(op: str, output: int | str, arguments: dict) -> float:
@@ -103,7 +108,7 @@ def _size_of_terms(op: str, output: int | str, arguments: dict) -> float:
         dense = reference.dequantize(*stored, arguments["offsets"])
         weights = [dense, dense - reference.dequantize(*stored)]
     largest = max(_random_sum(x, weight) for weight in weights)
-    return largest**2 if arguments.get("activation") else largest  # gate times up
+    return largest**2 if arguments.get("gate") else largest  # gate times up
 
 
 def _random_sum(x: Tensor, weight: Tensor) -> float:

@@ -1,4 +1,4 @@
-// What the linear ops refuse, and their LinearParams and QuantizedLinearParams.
+// What the linear ops refuse, and how their arguments become LinearParams and QuantizedLinearParams.
 #pragma once
 
 #include <string>
@@ -10,7 +10,8 @@
 
 namespace flashdecpp::checks {
 
-// x as rows of one stride. `x` keeps a packed copy alive where x's own strides cannot be described so.
+// A checked call. x_view and params see `x` as rows at one stride; where the caller's x has other strides, `x` is a
+// packed copy, which the call keeps alive.
 template <class Params>
 struct LinearCall {
   Checker check;
@@ -21,8 +22,8 @@ struct LinearCall {
   LinearCall(const char* op, const Tensor& x_tensor)
       : check(op, "x"), x(x_tensor), x_view(check.take("x", x)), params{} {}
 
-  // Packed rows in place of x's.
-  void take(Tensor rows) {
+  // Multiplies `rows`, which are contiguous and of x's shape, instead of x.
+  void replace_x(Tensor rows) {
     x = std::move(rows);
     x_view = View(x);
     params.x = x_view.data;
@@ -32,7 +33,7 @@ struct LinearCall {
 using Linear = LinearCall<LinearParams>;
 using QuantizedLinear = LinearCall<QuantizedLinearParams>;
 
-// What every linear takes beside its weight, whose n and k are known: x's rows, its dtype, bias.
+// Checks and describes x and bias, once the weight's n and k are known.
 template <class Params>
 void linear_operands(LinearCall<Params>& call, const OptionalTensor& bias) {
   Checker& check = call.check;
@@ -41,8 +42,8 @@ void linear_operands(LinearCall<Params>& call, const OptionalTensor& bias) {
   p.m = a.numel() / p.k;
   p.dtype = a.dtype;
   p.bias = check.template parameter<void>("bias", bias, a.dtype, std::initializer_list<int64_t>{p.n});
-  const bool rows = a.last_dim_contiguous() && (a.dim <= 2 || a.contiguous_from(0));
-  if (!rows) {
+  const bool evenly_spaced = a.last_dim_contiguous() && (a.dim <= 2 || a.contiguous_from(0));
+  if (!evenly_spaced) {
     call.x = packed(call.x);
     a = View(call.x);
   }
@@ -128,7 +129,7 @@ inline QuantizedLinear quantized_linear(const char* op, const Tensor& x, const T
   return call;
 }
 
-// What `impl` names, where it is not auto.
+// The implementation that `impl` names, auto aside.
 inline LinearImpl linear_impl(const char* op, const std::string& impl) {
   for (const LinearImpl candidate : {LinearImpl::kGemv, LinearImpl::kFlatGemm, LinearImpl::kBlas}) {
     if (impl == name(candidate)) return candidate;
@@ -136,38 +137,41 @@ inline LinearImpl linear_impl(const char* op, const std::string& impl) {
   fail(op, "impl must be auto, gemv, flat_gemm or blas, got ", impl);
 }
 
-
-// ---- what the fused linears take beside a linear's arguments: call's fusion, and what follows from it
+// ---- the fusions, which are keywords of both ops
+// ---------------------------------------------------------------------
 
 template <class Params>
-void fuse_norm(LinearCall<Params>& call, const OptionalTensor& norm_weight, double norm_eps) {
+void check_norm(LinearCall<Params>& call, const OptionalTensor& norm_weight, double norm_eps) {
   Checker& check = call.check;
-  const float eps = check.positive_or_zero("norm_eps", norm_eps);
+  check.positive_or_zero("norm_eps", norm_eps);
   if (!norm_weight) return;
   const View w = check.take("norm_weight", *norm_weight);
   FLASHDECPP_REQUIRE(w.dtype == call.x_view.dtype || w.dtype == DType::kFloat32, check.op, "norm_weight must be ",
                      name(call.x_view.dtype), " as x or float32, got ", w.dtype_name());
   check.shape("norm_weight", w, std::initializer_list<int64_t>{call.params.k});
   check.contiguous("norm_weight", w);
-  LinearFusion& fusion = call.params.fusion;
-  fusion.norm_weight = w.data;
-  fusion.norm_dtype = w.dtype;
-  fusion.norm_eps = eps;
 }
 
+// A gate halves params.n: from here on it counts outputs, and weight_rows() the rows of the weight.
 template <class Params>
-void fuse_activation(LinearCall<Params>& call, const std::optional<std::string>& activation) {
-  if (!activation) return;
+void check_activation(LinearCall<Params>& call, const std::optional<std::string>& gate,
+                      const std::optional<std::string>& activation) {
   Params& p = call.params;
-  FLASHDECPP_REQUIRE(p.n % 2 == 0, call.check.op, "weight must have an even number of rows, gate and up, got ", p.n);
-  p.fusion.gated = true;
-  p.fusion.activation = activation_named(call.check.op, *activation);
-  p.n /= 2;
+  const char* op = call.check.op;
+  if (activation) {
+    FLASHDECPP_REQUIRE(!gate, op, "activation must be None if gate is given, got ", *activation);
+    p.fusion = {LinearFusion::kActivation, activation_named(op, "activation", *activation)};
+  }
+  if (gate) {
+    FLASHDECPP_REQUIRE(p.n % 2 == 0, op, "weight must have an even number of rows, gate and up, got ", p.n);
+    p.fusion = {LinearFusion::kGate, activation_named(op, "gate", *gate)};
+    p.n /= 2;
+  }
 }
 
-// After fuse_norm: what is written is held against all the call's tensors. x is the caller's, of whatever rows.
+// After check_norm, so that the residual is compared with every other argument. x is the caller's, with its own shape.
 template <class Params>
-void fuse_residual(LinearCall<Params>& call, const Tensor& x, const Tensor& residual) {
+void check_residual(LinearCall<Params>& call, const Tensor& x, const Tensor& residual) {
   Params& p = call.params;
   Checker& check = call.check;
   const View a(x), r = check.take_written("residual", residual);
@@ -178,7 +182,7 @@ void fuse_residual(LinearCall<Params>& call, const Tensor& x, const Tensor& resi
                      ", got ", r.shape());
   check.contiguous("residual", r);
   check.written_apart();
-  p.fusion.add = true;
+  p.fusion.kind = LinearFusion::kResidual;
   p.out = r.data;
 }
 

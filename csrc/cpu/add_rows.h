@@ -1,4 +1,4 @@
-// out += rows, for a linear whose product came from elsewhere.
+// out += rows: the residual of a linear whose product the BLAS computed.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -7,7 +7,7 @@
 namespace flashdecpp::cpu {
 
 inline void add_rows(const LinearParams& p, const Tensor& rows) {
-  constexpr int64_t grain = 32 * 1024;  // elements that are worth waking a thread
+  constexpr int64_t grain = 32 * 1024;  // elements per thread below which waking it does not pay
   const void* from = View(rows).data;
   torch::stable::parallel_for(0, p.m * p.n, grain,
                               [&](int64_t begin, int64_t end) { kernels().add(p.out, from, p.dtype, begin, end); });

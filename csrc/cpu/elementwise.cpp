@@ -58,14 +58,19 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   return cpu::norm("rms_norm", x, weight, std::nullopt, std::nullopt, eps, false);
 }
 
-Tensor gated_activation(Tensor gate_up, std::string activation) {
-  GatedParams p = checks::gated_activation(gate_up, activation);
-  Tensor out = checks::new_like_rows(View(gate_up), p.cols);
-  p.out = View(out).data;
+void run_activation(const char*, Device, const ActivationParams& p) {
   const cpu::Kernels& kernel = cpu::kernels();
   torch::stable::parallel_for(0, p.rows, cpu::grain(p.cols), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) kernel.gated(p, row, 0, p.cols);
+    for (int64_t row = begin; row < end; ++row) kernel.activation(p, row, 0, p.cols);
   });
+}
+
+Tensor gated_activation(Tensor gate_up, std::string activation) {
+  ActivationParams p = checks::gated_activation(gate_up, activation);
+  const View view(gate_up);
+  Tensor out = checks::new_like_rows(view, p.cols);
+  p.out = View(out).data;
+  run_activation("gated_activation", view.device, p);
   return out;
 }
 

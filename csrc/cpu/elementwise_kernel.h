@@ -179,7 +179,7 @@ static void rotary(const RotaryParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// --- gated_activation
+// --- activations
 // -------------------------------------------------------------------------------------------------
 
 FLASHDECPP_INLINE Vec sigmoid(Vec x) { return set1(1.0f) / (set1(1.0f) + exp(set1(0.0f) - x)); }
@@ -201,30 +201,30 @@ FLASHDECPP_INLINE Vec activate(Vec x) {
 }
 
 template <class T, Activation kActivation>
-void gated_row(const GatedParams& p, int64_t row, int64_t begin, int64_t end) {
-  const T* gate = static_cast<const T*>(p.gate_up) + 2 * row * p.cols;
-  const T* up = gate + p.cols;
+void activate_row(const ActivationParams& p, int64_t row, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(p.x) + row * p.cols * (p.gated ? 2 : 1);
   T* out = static_cast<T*>(p.out) + row * p.cols;
   for_each_vector(begin, end, [&](int64_t i, int n) {
-    store_some(out + i, activate<kActivation>(load_some(gate + i, n)) * load_some(up + i, n), n);
+    const Vec value = activate<kActivation>(load_some(x + i, n));
+    store_some(out + i, p.gated ? value * load_some(x + p.cols + i, n) : value, n);
   });
 }
 
 template <class T>
-void gated_typed(const GatedParams& p, int64_t row, int64_t begin, int64_t end) {
+void activate_typed(const ActivationParams& p, int64_t row, int64_t begin, int64_t end) {
   switch (p.activation) {
-    case Activation::kSilu: return gated_row<T, Activation::kSilu>(p, row, begin, end);
-    case Activation::kGelu: return gated_row<T, Activation::kGelu>(p, row, begin, end);
-    case Activation::kGeluTanh: return gated_row<T, Activation::kGeluTanh>(p, row, begin, end);
-    case Activation::kRelu: return gated_row<T, Activation::kRelu>(p, row, begin, end);
+    case Activation::kSilu: return activate_row<T, Activation::kSilu>(p, row, begin, end);
+    case Activation::kGelu: return activate_row<T, Activation::kGelu>(p, row, begin, end);
+    case Activation::kGeluTanh: return activate_row<T, Activation::kGeluTanh>(p, row, begin, end);
+    case Activation::kRelu: return activate_row<T, Activation::kRelu>(p, row, begin, end);
   }
 }
 
-static void gated(const GatedParams& p, int64_t row, int64_t begin, int64_t end) {
+static void activation(const ActivationParams& p, int64_t row, int64_t begin, int64_t end) {
   switch (p.dtype) {
-    case DType::kFloat32: return gated_typed<float>(p, row, begin, end);
-    case DType::kFloat16: return gated_typed<fp16>(p, row, begin, end);
-    case DType::kBFloat16: return gated_typed<bf16>(p, row, begin, end);
+    case DType::kFloat32: return activate_typed<float>(p, row, begin, end);
+    case DType::kFloat16: return activate_typed<fp16>(p, row, begin, end);
+    case DType::kBFloat16: return activate_typed<bf16>(p, row, begin, end);
     default: return;
   }
 }

@@ -16,8 +16,8 @@ constexpr Kernels kernel_table(const char* name) {
 #else
   constexpr bool bfloat16_dot = false;
 #endif
-  return {name, bfloat16_dot, attend, merge, pack,   linear, pack_quantized, quantized_linear, dequantize,
-          add,  norm,         rotary, gated, argmax, scores, weights,        block_sums,       block_maxima};
+  return {name, bfloat16_dot, attend, merge,      pack,   linear, pack_quantized, quantized_linear, dequantize,
+          add,  norm,         rotary, activation, argmax, scores, weights,        block_sums,       block_maxima};
 }
 
 }  // namespace flashdecpp::cpu::FLASHDECPP_ISA

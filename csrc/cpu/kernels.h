@@ -63,7 +63,7 @@ struct Kernels {
   void (*add)(void* to, const void* from, DType dtype, int64_t begin, int64_t end);
   void (*norm)(const NormParams&, int64_t row_begin, int64_t row_end);
   void (*rotary)(const RotaryParams&, int64_t token_begin, int64_t token_end);  // a token of batch * q_len
-  void (*gated)(const GatedParams&, int64_t row, int64_t col_begin, int64_t col_end);
+  void (*activation)(const ActivationParams&, int64_t row, int64_t col_begin, int64_t col_end);
 
   // sample: the lowest index of the row's largest logit, -1 where none is above -inf (NaN counts as -inf).
   int64_t (*argmax)(const void* logits, DType dtype, int64_t n);

@@ -1,4 +1,5 @@
-// gemv, flat_gemm and linear on a CPU: one kernel that streams the weights, and torch's BLAS for many rows.
+// gemv, flat_gemm and linear on a CPU: one kernel that streams the weight, or torch's BLAS for many rows. A norm, a
+// gate or an activation is a pass of its own; a residual is added as outputs are stored.
 #include <string>
 
 #include "boxing.h"
@@ -31,8 +32,6 @@ Tensor own_linear(checks::Linear& call) {
   return out;
 }
 
-constexpr const char* kFused = "linear_fused";
-
 Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
   checks::Linear call = checks::linear("gemv", x, weight, bias);
   return own_linear(call);
@@ -43,7 +42,7 @@ Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
   return own_linear(call);
 }
 
-// The choice of impl="auto": by what was measured on this CPU, else by the rule. gemv and flat_gemm are one kernel.
+// impl="auto": by the inflection points measured on this CPU, else by the rule. gemv and flat_gemm are one kernel here.
 LinearImpl choose(const LinearParams& p) {
   if (const auto points = linear_tables().find("cpu", p.dtype, p.n, p.k, p.m)) return points->choose(p.m);
   const bool blas = linear_prefers_blas(p.dtype, p.m, p.k, kernels().bfloat16_dot);
@@ -54,31 +53,30 @@ LinearImpl choose(const char* op, const std::string& impl, const LinearParams& p
   return impl == "auto" ? choose(p) : checks::linear_impl(op, impl);
 }
 
-Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, std::string impl) {
+Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, double norm_eps,
+              std::optional<std::string> gate, std::optional<std::string> activation, std::string impl) {
   checks::Linear call = checks::linear("linear", x, weight, bias);
+  checks::check_norm(call, norm_weight, norm_eps);
+  checks::check_activation(call, gate, activation);
+  const LinearFusion fusion = call.params.fusion;
+  call.params = unfused(call.params);
   const LinearImpl chosen = choose("linear", impl, call.params);
-  return chosen == LinearImpl::kBlas ? blas_linear(call, weight, bias) : own_linear(call);
+  apply_norm(call, norm_weight, norm_eps);
+  Tensor y = chosen == LinearImpl::kBlas ? blas_linear(call, weight, bias) : own_linear(call);
+  return apply_activation("linear", std::move(y), fusion);
 }
 
-Tensor linear_fused(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, double norm_eps,
-                    std::optional<std::string> activation, std::string impl) {
-  checks::Linear call = checks::linear(kFused, x, weight, bias);
-  checks::fuse_norm(call, norm_weight, norm_eps);
-  checks::fuse_activation(call, activation);
-  call.params = product_alone(call.params);
-  const LinearImpl chosen = choose(kFused, impl, call.params);
-  normalize(call, norm_weight, norm_eps);
-  const bool blas = chosen == LinearImpl::kBlas;
-  return activate(blas ? blas_linear(call, weight, bias) : own_linear(call), activation);
+Tensor linear_plain(Tensor x, Tensor weight, OptionalTensor bias) {
+  return linear(std::move(x), std::move(weight), std::move(bias), std::nullopt, 0, std::nullopt, std::nullopt, "auto");
 }
 
-void linear_fused_residual(Tensor x, Tensor weight, OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
-                           double norm_eps, std::string impl) {
-  checks::Linear call = checks::linear(kFused, x, weight, bias);
-  checks::fuse_norm(call, norm_weight, norm_eps);
-  checks::fuse_residual(call, x, residual);
-  const LinearImpl chosen = choose(kFused, impl, call.params);
-  normalize(call, norm_weight, norm_eps);
+void linear_residual(Tensor x, Tensor weight, OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
+                     double norm_eps, std::string impl) {
+  checks::Linear call = checks::linear("linear", x, weight, bias);
+  checks::check_norm(call, norm_weight, norm_eps);
+  checks::check_residual(call, x, residual);
+  const LinearImpl chosen = choose("linear", impl, call.params);
+  apply_norm(call, norm_weight, norm_eps);
   chosen == LinearImpl::kBlas ? add_rows(call.params, blas_linear(call, weight, bias)) : run(call.params);
 }
 
@@ -94,12 +92,12 @@ STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
   m.impl("gemv", flashdecpp::boxed<&flashdecpp::cpu::gemv>);
   m.impl("flat_gemm", flashdecpp::boxed<&flashdecpp::cpu::flat_gemm>);
   m.impl("linear", flashdecpp::boxed<&flashdecpp::cpu::linear>);
-  m.impl("linear_fused", flashdecpp::boxed<&flashdecpp::cpu::linear_fused>);
-  m.impl("linear_fused.residual", flashdecpp::boxed<&flashdecpp::cpu::linear_fused_residual>);
+  m.impl("linear.plain", flashdecpp::boxed<&flashdecpp::cpu::linear_plain>);
+  m.impl("linear.residual", flashdecpp::boxed<&flashdecpp::cpu::linear_residual>);
   m.impl("linear_choice_index", flashdecpp::boxed<&flashdecpp::cpu::linear_choice_index>);
 }
 
-// For Python, which calls it through ctypes; the only device of this library is "cpu".
+// Called from Python through ctypes; the only device of this library is "cpu".
 extern "C" __attribute__((visibility("default"))) void flashdecpp_install_linear_table(
     const char* device, const flashdecpp::LinearRow* rows, int64_t count) {
   flashdecpp::linear_tables().install(device, {rows, rows + count});

@@ -1,4 +1,4 @@
-// out[m, n] = x[m, :] . weight[n, :] + bias[n] (or +=, where p.fusion.add says so), streaming the weights once for up
+// out[m, n] = x[m, :] . weight[n, :] + bias[n] (or +=, where p.fusion adds), streaming the weights once for up
 // to 8 rows of x.
 //
 // Every output is one vector accumulator that walks K from its start to its end, then one fixed tree over its lanes,
@@ -163,7 +163,7 @@ void linear_tiles(const W& weights, const typename W::Packed* x, int64_t x_strid
           for (int i = 0; i < kM * kRows; ++i) kept[tile][i] = acc[i];
         } else {
           W::template finish<kRows, kM>(weights, acc, row, x, x_stride);
-          linear_finish<T, kRows, kM>(acc, bias ? bias + row : nullptr, p.fusion.add, out + row, p.n);
+          linear_finish<T, kRows, kM>(acc, bias ? bias + row : nullptr, p.fusion.adds(), out + row, p.n);
         }
       }
     }

@@ -104,7 +104,7 @@ class TiledLinear {
       bf16* const out = static_cast<bf16*>(p_.out) + (m + i) * p_.n + n;
       float values[kTileRows] = {};
       for (int64_t j = 0; j < columns; ++j) {
-        values[j] = sums[j][i] + (bias ? to_float(bias[n + j]) : 0.f) + (p_.fusion.add ? to_float(out[j]) : 0.f);
+        values[j] = sums[j][i] + (bias ? to_float(bias[n + j]) : 0.f) + (p_.fusion.adds() ? to_float(out[j]) : 0.f);
       }
       bf16 rounded[kTileRows];
       for (int j = 0; j < kTileRows; j += kLanes) store(rounded + j, load(values + j));

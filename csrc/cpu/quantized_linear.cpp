@@ -1,4 +1,5 @@
-// quantized_linear on a CPU: few rows of x stream the quantized weights, more rows share strips of them dequantized.
+// quantized_linear on a CPU: the quantized weight is streamed for a few rows of x, and dequantized strip by strip for
+// more.
 #include "boxing.h"
 #include "cpu/add_rows.h"
 #include "cpu/kernels.h"
@@ -10,9 +11,9 @@
 namespace flashdecpp::cpu {
 namespace {
 
-// From so many rows on, dequantizing a weight once costs less than decoding it for every 8 of them.
+// From this many rows on, dequantizing a weight once costs less than decoding it for every 8 rows.
 constexpr int64_t kDequantizeRows = 32;
-// Of a strip of dequantized weights: what stays in the second cache while the rows of x pass over it.
+// Size of a strip of dequantized weights: it stays in the L2 cache while the rows of x pass over it.
 constexpr int64_t kStripBytes = 256 * 1024;
 
 void run_streamed(const QuantizedLinearParams& p) {
@@ -38,7 +39,7 @@ void run_dequantized(const QuantizedLinearParams& p) {
         for (int64_t n = part.n_begin; n < part.n_end; n += strip) {
           const int64_t last = std::min(n + strip, part.n_end);
           kernel.dequantize(p, weights.data(), n, last);
-          LinearParams dense = p;  // the outputs from n on: p.n stays their distance
+          LinearParams dense = p;  // outputs [n, last); p.n stays their row stride
           dense.weight = weights.data();
           dense.weight_stride = p.k;
           dense.out = static_cast<char*>(p.out) + n * size;
@@ -48,7 +49,7 @@ void run_dequantized(const QuantizedLinearParams& p) {
       });
 }
 
-// Where a dense weight would go to the BLAS, it is worth its memory for the length of the call.
+// Dequantizes the whole weight for the BLAS, for shapes whose dense weight would go there too: it pays for its memory.
 Tensor run_blas(const checks::QuantizedLinear& call, const OptionalTensor& bias) {
   const QuantizedLinearParams& p = call.params;
   const Kernels& kernel = kernels();
@@ -60,8 +61,6 @@ Tensor run_blas(const checks::QuantizedLinear& call, const OptionalTensor& bias)
   });
   return blas_linear(call, weight, bias);
 }
-
-constexpr const char* kFused = "quantized_linear_fused";
 
 bool prefers_blas(const QuantizedLinearParams& p) {
   return linear_prefers_blas(p.dtype, p.m, p.k, kernels().bfloat16_dot);
@@ -77,28 +76,29 @@ Tensor run(checks::QuantizedLinear& call, const OptionalTensor& bias) {
   return out;
 }
 
-Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
+                        OptionalTensor norm_weight, double norm_eps, std::optional<std::string> gate,
+                        std::optional<std::string> activation) {
   checks::QuantizedLinear call = checks::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
-  return run(call, bias);
+  checks::check_norm(call, norm_weight, norm_eps);
+  checks::check_activation(call, gate, activation);
+  const LinearFusion fusion = call.params.fusion;
+  call.params = unfused(call.params);
+  apply_norm(call, norm_weight, norm_eps);
+  return apply_activation("quantized_linear", run(call, bias), fusion);
 }
 
-Tensor quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
-                              OptionalTensor norm_weight, double norm_eps, std::optional<std::string> activation) {
-  checks::QuantizedLinear call = checks::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  checks::fuse_norm(call, norm_weight, norm_eps);
-  checks::fuse_activation(call, activation);
-  call.params = product_alone(call.params);
-  normalize(call, norm_weight, norm_eps);
-  return activate(run(call, bias), activation);
+Tensor quantized_linear_plain(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+  return quantized_linear(std::move(x), std::move(weight), std::move(scales), std::move(offsets), std::move(bias),
+                          std::nullopt, 0, std::nullopt, std::nullopt);
 }
 
-void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets,
-                                     OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
-                                     double norm_eps) {
-  checks::QuantizedLinear call = checks::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  checks::fuse_norm(call, norm_weight, norm_eps);
-  checks::fuse_residual(call, x, residual);
-  normalize(call, norm_weight, norm_eps);
+void quantized_linear_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
+                               Tensor residual, OptionalTensor norm_weight, double norm_eps) {
+  checks::QuantizedLinear call = checks::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
+  checks::check_norm(call, norm_weight, norm_eps);
+  checks::check_residual(call, x, residual);
+  apply_norm(call, norm_weight, norm_eps);
   const QuantizedLinearParams& p = call.params;
   prefers_blas(p) ? add_rows(p, run_blas(call, bias)) : run(p);
 }
@@ -109,6 +109,6 @@ void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, Opt
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
 {
   m.impl("quantized_linear", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear>);
-  m.impl("quantized_linear_fused", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear_fused>);
-  m.impl("quantized_linear_fused.residual", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear_fused_residual>);
+  m.impl("quantized_linear.plain", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear_plain>);
+  m.impl("quantized_linear.residual", flashdecpp::boxed<&flashdecpp::cpu::quantized_linear_residual>);
 }

@@ -1,4 +1,5 @@
-// A number that no launch had before it: flags that another launch left in a workspace are not this one's.
+// A number that no earlier launch used, so that flags left in a workspace by another launch do not look like this
+// one's.
 #pragma once
 
 #include <chrono>

@@ -32,8 +32,8 @@ __device__ __forceinline__ float8 from_float<float8>(float x) {
   return float8(x);  // saturates to +-448
 }
 
-// n neighbors in memory in as few accesses as their size allows; p is a multiple of that size, or of 16 bytes where it
-// is more.
+// Loads n consecutive elements in as few accesses as possible. p must be aligned to their size, or to 16 bytes if that
+// is less.
 template <class T, int n>
 __device__ __forceinline__ void load_vector(float (&values)[n], const T* p) {
   constexpr int bytes = sizeof(T) * n;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void store_vector(T* p, const float (&values)[n]) {
   }
 }
 
-// The values of some bits: eight of a 16-byte load.
+// Converts the packed elements of `bits`, such as the eight of a 16-byte load, to float.
 template <class T, class Bits>
 __device__ __forceinline__ void unpack(float (&values)[sizeof(Bits) / sizeof(T)], const Bits& bits) {
   const T* packed = reinterpret_cast<const T*>(&bits);
@@ -88,7 +88,8 @@ __device__ __forceinline__ void unpack(float (&values)[sizeof(Bits) / sizeof(T)]
   for (int i = 0; i < static_cast<int>(sizeof(Bits) / sizeof(T)); ++i) values[i] = to_float(packed[i]);
 }
 
-// Host: calls f with a null pointer of the device type that a dtype names, f([](auto* type) { using T = ...; }).
+// On the host: calls f with a null pointer to the device type of a dtype, as in with_half_type(dtype, [](auto* type) {
+// ... }).
 template <class F>
 void with_half_type(DType dtype, F&& f) {
   if (dtype == DType::kFloat16) {

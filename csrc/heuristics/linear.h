@@ -64,10 +64,6 @@ inline int32_t choose_gemv_warps(const DeviceProperties& device, int64_t m, int6
   return warps;
 }
 
-// Whether the GEMV on Hopper normalizes x itself, which each of its blocks does again: it has the norm's weight in
-// shared memory, of which it may take what every launch may.
-inline bool gemv_takes_norm(int64_t m, int64_t k) { return m <= 8 && k <= 20480; }
-
 // ---- flat GEMM: which tile, and how often K is split ---------------------------------------------------------------
 // A block multiplies block_n rows of the weight by block_m rows of x, block_k at a time through `stages` buffers in
 // shared memory, by warps_n x warps_m warps. By itself it loads at `rate` times a SM's even share of the

@@ -1,8 +1,8 @@
-// The seam of csrc/cuda/arch.h on AMD machines: CDNA (warps of 64, MFMA 16x16x16) and RDNA3 (warps of 32, WMMA
-// 16x16x16). A matrix tile is 16 x 16 x 16 on both.
+// AMD's side of the seam (cuda/arch.h): CDNA (warps of 64, MFMA 16x16x16) and RDNA3 (warps of 32, WMMA 16x16x16). A
+// matrix tile is 16 x 16 x 16 on both.
 //
-// There are no copies to shared memory that a kernel could go on beside: copy_async copies. (gfx942 can load 4 bytes a
-// lane to LDS directly, a quarter of what an ordinary load brings.)
+// There are no asynchronous copies to shared memory: copy_async copies at once. (gfx942 can load 4 bytes per lane
+// directly to LDS, a quarter of what an ordinary load brings.)
 #pragma once
 
 #include <hip/hip_bf16.h>
@@ -13,14 +13,14 @@
 #include <cstring>
 #include <type_traits>
 
-#define __grid_constant__  // parameters are read where they are
+#define __grid_constant__  // kernel parameters are never copied
 
 namespace flashdecpp::arch {
 
 using half = __half;
 using bfloat16 = __hip_bfloat16;
 
-// e4m3 as the contract has it (4 bits of exponent with bias 7, no infinity); gfx942's own differs.
+// e4m3 with 4 bits of exponent, bias 7 and no infinity (OCP); the format that gfx942 converts in hardware differs.
 struct float8 {
   uint8_t bits;
 
@@ -32,12 +32,12 @@ struct float8 {
       bits = 0x7f;
     } else if (magnitude < 0x1p-6f) {  // subnormal: steps of 2^-9
       bits = static_cast<uint8_t>(sign | static_cast<uint32_t>(rintf(magnitude * 0x1p9f)));
-    } else {  // rounds to the nearest, the even one of two: the carry may go into the exponent
+    } else {  // rounds to nearest even; the carry may go into the exponent
       const uint32_t wide = __float_as_uint(magnitude), odd = wide >> 20 & 1;
       bits = static_cast<uint8_t>(sign | (((wide + 0x7ffff + odd) >> 20) - (120 << 3)));
     }
   }
-  // The exponent and the mantissa are where float has them, the bias is put right by a product: of subnormals, too.
+  // Places exponent and mantissa where float has them; the product corrects the bias, of subnormals too.
   __device__ explicit operator float() const {
     const uint32_t sign = (bits & 0x80u) << 24, magnitude = bits & 0x7fu;
     const float value = __uint_as_float(sign | magnitude << 20) * 0x1p120f;
@@ -47,17 +47,17 @@ struct float8 {
 
 #if defined(__GFX11__)
 inline constexpr int kWarpSize = 32;
-#else  // CDNA; and the host, which asks the device
+#else  // CDNA; also the host, which asks the device instead
 inline constexpr int kWarpSize = 64;
 #endif
 inline constexpr int kTileN = 16, kTilesOf16 = 1;
 inline constexpr int kBlockSharedBytes = 64 * 1024;
-inline constexpr int kMaxStages = 2;  // one is filled, at once, while another is read
+inline constexpr int kMaxStages = 2;  // one is filled while the other is read
 inline constexpr bool kHasTma = false, kWidenedInOrder = true;
 
 // ---- lanes ----------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ int lane() { return threadIdx.x % kWarpSize; }
-// Into a scalar register, of which there are enough.
+// Moves x to a scalar register, of which there are plenty.
 __device__ __forceinline__ int uniform(int x) { return __builtin_amdgcn_readfirstlane(x); }
 __device__ __forceinline__ int warp() { return uniform(threadIdx.x / kWarpSize); }
 
@@ -75,18 +75,18 @@ __device__ __forceinline__ int first_lane(bool value) { return __ffsll(__ballot(
 __device__ __forceinline__ bool warp_any(bool value) { return __ballot(value) != 0; }
 __device__ __forceinline__ void warp_sync() {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
-  __builtin_amdgcn_warp_barrier();
+  __builtin_amdgcn_wave_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
 }
 
 __device__ __forceinline__ float exp2_approx(float x) { return __builtin_amdgcn_exp2f(x); }
 
-// A warp of 32 has no registers for more loads than are asked for at a time.
+// Warps of 32 have no registers for loads that the compiler moves ahead of the current step.
 __device__ __forceinline__ void scheduling_barrier() {
   if constexpr (kWarpSize == 32) __builtin_amdgcn_sched_barrier(0);
 }
 
-// Addresses of 8 KiB of copies and of whole tiles are not worth the registers that the compiler would give them.
+// The compiler would spend registers on precomputed addresses of all copies and tiles; recomputing them is cheaper.
 template <class Int>
 __device__ __forceinline__ Int rematerialize(Int x) {
 #if defined(__HIP_DEVICE_COMPILE__)
@@ -111,7 +111,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
   if (valid) words = *static_cast<const Words<bytes>*>(global);
   *static_cast<Words<bytes>*>(shared) = words;
 }
-// Loads under a condition are waited for one by one, others together.
+// Conditional loads are waited for one by one, unconditional ones together.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid, const void* readable) {
   const uint4 words = *static_cast<const uint4*>(valid ? global : readable);
   *static_cast<uint4*>(shared) =
@@ -149,13 +149,13 @@ __device__ __forceinline__ void wait_for_previous_kernel() {}
 __device__ __forceinline__ void allow_next_kernel() {}
 
 // ---- matrix tiles --------------------------------------------------------------------------------------------------
-// A lane holds kInner neighbors along K of one row of A and of one column of B, from first_k() on: MFMA spreads K over
-// the quarters of a warp, WMMA has all of it in both halves.
+// A lane holds kInner neighbors along K of one row of A and of one column of B, starting at first_k(). MFMA spreads K
+// over the quarters of a warp; WMMA repeats all of K in both halves.
 inline constexpr int kInner = kWarpSize == 64 ? 4 : 16;
 __device__ __forceinline__ int outer() { return lane() % 16; }
 __device__ __forceinline__ int first_k() { return kWarpSize == 64 ? lane() / 16 * 4 : 0; }
 
-using Bits = uint16_t;  // of half or bfloat16
+using Bits = uint16_t;  // half or bfloat16
 using Bits8 = unsigned char;
 using Inner = Bits __attribute__((vector_size(kInner * 2)));
 
@@ -167,8 +167,8 @@ template <class T>
 struct TileB {
   Inner v;
 };
-// What the instruction calls C is the transpose of this one, as mma() swaps its factors, whose layouts are alike: so a
-// lane's values are of one row, and where they are the left factor of the next product, they are where that needs them.
+// mma() swaps the factors, whose layouts are alike, so this is the transpose of the instruction's C. A lane's values
+// then belong to one row, and are already in place as the left factor of the next product (MFMA).
 struct TileC {
   static constexpr int kValues = 256 / kWarpSize, kRowSlots = 1, kRowLanes = kWarpSize / 16, kRowStride = 16;
   float v[kValues] = {};
@@ -196,7 +196,7 @@ __device__ __forceinline__ Bits round_to<bfloat16>(float x) {
   return bits;
 }
 
-// kInner neighbors in shared memory, of which as many as make 16 bytes lie together.
+// Loads kInner neighbors from shared memory: two halves of at most 16 consecutive bytes each.
 __device__ __forceinline__ void load_inner(Inner& v, const void* low, const void* high) {
   constexpr int half_bytes = sizeof(v) / 2;
   memcpy(&v, __builtin_assume_aligned(low, 4 * sizeof(Bits)), half_bytes);
@@ -218,7 +218,7 @@ __device__ __forceinline__ void load_b(TileB<T>& tile, const T* p, int stride) {
 __device__ __forceinline__ constexpr int widened_k(int k) { return k; }
 __device__ __forceinline__ constexpr int widened_column(int, int n) { return n; }
 
-// Exactly: float8 has fewer bits than either.
+// Exact, because float8 has fewer bits of exponent and mantissa than either type.
 template <class T>
 __device__ __forceinline__ Bits widened(const unsigned char* chunk, int index) {
   float8 narrow;
@@ -256,22 +256,22 @@ __device__ __forceinline__ void load_b_transposed(TileB<T> (&tiles)[kTilesOf16],
   }
 }
 
-// A lane reads `run` neighbors of every key at once, one for each of the tiles.
-template <int run, int ahead, class T, class Rows>
+// A lane reads `steps` neighboring columns of each key at once, one for each tile.
+template <int steps, int ahead, class T, class Rows>
 __device__ __forceinline__ void load_b_interleaved(TileB<T> (&b)[ahead][kTilesOf16], int at, const Rows& rows, int j) {
   using Element = typename Rows::Element;
-  constexpr int bytes = run * sizeof(Element), in_chunk = 16 / bytes;  // what one read is of a chunk
-  struct alignas(bytes) Neighbours {
-    Bits8 bytes[run * sizeof(Element)];
+  constexpr int bytes = steps * sizeof(Element), reads_per_chunk = 16 / bytes;
+  struct alignas(bytes) Columns {
+    Bits8 bytes[steps * sizeof(Element)];
   };
 #pragma unroll
   for (int e = 0; e < kInner; ++e) {
     const unsigned char* chunk =
-        rows.moved(rows.chunk(first_k() + e, 0), j * static_cast<int>(sizeof(Element)) + outer() / in_chunk);
-    Neighbours read;
-    memcpy(&read, __builtin_assume_aligned(chunk + outer() % in_chunk * bytes, bytes), bytes);
+        rows.moved(rows.chunk(first_k() + e, 0), j * static_cast<int>(sizeof(Element)) + outer() / reads_per_chunk);
+    Columns read;
+    memcpy(&read, __builtin_assume_aligned(chunk + outer() % reads_per_chunk * bytes, bytes), bytes);
 #pragma unroll
-    for (int t = 0; t < run; ++t) {
+    for (int t = 0; t < steps; ++t) {
       if constexpr (sizeof(Element) == sizeof(T)) {
         Bits bits;
         memcpy(&bits, read.bytes + t * sizeof(Bits), sizeof(bits));
@@ -283,7 +283,7 @@ __device__ __forceinline__ void load_b_interleaved(TileB<T> (&b)[ahead][kTilesOf
   }
 }
 
-// MFMA leaves a lane's values where they are needed; WMMA has given the odd ones along K to the other half of the warp.
+// MFMA leaves values in the lanes that need them; WMMA leaves those with odd k in the other half of the warp.
 template <class T>
 __device__ __forceinline__ void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) {
   if constexpr (kInner == TileC::kValues) {
@@ -320,7 +320,7 @@ __device__ __forceinline__ Sums add_product(const Sums& sums, const TileB<half>&
 #elif defined(__gfx90a__) || defined(__gfx942__)
   return __builtin_amdgcn_mfma_f32_16x16x16f16(factor<Factor>(a.v), factor<Factor>(b.v), sums, 0, 0, 0);
 #else
-  return sums;  // the host, which multiplies nothing
+  return sums;  // host compilation only
 #endif
 }
 
@@ -353,10 +353,10 @@ __device__ __forceinline__ void store(T* p, int stride, const TileC& c) {
 }
 
 // ---- decode attention -----------------------------------------------------------------------------------------------
-// A warp of 32 needs twice the registers for a tile, and four times for a factor, which both halves have whole.
+// A warp of 32 needs twice the registers per lane for C, and four times for A and B, which both halves hold in full.
 struct AttentionTuning {
   static constexpr int kQueryColumns = kWarpSize == 64 ? 192 : 0, kAhead = kWarpSize == 64 ? 4 : 2;
-  static constexpr int run(int head_dim) { return kWarpSize == 64 && head_dim % 64 == 0 ? 4 : 2; }
+  static constexpr int interleave(int head_dim) { return kWarpSize == 64 && head_dim % 64 == 0 ? 4 : 2; }
 };
 
 }  // namespace flashdecpp::arch

@@ -1,7 +1,6 @@
-// Decode attention, the way of the data on AMD machines, where nothing copies to shared memory by itself: a group's
-// loads go to registers, all of them before anything waits for one, and from there to shared memory when the warp is
-// through with the group before. In address of CpAsyncStages in csrc/cuda/attention_ring.cuh, which is hipified beside
-// this.
+// Decode attention, loads on AMD GPUs, which have no asynchronous copies to shared memory: all loads of a KV tile are
+// issued to registers before anything waits for one, and stored to shared memory once the warp is done with the
+// previous tile. A Stages class of cuda/attention/pipeline.cuh, in place of CpAsyncStages.
 #pragma once
 
 #include "cuda/attention/pipeline.cuh"
@@ -17,49 +16,49 @@ class RegisterStages {
   static constexpr int kTileBytes = kKvTile * kStride * sizeof(KV), kStageBytes = 2 * kTileBytes;
   static constexpr int kBarrierBytes = 0;
   static constexpr bool kAvailable = true, kPrefetchesTable = false, kUsesClusters = false;
-  // A warp of 32 has no registers for a second group: it loads while other warps multiply.
+  // Warps of 32 have no registers for a second tile: they load while other warps multiply.
   static constexpr bool kFillsEarly = arch::kWarpSize == 64;
-  static_assert(Tile::kStages == 1);  // the registers are the other
+  static_assert(Tile::kStages == 1);  // registers hold the second tile
   using Rows = arch::PlainRows<KV, kStride>;
   struct Source {};
 
-  // Where row 0 of a group lies, or, in a cache whose blocks hold no whole groups, the row of this lane; and which rows
-  // are seen.
-  struct Next {
+  // `address` is that of row 0 if each KV tile lies in one cache block, else of row lane % 16. Rows [begin, end) are
+  // visible.
+  struct Fetch {
     KvAddress address;
     int kv_head, begin, end;
-    bool used = false;
+    bool valid = false;
   };
 
   __device__ RegisterStages(unsigned char* stages, unsigned char*, const AttentionParams& p, const Source&)
       : p_(p), stages_(stages), width_(p.head_dim * static_cast<int>(sizeof(KV))) {
-    // Offsets within a group are of 32 bits.
-    constexpr int64_t most = INT32_MAX / (kKvTile * static_cast<int64_t>(sizeof(KV)));
-    whole_tiles_ =
-        (!p.block_table || p.block_size % kKvTile == 0) && p.k.token_stride < most && p.v.token_stride < most;
+    // Offsets within a tile are 32-bit.
+    constexpr int64_t max_stride = INT32_MAX / (kKvTile * static_cast<int64_t>(sizeof(KV)));
+    one_block_per_tile_ = (!p.block_table || p.block_size % kKvTile == 0) && p.k.token_stride < max_stride &&
+                          p.v.token_stride < max_stride;
     if (Tile::kWiden) {
-      const uint64_t steps = p.k.block_stride | p.k.token_stride | p.k.head_stride | p.v.block_stride |
-                             p.v.token_stride | p.v.head_stride | reinterpret_cast<uint64_t>(p.k_cache) |
-                             reinterpret_cast<uint64_t>(p.v_cache) | p.head_dim;
-      narrow_ = steps % 16 != 0;
+      const uint64_t alignment = p.k.block_stride | p.k.token_stride | p.k.head_stride | p.v.block_stride |
+                                 p.v.token_stride | p.v.head_stride | reinterpret_cast<uint64_t>(p.k_cache) |
+                                 reinterpret_cast<uint64_t>(p.v_cache) | p.head_dim;
+      copy_8_bytes_ = alignment % 16 != 0;
     }
   }
 
-  __device__ __forceinline__ void resolve(const Segment& segment, int kv_tile, Next& next) const {
-    const int first = (segment.sequence.first_kv_tile + kv_tile) * kKvTile;
-    next.kv_head = segment.kv_head;
-    next.begin = max(segment.sequence.key_begin - first, 0);
-    next.end = min(segment.sequence.length - first, kKvTile);
-    const int row = whole_tiles_ ? 0 : arch::lane() % kKvTile;
-    if (whole_tiles_ ? next.end > 0 : row >= next.begin && row < next.end) {
-      next.address.locate(p_, segment.batch, first + row);
-      next.address.resolve(p_, segment.batch);
+  __device__ __forceinline__ void resolve(const Segment& segment, int kv_tile, Fetch& fetch) const {
+    const int first_key = (segment.sequence.first_kv_tile + kv_tile) * kKvTile;
+    fetch.kv_head = segment.kv_head;
+    fetch.begin = max(segment.sequence.key_begin - first_key, 0);
+    fetch.end = min(segment.sequence.length - first_key, kKvTile);
+    const int row = one_block_per_tile_ ? 0 : arch::lane() % kKvTile;
+    if (one_block_per_tile_ ? fetch.end > 0 : row >= fetch.begin && row < fetch.end) {
+      fetch.address.locate(p_, segment.batch, first_key + row);
+      fetch.address.resolve(p_, segment.batch);
     }
   }
 
-  __device__ __forceinline__ void fill(int /*stage*/, const Next& next) {
-    if (!next.used) return;
-    held_next_ = next;
+  __device__ __forceinline__ void fill(int /*stage*/, const Fetch& fetch) {
+    if (!fetch.valid) return;
+    held_fetch_ = fetch;
     if constexpr (kFillsEarly) load<0>();
   }
 
@@ -71,50 +70,51 @@ class RegisterStages {
 
   __device__ __forceinline__ Rows keys(int) const { return {stages_}; }
   __device__ __forceinline__ Rows values(int) const { return {stages_ + kTileBytes}; }
-  __device__ __forceinline__ void wait_for_queries(int) {}  // other copies are made at once
+  __device__ __forceinline__ void wait_for_queries(int) {}  // copy_async is synchronous
 
  private:
-  // Of 16 bytes a lane, K's before V's. Those of a group that registers cannot hold ahead are loaded when the group is
-  // wanted, as many at a time.
+  // Copies are 16 bytes per lane, K before V. If registers cannot hold all copies of a tile, the first kHeld are issued
+  // early and the others, kHeld at a time, when the tile is needed.
   static constexpr int kRowChunks = Tile::kDims * sizeof(KV) / 16, kRowBytes = kStride * sizeof(KV);
-  static constexpr int kHalf = (kKvTile * kRowChunks + arch::kWarpSize - 1) / arch::kWarpSize, kCopies = 2 * kHalf;
-  static constexpr int kMost = arch::kWarpSize == 64 ? 12 : 8;
-  static constexpr int kHeld = kCopies <= kMost ? kCopies : kHalf <= kMost ? kHalf : kHalf / 2;
-  static_assert(kCopies % kHeld == 0 && kHeld <= kMost);
+  static constexpr int kCopiesOfK = (kKvTile * kRowChunks + arch::kWarpSize - 1) / arch::kWarpSize,
+                       kCopies = 2 * kCopiesOfK;
+  static constexpr int kMaxHeld = arch::kWarpSize == 64 ? 12 : 8;
+  static constexpr int kHeld = kCopies <= kMaxHeld ? kCopies : kCopiesOfK <= kMaxHeld ? kCopiesOfK : kCopiesOfK / 2;
+  static_assert(kCopies % kHeld == 0 && kHeld <= kMaxHeld);
 
   struct Copy {
-    int row, at;  // the row in its group, bytes within it; of a few lanes a row beyond
-    bool value;   // of V
+    int row, at;  // row of the tile, byte within it; some lanes of the last copy may be past the last row
+    bool value;   // of V, not of K
 
     __device__ __forceinline__ explicit Copy(int i, int lane)
-        : row((i % kHalf * arch::kWarpSize + lane) / kRowChunks),
-          at((i % kHalf * arch::kWarpSize + lane) % kRowChunks * 16),
-          value(i >= kHalf) {}
+        : row((i % kCopiesOfK * arch::kWarpSize + lane) / kRowChunks),
+          at((i % kCopiesOfK * arch::kWarpSize + lane) % kRowChunks * 16),
+          value(i >= kCopiesOfK) {}
   };
 
   template <int first>
   __device__ __forceinline__ void load() {
-    if (held_next_.begin >= held_next_.end) return;  // no row is seen: there may be no cache
-    if (whole_tiles_) {
-      narrow_ ? load<first, true, true>() : load<first, true, false>();
+    if (held_fetch_.begin >= held_fetch_.end) return;  // no row is visible, and the cache may be empty
+    if (one_block_per_tile_) {
+      copy_8_bytes_ ? load<first, true, true>() : load<first, true, false>();
     } else {
-      narrow_ ? load<first, false, true>() : load<first, false, false>();
+      copy_8_bytes_ ? load<first, false, true>() : load<first, false, false>();
     }
   }
 
-  // In address of what is not seen, something that is: loads under a condition would be waited for one by one.
-  template <int first, bool whole, bool narrow>
+  // Rows and bytes out of range are replaced by some that are in range, as conditional loads are waited for one by one.
+  template <int first, bool one_block, bool by_8_bytes>
   __device__ __forceinline__ void load() {
-    if constexpr (!narrow || Tile::kWiden) {
-      const Next& next = held_next_;
-      const int block = next.address.checked_block(p_), lane = arch::rematerialize(arch::lane());
+    if constexpr (!by_8_bytes || Tile::kWiden) {
+      const Fetch& fetch = held_fetch_;
+      const int block = fetch.address.checked_block(p_), lane = arch::rematerialize(arch::lane());
       const auto start = [&](const void* cache, const CacheLayout& layout) {
-        if constexpr (whole) {
+        if constexpr (one_block) {
           return static_cast<const KV*>(cache) + arch::uniform(block) * layout.block_stride +
-                 arch::uniform(next.address.within) * layout.token_stride + next.kv_head * layout.head_stride;
+                 arch::uniform(fetch.address.offset) * layout.token_stride + fetch.kv_head * layout.head_stride;
         } else {
           return static_cast<const KV*>(cache) + block * layout.block_stride +
-                 next.address.within * layout.token_stride + next.kv_head * layout.head_stride;
+                 fetch.address.offset * layout.token_stride + fetch.kv_head * layout.head_stride;
         }
       };
       const KV* const k = start(p_.k_cache, p_.k);
@@ -122,15 +122,15 @@ class RegisterStages {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         const Copy copy(first + i, lane);
-        const int row = min(max(copy.row, next.begin), next.end - 1), at = copy.at < width_ ? copy.at : 0;
+        const int row = min(max(copy.row, fetch.begin), fetch.end - 1), at = copy.at < width_ ? copy.at : 0;
         const auto* from = reinterpret_cast<const unsigned char*>(copy.value ? v : k);
         int offset = at;
-        if constexpr (whole) {
+        if constexpr (one_block) {
           offset += row * static_cast<int>((copy.value ? p_.v : p_.k).token_stride * static_cast<int>(sizeof(KV)));
         } else {
           from = arch::shfl(from, row);
         }
-        if constexpr (narrow) {
+        if constexpr (by_8_bytes) {
           const uint2 low = *reinterpret_cast<const uint2*>(from + offset);
           const uint2 high = *reinterpret_cast<const uint2*>(from + offset + (at + 8 < width_ ? 8 : 0));
           held_[i] = make_uint4(low.x, low.y, high.x, high.y);
@@ -147,10 +147,10 @@ class RegisterStages {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const Copy copy(first + i, lane);
-      const bool seen = copy.row >= held_next_.begin && copy.row < held_next_.end && copy.at < width_;
-      const bool whole = seen && (!Tile::kWiden || copy.at + 8 < width_);
-      const uint4 bits =
-          make_uint4(seen ? held_[i].x : 0, seen ? held_[i].y : 0, whole ? held_[i].z : 0, whole ? held_[i].w : 0);
+      const bool visible = copy.row >= held_fetch_.begin && copy.row < held_fetch_.end && copy.at < width_;
+      const bool upper_half = visible && (!Tile::kWiden || copy.at + 8 < width_);
+      const uint4 bits = make_uint4(visible ? held_[i].x : 0, visible ? held_[i].y : 0, upper_half ? held_[i].z : 0,
+                                    upper_half ? held_[i].w : 0);
       if (kKvTile * kRowChunks % arch::kWarpSize != 0 && copy.row >= kKvTile) continue;
       *reinterpret_cast<uint4*>(stages_ + (copy.value ? kTileBytes : 0) + copy.row * kRowBytes + copy.at) = bits;
     }
@@ -168,8 +168,8 @@ class RegisterStages {
   const AttentionParams& p_;
   unsigned char* stages_;
   int width_;  // bytes of a row
-  bool whole_tiles_, narrow_ = false;
-  Next held_next_;
+  bool one_block_per_tile_, copy_8_bytes_ = false;
+  Fetch held_fetch_;
   uint4 held_[kHeld];
 };
 

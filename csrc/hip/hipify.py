@@ -1,9 +1,9 @@
 """Translates csrc/cuda for AMD with torch's own hipify: python hipify.py CSRC DEST TORCH.
 
 DEST becomes a copy of csrc whose hip/ also holds the translated files of cuda/. csrc/hip itself is written by
-hand; only its includes of cuda/ are redirected to the translated files. cuda/nvidia, which has no counterpart on AMD, is left out. Files whose text does not
-change keep their timestamps, so nothing is recompiled for them. TORCH is the package's folder, because pip's
-isolated builds hide torch from import.
+hand; only its includes of cuda/ are redirected to the translated files. cuda/nvidia, which has no counterpart
+on AMD, is left out. Files whose text does not change keep their timestamps, so nothing is recompiled for
+them. TORCH is the package's folder, because pip's isolated builds hide torch from import.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// The names of launch_arch.h for AMD machines; csrc/cuda/launch_arch.h, hipified, includes this.
+// AMD's definitions of the names in launch_arch.h, which includes this file once it is hipified.
 #pragma once
 
 #include <cstdlib>
@@ -10,7 +10,7 @@ namespace flashdecpp::arch {
 
 inline constexpr bool kHasHopperKernels = false, kCopiesGoThroughRegisters = true;
 
-// "gfx90a", of "gfx90a:sramecc+:xnack-".
+// The target without its features: "gfx90a" for "gfx90a:sramecc+:xnack-".
 inline const std::string& name_in_tables(int32_t device) {
   static const auto targets = of_every_device([](const hipDeviceProp_t& p) {
     const std::string name = p.gcnArchName;
@@ -19,12 +19,13 @@ inline const std::string& name_in_tables(int32_t device) {
   return targets.at(device);
 }
 
-// The target as a hexadecimal number: 0x90a, 0x942, 0x1100. No compute capability times ten is as large.
+// The target's digits as a hexadecimal number: 0x90a, 0x942, 0x1100. Larger than any NVIDIA compute capability times
+// ten.
 inline int32_t number(int32_t device) {
   return static_cast<int32_t>(std::strtol(name_in_tables(device).c_str() + 3, nullptr, 16));
 }
 
-// LDS is a memory of its own.
+// Nothing to ask for: LDS and L1 are separate memories.
 inline hipError_t prefer_l1(const void* /*kernel*/, size_t /*shared_bytes*/, int32_t /*device*/) { return hipSuccess; }
 
 template <class... Params, class... Args>

@@ -1,5 +1,5 @@
-// Which linear layers run in stream_gemv_kernel: every quantized one that gemv would, and gemv itself from so many rows
-// of x on that the vector units' arithmetic, which grows with them, would be what it waits for (docs/amd.md).
+// Launches of stream_gemv_kernel: every quantized GEMV, and dense ones with enough rows of x that the arithmetic of the
+// vector units, which grows with them, would be the bottleneck (docs/amd.md).
 #include "cuda/linear/linear.h"
 #include "hip/stream_gemv_amd.h"
 
@@ -19,15 +19,13 @@ void launch_tiles(const Launcher& launcher, const QuantizedLinearParams& p) {
                                                           : launch_tile<T, bits, 2, fine>(launcher, p);
 }
 
-struct StreamGemvs {
+struct QuantizedGemvs {
   static constexpr int kMaxRows = 16;
 
   template <class T>
   static void launch(const Launcher& launcher, const QuantizedLinearParams& p) {
     const bool fine = p.group < 128 && p.group < p.k;
-    if (p.bits == 16) {
-      launch_tile<T, 16, 1, false>(launcher, p);
-    } else if (p.bits == 8) {
+    if (p.bits == 8) {
       fine ? launch_tiles<T, 8, true>(launcher, p) : launch_tiles<T, 8, false>(launcher, p);
     } else {
       fine ? launch_tiles<T, 4, true>(launcher, p) : launch_tiles<T, 4, false>(launcher, p);
@@ -35,21 +33,27 @@ struct StreamGemvs {
   }
 };
 
+struct DenseGemvs {
+  static constexpr int kMaxRows = 16;
+
+  template <class T>
+  static void launch(const Launcher& launcher, const QuantizedLinearParams& p) {
+    launch_tile<T, 16, 1, false>(launcher, p);
+  }
+};
+
 }  // namespace
 
 bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
   if (p.fusion.any()) return false;
-  launch_parts<StreamGemvs>(launcher, p);
+  launch_row_chunks<QuantizedGemvs>(launcher, p);
   return true;
 }
 
 bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
-  constexpr int64_t least_rows = 3;
-  if (p.m < least_rows || p.fusion.any()) return false;
-  QuantizedLinearParams plain{p};
-  plain.bits = 16;
-  plain.group = p.k;
-  launch_parts<StreamGemvs>(launcher, plain);
+  constexpr int64_t min_rows = 3;
+  if (p.m < min_rows || p.fusion.any()) return false;
+  launch_row_chunks<DenseGemvs>(launcher, QuantizedLinearParams{p});
   return true;
 }
 

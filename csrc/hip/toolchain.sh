@@ -1,14 +1,14 @@
 #!/bin/sh
-# What compiles for AMD GPUs on a Debian machine that has neither ROCm nor such a GPU: clang from this Debian, HIP's
-# headers and device libraries from later ones, unpacked below a folder and installed nowhere.
+# A toolchain that compiles for AMD GPUs on a Debian system with neither ROCm nor such a GPU: clang from the installed
+# release, HIP's headers and device libraries from later ones, unpacked into a folder instead of installed.
 #
-#   csrc/hip/toolchain.sh FOLDER     writes FOLDER/compiler and FOLDER/flags, a flag a line
+#   csrc/hip/toolchain.sh FOLDER     writes FOLDER/compiler and FOLDER/flags, one flag per line
 #
-# Later suites move on, so no version is asked for: the first suite that has a package gives it.
+# No versions are pinned, since later suites move on: each package comes from the first suite that has it.
 set -eu
 
 stop() {
-  echo "flashdecpp: no HIP toolchain: $1. On a machine with ROCm, pip install . needs none" >&2
+  echo "flashdecpp: no HIP toolchain: $1. Where ROCm is installed, pip install . needs none" >&2
   exit 1
 }
 
@@ -16,7 +16,7 @@ stop() {
 [ -f "$1/flags" ] && exit 0
 mkdir -p "$1" || stop "$1 cannot be made"
 folder=$(cd "$1" && pwd)
-command -v apt-get >/dev/null && command -v dpkg >/dev/null || stop "this is no Debian (there is no apt-get)"
+command -v apt-get >/dev/null && command -v dpkg >/dev/null || stop "this is not Debian: apt-get is missing"
 
 find_clang() {
   for name in clang++-19 clang++-20 clang++-18 clang++-17; do
@@ -35,7 +35,7 @@ if ! clang=$(find_clang); then
   clang=$(find_clang) || stop "the clang that was installed has no AMDGPU backend"
 fi
 
-# apt with a state of its own, so that the machine's is not touched.
+# apt with a state of its own, so that the system's stays untouched.
 keys=/usr/share/keyrings/debian-archive-keyring.gpg
 [ -f $keys ] || stop "$keys is missing: is this Debian?"
 mirror=$(apt-get indextargets --format '$(REPO_URI)' | grep debian | grep -v security | head -n 1)
@@ -50,7 +50,7 @@ END
 export APT_CONFIG="$folder/apt/apt.conf"
 apt-get update -q >"$folder/apt.log" 2>&1 || true # one suite of three may be missing
 
-get() { # the first of the packages, NAME/SUITE, that there is
+get() { # downloads the first of the packages, NAME/SUITE, that is available
   for package in "$@"; do
     (cd "$folder/packages" && apt-get download -q "$package") >>"$folder/apt.log" 2>&1 && return 0
   done

@@ -1,7 +1,6 @@
 """The decoder that all supported architectures share: what one forward pass computes, and nothing else."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +26,6 @@ LOGITS_ROWS = 64
 
 # Tokens of a sequence that the decode op takes at once
 MAX_Q_LEN = 16
-
-# What is applied to the up projection where no gate is multiplied with it
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 
 # (layer, q, k, v) -> [batch, q_len, q_heads, head_dim]; q and k are rotated, k and v are in the cache
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -227,22 +218,19 @@ class Decoder:
         weight: Matrix,
         bias: torch.Tensor | None = None,
         norm: Norm | None = None,
-        activation: str | None = None,
+        **fusion: str,
     ) -> torch.Tensor:
-        """A linear layer of x or of its norm, and a gated activation of that."""
-        if norm is None:
-            return _linear(x, weight, bias, activation=activation)
-        if self.config.architecture.norm == "layer":
-            return _linear(self._norm(x, norm), weight, bias, activation=activation)
-        norm_eps = self.config.norm_eps
-        return _linear(x, weight, bias, norm_weight=norm[0], norm_eps=norm_eps, activation=activation)
+        """A linear layer of x or of its norm; `fusion` is the gate or activation of ops.linear."""
+        if norm is not None and self.config.architecture.norm == "layer":
+            x, norm = self._norm(x, norm), None
+        if norm is not None:
+            return _linear(x, weight, bias, norm_weight=norm[0], norm_eps=self.config.norm_eps, **fusion)
+        return _linear(x, weight, bias, **fusion)
 
     def _up(self, x: torch.Tensor, layer: Layer, norm: Norm | None) -> torch.Tensor:
-        """What the feed-forward part multiplies with its down projection."""
-        activation = self.config.activation
-        if self.config.architecture.gated:
-            return self._linear(x, layer.gate_up, layer.gate_up_bias, norm, activation)
-        return ACTIVATIONS[activation](self._linear(x, layer.gate_up, layer.gate_up_bias, norm))
+        """The input of the feed-forward part's down projection."""
+        kind = "gate" if self.config.architecture.gated else "activation"
+        return self._linear(x, layer.gate_up, layer.gate_up_bias, norm, **{kind: self.config.activation})
 
     def _add(
         self,
@@ -257,7 +245,7 @@ class Decoder:
         if out_norm is not None:
             stream += ops.rms_norm(_linear(x, weight, bias), out_norm, eps=self.config.norm_eps)
         elif by_blas and bias is None and isinstance(weight, torch.Tensor):
-            stream.addmm_(x, weight.t())  # one pass, where linear_fused takes two
+            stream.addmm_(x, weight.t())  # one pass, where ops.linear takes two
         else:
             _linear(x, weight, bias, residual=stream)
 
@@ -346,12 +334,12 @@ def _linear(
     x: torch.Tensor,
     weight: Matrix,
     bias: torch.Tensor | None = None,
-    **around: torch.Tensor | float | str | None,
+    **fusion: torch.Tensor | float | str | None,
 ) -> torch.Tensor | None:
-    """A linear layer and what is around it: `norm_weight` and more as in ops.linear_fused."""
+    """A linear layer with the fusions of ops.linear."""
     if isinstance(weight, torch.Tensor):
-        return ops.linear_fused(x, weight, bias, **around)
-    return weight.linear(x, bias, **around)
+        return ops.linear(x, weight, bias, **fusion)
+    return weight.linear(x, bias, **fusion)
 
 
 def _embedding(tokens: torch.Tensor, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:

@@ -1,5 +1,5 @@
-// The seam of csrc/cuda/arch.h on the simulated GPU, with the matrix tiles of mma.sync m16n8k16. Copies arrive when
-// they are waited for, and not before.
+// The simulated GPU's side of the seam (cuda/arch.h), with the matrix tiles of mma.sync m16n8k16. Asynchronous copies
+// arrive when they are waited for, and not before.
 #pragma once
 
 #include "simulated_gpu.h"
@@ -12,7 +12,7 @@ inline _Float16 __ushort_as_half(unsigned short bits) {
 
 namespace flashdecpp::arch {
 
-// Where a lane's value e of a tile lies: A is 16 x 16, B 16 x kN, C 16 x kN.
+// The element that a lane's value e is: A is 16 x 16, B and C are 16 x kN.
 struct Layout {
   static constexpr int kN = 8, kA = 8, kB = 4, kC = 4, kRowSlots = 2, kRowLanes = 4;
   static int a_row(int lane, int e) { return lane / 4 + e / 2 % 2 * 8; }
@@ -38,7 +38,7 @@ struct float8 {  // e4m3
   uint8_t bits = 0;
 
   float8() = default;
-  explicit float8(float x) {  // the nearest, the even one of two; saturates
+  explicit float8(float x) {  // rounds to nearest even, saturates
     float best = INFINITY;
     for (int code = 0; code < 127; ++code) {
       float8 candidate;
@@ -62,8 +62,8 @@ struct float8 {  // e4m3
 
 inline float __half2float(half x) { return static_cast<float>(x); }
 inline half __float2half_rn(float x) { return static_cast<half>(x); }
-inline float __bfloat162float(bfloat16 x) { return simulated::of_bfloat16_bits(x.bits); }
-inline bfloat16 __float2bfloat16(float x) { return {simulated::bfloat16_bits(x)}; }
+inline float __bfloat162float(bfloat16 x) { return simulated::from_bfloat16_bits(x.bits); }
+inline bfloat16 __float2bfloat16(float x) { return {simulated::to_bfloat16_bits(x)}; }
 
 inline float widened(half x) { return __half2float(x); }
 inline float widened(bfloat16 x) { return __bfloat162float(x); }
@@ -73,11 +73,11 @@ inline void narrow(bfloat16& to, float x) { to = __float2bfloat16(x); }
 
 // ---- lanes ---------------------------------------------------------------------------------------------------------
 using simulated::lane;
-using simulated::of_lane;
-using simulated::take_from;
-inline int warp() { return static_cast<int>(simulated::machine().thread() / kWarpSize); }
+using simulated::lane_value;
+using simulated::shuffle;
+inline int warp() { return static_cast<int>(simulated::gpu().thread() / kWarpSize); }
 
-inline float __shfl_sync(unsigned, float value, int source) { return take_from(value, source, "__shfl_sync"); }
+inline float __shfl_sync(unsigned, float value, int source) { return shuffle(value, source, "__shfl_sync"); }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   unsigned result = 0;
@@ -85,33 +85,33 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   return result;
 }
 
-inline float shfl_xor(float value, int mask) { return take_from(value, lane() ^ mask, "shfl_xor"); }
-inline uint32_t shfl_xor(uint32_t value, int mask) { return take_from(value, lane() ^ mask, "shfl_xor"); }
-inline uint64_t shfl_xor(uint64_t value, int mask) { return take_from(value, lane() ^ mask, "shfl_xor"); }
+inline float shfl_xor(float value, int mask) { return shuffle(value, lane() ^ mask, "shfl_xor"); }
+inline uint32_t shfl_xor(uint32_t value, int mask) { return shuffle(value, lane() ^ mask, "shfl_xor"); }
+inline uint64_t shfl_xor(uint64_t value, int mask) { return shuffle(value, lane() ^ mask, "shfl_xor"); }
 template <class T>
 T* shfl(T* value, int source) {
-  return take_from(value, source, "shfl");
+  return shuffle(value, source, "shfl");
 }
-inline int shfl(int value, int source) { return take_from(value, source, "shfl"); }
-inline float shfl(float value, int source) { return take_from(value, source, "shfl"); }
+inline int shfl(int value, int source) { return shuffle(value, source, "shfl"); }
+inline float shfl(float value, int source) { return shuffle(value, source, "shfl"); }
 inline int first_lane(bool value) {
-  const auto* lanes = simulated::machine().exchange(value, "first_lane");
+  const auto* lanes = simulated::gpu().exchange(value, "first_lane");
   for (int i = 0; i < kWarpSize; ++i) {
-    if (of_lane<bool>(lanes, i)) return i;
+    if (lane_value<bool>(lanes, i)) return i;
   }
   simulated::fail("first_lane: true for no lane");
 }
 inline bool warp_any(bool value) {
-  const auto* lanes = simulated::machine().exchange(value, "warp_any");
+  const auto* lanes = simulated::gpu().exchange(value, "warp_any");
   bool any = false;
-  for (int i = 0; i < kWarpSize; ++i) any |= of_lane<bool>(lanes, i);
+  for (int i = 0; i < kWarpSize; ++i) any |= lane_value<bool>(lanes, i);
   return any;
 }
-inline void warp_sync() { simulated::machine().exchange(0, "warp_sync"); }
+inline void warp_sync() { simulated::gpu().exchange(0, "warp_sync"); }
 
 inline void scheduling_barrier() {}
 inline int uniform(int x) {
-  if (take_from(x, 0, "uniform") != x) simulated::fail("uniform: lanes differ");
+  if (shuffle(x, 0, "uniform") != x) simulated::fail("uniform: lanes differ");
   return x;
 }
 template <class Int>
@@ -130,14 +130,14 @@ void copy_async(void* shared, const void* global, bool valid, const void* /*read
   if (reinterpret_cast<uintptr_t>(shared) % bytes || (valid && reinterpret_cast<uintptr_t>(global) % bytes)) {
     simulated::fail("copy_async: not aligned");
   }
-  simulated::machine().fiber().copies.back().push_back({shared, valid ? global : nullptr, bytes});
+  simulated::gpu().fiber().copies.back().push_back({shared, valid ? global : nullptr, bytes});
 }
-inline void copy_commit() { simulated::machine().fiber().copies.emplace_back(); }
+inline void copy_commit() { simulated::gpu().fiber().copies.emplace_back(); }
 template <int pending>
 void copy_wait() {
-  auto& groups = simulated::machine().fiber().copies;
+  auto& groups = simulated::gpu().fiber().copies;
   while (groups.size() > pending + 1u) {
-    for (const simulated::CopyOf& copy : groups.front()) {
+    for (const simulated::AsyncCopy& copy : groups.front()) {
       if (copy.from) {
         std::memcpy(copy.to, copy.from, copy.bytes);
       } else {
@@ -157,18 +157,18 @@ inline void prefetch(const void* /*p*/) {}
 inline int32_t load_fresh(const int32_t* p) { return *p; }
 inline void publish(uint64_t* flag, uint64_t value) { *flag = value; }
 inline void await(const uint64_t* flag, uint64_t value) {
-  while (*flag != value) simulated::machine().wait("await");
+  while (*flag != value) simulated::gpu().wait("await");
 }
-inline void cluster_sync() { simulated::machine().team_barrier(); }
+inline void cluster_sync() { simulated::gpu().cluster_barrier(); }
 template <class V>
 V* map_shared_rank(V* p, int rank) {
-  return simulated::machine().map_shared_rank(p, rank);
+  return simulated::gpu().map_shared_rank(p, rank);
 }
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
 
 // ---- matrix tiles --------------------------------------------------------------------------------------------------
-// Two elements a word, as kernels that make factors themselves have them.
+// Two elements per word, as kernels that build fragments themselves expect.
 template <class T>
 struct TileA {
   uint32_t v[Layout::kA / 2];
@@ -211,13 +211,13 @@ void load_b(TileB<T>& tile, const T* p, int stride) {
 inline constexpr int widened_k(int k) { return k; }
 inline constexpr int widened_column(int tile, int n) { return tile * kTileN + n; }
 
-// Element `column` of a row, by way of the chunks that a matrix load would read.
+// Element `column` of a row, addressed by chunk as a matrix load does.
 template <class Rows>
 float element_of(const Rows& rows, int row, int column) {
   using Element = typename Rows::Element;
-  constexpr int in_chunk = 16 / sizeof(Element);
-  const auto* p = reinterpret_cast<const Element*>(rows.moved(rows.chunk(row, 0), column / in_chunk));
-  return widened(p[column % in_chunk]);
+  constexpr int per_chunk = 16 / sizeof(Element);
+  const auto* p = reinterpret_cast<const Element*>(rows.moved(rows.chunk(row, 0), column / per_chunk));
+  return widened(p[column % per_chunk]);
 }
 template <class T, class Rows>
 void load_b(TileB<T> (&tiles)[kTilesOf16], const Rows& rows, int j) {
@@ -244,19 +244,19 @@ template <class T>
 void as_a(TileA<T>& a, const TileC (&c)[kTilesOf16]) {
   struct Tiles {
     TileC c[kTilesOf16];
-  } mine;
-  for (int t = 0; t < kTilesOf16; ++t) mine.c[t] = c[t];
-  const auto* lanes = simulated::machine().exchange(mine, "as_a");
-  float whole[16][16];
+  } own;
+  for (int t = 0; t < kTilesOf16; ++t) own.c[t] = c[t];
+  const auto* lanes = simulated::gpu().exchange(own, "as_a");
+  float result[16][16];
   for (int l = 0; l < kWarpSize; ++l) {
-    const Tiles tiles = of_lane<Tiles>(lanes, l);
+    const Tiles tiles = lane_value<Tiles>(lanes, l);
     for (int t = 0; t < kTilesOf16; ++t) {
       for (int e = 0; e < Layout::kC; ++e) {
-        whole[Layout::c_row(l, e)][t * kTileN + Layout::c_col(l, e)] = tiles.c[t].v[e];
+        result[Layout::c_row(l, e)][t * kTileN + Layout::c_col(l, e)] = tiles.c[t].v[e];
       }
     }
   }
-  for (int e = 0; e < Layout::kA; ++e) narrow(element(a, e), whole[Layout::a_row(lane(), e)][Layout::a_k(lane(), e)]);
+  for (int e = 0; e < Layout::kA; ++e) narrow(element(a, e), result[Layout::a_row(lane(), e)][Layout::a_k(lane(), e)]);
 }
 
 template <class T>
@@ -265,10 +265,10 @@ void mma(TileC& c, const TileA<T>& a, const TileB<T>& b) {
     TileA<T> a;
     TileB<T> b;
   };
-  const auto* lanes = simulated::machine().exchange(Factors{a, b}, "mma");
+  const auto* lanes = simulated::gpu().exchange(Factors{a, b}, "mma");
   float left[16][16], right[16][kTileN];
   for (int l = 0; l < kWarpSize; ++l) {
-    Factors factors = of_lane<Factors>(lanes, l);
+    Factors factors = lane_value<Factors>(lanes, l);
     for (int e = 0; e < Layout::kA; ++e) left[Layout::a_row(l, e)][Layout::a_k(l, e)] = widened(element(factors.a, e));
     for (int e = 0; e < Layout::kB; ++e) right[Layout::b_k(l, e)][Layout::b_n(l, e)] = widened(element(factors.b, e));
   }
@@ -285,7 +285,7 @@ void store(T* p, int stride, const TileC& c) {
 
 struct AttentionTuning {
   static constexpr int kQueryColumns = 192, kAhead = 4;
-  static constexpr int run(int /*head_dim*/) { return 1; }
+  static constexpr int interleave(int /*head_dim*/) { return 1; }
 };
 
 }  // namespace flashdecpp::arch

@@ -1,5 +1,5 @@
-// The decode attention kernel on the simulated GPU, against the definition in double. The last line says how many cases
-// failed.
+// The decode attention kernel on the simulated GPU, against the definition in double. The last line of output counts
+// the failed cases.
 #include <algorithm>
 #include <bit>
 
@@ -40,7 +40,7 @@ struct Case {
 
 Checks check(7);
 
-// The row's definition: softmax over the keys that it sees.
+// Compares every row with its definition, the softmax over the keys that it sees.
 template <class T, class KV>
 void compare(const Case& c, const AttentionParams& p, const simulated::Tensor<T>& out,
              const simulated::Tensor<float>& lse, const simulated::Tensor<int32_t>& table, const std::string& name) {
@@ -167,7 +167,7 @@ void run(const Case& c, const std::string& name) {
   launch.uniform_splits = static_cast<int32_t>(grid.uniform_splits);
   launch.streams = static_cast<uint32_t>(grid.streams);
   launch.max_streams = static_cast<uint32_t>(grid.max_streams);
-  launch.min_uniform_tiles = static_cast<float>(grid.min_uniform_tiles) * kKvTile;
+  launch.min_uniform_keys = static_cast<float>(grid.min_uniform_tiles) * kKvTile;
   const size_t slots = std::max<int64_t>(grid.slots, 1), rows = launch.slot_rows;
   simulated::Tensor<float> partial_out(slots * rows * c.head_dim);
   simulated::Tensor<SoftmaxState> partial_states(slots * rows);
@@ -178,7 +178,7 @@ void run(const Case& c, const std::string& name) {
   launch.nonce = 0x123456789abcdefull;
 
   for (int replay = 0; replay < (c.graph ? 2 : 1); ++replay) {
-    simulated::machine().launch(
+    simulated::gpu().launch(
         {static_cast<unsigned>(grid.blocks * c.cluster)}, Tile::kThreads, SharedMemory<Tile, Stages>::kBytes,
         [&] { decode_attention_kernel<Tile, Policy, Stages>(launch, {}); }, c.cluster);
     compare<T, KV>(c, p, out, lse, table, name);
@@ -194,39 +194,40 @@ void run_policies(const Case& c, const std::string& name) {
 template <class T, class KV, int dims>
 void run_type(const std::string& type) {
   const auto go = [&](const char* what, const Case& c) { run_policies<T, KV, dims>(c, type + ", " + what); };
-  go("one sequence, by work_tile, twice", {.lengths = {300}, .head_dim = dims, .graph = true});
-  go("ragged, by line, twice", {.lengths = {400, 3, 17, 0, 90}, .head_dim = dims, .graph = true});
+  go("one sequence, uniform split, graph replay", {.lengths = {300}, .head_dim = dims, .graph = true});
+  go("ragged lengths, stream-K split, graph replay", {.lengths = {400, 3, 17, 0, 90}, .head_dim = dims, .graph = true});
   go("even lengths", {.lengths = {100, 100, 97}, .head_dim = dims});
   go("contiguous", {.lengths = {130, 7}, .head_dim = dims, .paged = false});
   go("fixed splits", {.lengths = {200, 33}, .head_dim = dims, .num_splits = 3});
-  go("blocks of 1", {.lengths = {50, 21}, .q_heads = 3, .kv_heads = 1, .head_dim = dims, .block_size = 1});
-  go("a hopeless phi", {.lengths = {120}, .head_dim = dims, .phi = 500.f});
+  go("block size 1", {.lengths = {50, 21}, .q_heads = 3, .kv_heads = 1, .head_dim = dims, .block_size = 1});
+  go("phi far off", {.lengths = {120}, .head_dim = dims, .phi = 500.f});
   go("window and ALiBi", {.lengths = {150, 40}, .head_dim = dims, .q_len = 2, .window = 37, .alibi = true});
-  go("soft cap and sinks, 3 new tokens",
+  go("softcap and sinks, 3 new tokens",
      {.lengths = {70, 2}, .head_dim = dims, .q_len = 3, .softcap = 5.f, .sinks = true});
-  go("a narrower head", {.lengths = {64, 20}, .head_dim = dims - 16});
+  go("head_dim below the kernel's", {.lengths = {64, 20}, .head_dim = dims - 16});
   go("40 sequences", {.lengths = std::vector<int>(40, 9), .q_heads = 2, .kv_heads = 2, .head_dim = dims});
 }
 
-// Clusters of blocks, which other machines do not have.
+// Clusters, which AMD GPUs do not have.
 void run_clusters() {
 #if !defined(USE_ROCM)
   const auto go = [](const char* what, const Case& c) {
-    run<arch::half, arch::half, 64, OnlineMax, ClusterStages>(c, std::string("clusters, ") + what + ", online");
+    run<arch::half, arch::half, 64, OnlineMax, ClusterStages>(c, std::string("clusters ") + what + ", online");
     run<arch::half, arch::half, 64, UnifiedMax<arch::half>, ClusterStages>(
-        c, std::string("clusters, ") + what + ", unified");
+        c, std::string("clusters ") + what + ", unified");
   };
-  go("of 2, by work_tile, twice", {.lengths = {300}, .cluster = 2, .graph = true});
-  go("of 4, several a work_tile", {.lengths = {400}, .q_heads = 16, .resident = 24, .cluster = 4, .graph = true});
-  go("of 8, little to do", {.lengths = {5}, .cluster = 8});
-  go("of 2, by line, twice", {.lengths = {400, 3, 17, 0, 90}, .cluster = 2, .graph = true});
-  go("of 4, by line", {.lengths = {30, 200, 1}, .q_heads = 6, .q_len = 3, .resident = 16, .cluster = 4});
+  go("of 2, uniform split, graph replay", {.lengths = {300}, .cluster = 2, .graph = true});
+  go("of 4, several per work tile, graph replay",
+     {.lengths = {400}, .q_heads = 16, .resident = 24, .cluster = 4, .graph = true});
+  go("of 8, one key tile", {.lengths = {5}, .cluster = 8});
+  go("of 2, stream-K split, graph replay", {.lengths = {400, 3, 17, 0, 90}, .cluster = 2, .graph = true});
+  go("of 4, stream-K split", {.lengths = {30, 200, 1}, .q_heads = 6, .q_len = 3, .resident = 16, .cluster = 4});
   go("of 2, fixed splits", {.lengths = {200, 33}, .num_splits = 3, .cluster = 2});
-  go("of 2, alone", {.lengths = {70, 90}, .cluster = 1});
+  go("of 1", {.lengths = {70, 90}, .cluster = 1});
 #endif
 }
 
-// Shapes that nobody thought of.
+// Random shapes.
 void run_random(int count) {
   const auto pick = [](int low, int high) { return std::uniform_int_distribution<int>(low, high)(check.random); };
   for (int i = 0; i < count; ++i) {

@@ -1,4 +1,4 @@
-// What the test programs of the simulated GPU share: random tensors, cases that are counted, the last line.
+// Shared by the simulator's test programs: random tensors, a count of cases and failures, and the last line of output.
 #pragma once
 
 #include <cstdio>
@@ -11,9 +11,9 @@ class Checks {
  public:
   explicit Checks(unsigned seed) : random(seed) {}
 
-  void operator()(bool good, const std::string& what) {
+  void operator()(bool passed, const std::string& what) {
     ++cases_;
-    if (good) return;
+    if (passed) return;
     ++failures_;
     std::printf("FAILED %s\n", what.c_str());
   }
@@ -24,7 +24,7 @@ class Checks {
     for (size_t i = 0; i < tensor.size(); ++i) tensor[i] = flashdecpp::arch::from_float<T>(normal(random));
   }
 
-  // The exit status.
+  // Prints the last line and returns the exit status.
   int report() {
     (*this)(simulated::margins_are_untouched(), "nothing is written outside of a tensor");
     std::printf("%d cases, %d failures\n", cases_, failures_);

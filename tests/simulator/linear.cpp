@@ -1,5 +1,5 @@
-// The GEMV and the flat GEMM for every GPU on the simulated one, against sums in double. The last line says how many
-// cases failed.
+// The portable GEMV and flat GEMM on the simulated GPU, compared with sums in double. The last line of the output
+// counts the failed cases.
 #include "cuda/linear/flat_gemm_kernel.cuh"
 #include "cuda/linear/gemv_kernel.cuh"
 #include "linear_calls.h"
@@ -12,9 +12,9 @@ template <class T, int m>
 void gemv(int n, int k, Fusion fusion) {
   for (const int warps : {1, 2}) {
     Call<T> call(m, n, k, fusion);
-    const int groups = kGemvThreads / arch::kWarpSize / warps * kGemvRows;
-    const auto blocks = static_cast<unsigned>((call.p.weight_rows() + groups - 1) / groups);
-    simulated::machine().launch({blocks}, kGemvThreads, 0, [&] {
+    const int cta_rows = kGemvThreads / arch::kWarpSize / warps * kGemvRows;
+    const auto blocks = static_cast<unsigned>((call.p.weight_rows() + cta_rows - 1) / cta_rows);
+    simulated::gpu().launch({blocks}, kGemvThreads, 0, [&] {
       call.p.fusion.any() ? gemv_kernel<T, m, true>(call.p, warps) : gemv_kernel<T, m, false>(call.p, warps);
     });
     call.compare("gemv, " + std::to_string(warps) + " warps");
@@ -32,20 +32,20 @@ void flat_gemm(int m, int n, int k, int splits, Fusion fusion) {
   split.k_tiles_per_split = (k_tiles + splits - 1) / splits;
   split.splits = (k_tiles + split.k_tiles_per_split - 1) / split.k_tiles_per_split;
   const size_t flags = size_t(tiles) * (split.splits - 1);
-  simulated::Tensor<float> parts(flags * G::kBlockM * G::kBlockN);
+  simulated::Tensor<float> partials(flags * G::kBlockM * G::kBlockN);
   simulated::Tensor<uint64_t> ready(flags);
   if (split.splits > 1) {
-    split.parts = parts.data();
+    split.partials = partials.data();
     split.ready = ready.data();
     split.nonce = 77;
   }
-  for (int replay = 0; replay < 2; ++replay) {  // the flags are ready for the next launch
+  for (int replay = 0; replay < 2; ++replay) {  // a launch leaves the flags ready for the next one
     call.restore();
-    simulated::machine().launch({static_cast<unsigned>(tiles), static_cast<unsigned>(split.splits)}, G::kThreads,
-                                G::kSharedBytes, [&] {
-                                  call.p.fusion.any() ? flat_gemm_kernel<T, tile_index, true>(call.p, split)
-                                                      : flat_gemm_kernel<T, tile_index, false>(call.p, split);
-                                });
+    simulated::gpu().launch({static_cast<unsigned>(tiles), static_cast<unsigned>(split.splits)}, G::kThreads,
+                            G::kSharedBytes, [&] {
+                              call.p.fusion.any() ? flat_gemm_kernel<T, tile_index, true>(call.p, split)
+                                                  : flat_gemm_kernel<T, tile_index, false>(call.p, split);
+                            });
     call.compare("flat GEMM, tile " + std::to_string(tile_index) + ", " + std::to_string(splits) + " splits");
   }
 }
@@ -55,8 +55,9 @@ void run() {
   gemv<T, 1>(37, 264, {.bias = true});
   gemv<T, 3>(16, 520, {});
   gemv<T, 8>(9, 72, {.bias = true});
-  gemv<T, 1>(33, 1032, {.bias = true, .norm = true, .add = true});
-  gemv<T, 3>(19, 264, {.bias = true, .norm = true, .gated = true});
+  gemv<T, 1>(33, 1032, {.bias = true, .add = true});
+  gemv<T, 3>(19, 264, {.bias = true, .gated = true});
+  gemv<T, 2>(21, 264, {.bias = true, .activated = true});
   gemv<T, 8>(16, 136, {.gated = true});
   if constexpr (kFlatTiles[0].block_m % arch::kTileN == 0) {
     flat_gemm<T, 0>(5, 40, 520, 1, {.bias = true});
@@ -64,8 +65,10 @@ void run() {
   }
   flat_gemm<T, 1>(16, 33, 264, 2, {});
   flat_gemm<T, 1>(13, 37, 264, 2, {.bias = true, .add = true});
+  flat_gemm<T, 1>(13, 37, 264, 2, {.bias = true, .activated = true});
   flat_gemm<T, 2>(40, 72, 648, 3, {});
   flat_gemm<T, 2>(40, 48, 136, 1, {.gated = true});
+  flat_gemm<T, 2>(40, 48, 136, 1, {.activated = true});
   flat_gemm<T, 3>(70, 130, 136, 1, {.bias = true});
 }
 

@@ -1,5 +1,5 @@
-// Linear layers of quantized weights on the simulated GPU, by each machine's own kernel, against sums in double; on AMD
-// machines the same kernel with weights of 16 bits. The last line says how many cases failed.
+// Each vendor's own quantized GEMV on the simulated GPU, compared with sums in double; AMD's with 16-bit weights as
+// well. The last line of the output counts the failed cases.
 #include <algorithm>
 #include <bit>
 
@@ -27,26 +27,28 @@ void launch(const QuantizedLinearParams& p) {
 #if defined(USE_ROCM)
   const auto run = [&](auto* shape) {
     using G = std::remove_pointer_t<decltype(shape)>;
-    simulated::machine().launch({blocks}, G::kThreads, 0, [&] { stream_gemv_kernel<T, G>(p); });
+    simulated::gpu().launch({blocks}, G::kThreads, 0, [&] { stream_gemv_kernel<T, G>(p); });
   };
-  if (bits < 16 && p.group < 128 && p.group < p.k) {
-    run(static_cast < StreamGemv<bits, tiles, bits<16>*>(nullptr));
+  constexpr bool has_scales = bits < 16;
+  if (has_scales && p.group < 128 && p.group < p.k) {
+    run(static_cast<StreamGemv<bits, tiles, has_scales>*>(nullptr));
   } else {
     run(static_cast<StreamGemv<bits, tiles, false>*>(nullptr));
   }
 #else
-  const int blocks_a_group = p.group >= 128 || p.group == p.k ? 4 : static_cast<int>(p.group / 32);
-  const QuantizedLaunch launch{p.group == p.k ? 31 : std::countr_zero(static_cast<uint64_t>(p.group)), blocks_a_group};
+  const int blocks_per_group = p.group >= 128 || p.group == p.k ? 4 : static_cast<int>(p.group / 32);
+  const QuantizedLaunch launch{p.group == p.k ? 31 : std::countr_zero(static_cast<uint64_t>(p.group)),
+                               blocks_per_group};
   const auto run = [&](auto* shape) {
     using G = std::remove_pointer_t<decltype(shape)>;
-    simulated::machine().launch({blocks}, G::kThreads, G::kSharedBytes,
-                                [&] { quantized_gemv_kernel<T, G, false>(p, launch); });
+    simulated::gpu().launch({blocks}, G::kThreads, G::kSharedBytes,
+                            [&] { quantized_gemv_kernel<T, G, false>(p, launch); });
   };
   const auto rows = [&]<bool exchange>() {
     if (p.m <= 8) return run(static_cast<QuantizedGemv<bits, 1, tiles, exchange>*>(nullptr));
     if constexpr (tiles == 1) run(static_cast<QuantizedGemv<bits, 2, 1, exchange>*>(nullptr));
   };
-  blocks_a_group < 4 ? rows.template operator()<true>() : rows.template operator()<false>();
+  blocks_per_group < 4 ? rows.template operator()<true>() : rows.template operator()<false>();
 #endif
 }
 
@@ -57,7 +59,7 @@ void run(const Shape& shape) {
   simulated::Tensor<T> x(size_t(shape.m) * shape.k), bias(shape.n), out(size_t(shape.m) * shape.n);
   simulated::Tensor<unsigned char> weight(size_t(shape.n) * row_bytes);
   simulated::Tensor<float> scales(size_t(shape.n) * groups), offsets(size_t(shape.n) * groups);
-  std::vector<double> whole(size_t(shape.n) * shape.k);
+  std::vector<double> exact(size_t(shape.n) * shape.k);
   check.fill(x);
   check.fill(bias);
   std::uniform_real_distribution<float> scale(0.01f, 0.1f), offset(-1.f, 1.f);
@@ -69,7 +71,7 @@ void run(const Shape& shape) {
     const simulated::Tensor<T> plain(size_t(shape.n) * shape.k);
     check.fill(plain);
     std::memcpy(weight.data(), plain.data(), weight.size());
-    for (size_t i = 0; i < whole.size(); ++i) whole[i] = arch::to_float(plain[i]);
+    for (size_t i = 0; i < exact.size(); ++i) exact[i] = arch::to_float(plain[i]);
   } else {
     std::uniform_int_distribution<int> byte(0, 255);
     for (size_t i = 0; i < weight.size(); ++i) weight[i] = static_cast<unsigned char>(byte(check.random));
@@ -79,7 +81,7 @@ void run(const Shape& shape) {
         const int q = bits == 8 ? static_cast<signed char>(row[k]) : row[k / 32 * 16 + k % 16] >> k % 32 / 16 * 4 & 15;
         const size_t at = size_t(n) * groups + k / group;
         const double zero = shape.offsets ? offsets[at] : bits == 4 ? -8.0 * scales[at] : 0.0;
-        whole[size_t(n) * shape.k + k] = double{scales[at]} * q + zero;
+        exact[size_t(n) * shape.k + k] = double{scales[at]} * q + zero;
       }
     }
   }
@@ -106,7 +108,7 @@ void run(const Shape& shape) {
     for (int n = 0; n < shape.n; ++n) {
       double sum = shape.bias ? arch::to_float(bias[n]) : 0, size = 0;
       for (int k = 0; k < shape.k; ++k) {
-        const double product = double{arch::to_float(x[size_t(m) * shape.k + k])} * whole[size_t(n) * shape.k + k];
+        const double product = double{arch::to_float(x[size_t(m) * shape.k + k])} * exact[size_t(n) * shape.k + k];
         sum += product;
         size += std::fabs(product);
       }

@@ -1,13 +1,13 @@
-// A GPU on one processor: kernels as ordinary C++, a fiber for each thread of a block, blocks in turn, but for those of
-// a team, which run side by side. Finds wrong indices, missing or divergent barriers and reads of what nobody wrote; no
-// races, as fibers only change where they wait.
+// A GPU simulated on one CPU core: kernels are ordinary C++, every thread of a CTA is a fiber, and CTAs run one after
+// another, except those of a cluster, which run together. It finds wrong indices, missing or divergent barriers and
+// reads of uninitialized memory, but no races, as fibers switch only where they wait.
 //
-// Shared memory is NaN until somebody in the block writes it, and so is global memory around a tensor, where nobody may
-// write: what lies beyond its end, and a page before it, may not be touched at all.
+// Shared memory is NaN until some thread of the CTA writes it. So is the padding around a tensor in global memory,
+// which must stay as it is; the pages before and after it are inaccessible.
 //
-// A fiber runs until it waits for its warp (a collective operation), its block (__syncthreads) or its team; a warp,
-// picked at random, as far as it gets without the others, and any of its lanes first. Where all wait and nothing comes,
-// or lanes of a warp are in different operations, the program ends with an error.
+// A fiber runs until it waits for its warp (a collective operation), its CTA (__syncthreads) or its cluster. The warp
+// that runs next, and its first lane, are picked at random; it runs as far as it gets without the others. A deadlock,
+// or lanes of a warp in different operations, end the program with an error.
 #pragma once
 
 #include <link.h>
@@ -33,7 +33,7 @@
 #define __grid_constant__
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
-#define __shared__ static thread_local  // to be found together: see poison_declared_shared()
+#define __shared__ static thread_local  // so that declared_shared() finds all of it
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -89,7 +89,7 @@ inline void __threadfence() {}
 namespace simulated {
 
 inline constexpr int kWarp = FLASHDECPP_SIMULATED_WARP;
-inline constexpr int kMaxBytes = 512;  // that a lane hands to its warp at once
+inline constexpr int kMaxBytes = 512;  // that a lane may exchange with its warp at once
 inline constexpr size_t kStackBytes = 256 << 10;
 
 [[noreturn]] inline void fail(const char* what) {
@@ -103,17 +103,17 @@ struct Bytes {
   size_t size;
 };
 
-// What kernels declare __shared__: this program has no other variables of threads.
+// Everything that kernels declare __shared__, as the program has no other thread_local variables.
 inline Bytes declared_shared() {
   Bytes found{nullptr, 0};
   const auto find = [](dl_phdr_info* program, size_t, void* result) {
     for (int i = 0; i < program->dlpi_phnum; ++i) {
-      const auto& part = program->dlpi_phdr[i];
-      if (part.p_type == PT_TLS && program->dlpi_tls_data) {
-        *static_cast<Bytes*>(result) = {static_cast<unsigned char*>(program->dlpi_tls_data), part.p_memsz};
+      const auto& segment = program->dlpi_phdr[i];
+      if (segment.p_type == PT_TLS && program->dlpi_tls_data) {
+        *static_cast<Bytes*>(result) = {static_cast<unsigned char*>(program->dlpi_tls_data), segment.p_memsz};
       }
     }
-    return 1;  // the first is the program itself
+    return 1;  // the first object is the program itself
   };
   dl_iterate_phdr(find, &found);
   return found;
@@ -126,7 +126,7 @@ struct Warp {
   unsigned generation = 0;
 };
 
-struct CopyOf {
+struct AsyncCopy {
   void* to;
   const void* from;
   int bytes;
@@ -138,41 +138,42 @@ struct Fiber {
   bool done = false;
   unsigned thread = 0;
   const char* waits = nullptr;
-  std::vector<std::vector<CopyOf>> copies;  // groups that are under way; the last one is still open
+  std::vector<std::vector<AsyncCopy>> copies;  // pending groups; the last one is still open
 };
 
-struct Block {
+struct Cta {
   dim3 index;
-  std::vector<unsigned char> shared, declared;  // `declared` while another block of the team runs
+  std::vector<unsigned char> shared, declared;  // `declared` is saved here while another CTA runs
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
   unsigned at_barrier = 0, barrier_generation = 0;
 };
 
-class Machine {
+class Gpu {
  public:
-  static Machine& instance() {
-    static Machine machine;
-    return machine;
+  static Gpu& instance() {
+    static Gpu gpu;
+    return gpu;
   }
 
   dim3 block_size, grid_size;
 
-  const Block& block() const { return *block_; }
+  const Cta& cta() const { return *cta_; }
   unsigned thread() const { return running_->thread; }
   Fiber& fiber() { return *running_; }
-  Warp& warp() { return block_->warps[running_->thread / kWarp]; }
+  Warp& warp() { return cta_->warps[running_->thread / kWarp]; }
 
-  void launch(dim3 grid, unsigned block, size_t shared_bytes, const std::function<void()>& kernel, unsigned team = 1) {
+  void launch(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel,
+              unsigned cluster_size = 1) {
     grid_size = grid;
-    block_size = {block};
+    block_size = {threads};
     kernel_ = &kernel;
-    while (team_.size() < team) team_.push_back(std::make_unique<Block>());
-    team_.resize(team);
+    while (cluster_.size() < cluster_size) cluster_.push_back(std::make_unique<Cta>());
+    cluster_.resize(cluster_size);
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; x += team) {
-        for (unsigned rank = 0; rank < team; ++rank) prepare(*team_[rank], {x + rank, y, 0}, shared_bytes);
-        run_team();
+      for (unsigned x = 0; x < grid.x; x += cluster_size) {
+        for (unsigned rank = 0; rank < cluster_size; ++rank) prepare(*cluster_[rank], {x + rank, y, 0}, shared_bytes);
+        run_cluster();
       }
     }
   }
@@ -182,17 +183,17 @@ class Machine {
     swapcontext(&running_->context, &scheduler_);
   }
 
-  void barrier() { meet(block_->at_barrier, block_->barrier_generation, block_size.x, "__syncthreads"); }
-  void team_barrier() {
-    meet(at_team_, team_generation_, block_size.x * static_cast<unsigned>(team_.size()), "cluster_sync");
+  void barrier() { meet(cta_->at_barrier, cta_->barrier_generation, block_size.x, "__syncthreads"); }
+  void cluster_barrier() {
+    meet(at_cluster_, cluster_generation_, block_size.x * static_cast<unsigned>(cluster_.size()), "cluster_sync");
   }
 
-  // What is at p, in the running block's shared memory, in that of another of its team.
+  // The address of p's counterpart in the shared memory of the cluster's CTA `rank`.
   template <class V>
   V* map_shared_rank(V* p, int rank) {
-    Block& other = *team_.at(rank);
-    if (&other == block_) return p;
-    const Bytes declared = declared_shared(), own{block_->shared.data(), block_->shared.size()};
+    Cta& other = *cluster_.at(rank);
+    if (&other == cta_) return p;
+    const Bytes declared = declared_shared(), own{cta_->shared.data(), cta_->shared.size()};
     auto* const byte = reinterpret_cast<unsigned char*>(p);
     const auto in = [&](const Bytes& bytes) { return byte >= bytes.data && byte < bytes.data + bytes.size; };
     if (in(declared)) return reinterpret_cast<V*>(other.declared.data() + (byte - declared.data));
@@ -200,7 +201,7 @@ class Machine {
     fail("map_shared_rank: not in shared memory");
   }
 
-  // All lanes' values, once all have come here.
+  // Returns all lanes' values once all lanes have called it.
  template <class T>
  const unsigned char (*exchange(const T& value, const char* operation)) [kMaxBytes] {
    static_assert(sizeof(T) <= kMaxBytes);
@@ -242,22 +243,22 @@ class Machine {
     while (generation == before) wait(what);
   }
 
-  // All memory is NaN in every format: nobody wrote it.
-  void prepare(Block& block, dim3 index, size_t shared_bytes) {
+  // All bytes 0xff: NaN in every format.
+  void prepare(Cta& cta, dim3 index, size_t shared_bytes) {
     const unsigned threads = block_size.x;
-    block.index = index;
-    block.shared.assign(shared_bytes + 1024, 0xff);
-    block.declared.assign(declared_shared().size, 0xff);
-    block.warps.assign((threads + kWarp - 1) / kWarp, Warp());
-    block.fibers.resize(threads);
-    block.at_barrier = 0;
+    cta.index = index;
+    cta.shared.assign(shared_bytes + 1024, 0xff);
+    cta.declared.assign(declared_shared().size, 0xff);
+    cta.warps.assign((threads + kWarp - 1) / kWarp, Warp());
+    cta.fibers.resize(threads);
+    cta.at_barrier = 0;
     for (unsigned t = 0; t < threads; ++t) {
-      if (!block.fibers[t]) block.fibers[t] = std::make_unique<Fiber>();
-      Fiber& fiber = *block.fibers[t];
+      if (!cta.fibers[t]) cta.fibers[t] = std::make_unique<Fiber>();
+      Fiber& fiber = *cta.fibers[t];
       fiber.done = false;
       fiber.thread = t;
       fiber.copies.assign(1, {});
-      ++block.warps[t / kWarp].size;
+      ++cta.warps[t / kWarp].size;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
       fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -266,38 +267,38 @@ class Machine {
     }
   }
 
-  void run_team() {
-    at_team_ = 0;
+  void run_cluster() {
+    at_cluster_ = 0;
     for (bool alive = true; alive;) {
       alive = false;
       bool any_progress = false;
-      for (const auto& block : team_) {
-        enter(*block);
-        alive |= run_block(any_progress);
+      for (const auto& cta : cluster_) {
+        enter(*cta);
+        alive |= run_cta(any_progress);
         leave();
       }
       if (alive && !any_progress) fail(running_->waits);
     }
-    for (const auto& block : team_) {
-      if (block->at_barrier > 0) fail("a thread ended while others wait in __syncthreads");
+    for (const auto& cta : cluster_) {
+      if (cta->at_barrier > 0) fail("a thread ended while others wait in __syncthreads");
     }
-    if (at_team_ > 0) fail("a thread ended while others wait in cluster_sync");
+    if (at_cluster_ > 0) fail("a thread ended while others wait in cluster_sync");
   }
 
-  void enter(Block& block) {
-    block_ = &block;
+  void enter(Cta& cta) {
+    cta_ = &cta;
     const Bytes declared = declared_shared();
-    std::memcpy(declared.data, block.declared.data(), declared.size);
+    std::memcpy(declared.data, cta.declared.data(), declared.size);
   }
   void leave() {
     const Bytes declared = declared_shared();
-    std::memcpy(block_->declared.data(), declared.data, declared.size);
+    std::memcpy(cta_->declared.data(), declared.data, declared.size);
   }
 
-  // Every warp until it waits; whether some are not done.
-  bool run_block(bool& any_progress) {
+  // Runs every warp until it waits. Returns whether any thread is still alive.
+  bool run_cta(bool& any_progress) {
     bool alive = false;
-    const unsigned first = random_(), warps = static_cast<unsigned>(block_->warps.size());
+    const unsigned first = random_(), warps = static_cast<unsigned>(cta_->warps.size());
     for (unsigned w = 0; w < warps; ++w) {
       do {
         progress_ = false;
@@ -308,15 +309,15 @@ class Machine {
     return alive;
   }
 
-  // Every lane until it waits, any of them first; whether some are not done.
+  // Runs every lane until it waits, starting with a random one. Returns whether any is still alive.
   bool run_warp(unsigned warp) {
     bool alive = false;
     const unsigned first = random_();
     for (unsigned l = 0; l < kWarp; ++l) {
       const unsigned thread = warp * kWarp + (first + l) % kWarp;
-      if (thread >= block_size.x || block_->fibers[thread]->done) continue;
+      if (thread >= block_size.x || cta_->fibers[thread]->done) continue;
       alive = true;
-      running_ = block_->fibers[thread].get();
+      running_ = cta_->fibers[thread].get();
       swapcontext(&scheduler_, &running_->context);
     }
     return alive;
@@ -324,46 +325,46 @@ class Machine {
 
   ucontext_t scheduler_;
   std::minstd_rand random_;
-  std::vector<std::unique_ptr<Block>> team_;
-  Block* block_ = nullptr;
+  std::vector<std::unique_ptr<Cta>> cluster_;
+  Cta* cta_ = nullptr;
   Fiber* running_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
-  unsigned at_team_ = 0, team_generation_ = 0;
+  unsigned at_cluster_ = 0, cluster_generation_ = 0;
   bool progress_ = false;
 };
 
-inline Machine& machine() { return Machine::instance(); }
+inline Gpu& gpu() { return Gpu::instance(); }
 
-inline int lane() { return static_cast<int>(machine().thread() % kWarp); }
+inline int lane() { return static_cast<int>(gpu().thread() % kWarp); }
 
-// What a lane handed to exchange().
+// The value that lane `source` passed to exchange().
 template <class T>
-T of_lane(const unsigned char (*lanes)[kMaxBytes], int source) {
+T lane_value(const unsigned char (*lanes)[kMaxBytes], int source) {
   T value;
   std::memcpy(&value, lanes[source], sizeof(T));
   return value;
 }
-// Every lane's value for the lane that asks for it.
+// A warp shuffle: the value of lane `source`.
 template <class T>
-T take_from(const T& value, int source, const char* operation) {
-  return of_lane<T>(machine().exchange(value, operation), source);
+T shuffle(const T& value, int source, const char* operation) {
+  return lane_value<T>(gpu().exchange(value, operation), source);
 }
 
-// bfloat16, rounded to the nearest, the even one of two.
-inline uint16_t bfloat16_bits(float x) {
+// bfloat16, rounded to nearest even.
+inline uint16_t to_bfloat16_bits(float x) {
   const unsigned bits = __float_as_uint(x);
   return std::isnan(x) ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline float of_bfloat16_bits(uint16_t bits) { return __uint_as_float(unsigned{bits} << 16); }
+inline float from_bfloat16_bits(uint16_t bits) { return __uint_as_float(unsigned{bits} << 16); }
 
 inline unsigned char* aligned_shared() {
-  const auto address = reinterpret_cast<uintptr_t>(machine().block().shared.data());
+  const auto address = reinterpret_cast<uintptr_t>(gpu().cta().shared.data());
   return reinterpret_cast<unsigned char*>((address + 1023) / 1024 * 1024);
 }
 
-inline dim3 thread_index() { return {machine().thread(), 0, 0}; }
+inline dim3 thread_index() { return {gpu().thread(), 0, 0}; }
 
-// What lies between tensors and the pages before them.
+// The padding between tensors and the inaccessible pages before them.
 inline std::vector<std::pair<const unsigned char*, const unsigned char*>>& margins() {
   static std::vector<std::pair<const unsigned char*, const unsigned char*>> all;
   return all;
@@ -377,7 +378,7 @@ inline bool margins_are_untouched() {
   return true;
 }
 
-// Global memory: `count` elements that end where a page that nobody may touch begins, and start after another.
+// Global memory for `count` elements, which end at an inaccessible page.
 template <class T>
 class Tensor {
  public:
@@ -406,7 +407,7 @@ class Tensor {
 }  // namespace simulated
 
 #define threadIdx (simulated::thread_index())
-#define blockIdx (simulated::machine().block().index)
-#define blockDim (simulated::machine().block_size)
-#define gridDim (simulated::machine().grid_size)
-#define __syncthreads() simulated::machine().barrier()
+#define blockIdx (simulated::gpu().cta().index)
+#define blockDim (simulated::gpu().block_size)
+#define gridDim (simulated::gpu().grid_size)
+#define __syncthreads() simulated::gpu().barrier()

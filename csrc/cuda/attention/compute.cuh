@@ -1,10 +1,13 @@
-// Decode attention, the arithmetic: one warp takes a group of keys: S = Q K^T, the softmax policy, O += P V.
+// Decode attention, arithmetic: one warp processes one KV tile: S = Q K^T, the softmax policy, O += P V.
 #pragma once
 
-#include "cuda/attention/pipeline.cuh"
+#include "cuda/attention/softmax.cuh"
+#include "cuda/attention/tile.cuh"
+#include "cuda/numeric.cuh"
 
 namespace flashdecpp {
 
+// Softcap and ALiBi of a scaled product; `distance` is the row's position minus the key's.
 __device__ __forceinline__ float logit(const AttentionParams& p, float x, float slope, int distance) {
   if (p.softcap > 0.f) {  // tanh(y) = 1 - 2 / (e^(2y) + 1)
     const float e = arch::exp2_approx(x * (2.f * kLog2E / p.softcap));
@@ -14,55 +17,55 @@ __device__ __forceinline__ float logit(const AttentionParams& p, float x, float 
   return x;
 }
 
-// What a lane's rows of a unit begin with, asked for a unit ahead: a small load waits behind many large ones.
+// phi of a lane's rows, loaded one work tile ahead because a small load queues behind many large ones.
 template <class Tile, class Policy>
 struct RowPhi {
   float phi[TileC::kRowSlots];
 
-  __device__ __forceinline__ void load(const AttentionLaunch& launch, const QueryTile& rows) {
+  __device__ __forceinline__ void load(const AttentionLaunch& launch, const QueryTile& queries) {
 #pragma unroll
     for (int s = 0; s < TileC::kRowSlots; ++s) {
       const int row = TileC::slot_row(s);
       phi[s] = 0.f;
-      if (Policy::kUnified && row < rows.count) phi[s] = rows.phi(launch, row);
+      if (Policy::kUnified && row < queries.count) phi[s] = queries.phi(launch, row);
     }
   }
 };
 
-// A warp's part of the rows of one unit: O, and for every row that this lane holds values of, its softmax.
+// A warp's partial of one work tile: O, and the softmax of every row that this lane holds values of.
 template <class Tile, class Policy>
 class WarpAttention {
   using T = typename Tile::T;
-  static constexpr int kSlots = TileC::kRowSlots;
+  static constexpr int kRowSlots = TileC::kRowSlots;
   static constexpr int kAhead = Tile::kAhead;
 
  public:
-  __device__ __forceinline__ WarpAttention(const AttentionLaunch& launch, const QueryTile& rows,
+  __device__ __forceinline__ WarpAttention(const AttentionLaunch& launch, const QueryTile& queries,
                                            const RowPhi<Tile, Policy>& row_phi, float scale)
       : p_(launch.p), scale_(scale) {
     const AttentionParams& p = launch.p;
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
+    for (int s = 0; s < kRowSlots; ++s) {
       const int row = TileC::slot_row(s);
-      const bool used = row < rows.count;
-      const int position = used ? rows.position(launch, row) : -1;
-      first_[s] = Sequence::window_begin(p, position);
-      last_[s] = position;
-      slope_[s] = used && p.alibi_slopes ? p.alibi_slopes[rows.head(launch, row)] : 0.f;
+      const bool used = row < queries.count;
+      const int position = used ? queries.position(launch, row) : -1;
+      first_key_[s] = Sequence::window_begin(p, position);
+      last_key_[s] = position;
+      slope_[s] = used && p.alibi_slopes ? p.alibi_slopes[queries.head(launch, row)] : 0.f;
       const float phi = row_phi.phi[s];
-      ref_[s] = usable(phi) ? phi : 0.f;
+      ref_[s] = is_usable(phi) ? phi : 0.f;
       max_[s] = -kInfinity;
       sum_[s] = 0.f;
-      seen_[s] = position < 0;  // nothing to wait for
+      seen_[s] = position < 0;  // unused rows have nothing to wait for
     }
 #pragma unroll
     for (int n = 0; n < Tile::kColumnTiles; ++n) o_[n] = TileC();
-    const int begin = rows.position(launch, 0), end = rows.position(launch, rows.count - 1);
+    const int begin = queries.position(launch, 0), end = queries.position(launch, queries.count - 1);
     common_begin_ = Sequence::window_begin(p, max(end, 0));
     common_end_ = begin + 1;
   }
 
-  // The unit's queries, [kRows, kDims] in shared memory; to be left there.
+  // The work tile's queries, [kRows, kDims] in shared memory, where they must stay unless kQueryInRegisters.
   __device__ __forceinline__ void set_queries(const T* q) {
     q_ = q;
     if constexpr (Tile::kQueryInRegisters) {
@@ -71,41 +74,41 @@ class WarpAttention {
     }
   }
 
-  // A group whose first key is `key_begin`. The sequence's keys from loaded_begin to loaded_end are in it, zeros in the
-  // place of others' values.
+  // Adds the KV tile whose first key is `key_begin`. V is zero outside of the sequence's keys [loaded_begin,
+  // loaded_end).
   template <class Rows>
   __device__ __forceinline__ void process_tile(const Rows& keys, const Rows& values, int key_begin, int loaded_begin,
                                                int loaded_end, float* scratch) {
     TileC scores[kTilesOf16];
     compute_scores(keys, scores);
     to_logits(scores, key_begin);
-    weigh(scores);
-    const bool common =
+    to_weights(scores);
+    const bool loaded_visible =
         max(key_begin, loaded_begin) >= common_begin_ && min(key_begin + kKvTile, loaded_end) <= common_end_;
-    if (common || all_finite(values)) {
+    if (loaded_visible || all_finite(values)) {
       accumulate_values(values, scores);
     } else {
       accumulate_visible(values, scores, key_begin, reinterpret_cast<T*>(scratch));
     }
   }
 
-  // f(row of the unit, SoftmaxState) for every row, by one of the lanes that hold values of it.
+  // Calls f(row, SoftmaxState) for every row, in one of the lanes that hold values of it.
   template <class F>
   __device__ __forceinline__ void for_each_row(F f) const {
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
+    for (int s = 0; s < kRowSlots; ++s) {
       const float max = arch::row_reduce(max_[s], [](float a, float b) { return fmaxf(a, b); });
       const float sum = arch::row_reduce(sum_[s], [](float a, float b) { return a + b; });
       if (TileC::leads_row()) f(TileC::slot_row(s), SoftmaxState{ref_[s], max, sum});
     }
   }
 
-  // O of the kMergeRows rows from `first` on, a constant, as rows of the scratch.
+  // Writes O of kScratchRows rows to scratch, from row `first` on, which must be a compile-time constant.
   __device__ __forceinline__ void store_rows(int first, float* scratch) const {
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
+    for (int s = 0; s < kRowSlots; ++s) {
       const int row = arch::rematerialize(TileC::slot_row(s) - first);
-      if (row < 0 || row >= Tile::kMergeRows) continue;
+      if (row < 0 || row >= Tile::kScratchRows) continue;
 #pragma unroll
       for (int n = 0; n < Tile::kColumnTiles; ++n) {
 #pragma unroll
@@ -119,8 +122,8 @@ class WarpAttention {
  private:
   __device__ __forceinline__ void load_query(TileA<T>& a, int k) const { arch::load_a(a, q_ + k * 16, Tile::kQStride); }
 
-  // Loads run ahead of the products by kAhead steps, and the steps alternate between two sums: chains of dependent
-  // instructions are what a warp waits for most.
+  // Loads run kAhead steps ahead of the products, and steps alternate between two accumulators, because a warp stalls
+  // mostly on chains of dependent instructions.
   template <class Rows>
   __device__ __forceinline__ void compute_scores(const Rows& keys, TileC (&scores)[kTilesOf16]) {
     constexpr int kSteps = Tile::kDims / 16;
@@ -144,30 +147,30 @@ class WarpAttention {
     for_each_score([&](int t, int i) { scores[t].v[i] += odd[t].v[i]; });
   }
 
-  // Products to logits: NaN where they are not finite, -infinity where a row does not see the key.
+  // Turns products into logits: NaN if not finite, -infinity if the row does not see the key.
   __device__ __forceinline__ void to_logits(TileC (&scores)[kTilesOf16], int key_begin) {
-    const bool plain = p_.softcap <= 0.f && !p_.alibi_slopes;
-    const bool full = key_begin >= common_begin_ && key_begin + kKvTile <= common_end_;
+    const bool scaled_only = p_.softcap <= 0.f && !p_.alibi_slopes;
+    const bool all_visible = key_begin >= common_begin_ && key_begin + kKvTile <= common_end_;
     for_each_score([&](int t, int i) {
       const float x = scores[t].v[i] * scale_;
       scores[t].v[i] = is_finite(x) ? x : kNaN;
     });
-    if (plain && full) return;
+    if (scaled_only && all_visible) return;
     for_each_score([&](int t, int i) {
       const int s = TileC::slot(i), key = key_begin + t * arch::kTileN + TileC::col(i);
       float x = scores[t].v[i];
-      if (!plain) x = logit(p_, x, slope_[s], last_[s] - key);
-      scores[t].v[i] = key >= first_[s] && key <= last_[s] ? (is_finite(x) ? x : kNaN) : -kInfinity;
+      if (!scaled_only) x = logit(p_, x, slope_[s], last_key_[s] - key);
+      scores[t].v[i] = key >= first_key_[s] && key <= last_key_[s] ? (is_finite(x) ? x : kNaN) : -kInfinity;
     });
   }
 
-  // Logits to weights.
-  __device__ __forceinline__ void weigh(TileC (&scores)[kTilesOf16]) {
+  // Turns logits into weights.
+  __device__ __forceinline__ void to_weights(TileC (&scores)[kTilesOf16]) {
     if constexpr (Policy::kUnified) {
-      bool outside = !settled_;
+      bool outside = !all_seen_;
       for_each_score([&](int t, int i) {
         const int s = TileC::slot(i);
-        max_[s] = fmaxf(max_[s], scores[t].v[i]);  // passes over NaN
+        max_[s] = fmaxf(max_[s], scores[t].v[i]);  // ignores NaN
         outside |= exponent<Policy>(scores[t].v[i], ref_[s]) > Policy::kHigh;
       });
       if (arch::warp_any(outside)) rebase(scores);
@@ -182,7 +185,7 @@ class WarpAttention {
     });
   }
 
-  // f(key tile, value).
+  // Calls f(t, i) for value i of column tile t.
   template <class F>
   static __device__ __forceinline__ void for_each_score(F f) {
 #pragma unroll
@@ -192,43 +195,43 @@ class WarpAttention {
     }
   }
 
-  // New row_phi for the rows that need one, before the weights of these logits are taken.
+  // Gives a new reference to the rows that need one for these logits, before their weights are computed.
   __device__ __forceinline__ void rebase(const TileC (&scores)[kTilesOf16]) {
-    float shrink[kSlots];
-    bool changed = false, unsettled = false;
+    float factors[kRowSlots];
+    bool changed = false, unseen = false;
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      float top = -kInfinity;
+    for (int s = 0; s < kRowSlots; ++s) {
+      float tile_max = -kInfinity;
 #pragma unroll
       for (int t = 0; t < kTilesOf16; ++t) {
 #pragma unroll
         for (int i = 0; i < TileC::kValues; ++i) {
-          if (TileC::slot(i) == s) top = fmaxf(top, scores[t].v[i]);
+          if (TileC::slot(i) == s) tile_max = fmaxf(tile_max, scores[t].v[i]);
         }
       }
-      top = arch::row_reduce(top, [](float a, float b) { return fmaxf(a, b); });
-      if constexpr (!Policy::kUnified) max_[s] = fmaxf(max_[s], top);
-      shrink[s] = 1.f;
-      if (top > -kInfinity) {
-        const float e = exponent<Policy>(top, ref_[s]);
+      tile_max = arch::row_reduce(tile_max, [](float a, float b) { return fmaxf(a, b); });
+      if constexpr (!Policy::kUnified) max_[s] = fmaxf(max_[s], tile_max);
+      factors[s] = 1.f;
+      if (tile_max > -kInfinity) {
+        const float e = exponent<Policy>(tile_max, ref_[s]);
         if (e > Policy::kHigh || (!seen_[s] && e < Policy::kLow)) {
-          const float ref = rebased<Policy>(top);
-          if (seen_[s]) shrink[s] = rescale(ref_[s], ref);
+          const float ref = rebased<Policy>(tile_max);
+          if (seen_[s]) factors[s] = rescale(ref_[s], ref);
           ref_[s] = ref;
           changed = true;
         }
         seen_[s] = true;
       }
-      unsettled |= !seen_[s];
+      unseen |= !seen_[s];
     }
-    settled_ = !arch::warp_any(unsettled);
+    all_seen_ = !arch::warp_any(unseen);
     if (!arch::warp_any(changed)) return;
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) sum_[s] *= shrink[s];
+    for (int s = 0; s < kRowSlots; ++s) sum_[s] *= factors[s];
 #pragma unroll
     for (int n = 0; n < Tile::kColumnTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < TileC::kValues; ++i) o_[n].v[i] *= shrink[TileC::slot(i)];
+      for (int i = 0; i < TileC::kValues; ++i) o_[n].v[i] *= factors[TileC::slot(i)];
     }
   }
 
@@ -241,8 +244,8 @@ class WarpAttention {
       arch::scheduling_barrier();
       TileB<T> b[kAhead][kTilesOf16];
 #pragma unroll
-      for (int j = 0; j < kAhead && begin + j < Tile::kDims / 16; j += Tile::kRun) {
-        arch::load_run<Tile::kRun>(b, j, values, begin + j);
+      for (int j = 0; j < kAhead && begin + j < Tile::kDims / 16; j += Tile::kInterleave) {
+        arch::load_b_steps<Tile::kInterleave>(b, j, values, begin + j);
       }
 #pragma unroll
       for (int j = 0; j < kAhead && begin + j < Tile::kDims / 16; ++j) {
@@ -262,8 +265,8 @@ class WarpAttention {
     return !arch::warp_any(!finite);
   }
 
-  // O += P V, key by key and row by row, for a group with a V that is not finite and that not all rows see: 0 * V would
-  // be NaN.
+  // O += P V, key by key and row by row, for a tile with a V that is not finite and keys that not all rows see: 0 * V
+  // would be NaN.
   template <class Rows>
   __device__ __forceinline__ void accumulate_visible(const Rows& values, const TileC (&weights)[kTilesOf16],
                                                      int key_begin, T* scratch) {
@@ -276,7 +279,7 @@ class WarpAttention {
 #pragma unroll
       for (int i = 0; i < TileC::kValues; ++i) {
         const int s = TileC::slot(i);
-        if (key_begin + j < first_[s] || key_begin + j > last_[s]) continue;
+        if (key_begin + j < first_key_[s] || key_begin + j > last_key_[s]) continue;
         const float weight = arch::to_float(scratch[TileC::row(i) * kKvTile + j]);
 #pragma unroll
         for (int n = 0; n < Tile::kColumnTiles; ++n) {
@@ -290,11 +293,11 @@ class WarpAttention {
   float scale_;
   const T* q_;
   TileA<T> q_tiles_[Tile::kQueryInRegisters ? Tile::kDims / 16 : 1];
-  int first_[kSlots], last_[kSlots];  // the keys that a row sees
-  float slope_[kSlots];
-  float ref_[kSlots], max_[kSlots], sum_[kSlots];  // max and sum: over this lane's keys
-  bool seen_[kSlots], settled_ = false;            // whether the row, whether all rows have seen a key
-  int common_begin_, common_end_;                  // the keys that every row sees
+  int first_key_[kRowSlots], last_key_[kRowSlots];  // keys that each row sees, inclusive
+  float slope_[kRowSlots];
+  float ref_[kRowSlots], max_[kRowSlots], sum_[kRowSlots];  // max and sum are over this lane's keys
+  bool seen_[kRowSlots], all_seen_ = false;                 // whether a row, and whether all rows have seen a key
+  int common_begin_, common_end_;                           // keys that every row sees
   TileC o_[Tile::kColumnTiles];
 };
 

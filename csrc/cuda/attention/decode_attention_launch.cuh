@@ -70,7 +70,7 @@ void launch_kernel(const Launcher& launcher, AttentionLaunch launch, Device devi
   launch.uniform_splits = static_cast<int32_t>(grid.uniform_splits);
   launch.streams = static_cast<uint32_t>(grid.streams);
   launch.max_streams = static_cast<uint32_t>(grid.max_streams);
-  launch.min_uniform_tiles = static_cast<float>(grid.min_uniform_tiles) * kKvTile;
+  launch.min_uniform_keys = static_cast<float>(grid.min_uniform_tiles) * kKvTile;
   Tensor workspace;
   if (grid.slots > 0) {
     workspace = new_tensor({(grid.slots * slot_bytes + 16 + 3) / 4}, DType::kFloat32, device);

@@ -1,24 +1,24 @@
-// The softmax of one row as a policy that a kernel is compiled with. A row's keys are taken in parts (by warps, by
-// blocks); a part holds its weights relative to a reference `ref`,
+// The softmax of a row as a compile-time policy, and its state as a value that merges. Warps, CTAs and clusters each
+// see some of a row's keys; their partials hold weights relative to a reference `ref`,
 //
 //   weight(x) = 2^((x - ref) log2(e) + kLift),
 //
-// and is well kept while its largest weight so far lies between 2^kLow and 2^kHigh. Where it does not, the part is
-// rebased: a new reference, and what was summed is multiplied by rescale(old, new).
+// and are accurate while the largest weight so far lies in the window from 2^kLow to 2^kHigh. A partial whose largest
+// weight leaves the window is rebased: it gets a new reference, and its sums are multiplied by rescale(old, new).
 //
-//   OnlineMax   the window is the single point 1: the reference is the largest logit so far, compared before any weight
-//               of a tile can be taken. The running maximum sits on the critical path.
-//   UnifiedMax  the reference is phi, fixed beforehand (FlashDecoding++ section 3), and the window is as wide as the
-//               number format allows, with phi in its middle: weights are taken at once, partial sums of different
-//               parts just add up in any order. That a weight left the window upwards is seen from the weights'
-//               exponents themselves, in whichever lane it happens; that a part's first keys are all below it is looked
-//               at once. Both rebase the part, in place: any logits give the exact softmax, whatever phi is, and a row
-//               costs no second pass over its keys.
+//   OnlineMax   The window is the single point 1: the reference is the largest logit so far, and must be known before
+//               any weight of a tile can be computed. The running maximum is on the critical path.
+//   UnifiedMax  The reference is phi, fixed beforehand (FlashDecoding++ section 3), and the window is as wide as the
+//               number format allows, centered on phi. Weights need no maximum first, and partials with the same
+//               reference simply add up in any order. A weight above the window shows in its own exponent, in whichever
+//               lane computes it; whether a partial's first keys are all below it is checked once. Both cases rebase
+//               the partial in place, so any logits give the exact softmax whatever phi is, without a second pass over
+//               the row's keys.
 //
-// A row whose true maximum is outside of phi's window is rescale_or_one (fallback_count), however its parts went.
+// A row whose true maximum is outside of phi's window is counted in fallback_count, whatever happened to its partials.
 //
-// A key that the row does not see comes as -infinity and weighs nothing; a visible key without a finite logit comes as
-// NaN, which stays in the sum (and in the output, through its weight) to the end.
+// A key that the row does not see has logit -infinity and weight 0. A visible key whose logit is not finite has logit
+// NaN, which stays in the sum, and so in the output, to the end.
 #pragma once
 
 #include <cfloat>
@@ -39,13 +39,14 @@ struct OnlineMax {
   static constexpr float kLift = 0.f, kLow = 0.f, kHigh = 0.f, kRebased = 0.f;
 };
 
-// half: the weights go through the tensor cores as half. Upwards 65504 = 2^15.99 is the end. Downwards half loses
-//   precision below 2^-14 and everything below 2^-25: the online softmax, whose largest weight is 1, does too, and as a
-//   sequence may have 2^17 keys of 2^-17 times the largest weight, nothing can be given away there. So the largest
-//   weight is 2^-0.5 to 2^15.5: row maxima within 5.5 of phi are safe. A rebased part starts low, with room to grow.
-// bfloat16: the range of float32, and weights up to 1, so that sums of weighted values overflow no earlier than the
-//   online softmax's. With a largest weight of 2^-64, weights of 2^-62 times that are still normal numbers. Row maxima
-//   within 22 of phi are safe.
+// half: weights enter the tensor cores as half, whose largest value is 65504 = 2^15.99 and which loses precision below
+//   2^-14 and everything below 2^-25. The online softmax, whose largest weight is 1, has the same lower limit; as a
+//   sequence may have 2^17 keys of 2^-17 times the largest weight, no range can be sacrificed there. So the largest
+//   weight may be 2^-0.5 to 2^15.5, and row maxima within 5.5 of phi are safe. Rebased partials start low, with room to
+//   grow.
+// bfloat16: the exponent range of float32, with weights up to 1, so that weighted sums overflow no earlier than with
+//   the online softmax. With a largest weight of 2^-64, weights of 2^-62 times that are still normal numbers. Row
+//   maxima within 22 of phi are safe.
 template <class T>
 struct UnifiedMax;
 template <>
@@ -59,82 +60,85 @@ struct UnifiedMax<arch::bfloat16> {
   static constexpr float kLift = -32.f, kLow = -64.f, kHigh = 0.f, kRebased = -32.f;
 };
 
-// A part of a row as it is kept between warps and between blocks. max is -infinity while no key was seen.
+// The softmax of one row over some of its keys. max is -infinity if there was no key.
 struct alignas(16) SoftmaxState {
   float ref, max, sum;
 };
 
-// The binary exponent of a weight. The difference is taken before the change of base: finite wherever it matters.
+// The binary exponent of a weight. Subtracting before changing the base keeps it finite wherever it matters.
 template <class Policy>
 __device__ __forceinline__ float exponent(float x, float ref) {
   return fmaf(x - ref, kLog2E, Policy::kLift);
 }
 
-// What a part relative to `ref` counts in one relative to `whole`.
-__device__ __forceinline__ float rescale(float ref, float whole) { return arch::exp2_approx((ref - whole) * kLog2E); }
-
-// The reference of a part whose largest logit so far is `top`, where it is outside of the window.
-template <class Policy>
-__device__ __forceinline__ float rebased(float top) {
-  return top + (Policy::kLift - Policy::kRebased) * kLn2;
+// exp(ref - new_ref): converts a sum relative to `ref` into one relative to `new_ref`.
+__device__ __forceinline__ float rescale(float ref, float new_ref) {
+  return arch::exp2_approx((ref - new_ref) * kLog2E);
 }
 
-// A phi that is no number, or near the end of float32, serves no row.
-__device__ __forceinline__ bool usable(float phi) { return fabsf(phi) < 1e37f; }
-
-// Whether phi was fit for a row, which only the row's true maximum decides.
+// The new reference of a partial that left the window with `max` as its largest logit so far.
 template <class Policy>
-__device__ __forceinline__ bool trusted(float phi, float max) {
+__device__ __forceinline__ float rebased(float max) {
+  return max + (Policy::kLift - Policy::kRebased) * kLn2;
+}
+
+// False for NaN and for values near the limits of float32.
+__device__ __forceinline__ bool is_usable(float phi) { return fabsf(phi) < 1e37f; }
+
+// Whether a row's true maximum, which alone decides, lies in phi's window.
+template <class Policy>
+__device__ __forceinline__ bool phi_fits(float phi, float max) {
   const float e = exponent<Policy>(max, phi);
-  return !Policy::kUnified || (usable(phi) && e >= Policy::kLow && e <= Policy::kHigh);
+  return !Policy::kUnified || (is_usable(phi) && e >= Policy::kLow && e <= Policy::kHigh);
 }
 
 template <class Policy>
-__device__ __forceinline__ float log_sum(const SoftmaxState& row) {
-  return row.ref + (logf(row.sum) - Policy::kLift * kLn2);
+__device__ __forceinline__ float log_sum(const SoftmaxState& state) {
+  return state.ref + (logf(state.sum) - Policy::kLift * kLn2);
 }
 
-// A row from its parts. Its reference is the largest of a part that saw a key: each part's maximum is at least kLow
-// above its reference, so the whole's is too. A part without a key changes nothing, and a NaN in a sum stays.
+// The state of a row that saw no key. Merging it changes nothing.
 inline constexpr SoftmaxState kEmptyState = {0.f, -kInfinity, 0.f};
 
-// What a part counts in a whole of that reference.
-__device__ __forceinline__ float rescale_or_one(const SoftmaxState& part, float ref) {
-  return part.max > -kInfinity ? rescale(part.ref, ref) : 1.f;
+// Factor that converts a partial to reference `ref`; 1 if the partial saw no key, so that a NaN in its sum remains.
+__device__ __forceinline__ float rescale_or_one(const SoftmaxState& partial, float ref) {
+  return partial.max > -kInfinity ? rescale(partial.ref, ref) : 1.f;
 }
 
+// Merges partials of a row. The merged reference is the largest of the partials that saw a key: relative to its own
+// reference each partial's maximum has an exponent of at least kLow, so the merged maximum does too.
 struct MergedState {
-  SoftmaxState row = {-kInfinity, -kInfinity, 0.f};
+  SoftmaxState state = {-kInfinity, -kInfinity, 0.f};
 
-  // Takes n more parts, to count by `factors`; what was summed before counts by what is returned. The parts' factors do
-  // not depend on each other.
+  // Merges n more partials. Their sums are to be multiplied by `factors`, and earlier sums by the result. The factors
+  // do not depend on each other.
   template <int n>
-  __device__ __forceinline__ float add(const SoftmaxState (&parts)[n], float (&factors)[n]) {
-    const float before = row.ref;
+  __device__ __forceinline__ float add(const SoftmaxState (&partials)[n], float (&factors)[n]) {
+    const float old_ref = state.ref;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      if (parts[i].max > -kInfinity) row.ref = fmaxf(row.ref, parts[i].ref);
-      row.max = fmaxf(row.max, parts[i].max);
+      if (partials[i].max > -kInfinity) state.ref = fmaxf(state.ref, partials[i].ref);
+      state.max = fmaxf(state.max, partials[i].max);
     }
-    const float kept = before > -kInfinity ? rescale(before, row.ref) : 1.f;
-    row.sum *= kept;
+    const float old_factor = old_ref > -kInfinity ? rescale(old_ref, state.ref) : 1.f;
+    state.sum *= old_factor;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      factors[i] = rescale_or_one(parts[i], row.ref);
-      row.sum = fmaf(factors[i], parts[i].sum, row.sum);
+      factors[i] = rescale_or_one(partials[i], state.ref);
+      state.sum = fmaf(factors[i], partials[i].sum, state.sum);
     }
-    return kept;
+    return old_factor;
   }
 };
 
-// The same from the parts that neighboring lanes hold, one each.
+// Merges the partials of `lanes` neighboring lanes, one each; `factor` is that of this lane's partial.
 template <int lanes>
-__device__ __forceinline__ SoftmaxState merge_lanes(const SoftmaxState& part, float& factor) {
+__device__ __forceinline__ SoftmaxState merge_lanes(const SoftmaxState& partial, float& factor) {
   const auto larger = [](float a, float b) { return fmaxf(a, b); };
   const auto sum = [](float a, float b) { return a + b; };
-  const float ref = arch::lanes_reduce<lanes>(part.max > -kInfinity ? part.ref : -kInfinity, larger);
-  factor = rescale_or_one(part, ref);
-  return {ref, arch::lanes_reduce<lanes>(part.max, larger), arch::lanes_reduce<lanes>(factor * part.sum, sum)};
+  const float ref = arch::lanes_reduce<lanes>(partial.max > -kInfinity ? partial.ref : -kInfinity, larger);
+  factor = rescale_or_one(partial, ref);
+  return {ref, arch::lanes_reduce<lanes>(partial.max, larger), arch::lanes_reduce<lanes>(factor * partial.sum, sum)};
 }
 
 }  // namespace flashdecpp

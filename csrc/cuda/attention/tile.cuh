@@ -1,8 +1,8 @@
-// Decode attention, what a block is: the shapes of its tiles, its rows, and the keys that they see.
+// Decode attention, shapes: a CTA and its shared memory, a work tile's query rows, and the keys that they see.
 #pragma once
 
+#include "cuda/arch.h"
 #include "cuda/attention/softmax.cuh"
-#include "cuda/numeric.cuh"
 #include "params.h"
 
 namespace flashdecpp {
@@ -12,28 +12,28 @@ using arch::TileA;
 using arch::TileB;
 using arch::TileC;
 
-inline constexpr int kKvTile = 16;         // keys that a warp takes at a time
-inline constexpr int kMaxClusterSize = 8;  // blocks: clusters of more are not portable
+inline constexpr int kKvTile = 16;         // keys that a warp processes at a time
+inline constexpr int kMaxClusterSize = 8;  // CTAs; larger clusters are not portable
 
 struct AttentionLaunch {
   AttentionParams p;
-  // Of a unit that several teams share, each leaves its part in a slot. A slot is ready once its flag is the nonce: a
-  // number that no other launch uses, so that what the memory held before does not matter.
+  // Clusters that share a work tile leave their partials in slots. A slot is ready once its flag equals the nonce,
+  // which no other launch uses, so the previous contents of the memory do not matter.
   float* partial_out;            // [slots, slot_rows, head_dim]
   SoftmaxState* partial_states;  // [slots, slot_rows]
   uint64_t* ready;               // [slots]
   uint64_t nonce;
-  int32_t cluster_size_log2;  // blocks of a team
-  int32_t min_kv_tiles_log2;  // groups of a unit that are worth a team
-  // The work is cut by unit, up to so many teams each; or, if `streams` is not 0 and the sequences are of different
-  // lengths or hold fewer keys than min_uniform_tiles, by line.
-  int32_t uniform_splits;
-  float min_uniform_tiles;
-  uint32_t streams, max_streams;
-  // A kernel's first microseconds go into fetching its instructions: a division is 30 of them. row / group is
-  // row * group_reciprocal >> 16, exactly for the 256 rows that there may be.
-  int32_t group, group_reciprocal;
-  int32_t query_tiles, slot_rows;  // units of a KV head; rows of each, and so of a slot
+  int32_t cluster_size_log2;  // CTAs per cluster
+  int32_t min_kv_tiles_log2;  // KV tiles per cluster of a split work tile, at least
+  // The split is uniform unless `streams` is not 0 and the sequences differ in length or hold fewer than
+  // min_uniform_keys keys in all; then it is stream-K.
+  int32_t uniform_splits;  // clusters per work tile, at most
+  float min_uniform_keys;
+  uint32_t streams, max_streams;  // number that fills the device; upper limit
+  // A kernel spends its first microseconds fetching instructions, and a division is 30 of them. So row / group is
+  // row * group_reciprocal >> 16, which is exact for rows below 256.
+  int32_t group, group_reciprocal;  // query heads per KV head
+  int32_t query_tiles, slot_rows;   // query tiles per KV head; rows of each, and so of a slot
 
   void set_query_tiles(int tile_rows) {
     group = p.group();
@@ -45,15 +45,15 @@ struct AttentionLaunch {
   __host__ __device__ int work_tiles_per_sequence() const { return p.kv_heads * query_tiles; }
 };
 
-// How blocks are cut: chosen by measurement.
-template <int kWarps_, int kStages_, int kBlocks_, int kMergeRows_>
+// The shape of a CTA, chosen by measurement.
+template <int kWarps_, int kStages_, int kCtasPerSm_, int kScratchRows_>
 struct CtaShape {
   static constexpr int kWarps = kWarps_, kStages = kStages_;
-  static constexpr int kMergeRows = kMergeRows_;  // rows that the warps merge at a time
-  static constexpr int kCtasPerSm = kBlocks_;     // at once on a SM
+  static constexpr int kScratchRows = kScratchRows_;  // rows that the warps combine at a time
+  static constexpr int kCtasPerSm = kCtasPerSm_;      // resident at a time
 };
 
-// Shapes of one configuration. T computes, the cache holds KV; head_dim up to kDims.
+// Shapes of one configuration: queries and products in T, a cache of KV, head_dim up to kDims.
 template <class T_, class KV_, int kDims_, class Shape_>
 struct AttentionTile {
   using T = T_;
@@ -65,15 +65,15 @@ struct AttentionTile {
   static constexpr int kStages = Shape::kStages;
   static constexpr int kColumnTiles = kDims / arch::kTileN;
   static constexpr bool kQueryInRegisters = kDims <= arch::AttentionTuning::kQueryColumns;
-  static constexpr int kAhead = arch::AttentionTuning::kAhead, kRun = arch::AttentionTuning::run(kDims);
-  static_assert(kAhead % kRun == 0);
+  static constexpr int kAhead = arch::AttentionTuning::kAhead, kInterleave = arch::AttentionTuning::interleave(kDims);
+  static_assert(kAhead % kInterleave == 0);
   static constexpr int kQStride = kDims + 8;
-  static constexpr int kMergeRows = Shape::kMergeRows, kScratchStride = kDims + 8;
+  static constexpr int kScratchRows = Shape::kScratchRows, kScratchStride = kDims + 8;
 
-  // The column of the cache that value i of column tile n stands for.
+  // The cache column of value i in column tile n of O.
   static __device__ __forceinline__ int column(int n, int i) {
-    if constexpr (kRun > 1) {
-      return arch::run_column<kRun>(n, TileC::col(i));
+    if constexpr (kInterleave > 1) {
+      return arch::interleaved_column<kInterleave>(n, TileC::col(i));
     } else if constexpr (kWiden) {
       return n / kTilesOf16 * 16 + arch::widened_column(n % kTilesOf16, TileC::col(i));
     } else {
@@ -82,12 +82,12 @@ struct AttentionTile {
   }
 };
 
-// The shared memory of a block: of every warp the ring, the queries of a unit, and room to merge.
+// Dynamic shared memory of a CTA: per warp its stages, the queries of a work tile, and scratch to combine in.
 template <class Tile, class Stages>
 struct SharedMemory {
   static constexpr int kStagesBytes = Tile::kStages * Stages::kStageBytes;
   static constexpr int kQBytes = Tile::kRows * Tile::kQStride * 2;
-  static constexpr int kScratchBytes = Tile::kMergeRows * Tile::kScratchStride * 4;
+  static constexpr int kScratchBytes = Tile::kScratchRows * Tile::kScratchStride * 4;
   static constexpr int kBytes = Tile::kWarps * (kStagesBytes + kQBytes + kScratchBytes);
   static_assert(kScratchBytes >= 16 * kKvTile * 2);
 
@@ -102,11 +102,11 @@ struct SharedMemory {
   }
 };
 
-// The keys of one sequence that some row sees, and the groups that hold them.
+// The keys of one sequence that some row sees, and the KV tiles that hold them.
 struct Sequence {
-  int length;                   // keys, new tokens included
-  int key_begin;                // the first that a row sees
-  int first_kv_tile, kv_tiles;  // at least one group, also where there is no key: a block must write the outputs
+  int length;                   // keys, including the new tokens
+  int key_begin;                // first key that any row sees
+  int first_kv_tile, kv_tiles;  // at least one tile even if there is no key, so that the outputs are written
 
   Sequence() = default;
   __device__ Sequence(const AttentionParams& p, int loaded_length) {
@@ -124,22 +124,22 @@ struct Sequence {
     return {p, load_length(p, batch)};
   }
 
-  __device__ __forceinline__ Sequence shfl(int source) const {
+  __device__ __forceinline__ Sequence shfl(int lane) const {
     Sequence s;
-    s.length = arch::uniform(arch::shfl(length, source));
-    s.key_begin = arch::uniform(arch::shfl(key_begin, source));
-    s.first_kv_tile = arch::uniform(arch::shfl(first_kv_tile, source));
-    s.kv_tiles = arch::uniform(arch::shfl(kv_tiles, source));
+    s.length = arch::uniform(arch::shfl(length, lane));
+    s.key_begin = arch::uniform(arch::shfl(key_begin, lane));
+    s.first_kv_tile = arch::uniform(arch::shfl(first_kv_tile, lane));
+    s.kv_tiles = arch::uniform(arch::shfl(kv_tiles, lane));
     return s;
   }
 
-  // First key that a row at `position` sees.
+  // The first key that a row at `position` sees.
   static __device__ __forceinline__ int window_begin(const AttentionParams& p, int position) {
     return p.window > 0 ? max(position - p.window + 1, 0) : 0;
   }
 };
 
-// The rows of a unit: up to kRows of the q_len * group query rows that share a KV head, token by token.
+// The rows of a work tile: up to kRows of the q_len * group query rows that share a KV head, token by token.
 struct QueryTile {
   int batch, kv_head, begin, count, length;
 

@@ -1,4 +1,4 @@
-// What is applied to a gate.
+// The activation functions of gated layers.
 #pragma once
 
 #include "cuda/numeric.cuh"
@@ -10,7 +10,7 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
     case Activation::kSilu: return x / (1.f + expf(-x));
     case Activation::kGelu: return 0.5f * x * (1.f + erff(x * 0.70710678f));
     case Activation::kGeluTanh: return 0.5f * x * (1.f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    case Activation::kRelu: return x < 0.f ? 0.f : x;  // NaN stays
+    case Activation::kRelu: return x < 0.f ? 0.f : x;  // keeps NaN
   }
   return x;
 }

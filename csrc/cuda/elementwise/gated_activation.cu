@@ -1,4 +1,4 @@
-// gated_activation on a GPU: check, guard, allocate, launch.
+// gated_activation, and the activation of an unfused linear, on a GPU: check, guard, allocate, launch.
 #include "boxing.h"
 #include "checks/activation.h"
 #include "cuda/elementwise/gated_activation_kernel.cuh"
@@ -10,30 +10,39 @@ namespace flashdecpp {
 namespace {
 
 template <class T>
-void launch_gated(const Launcher& launcher, const GatedParams& p) {
+void launch_typed(const Launcher& launcher, const char* op, const char* arg, const ActivationParams& p) {
   const auto start = [&](auto* kernel, int vector) {
-    const int64_t parts = (p.cols + kGatedThreads * vector - 1) / (kGatedThreads * vector);
-    check_grid_y("gated_activation", "gate_up", parts);
-    launcher.overlapping(kernel, dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(parts)), kGatedThreads, 0,
-                         p);
+    const int64_t ctas_per_row = (p.cols + kActivationThreads * vector - 1) / (kActivationThreads * vector);
+    check_grid_y(op, arg, ctas_per_row);
+    launcher.overlapping(kernel, dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(ctas_per_row)),
+                         kActivationThreads, 0, p);
   };
   constexpr int vector = kVector<T>;
-  vectors_fit(p.gate_up, sizeof(T), vector, {p.cols}) ? start(gated_activation_kernel<T, vector>, vector)
-                                                      : start(gated_activation_kernel<T, 1>, 1);
+  vectors_fit(p.x, sizeof(T), vector, {p.cols}) ? start(activation_kernel<T, vector>, vector)
+                                                : start(activation_kernel<T, 1>, 1);
+}
+
+void launch(const Launcher& launcher, const char* op, const char* arg, const ActivationParams& p) {
+  if (p.rows == 0 || p.cols == 0) return;
+  FLASHDECPP_REQUIRE(p.rows <= INT32_MAX, op, arg, " must have fewer than 2^31 rows, got ", p.rows);
+  arch::with_float_type(p.dtype,
+                        [&](auto* type) { launch_typed<std::remove_pointer_t<decltype(type)>>(launcher, op, arg, p); });
+}
+
+Tensor gated_activation(Tensor gate_up, std::string activation) {
+  ActivationParams p = checks::gated_activation(gate_up, activation);
+  const View view(gate_up);
+  const Launcher launcher("gated_activation", view.device);
+  Tensor result = checks::new_like_rows(view, p.cols);
+  p.out = View(result).data;
+  launch(launcher, "gated_activation", "gate_up", p);
+  return result;
 }
 
 }  // namespace
 
-Tensor gated_activation(Tensor gate_up, std::string activation) {
-  GatedParams p = checks::gated_activation(gate_up, activation);
-  const View view(gate_up);
-  const Launcher launcher("gated_activation", view.device);
-  Tensor result = checks::new_like_rows(view, p.cols);
-  if (p.rows == 0 || p.cols == 0) return result;
-  FLASHDECPP_REQUIRE(p.rows <= INT32_MAX, "gated_activation", "gate_up must have fewer than 2^31 rows, got ", p.rows);
-  p.out = View(result).data;
-  arch::with_float_type(p.dtype, [&](auto* type) { launch_gated<std::remove_pointer_t<decltype(type)>>(launcher, p); });
-  return result;
+void run_activation(const char* op, Device device, const ActivationParams& p) {
+  launch(Launcher(op, device), op, "x", p);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)

@@ -1,28 +1,31 @@
-// act(gate) * up over packed gate and up halves. One vector a thread; floor: three times the bytes of the output.
+// act(gate) * up over packed [gate, up] rows, or act(x). One vector of `vector` outputs per thread, no shared memory.
+// Floor: the bytes of the input and the output over the memory bandwidth.
 #pragma once
 
 #include "cuda/elementwise/activation.cuh"
 
 namespace flashdecpp {
 
-inline constexpr int kGatedThreads = 256;
+inline constexpr int kActivationThreads = 256;
 
 // Grid: (rows, columns / (threads * vector)).
 template <class T, int vector>
-__global__ void __launch_bounds__(kGatedThreads) gated_activation_kernel(GatedParams p) {
+__global__ void __launch_bounds__(kActivationThreads) activation_kernel(ActivationParams p) {
   using namespace arch;
   allow_next_kernel();
   wait_for_previous_kernel();
   const int64_t row = blockIdx.x;
-  const int64_t c = (blockIdx.y * int64_t{kGatedThreads} + threadIdx.x) * vector;
+  const int64_t c = (blockIdx.y * int64_t{kActivationThreads} + threadIdx.x) * vector;
   if (c >= p.cols) return;
-  const T* const gate_row = static_cast<const T*>(p.gate_up) + row * 2 * p.cols;
-  float gate[vector], up[vector];
-  load_vector(gate, gate_row + c);
-  load_vector(up, gate_row + p.cols + c);
+  const T* const x = static_cast<const T*>(p.x) + row * p.cols * (p.gated ? 2 : 1);
+  float value[vector], up[vector];
+  load_vector(value, x + c);
 #pragma unroll
-  for (int i = 0; i < vector; ++i) gate[i] = activate(p.activation, gate[i]) * up[i];
-  store_vector(static_cast<T*>(p.out) + row * p.cols + c, gate);
+  for (int i = 0; i < vector; ++i) up[i] = 1.f;
+  if (p.gated) load_vector(up, x + p.cols + c);
+#pragma unroll
+  for (int i = 0; i < vector; ++i) value[i] = activate(p.activation, value[i]) * up[i];
+  store_vector(static_cast<T*>(p.out) + row * p.cols + c, value);
 }
 
 }  // namespace flashdecpp

@@ -1,9 +1,9 @@
-// RMSNorm and LayerNorm of rows, with the residual sum on the way in.
+// RMSNorm and LayerNorm of rows, with an optional residual add before.
 //
-// One block a row, `vector` neighbors a thread at a time, no shared memory but the sums. The row is read again for
-// each pass (mean, squares, output): from L1, which holds it since the first. Floor: the bytes of x, residual and out;
-// in decode, the latency of one pass. The weight is asked for while the kernel ahead still runs: it does not depend on
-// that one.
+// One CTA per row; each thread handles `vector` neighboring elements at a time. Shared memory: 128 bytes of sums.
+// Every pass after the first (centered squares, output) reads the row again, from L1. The weight does not depend on the
+// preceding kernel, so it is loaded while that still runs. Floor: the bytes of x, residual and out over the memory
+// bandwidth; in decode, the latency of one pass.
 #pragma once
 
 #include "cuda/numeric.cuh"
@@ -12,7 +12,7 @@ namespace flashdecpp {
 
 inline constexpr int kNormMaxThreads = 1024;
 
-// W: the type of weight and bias.
+// W: the type of weight and bias. Grid: rows.
 template <class T, class W, int vector>
 __global__ void __launch_bounds__(kNormMaxThreads) norm_kernel(NormParams p) {
   using namespace arch;
@@ -27,10 +27,10 @@ __global__ void __launch_bounds__(kNormMaxThreads) norm_kernel(NormParams p) {
   T* const out = static_cast<T*>(p.out) + row * p.cols;
   const W* const weight = static_cast<const W*>(p.weight);
   const W* const bias = static_cast<const W*>(p.bias);
-  const T* const h = residual ? residual : x;  // what is normalized
+  const T* const h = residual ? residual : x;  // the row to normalize
 
-  allow_next_kernel();  // a linear's, which asks for its first weights meanwhile
-  float w[vector];      // of the columns that this thread comes to first
+  allow_next_kernel();  // a linear, which loads its first weights meanwhile
+  float w[vector];      // weight of this thread's first columns
   if (weight && first < p.cols) load_vector(w, weight + first);
   wait_for_previous_kernel();
 
@@ -39,18 +39,18 @@ __global__ void __launch_bounds__(kNormMaxThreads) norm_kernel(NormParams p) {
     float v[vector];
     load_vector(v, x + c);
     if (residual) {
-      float before[vector];
-      load_vector(before, residual + c);
+      float r[vector];
+      load_vector(r, residual + c);
 #pragma unroll
-      for (int i = 0; i < vector; ++i) v[i] = to_float(from_float<T>(before[i] + v[i]));
+      for (int i = 0; i < vector; ++i) v[i] = to_float(from_float<T>(r[i] + v[i]));
       store_vector(residual + c, v);
     }
 #pragma unroll
     for (int i = 0; i < vector; ++i) sum += p.subtract_mean ? v[i] : v[i] * v[i];
   }
 
-  // A float32 mean far from zero is off by more than the spread may bear: what it is off by is the mean of the rest.
-  float mean = 0.f, rest = 0.f;
+  // When |mean| >> std, the float32 mean is off by a noticeable part of std; mean(x - mean) corrects it.
+  float mean = 0.f, correction = 0.f;
   if (p.subtract_mean) {
     mean = block_sum(sum) / p.cols;
     sum = 0.f;
@@ -59,20 +59,20 @@ __global__ void __launch_bounds__(kNormMaxThreads) norm_kernel(NormParams p) {
       load_vector(v, h + c);
 #pragma unroll
       for (int i = 0; i < vector; ++i) {
-        const float centred = v[i] - mean;
-        rest += centred;
-        sum += centred * centred;
+        const float centered = v[i] - mean;
+        correction += centered;
+        sum += centered * centered;
       }
     }
-    rest = block_sum(rest) / p.cols;
+    correction = block_sum(correction) / p.cols;
   }
-  const float scale = rsqrtf(block_sum(sum) / p.cols - rest * rest + p.eps);
+  const float scale = rsqrtf(block_sum(sum) / p.cols - correction * correction + p.eps);
 
   for (int64_t c = first; c < p.cols; c += step) {
     float v[vector];
     load_vector(v, h + c);
 #pragma unroll
-    for (int i = 0; i < vector; ++i) v[i] = (v[i] - mean - rest) * scale;
+    for (int i = 0; i < vector; ++i) v[i] = (v[i] - mean - correction) * scale;
     if (weight) {
       if (c != first) load_vector(w, weight + c);
 #pragma unroll

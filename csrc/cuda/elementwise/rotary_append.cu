@@ -11,10 +11,10 @@ namespace {
 template <class T>
 void launch_rotary(const Launcher& launcher, const RotaryParams& p) {
   const auto start = [&](auto* kernel, int64_t items) {
-    const int64_t parts = (items + kRotaryThreads - 1) / kRotaryThreads;
-    check_grid_y("rotary_append", "q", parts);
-    const dim3 grid(static_cast<unsigned>(int64_t{p.batch} * p.q_len), static_cast<unsigned>(parts));
-    if (parts > 0) launcher.overlapping(kernel, grid, kRotaryThreads, 0, p);
+    const int64_t ctas_per_token = (items + kRotaryThreads - 1) / kRotaryThreads;
+    check_grid_y("rotary_append", "q", ctas_per_token);
+    const dim3 grid(static_cast<unsigned>(int64_t{p.batch} * p.q_len), static_cast<unsigned>(ctas_per_token));
+    if (ctas_per_token > 0) launcher.overlapping(kernel, grid, kRotaryThreads, 0, p);
   };
   constexpr int vector = kVector<T>;
   const int64_t kv_bytes = checks::element_size(p.kv_dtype);

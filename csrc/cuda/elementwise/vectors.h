@@ -1,4 +1,4 @@
-// Which accesses fit, for the elementwise launches.
+// Vector widths of the elementwise kernels, and whether a call's pointers and strides are aligned for them.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace flashdecpp {
 template <class T>
 inline constexpr int kVector = 16 / sizeof(T);
 
-// Whether accesses of `vector` elements fit: the pointer (which may be null) and every stride.
+// True if `data` (which may be null) and every stride are aligned for accesses of `vector` elements of `bytes` bytes.
 inline bool vectors_fit(const void* data, int64_t bytes, int vector, std::initializer_list<int64_t> strides) {
   if (reinterpret_cast<uintptr_t>(data) % std::min<int64_t>(16, bytes * vector) != 0) return false;
   return std::all_of(strides.begin(), strides.end(), [&](int64_t stride) { return stride % vector == 0; });

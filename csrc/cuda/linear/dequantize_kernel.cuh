@@ -1,27 +1,29 @@
-// Quantised weights: their scales and offsets, and the weights as a dtype of x for the BLAS.
+// Quantized weights: loading of scales and offsets, the word exchange of the quantized GEMVs, and dequantization to x's
+// dtype for the BLAS. Floor of dequantize_kernel: the bytes of q and of the output over the memory bandwidth.
 #pragma once
 
 #include "cuda/numeric.cuh"
 
 namespace flashdecpp {
 
-// Scales and offsets as they are loaded; what they say is worked out when it is needed.
-__device__ __forceinline__ uint32_t load_parameter(const void* data, DType dtype, int64_t index) {
+// The raw bits of a scale or offset; to_parameter() converts them at first use, so that the load stays in flight.
+__device__ __forceinline__ uint32_t load_parameter_bits(const void* data, DType dtype, int64_t index) {
   const bool wide = dtype == DType::kFloat32;
   return arch::load_2_or_4_bytes(static_cast<const unsigned char*>(data) + index * (wide ? 4 : 2), wide);
 }
 
-__device__ __forceinline__ float parameter(uint32_t bits, DType dtype) {
+__device__ __forceinline__ float to_parameter(uint32_t bits, DType dtype) {
   if (dtype == DType::kFloat16) return arch::to_float(__ushort_as_half(static_cast<unsigned short>(bits)));
   return __uint_as_float(dtype == DType::kBFloat16 ? bits << 16 : bits);
 }
 
-// i is a constant where this is inlined.
+// `i` must be a compile-time constant after inlining and unrolling: v stays in registers.
 __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Of four lanes, `apart` from each other, the i-th has word i of what each of them loaded, lane j's as word j.
+// Transposes a 4 x 4 matrix of words held by four lanes that are `apart` lanes from each other: word j of lane i
+// becomes the former word i of lane j.
 template <int apart>
 __device__ __forceinline__ void exchange_words(uint4& v) {
   const auto swap = [](uint32_t& low, uint32_t& high, int mask) {
@@ -36,7 +38,7 @@ __device__ __forceinline__ void exchange_words(uint4& v) {
   swap(v.y, v.w, 2 * apart);
 }
 
-// out[n, k] of p.dtype: a weight for the BLAS. Grid: (K / 256, N).
+// Writes the weight to `out`, [n, k] of p.dtype. Grid: (K / 256, N).
 template <class T>
 __global__ void dequantize_kernel(QuantizedLinearParams p, T* out) {
   const int64_t k = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
@@ -45,7 +47,7 @@ __global__ void dequantize_kernel(QuantizedLinearParams p, T* out) {
     const auto* row = static_cast<const unsigned char*>(p.weight) + n * p.weight_stride;
     const int64_t group = k / p.group;
     const auto at = [&](const void* data, int64_t stride) {
-      return parameter(load_parameter(data, p.scales_dtype, n * stride + group), p.scales_dtype);
+      return to_parameter(load_parameter_bits(data, p.scales_dtype, n * stride + group), p.scales_dtype);
     };
     const float scale = at(p.scales, p.scales_stride);
     float offset = p.offsets ? at(p.offsets, p.offsets_stride) : 0.f;

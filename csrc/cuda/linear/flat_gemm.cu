@@ -16,13 +16,13 @@ void launch(const Launcher& launcher, const LinearParams& p, Device device) {
   SplitK split{};
   split.k_tiles_per_split = static_cast<int32_t>((k_tiles + wanted - 1) / wanted);
   split.splits = static_cast<int32_t>((k_tiles + split.k_tiles_per_split - 1) / split.k_tiles_per_split);
-  OptionalTensor workspace;  // the parts, then their flags; lives until the launch is in the stream
+  OptionalTensor workspace;  // partials, then their flags; lives until the launch is enqueued
   if (split.splits > 1) {
-    const int64_t flags = tiles * (split.splits - 1), parts = flags * G::kBlockM * G::kBlockN;
-    workspace = new_tensor({parts + 2 * flags}, DType::kFloat32, device);
-    split.parts = static_cast<float*>(View(*workspace).data);
-    split.ready = reinterpret_cast<uint64_t*>(split.parts + parts);
-    split.nonce = new_nonce(split.parts);
+    const int64_t flags = tiles * (split.splits - 1), elements = flags * G::kBlockM * G::kBlockN;
+    workspace = new_tensor({elements + 2 * flags}, DType::kFloat32, device);
+    split.partials = static_cast<float*>(View(*workspace).data);
+    split.ready = reinterpret_cast<uint64_t*>(split.partials + elements);
+    split.nonce = new_nonce(split.partials);
   }
   const auto kernel = p.fusion.any() ? flat_gemm_kernel<T, tile_index, true> : flat_gemm_kernel<T, tile_index, false>;
   launcher.allow_shared_memory(kernel, G::kSharedBytes);
@@ -46,6 +46,7 @@ Tensor flat_gemm(Tensor x, Tensor weight, OptionalTensor bias) {
   checks::Linear call = checks::linear("flat_gemm", x, weight, bias);
   require_vector_rows("flat_gemm", call);
   const Launcher launcher("flat_gemm", call.x_view.device);
+  align_rows(call);
   Tensor out = allocate(call);
   run_flat_gemm(launcher, call.params, call.x_view.device);
   return out;

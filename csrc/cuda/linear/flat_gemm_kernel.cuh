@@ -1,13 +1,13 @@
-// out[m, n] = sum_k x[m, k] weight[n, k] + bias[n] for up to about a hundred rows of x, on the matrix units.
+// out[m, n] = sum_k x[m, k] weight[n, k] + bias[n] for up to about a hundred rows of x, on the tensor cores.
 //
-// The weight is the A operand: its rows fill the long side of the 16 x kTileN x 16 tile, and x, the B operand, is
-// padded to kTileN rows only. A block computes block_n x block_m outputs with K sequential (tiles: kFlatTiles of
-// heuristics.h); staged copies run stages - 1 tiles ahead of the multiplies. Where N alone has too few blocks, several
-// share a tile along K: each but the last leaves a float32 part in the workspace and a flag, and the last adds them to
-// its own, in order. It waits for blocks with smaller numbers only, which are started before it.
+// The weight is the A operand: its rows fill the long side of the 16 x kTileN x 16 MMA tile, so x, the B operand, is
+// padded to a multiple of kTileN rows only. A CTA computes block_m x block_n outputs and walks along K
+// (kFlatTiles in heuristics/linear.h), with asynchronous copies `stages` - 1 tiles ahead of the MMAs. If N yields too
+// few CTAs, K is split: every split but the last writes a float32 partial to the workspace and raises a flag; the last
+// adds the partials to its own in a fixed order. It waits only for CTAs with smaller indices, which start before it.
 //
-// Floor: the bytes of the weight over the memory bandwidth. Shared memory 63 to 108 KiB, two or three blocks a
-// SM of an H100: 64 to 120 KiB in flight there.
+// Tile 8 x 32 x 128 to 128 x 128 x 64, 3 to 6 stages, 64 to 108 KiB of shared memory: two or three CTAs per SM of an
+// H100, 64 to 120 KiB of weight in flight. Floor: the bytes of the weight over the memory bandwidth.
 #pragma once
 
 #include "cuda/linear/epilogue.cuh"
@@ -16,9 +16,9 @@
 namespace flashdecpp {
 
 struct SplitK {
-  float* parts;     // [tiles, splits - 1, block_m, block_n], or null: one split
-  uint64_t* ready;  // [tiles, splits - 1]: which parts are there; zero once they are added
-  uint64_t nonce;   // what a flag is set to: a number that no other launch uses, so whatever was there before means no
+  float* partials;  // [tiles, splits - 1, block_m, block_n]; null if there is one split
+  uint64_t* ready;  // [tiles, splits - 1]: flags of the partials, reset to zero once they are added
+  uint64_t nonce;   // value of a raised flag; unique to the launch, so stale workspace contents never match
   int32_t splits, k_tiles_per_split;
 };
 
@@ -29,19 +29,19 @@ struct FlatGemm {
   static constexpr int kFittingStages = kTile.stages_within(arch::kBlockSharedBytes);
   static constexpr int kStages = kFittingStages < arch::kMaxStages ? kFittingStages : arch::kMaxStages;
   static constexpr int kThreads = kTile.warps_m * kTile.warps_n * arch::kWarpSize;
-  static constexpr int kStride = kBlockK + FlatTile::kPadding;  // of a row in shared memory
+  static constexpr int kStride = kBlockK + FlatTile::kPadding;  // elements per row in shared memory
   static constexpr int kStageElements = (kBlockM + kBlockN) * kStride;
   static constexpr int kSharedBytes = kStages * kTile.stage_bytes();
   static constexpr int kWarpM = kBlockM / kTile.warps_m, kWarpN = kBlockN / kTile.warps_n;
   static constexpr int kTilesM = kWarpM / arch::kTileN, kTilesN = kWarpN / 16;
-  static constexpr int kOutStride = kBlockN + 4;  // of a row of float32 outputs in shared memory
+  static constexpr int kOutStride = kBlockN + 4;  // floats per output row in shared memory
   static_assert(kBlockM * kOutStride * 4 <= kSharedBytes);
 
-  // Starts copying rows [0, rows) of a k tile, the first at `source`; zeros beyond valid_rows and valid_k.
+  // Issues the copies of `rows` rows of a K tile, starting at `source`; zero-fills beyond valid_rows and valid_k.
   template <int rows>
   static __device__ __forceinline__ void load_rows(T* shared, const T* source, int64_t stride, int64_t valid_rows,
                                                    int64_t valid_k) {
-    constexpr int row_chunks = kBlockK / 8;  // of 16 bytes
+    constexpr int row_chunks = kBlockK / 8;  // 16-byte chunks per row
 #pragma unroll
     for (int first = 0; first < rows * row_chunks; first += kThreads) {
       const int i = first + threadIdx.x;
@@ -51,7 +51,9 @@ struct FlatGemm {
     }
   }
 
-  static __device__ __forceinline__ void multiply(arch::TileC (&sums)[kTilesN][kTilesM], const T* weight, const T* x) {
+  // Adds this warp's products over one K tile; `weight` and `x` are the warp's first rows of the stage.
+  static __device__ __forceinline__ void multiply_tile(arch::TileC (&sums)[kTilesN][kTilesM], const T* weight,
+                                                       const T* x) {
 #pragma unroll
     for (int k = 0; k < kBlockK; k += 16) {
       arch::TileA<T> a[kTilesN];
@@ -69,7 +71,7 @@ struct FlatGemm {
   }
 };
 
-// Grid: (m tiles x n tiles, the m tiles of one n tile side by side so that they share its weights in L2; splits).
+// Grid: (m tiles * n tiles, splits). The m tiles of one n tile are neighbors, so they share its weights in L2.
 template <class T, int tile_index, bool fused = false>
 __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
     flat_gemm_kernel(LinearParams p, SplitK split) {
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
 
   const int m_tiles = static_cast<int>((p.m + G::kBlockM - 1) / G::kBlockM);
   const int64_t first_m = blockIdx.x % m_tiles * int64_t{G::kBlockM};
-  const bool gated = is_gated<fused>(p);  // half of a tile are gates, half what goes up with them
+  const bool gated = is_gated<fused>(p);  // a tile then holds block_n / 2 gate rows and the matching up rows
   const int64_t first_n = blockIdx.x / m_tiles * int64_t{G::kBlockN} / (gated ? 2 : 1);
   const int k_tiles = static_cast<int>((p.k + G::kBlockK - 1) / G::kBlockK);
   const int first_tile = blockIdx.y * split.k_tiles_per_split;
@@ -111,16 +113,16 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
   const int warp_n = warp() / G::kTile.warps_m * G::kWarpN, warp_m = warp() % G::kTile.warps_m * G::kWarpM;
   for (int tile = 0; tile < tiles; ++tile) {
     copy_wait<G::kStages - 2>();
-    __syncthreads();  // the tile has arrived, and nobody reads the buffer that is filled next
+    __syncthreads();  // the tile has arrived, and no warp still reads the stage to be refilled
     if (tile + G::kStages - 1 < tiles) load_stage(tile + G::kStages - 1);
     copy_commit();
     const T* const stage = shared + tile % G::kStages * G::kStageElements;
-    G::multiply(sums, stage + warp_n * G::kStride, stage + (G::kBlockN + warp_m) * G::kStride);
+    G::multiply_tile(sums, stage + warp_n * G::kStride, stage + (G::kBlockN + warp_m) * G::kStride);
   }
   copy_wait<0>();
   __syncthreads();
 
-  // Through shared memory, so that neighbors in N leave together.
+  // Transpose through shared memory so that stores are contiguous along N.
   float* const outputs = reinterpret_cast<float*>(dynamic_shared());  // [block_m][kOutStride]
 #pragma unroll
   for (int i = 0; i < G::kTilesN; ++i) {
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
   }
   __syncthreads();
 
-  // A thread's vectors of eight: the loads of all of them are in flight together.
+  // Each thread holds vectors of eight outputs; their loads are in flight together.
   constexpr int row_vectors = G::kBlockN / 8;
   constexpr int vectors = (G::kBlockM * row_vectors + G::kThreads - 1) / G::kThreads;
   const int count = static_cast<int>(min(p.m - first_m, int64_t{G::kBlockM})) * row_vectors;
@@ -145,41 +147,41 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
     const int i = j * G::kThreads + threadIdx.x;
     if (i < count) load_vector(v[j], outputs + i / row_vectors * G::kOutStride + i % row_vectors * 8);
   }
-  if (split.parts) {
-    constexpr int64_t part_stride = G::kBlockM * G::kBlockN;
-    const int others = split.splits - 1;
-    float* const parts = split.parts + blockIdx.x * (others * part_stride);
-    uint64_t* const ready = split.ready + blockIdx.x * int64_t{others};
-    const int me = static_cast<int>(blockIdx.y);
-    if (me < others) {
+  if (split.partials) {
+    constexpr int64_t partial_stride = G::kBlockM * G::kBlockN;
+    const int num_partials = split.splits - 1;
+    float* const partials = split.partials + blockIdx.x * (num_partials * partial_stride);
+    uint64_t* const ready = split.ready + blockIdx.x * int64_t{num_partials};
+    const int rank = static_cast<int>(blockIdx.y);
+    if (rank < num_partials) {
 #pragma unroll
       for (int j = 0; j < vectors; ++j) {
         const int i = j * G::kThreads + threadIdx.x;
-        if (i < count) store_vector(parts + me * part_stride + i * 8, v[j]);
+        if (i < count) store_vector(partials + rank * partial_stride + i * 8, v[j]);
       }
       __syncthreads();
-      if (threadIdx.x == 0) publish(ready + me, split.nonce);
+      if (threadIdx.x == 0) publish(ready + rank, split.nonce);
       return;
     }
-    if (threadIdx.x < others) {
+    if (threadIdx.x < num_partials) {
       await(ready + threadIdx.x, split.nonce);
-      ready[threadIdx.x] = 0;  // a graph launches this with the same nonce again
+      ready[threadIdx.x] = 0;  // a CUDA graph replays this launch with the same nonce
     }
     __syncthreads();
-    for (int s = 0; s < others; ++s) {
+    for (int s = 0; s < num_partials; ++s) {
 #pragma unroll
       for (int j = 0; j < vectors; ++j) {
         const int i = j * G::kThreads + threadIdx.x;
         if (i >= count) continue;
-        float part[8];
-        load_vector(part, parts + s * part_stride + i * 8);
+        float partial[8];
+        load_vector(partial, partials + s * partial_stride + i * 8);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) v[j][e] += part[e];
+        for (int e = 0; e < 8; ++e) v[j][e] += partial[e];
       }
     }
   }
-  if (gated) {
-    if (split.parts) {  // the two halves of a pair are with different threads
+  if (fused && p.fusion.activates()) {  // output by output: different threads hold a gate and its up value
+    if (split.partials) {
 #pragma unroll
       for (int j = 0; j < vectors; ++j) {
         const int i = j * G::kThreads + threadIdx.x;
@@ -187,12 +189,13 @@ __global__ void __launch_bounds__((FlatGemm<T, tile_index>::kThreads), 2)
       }
       __syncthreads();
     }
-    constexpr int columns = G::kBlockN / 2;
+    const int columns = gated ? G::kBlockN / 2 : G::kBlockN;
 #pragma unroll 1
     for (int i = threadIdx.x; i < count / row_vectors * columns; i += G::kThreads) {
       const int m = i / columns, column = i % columns;
-      const float* const row = outputs + m * G::kOutStride + column;
-      if (first_n + column < p.n) write_output<T, fused>(p, first_m + m, first_n + column, row[0], row[columns]);
+      const float* const value = outputs + m * G::kOutStride + column;
+      const float up = gated ? value[G::kBlockN / 2] : 0.f;
+      if (first_n + column < p.n) write_output<T, fused>(p, first_m + m, first_n + column, *value, up);
     }
     return;
   }

@@ -40,6 +40,7 @@ Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
   checks::Linear call = checks::linear("gemv", x, weight, bias);
   require_vector_rows("gemv", call);
   const Launcher launcher("gemv", call.x_view.device);
+  align_rows(call);
   Tensor out = allocate(call);
   run_gemv(launcher, call.params);
   return out;
@@ -49,7 +50,7 @@ Tensor gemv(Tensor x, Tensor weight, OptionalTensor bias) {
 
 void run_gemv(const Launcher& launcher, const LinearParams& p) {
   if (p.m == 0 || p.n == 0) return;
-  if (!launch_matrix_gemv(launcher, p)) launch_parts<GenericGemv>(launcher, p);
+  if (!launch_matrix_gemv(launcher, p)) launch_row_chunks<GenericGemv>(launcher, p);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)

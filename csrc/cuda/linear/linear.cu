@@ -1,4 +1,6 @@
-// The switch: which of the three implementations of a linear layer runs.
+// linear: dispatches to the GEMV, the flat GEMM or the BLAS. A gate, an activation or a residual is part of the first
+// two; a norm is a launch of its own, which under CUDA graphs is faster than normalizing x again in every CTA
+// (bench/NOTES.md).
 #include <string>
 
 #include "boxing.h"
@@ -10,8 +12,8 @@
 namespace flashdecpp {
 namespace {
 
-// The choice of impl="auto": blas wherever the hand-written kernels cannot run, else by the inflection points that were
-// measured on this device, else by those of the rule.
+// impl="auto": the BLAS where the hand-written kernels cannot run, else by the inflection points measured on this
+// device, else by the rule's.
 LinearImpl choose(const Launcher& launcher, const checks::Linear& call) {
   const LinearParams& p = call.params;
   const bool half = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
@@ -30,59 +32,45 @@ void run(const Launcher& launcher, LinearImpl impl, const checks::Linear& call) 
                             : run_flat_gemm(launcher, call.params, call.x_view.device);
 }
 
-Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, std::string impl) {
+Tensor linear(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, double norm_eps,
+              std::optional<std::string> gate, std::optional<std::string> activation, std::string impl) {
   checks::Linear call = checks::linear("linear", x, weight, bias);
+  checks::check_norm(call, norm_weight, norm_eps);
+  checks::check_activation(call, gate, activation);
   const Launcher launcher("linear", call.x_view.device);
   const LinearImpl chosen = choose("linear", impl, launcher, call);
-  if (chosen == LinearImpl::kBlas) return blas_linear(call, weight, bias);
-  require_vector_rows("linear", call);
-  Tensor out = allocate(call);
-  run(launcher, chosen, call);
-  return out;
-}
-
-constexpr const char* kFused = "linear_fused";
-
-// What comes before the product of a call to linear_fused.
-void prepare(const Launcher& launcher, LinearImpl impl, checks::Linear& call, const OptionalTensor& norm_weight,
-             double norm_eps) {
-  if (impl != LinearImpl::kBlas) require_vector_rows(kFused, call);
-  if (impl != LinearImpl::kGemv || !norm_fits(launcher, call.params)) normalize(call, norm_weight, norm_eps);
-}
-
-Tensor linear_fused(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor norm_weight, double norm_eps,
-                    std::optional<std::string> activation, std::string impl) {
-  checks::Linear call = checks::linear(kFused, x, weight, bias);
-  checks::fuse_norm(call, norm_weight, norm_eps);
-  checks::fuse_activation(call, activation);
-  const Launcher launcher(kFused, call.x_view.device);
-  const LinearImpl chosen = choose(kFused, impl, launcher, call);
-  prepare(launcher, chosen, call, norm_weight, norm_eps);
-  if (chosen == LinearImpl::kBlas) return activate(blas_linear(call, weight, bias), activation);
-  Tensor out = allocate(call);
-  run(launcher, chosen, call);
-  return out;
-}
-
-void linear_fused_residual(Tensor x, Tensor weight, OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
-                           double norm_eps, std::string impl) {
-  checks::Linear call = checks::linear(kFused, x, weight, bias);
-  checks::fuse_norm(call, norm_weight, norm_eps);
-  checks::fuse_residual(call, x, residual);
-  const Launcher launcher(kFused, call.x_view.device);
-  const LinearImpl chosen = choose(kFused, impl, launcher, call);
-  prepare(launcher, chosen, call, norm_weight, norm_eps);
+  if (chosen != LinearImpl::kBlas) require_vector_rows("linear", call);
+  apply_norm(call, norm_weight, norm_eps);
   if (chosen == LinearImpl::kBlas) {
-    add_rows(launcher, call.params, blas_linear(call, weight, bias));
-  } else if (!residual_fits(call.params)) {
-    checks::Linear product = call;
-    product.params.fusion.add = false;
-    const Tensor out = allocate(product);
-    run(launcher, chosen, product);
-    add_rows(launcher, call.params, out);
-  } else {
-    run(launcher, chosen, call);
+    return apply_activation("linear", blas_linear(call, weight, bias), call.params.fusion);
   }
+  align_rows(call);
+  Tensor out = allocate(call);
+  run(launcher, chosen, call);
+  return out;
+}
+
+Tensor linear_plain(Tensor x, Tensor weight, OptionalTensor bias) {
+  return linear(std::move(x), std::move(weight), std::move(bias), std::nullopt, 0, std::nullopt, std::nullopt, "auto");
+}
+
+void linear_residual(Tensor x, Tensor weight, OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
+                     double norm_eps, std::string impl) {
+  checks::Linear call = checks::linear("linear", x, weight, bias);
+  checks::check_norm(call, norm_weight, norm_eps);
+  checks::check_residual(call, x, residual);
+  const Launcher launcher("linear", call.x_view.device);
+  const LinearImpl chosen = choose("linear", impl, launcher, call);
+  if (chosen != LinearImpl::kBlas) require_vector_rows("linear", call);
+  apply_norm(call, norm_weight, norm_eps);
+  if (chosen == LinearImpl::kBlas) return add_rows(launcher, call.params, blas_linear(call, weight, bias));
+  align_rows(call);
+  if (residual_fits(call.params)) return run(launcher, chosen, call);
+  checks::Linear product = call;
+  product.params = unfused(call.params);
+  const Tensor rows = allocate(product);
+  run(launcher, chosen, product);
+  add_rows(launcher, call.params, rows);
 }
 
 template <class T>
@@ -114,14 +102,14 @@ void add_rows(const Launcher& launcher, const LinearParams& p, const Tensor& row
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
   m.impl("linear", boxed<&linear>);
-  m.impl("linear_fused", boxed<&linear_fused>);
-  m.impl("linear_fused.residual", boxed<&linear_fused_residual>);
+  m.impl("linear.plain", boxed<&linear_plain>);
+  m.impl("linear.residual", boxed<&linear_residual>);
   m.impl("linear_choice_index", boxed<&linear_choice_index>);
 }
 
 }  // namespace flashdecpp
 
-// For Python, which calls it through ctypes.
+// Called from Python through ctypes.
 extern "C" __attribute__((visibility("default"))) void flashdecpp_install_linear_table(
     const char* device, const flashdecpp::LinearRow* rows, int64_t count) {
   flashdecpp::linear_tables().install(device, {rows, rows + count});

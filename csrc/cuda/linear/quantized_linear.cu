@@ -1,4 +1,5 @@
-// quantized_linear on a GPU: few rows of x stream the quantized weights, more have them dequantized for the BLAS.
+// quantized_linear on a GPU: the quantized weight is streamed for a few rows of x, and dequantized for the BLAS for
+// more.
 #include "boxing.h"
 #include "cuda/linear/dequantize_kernel.cuh"
 #include "cuda/linear/linear.h"
@@ -7,7 +8,7 @@
 namespace flashdecpp {
 namespace {
 
-// Beyond, reading the weights once for every 16 rows costs more than writing and reading them in x's dtype once.
+// With more rows, streaming the weight once per 16 rows costs more than writing and reading it once in x's dtype.
 constexpr int64_t kStreamedRows = 48;
 
 bool can_stream(const QuantizedLinearParams& p) {
@@ -28,53 +29,46 @@ Tensor dequantize(const Launcher& launcher, const QuantizedLinearParams& p, Devi
   return weight;
 }
 
-// Whether a call that can be streamed was, into its out.
+// Streams the weight into params.out; false if this device has no kernel for the call.
 bool run_streamed(const Launcher& launcher, checks::QuantizedLinear& call) {
   align_rows(call);
   const QuantizedLinearParams& p = call.params;
   return p.m == 0 || p.n == 0 || launch_quantized_gemv(launcher, p);
 }
 
-OptionalTensor streamed(const Launcher& launcher, checks::QuantizedLinear& call) {
-  if (!can_stream(call.params)) return std::nullopt;
-  Tensor out = allocate(call);
-  return run_streamed(launcher, call) ? OptionalTensor(out) : std::nullopt;
-}
-
 Tensor run_blas(const Launcher& launcher, const checks::QuantizedLinear& call, const OptionalTensor& bias) {
-  return blas_linear(call, dequantize(launcher, product_alone(call.params), call.x_view.device), bias);
+  return blas_linear(call, dequantize(launcher, unfused(call.params), call.x_view.device), bias);
 }
 
-Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+Tensor quantized_linear(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
+                        OptionalTensor norm_weight, double norm_eps, std::optional<std::string> gate,
+                        std::optional<std::string> activation) {
   checks::QuantizedLinear call = checks::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
+  checks::check_norm(call, norm_weight, norm_eps);
+  checks::check_activation(call, gate, activation);
   const Launcher launcher("quantized_linear", call.x_view.device);
-  if (const auto out = streamed(launcher, call)) return *out;
-  return run_blas(launcher, call, bias);
+  apply_norm(call, norm_weight, norm_eps);
+  if (can_stream(call.params)) {
+    Tensor out = allocate(call);
+    if (run_streamed(launcher, call)) return out;
+  }
+  return apply_activation("quantized_linear", run_blas(launcher, call, bias), call.params.fusion);
 }
 
-constexpr const char* kFused = "quantized_linear_fused";
-
-Tensor quantized_linear_fused(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
-                              OptionalTensor norm_weight, double norm_eps, std::optional<std::string> activation) {
-  checks::QuantizedLinear call = checks::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  checks::fuse_norm(call, norm_weight, norm_eps);
-  checks::fuse_activation(call, activation);
-  const Launcher launcher(kFused, call.x_view.device);
-  normalize(call, norm_weight, norm_eps);
-  if (const auto out = streamed(launcher, call)) return *out;
-  return activate(run_blas(launcher, call, bias), activation);
+Tensor quantized_linear_plain(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias) {
+  return quantized_linear(std::move(x), std::move(weight), std::move(scales), std::move(offsets), std::move(bias),
+                          std::nullopt, 0, std::nullopt, std::nullopt);
 }
 
-void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets,
-                                     OptionalTensor bias, Tensor residual, OptionalTensor norm_weight,
-                                     double norm_eps) {
-  checks::QuantizedLinear call = checks::quantized_linear(kFused, x, weight, scales, offsets, bias);
-  checks::fuse_norm(call, norm_weight, norm_eps);
-  checks::fuse_residual(call, x, residual);
-  const Launcher launcher(kFused, call.x_view.device);
-  normalize(call, norm_weight, norm_eps);
-  if (!can_stream(call.params) || !run_streamed(launcher, call))
-    add_rows(launcher, call.params, run_blas(launcher, call, bias));
+void quantized_linear_residual(Tensor x, Tensor weight, Tensor scales, OptionalTensor offsets, OptionalTensor bias,
+                               Tensor residual, OptionalTensor norm_weight, double norm_eps) {
+  checks::QuantizedLinear call = checks::quantized_linear("quantized_linear", x, weight, scales, offsets, bias);
+  checks::check_norm(call, norm_weight, norm_eps);
+  checks::check_residual(call, x, residual);
+  const Launcher launcher("quantized_linear", call.x_view.device);
+  apply_norm(call, norm_weight, norm_eps);
+  if (can_stream(call.params) && run_streamed(launcher, call)) return;
+  add_rows(launcher, call.params, run_blas(launcher, call, bias));
 }
 
 }  // namespace
@@ -82,8 +76,8 @@ void quantized_linear_fused_residual(Tensor x, Tensor weight, Tensor scales, Opt
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
   m.impl("quantized_linear", boxed<&quantized_linear>);
-  m.impl("quantized_linear_fused", boxed<&quantized_linear_fused>);
-  m.impl("quantized_linear_fused.residual", boxed<&quantized_linear_fused_residual>);
+  m.impl("quantized_linear.plain", boxed<&quantized_linear_plain>);
+  m.impl("quantized_linear.residual", boxed<&quantized_linear_residual>);
 }
 
 }  // namespace flashdecpp

@@ -1,4 +1,5 @@
-// Ampere and later NVIDIA machines: mma.sync m16n8k16, ldmatrix, cp.async. Hopper adds programmatic dependent launch.
+// NVIDIA's side of the seam (cuda/arch.h) from Ampere on: mma.sync m16n8k16, ldmatrix, cp.async; programmatic dependent
+// launch from Hopper on.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,7 +18,7 @@ inline constexpr int kWarpSize = 32;
 inline constexpr int kTileN = 8;
 inline constexpr bool kWidenedInOrder = false;
 inline constexpr int kMaxStages = 8;
-inline constexpr int kBlockSharedBytes = 160 * 1024;  // of an A100's 163 KiB; the host asks what its device allows
+inline constexpr int kBlockSharedBytes = 160 * 1024;  // an A100 has 163 KiB; the host asks its device
 
 __device__ __forceinline__ int lane() { return threadIdx.x % kWarpSize; }
 __device__ __forceinline__ int warp() { return threadIdx.x / kWarpSize; }
@@ -54,7 +55,7 @@ __device__ __forceinline__ void scheduling_barrier() {}
 __device__ __forceinline__ int uniform(int x) { return x; }
 template <class Int>
 __device__ __forceinline__ Int rematerialize(Int x) {
-  return x;  // the compiler knows best
+  return x;  // nvcc decides this well by itself
 }
 
 // ---- memory --------------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   return v;
 }
 
-// Nothing waits for the load here, as it would for a conversion or for a choice between two loads.
+// A predicated pair of loads: a conversion, or a select between two loads, would wait for the data here.
 __device__ __forceinline__ uint32_t load_2_or_4_bytes(const void* p, bool wide) {
   uint32_t bits;
   asm volatile(
@@ -233,8 +234,8 @@ __device__ __forceinline__ uint32_t widen_pair(uint32_t pair, bfloat16) {
   return narrow.x | static_cast<uint32_t>(narrow.y) << 16;
 }
 
-// Bytes in pairs: a 16-bit matrix load hands a lane four neighbors of one row (load_b), or two neighbors of two rows
-// (load_b_transposed). The columns are taken in the order in which they then lie.
+// ldmatrix moves bytes in pairs: it gives a lane four neighbors of one row (load_b), or two neighbors of two rows each
+// (load_b_transposed). These are the column orders that result.
 __device__ __forceinline__ constexpr int widened_k(int k) { return k % 8 / 2 * 4 + k / 8 * 2 + k % 2; }
 __device__ __forceinline__ constexpr int widened_column(int tile, int n) { return 2 * n + tile; }
 
@@ -286,10 +287,10 @@ __device__ __forceinline__ void load_b_transposed(TileB<T> (&tiles)[kTilesOf16],
 // ---- decode attention ----------------------------------------------------------------------------------------------
 struct AttentionTuning {
   static constexpr int kQueryColumns = 192, kAhead = 4;
-  static constexpr int run(int /*head_dim*/) { return 1; }
+  static constexpr int interleave(int /*head_dim*/) { return 1; }
 };
 
-// ---- programmatic dependent launch: from Hopper on -----------------------------------------------------------------
+// ---- programmatic dependent launch, from Hopper on ------------------------------------------------------------------
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

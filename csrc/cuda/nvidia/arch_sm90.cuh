@@ -1,5 +1,5 @@
-// What Hopper adds to arch_sm80.cuh: tensor copies, which one thread asks for box by box and a barrier in shared memory
-// counts. Code that uses them is compiled only where kHasTma.
+// What Hopper adds to arch_sm80.cuh: TMA with mbarriers, and clusters with distributed shared memory. Code that uses
+// these is compiled only where kHasTma.
 #pragma once
 
 #include <cuda.h>
@@ -14,7 +14,8 @@ inline constexpr bool kHasTma = true;
 inline constexpr bool kHasTma = false;
 #endif
 
-// In shared memory. A phase ends when its one arrival, expect(), has come and all the bytes that it announced.
+// An mbarrier in shared memory. A phase completes when its one arrival, expect(), and the bytes that it announced are
+// in.
 struct TmaBarrier {
   uint64_t bits;
 
@@ -28,7 +29,7 @@ struct TmaBarrier {
                  : "memory");
   }
 
-  // Returns once the phase of this parity has ended: 0 for the first, 1 for the second, 0 for the third, ...
+  // Waits until the phase of this parity has completed; parities alternate, starting with 0.
   __device__ __forceinline__ void wait(int parity) {
     asm volatile(
         "{\n"
@@ -42,7 +43,7 @@ struct TmaBarrier {
   }
 };
 
-// A box of a tensor of four dimensions, whose first element has the coordinates x, the nearest in memory, to w.
+// Loads a box of a four-dimensional tensor. (x, y, z, w) is its first element, x the innermost dimension.
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, int x, int y, int z, int w,
                                          TmaBarrier& barrier) {
   asm volatile(
@@ -52,31 +53,30 @@ __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, i
       : "memory");
 }
 
-// A hint that the description will be wanted.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Ordinary stores to shared memory before it, tensor copies after it.
+// Orders generic accesses to shared memory before later TMA accesses.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// All threads of all blocks of the cluster that have not returned meet; what they wrote, all of them see.
+// Barrier of all threads of the cluster that have not returned, with release and acquire of their writes.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 template <class V>
 __device__ __forceinline__ V* map_shared_rank(V* p, int rank) {
-  uint64_t there;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
-  return reinterpret_cast<V*>(there);
+  uint64_t mapped;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(p), "r"(rank));
+  return reinterpret_cast<V*>(mapped);
 }
 
-// Rows of boxes of 128 bytes, kRows high, behind each other; in a box, chunk c of a row lies where c ^ row would.
+// Consecutive boxes of kRows rows of 128 bytes in TMA's 128-byte swizzle: chunk c of a row is stored at c ^ (row % 8).
 template <class Element_, int kRows>
 struct SwizzledRows {
   using Element = Element_;
-  const unsigned char* data;  // on a multiple of 1024
+  const unsigned char* data;  // aligned to 1024 bytes
 
   __device__ __forceinline__ const unsigned char* chunk(int row, int c) const {
     return data + row * 128 + (c ^ row % 8) * 16;
@@ -86,8 +86,8 @@ struct SwizzledRows {
            c / 8 * (128 * kRows);
   }
   __device__ __forceinline__ Element at(int row, int column) const {
-    constexpr int kInChunk = 16 / sizeof(Element);
-    return reinterpret_cast<const Element*>(moved(chunk(row, 0), column / kInChunk))[column % kInChunk];
+    constexpr int kChunkElements = 16 / sizeof(Element);
+    return reinterpret_cast<const Element*>(moved(chunk(row, 0), column / kChunkElements))[column % kChunkElements];
   }
 };
 

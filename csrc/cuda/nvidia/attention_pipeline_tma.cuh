@@ -1,12 +1,14 @@
-// The ring of attention_ring.cuh with tensor copies: one lane asks for a group in boxes of 16 rows of 128 bytes, and a
-// barrier a stage counts the bytes. For caches whose blocks hold whole groups.
+// Decode attention, loads by TMA: one lane requests a KV tile in boxes of 16 rows of 128 bytes, and one mbarrier per
+// stage counts the bytes. For caches in which every KV tile lies in one block. A Stages class of
+// attention/pipeline.cuh.
 #pragma once
 
 #include "cuda/attention/pipeline.cuh"
 
 namespace flashdecpp {
 
-// The cache as [head_dim, block_size, kv_heads, num_blocks], nearest first. Columns and rows beyond it read as zeros.
+// The cache as [head_dim, block_size, kv_heads, num_blocks], innermost first. Columns and rows outside of it read as
+// zeros.
 struct CacheMaps {
   CUtensorMap k, v;
 };
@@ -20,14 +22,14 @@ class TmaStages {
   static constexpr int kBoxBytes = 128 * kKvTile, kTileBytes = kBoxes * kBoxBytes, kStageBytes = 2 * kTileBytes;
   static constexpr int kBarrierBytes = Tile::kWarps * Tile::kStages * sizeof(arch::TmaBarrier);
   static constexpr bool kAvailable = arch::kHasTma, kPrefetchesTable = true, kFillsEarly = false;
-  static constexpr bool kUsesClusters = Tile::kDims <= 128;  // wider rows leave no registers for it
+  static constexpr bool kUsesClusters = Tile::kDims <= 128;  // wider rows leave too few registers
   using Rows = arch::SwizzledRows<KV, kKvTile>;
   using Source = CacheMaps;
 
-  struct Next {
+  struct Fetch {
     KvAddress address;
     int kv_head;
-    bool used = false;
+    bool valid = false;
   };
 
   __device__ TmaStages(unsigned char* stages, unsigned char* barriers, const AttentionParams& p, const Source& source)
@@ -44,37 +46,38 @@ class TmaStages {
     arch::warp_sync();
   }
 
-  __device__ __forceinline__ void locate(const Segment& segment, int kv_tile, Next& next) const {
-    next.kv_head = segment.kv_head;
-    next.address.locate(p_, segment.batch, (segment.sequence.first_kv_tile + kv_tile) * kKvTile);
+  __device__ __forceinline__ void locate(const Segment& segment, int kv_tile, Fetch& fetch) const {
+    fetch.kv_head = segment.kv_head;
+    fetch.address.locate(p_, segment.batch, (segment.sequence.first_kv_tile + kv_tile) * kKvTile);
   }
-  __device__ __forceinline__ void resolve(const Segment& segment, int kv_tile, Next& next) const {
-    if (segment.sequence.length == 0) {  // its only group is filled with anything
-      next = {KvAddress(), segment.kv_head, next.used};
+  __device__ __forceinline__ void resolve(const Segment& segment, int kv_tile, Fetch& fetch) const {
+    if (segment.sequence.length == 0) {  // its only tile may hold anything
+      fetch = {KvAddress(), segment.kv_head, fetch.valid};
     } else {
-      locate(segment, kv_tile, next);
-      next.address.resolve(p_, segment.batch);
+      locate(segment, kv_tile, fetch);
+      fetch.address.resolve(p_, segment.batch);
     }
   }
 
-  __device__ __forceinline__ void fill(int stage, const Next& next) {
-    if (arch::lane() != 0 || !next.used) return;
+  __device__ __forceinline__ void fill(int stage, const Fetch& fetch) {
+    if (arch::lane() != 0 || !fetch.valid) return;
     unsigned char* to = stages_ + stage * kStageBytes;
     arch::TmaBarrier& barrier = barriers_[stage];
-    const int block = next.address.checked_block(p_);
+    const int block = fetch.address.checked_block(p_);
     barrier.expect(kStageBytes);
 #pragma unroll
     for (int b = 0; b < kBoxes; ++b) {
-      arch::tma_load(to + b * kBoxBytes, source_.k, b * kBoxColumns, next.address.within, next.kv_head, block, barrier);
+      arch::tma_load(to + b * kBoxBytes, source_.k, b * kBoxColumns, fetch.address.offset, fetch.kv_head, block,
+                     barrier);
     }
 #pragma unroll
     for (int b = 0; b < kBoxes; ++b) {
-      arch::tma_load(to + kTileBytes + b * kBoxBytes, source_.v, b * kBoxColumns, next.address.within, next.kv_head,
+      arch::tma_load(to + kTileBytes + b * kBoxBytes, source_.v, b * kBoxColumns, fetch.address.offset, fetch.kv_head,
                      block, barrier);
     }
   }
 
-  // The copies brought whole groups: what is not seen is taken out here.
+  // TMA copied all 16 rows, so V is zeroed here outside of [begin, end).
   __device__ __forceinline__ void wait(int stage, int begin, int end) {
     barriers_[stage].wait(parity_ >> stage & 1);
     parity_ ^= 1u << stage;

@@ -18,11 +18,12 @@ template <class T, int m_rows>
 void launch_wgmma(const Launcher& launcher, const LinearParams& p) {
   using R = FlatGemmWgmma<m_rows>;
   const int64_t rows = p.weight_rows();
-  const CUtensorMap weight_map = matrix_map("flat_gemm", p.weight, rows, p.k, p.weight_stride,
-                                            R::kBlockN / (p.fusion.gated ? 2 : 1), CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+  const CUtensorMap weight_map =
+      matrix_map("flat_gemm", p.weight, rows, p.k, p.weight_stride, R::kBlockN / (p.fusion.gates() ? 2 : 1),
+                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
   const CUtensorMap x_map =
       matrix_map("flat_gemm", p.x, p.m, p.k, p.x_stride, static_cast<int>(p.m), CU_TENSOR_MAP_L2_PROMOTION_NONE);
-  const FlatLaunch launch = flat_launch(launcher.properties(), rows, p.k, p.fusion.add);
+  const FlatLaunch launch = flat_launch(launcher.properties(), rows, p.k, p.fusion.adds());
   const auto kernel = p.fusion.any() ? flat_gemm_wgmma_kernel<T, R, true> : flat_gemm_wgmma_kernel<T, R, false>;
   launcher.allow_shared_memory(kernel, R::kSharedBytes);
   const auto blocks = static_cast<unsigned>((rows + R::kBlockN - 1) / R::kBlockN * launch.cluster);
@@ -54,7 +55,7 @@ struct FlatGemmsWgmma {
 bool launch_flat_gemm_wgmma(const Launcher& launcher, const LinearParams& p) {
   if (!fits_matrix_map(p.weight, p.weight_rows(), p.k, p.weight_stride) || !fits_matrix_map(p.x, p.m, p.k, p.x_stride))
     return false;
-  launch_parts<FlatGemmsWgmma>(launcher, p);
+  launch_row_chunks<FlatGemmsWgmma>(launcher, p);
   return true;
 }
 

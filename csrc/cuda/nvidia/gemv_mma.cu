@@ -8,14 +8,9 @@ namespace {
 template <class T, class G>
 void launch_mma(const Launcher& launcher, const LinearParams& p) {
   const auto blocks = static_cast<unsigned>((p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
-  const auto launch = [&](auto* kernel, int shared_bytes) {
-    launcher.keep_l1(kernel, 2 * (kWarpSumsBytes<G> + shared_bytes));
-    launcher.overlapping(kernel, blocks, G::kThreads, shared_bytes, p);
-  };
-  if constexpr (G::kRowTiles == 1) {
-    if (p.fusion.norm_weight) return launch(mma_gemv_kernel<T, G, true, true>, norm_bytes<G>(p.k));
-  }
-  launch(p.fusion.any() ? mma_gemv_kernel<T, G, true, false> : mma_gemv_kernel<T, G, false, false>, 0);
+  const auto kernel = p.fusion.any() ? mma_gemv_kernel<T, G, true> : mma_gemv_kernel<T, G, false>;
+  launcher.keep_l1(kernel, 2 * kWarpSumsBytes<G>);
+  launcher.overlapping(kernel, blocks, G::kThreads, 0, p);
 }
 
 // The matrix units, up to 16 rows of x. The loads that a block has in flight hold 1024 or 2048 columns of K: no more
@@ -36,7 +31,7 @@ struct MmaGemvs {
 
 bool launch_matrix_gemv(const Launcher& launcher, const LinearParams& p) {
   if (!launcher.hopper_kernels()) return false;
-  launch_parts<MmaGemvs>(launcher, p);
+  launch_row_chunks<MmaGemvs>(launcher, p);
   return true;
 }
 

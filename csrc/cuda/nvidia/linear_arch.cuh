@@ -1,5 +1,5 @@
-// What the linear kernels use of Hopper beyond arch_sm90.cuh: rings of tensor copies that several warps consume,
-// matrix products of four warps on operands in shared memory, sums across the blocks of a cluster.
+// NVIDIA primitives of the linear kernels beyond arch.h: weight loads and packed 16-bit arithmetic for sm_80 and later;
+// TMA boxes with L2 hints, wgmma and loads across a cluster for sm_90a.
 #pragma once
 
 #include <type_traits>
@@ -12,19 +12,12 @@
 
 namespace flashdecpp::arch {
 
-// Code that uses what is below load_weight is compiled only where kHasWgmma: for sm_90a, not for plain sm_90.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-inline constexpr bool kHasWgmma = true;
-#else
-inline constexpr bool kHasWgmma = false;
-#endif
+// ---- every GPU from sm_80 on ----------------------------------------------------------------------------------------
 
-inline constexpr int kWarpgroup = 4 * kWarpSize;  // threads that issue one matrix product together
+// L2 eviction priority of an access: the constants that createpolicy.fractional returns for a fraction of 1.
+enum class L2Hint : uint64_t { kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000 };
 
-// How long L2 should keep what an access brings: the policies that createpolicy gives for all of it.
-enum class L2Hint : uint64_t { kEvictFirst = 0x12f0000000000000, kLong = 0x14f0000000000000 };
-
-// A load of weights: past L1, L2 asks memory for 256 bytes at a time, and lets go of them before all else.
+// Loads 16 bytes of a weight, which is read once: bypasses L1, prefetches 256 bytes into L2 and evicts them first.
 __device__ __forceinline__ uint4 load_weight(const void* p) {
   uint4 v;
   asm volatile("ld.global.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
@@ -33,55 +26,41 @@ __device__ __forceinline__ uint4 load_weight(const void* p) {
   return v;
 }
 
-// ---- two numbers of a half type in 32 bits --------------------------------------------------------------------------
+// The low 16 bits of a and of b, and the high ones, a's below.
+__device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
-// Each product rounded.
-template <class T>
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  using Pair = std::conditional_t<std::is_same_v<T, half>, __half2, __nv_bfloat162>;
-  const Pair product = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
-  return reinterpret_cast<const uint32_t&>(product);
-}
+// ---- sm_90a: call only under `if constexpr (kHasWgmma)` -------------------------------------------------------------
 
-// v, rounded, twice.
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float v) {
-  if constexpr (std::is_same_v<T, half>) {
-    const __half2 pair = __float2half2_rn(v);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __nv_bfloat162 pair = __float2bfloat162_rn(v);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
+// wgmma is in the architecture-specific feature set: compiling for plain sm_90 does not provide it.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline constexpr bool kHasWgmma = true;
+#else
+inline constexpr bool kHasWgmma = false;
+#endif
 
-// The larger magnitudes of halves; of a NaN and a number the number.
-__device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
-  const __half2 larger =
-      __hmax2(__habs2(reinterpret_cast<const __half2&>(a)), __habs2(reinterpret_cast<const __half2&>(b)));
-  return reinterpret_cast<const uint32_t&>(larger);
-}
+inline constexpr int kWarpgroup = 4 * kWarpSize;  // threads that issue a wgmma together
 
-// A barrier that a consumer arrives at, too: what a ring's producer waits for.
+// An mbarrier that the consumer of a stage arrives at to hand the stage back to the producer.
 struct ConsumerBarrier : TmaBarrier {
   __device__ __forceinline__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
 };
 
-// A box of a matrix, whose first element is [row, column].
+// Copies the box of a matrix that starts at [row, column].
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, int column, int row, TmaBarrier& barrier,
-                                         L2Hint keep) {
+                                         L2Hint hint) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
       "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)), "l"(static_cast<uint64_t>(keep))
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)), "l"(static_cast<uint64_t>(hint))
       : "memory");
 }
 
-// ---- products: 64 x n x 16, both operands in shared memory as boxes of swizzled rows of 128 bytes ------------------
+// wgmma m64nNk16, both operands K-major in shared memory: boxes of 128-byte rows with the 128-byte swizzle.
 
-// Describes rows from `box` on, a multiple of 1024, and of their columns those from 16 * step.
+// Descriptor of the 16 columns from 16 * step on, for the rows from `box` on, which is aligned to 1024 bytes.
 __device__ __forceinline__ uint64_t smem_descriptor(const void* box, int step) {
   constexpr uint64_t eight_rows = 1024 / 16, swizzled_128 = 1;
   return ((shared_address(box) & 0x3ffff) / 16 + 2 * step) | uint64_t{1} << 16 | eight_rows << 32 | swizzled_128 << 62;
@@ -92,65 +71,62 @@ __device__ __forceinline__ void wgmma_commit_wait() {
   asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
-// Columns of the product: this lane's sums[4 * j ... 4 * j + 3] are a TileC of rows 16 * (warp % 4) and columns 8 * j
-// on.
+// d += a b. This lane's d[4 * j, 4 * j + 4) are the TileC at row 16 * (warp % 4) and column 8 * j of the result.
 template <class T, int n>
-__device__ __forceinline__ void multiply(float (&sums)[n / 2], uint64_t a, uint64_t b);
+__device__ __forceinline__ void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b);
 
-#define FLASHDECPP_SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define FLASHDECPP_SUMS_8(i) FLASHDECPP_SUMS_4(i), FLASHDECPP_SUMS_4(i + 4)
-#define FLASHDECPP_SUMS_16(i) FLASHDECPP_SUMS_8(i), FLASHDECPP_SUMS_8(i + 8)
-#define FLASHDECPP_SUMS_32(i) FLASHDECPP_SUMS_16(i), FLASHDECPP_SUMS_16(i + 16)
-#define FLASHDECPP_SUMS_64(i) FLASHDECPP_SUMS_32(i), FLASHDECPP_SUMS_32(i + 32)
-#define FLASHDECPP_NAMES_4 "%0, %1, %2, %3"
-#define FLASHDECPP_NAMES_8 FLASHDECPP_NAMES_4 ", %4, %5, %6, %7"
-#define FLASHDECPP_NAMES_16 FLASHDECPP_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define FLASHDECPP_NAMES_32 \
-  FLASHDECPP_NAMES_16       \
+#define FLASHDECPP_ACCUMULATORS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FLASHDECPP_ACCUMULATORS_8(i) FLASHDECPP_ACCUMULATORS_4(i), FLASHDECPP_ACCUMULATORS_4(i + 4)
+#define FLASHDECPP_ACCUMULATORS_16(i) FLASHDECPP_ACCUMULATORS_8(i), FLASHDECPP_ACCUMULATORS_8(i + 8)
+#define FLASHDECPP_ACCUMULATORS_32(i) FLASHDECPP_ACCUMULATORS_16(i), FLASHDECPP_ACCUMULATORS_16(i + 16)
+#define FLASHDECPP_ACCUMULATORS_64(i) FLASHDECPP_ACCUMULATORS_32(i), FLASHDECPP_ACCUMULATORS_32(i + 32)
+#define FLASHDECPP_OPERANDS_4 "%0, %1, %2, %3"
+#define FLASHDECPP_OPERANDS_8 FLASHDECPP_OPERANDS_4 ", %4, %5, %6, %7"
+#define FLASHDECPP_OPERANDS_16 FLASHDECPP_OPERANDS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define FLASHDECPP_OPERANDS_32 \
+  FLASHDECPP_OPERANDS_16       \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FLASHDECPP_NAMES_64                                                          \
-  FLASHDECPP_NAMES_32                                                                \
+#define FLASHDECPP_OPERANDS_64                                                       \
+  FLASHDECPP_OPERANDS_32                                                             \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// n, n / 2, and the numbers of the two operands behind the sums
-#define FLASHDECPP_MULTIPLY(n, sums, a_name, b_name)                                                  \
-  template <>                                                                                         \
-  __device__ __forceinline__ void multiply<half, n>(float (&d)[n / 2], uint64_t a, uint64_t b) {      \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" FLASHDECPP_NAMES_##sums   \
-                 "}, " a_name ", " b_name ", 1, 1, 1, 0, 0;"                                          \
-                 : FLASHDECPP_SUMS_##sums(0)                                                          \
-                 : "l"(a), "l"(b));                                                                   \
-  }                                                                                                   \
-  template <>                                                                                         \
-  __device__ __forceinline__ void multiply<bfloat16, n>(float (&d)[n / 2], uint64_t a, uint64_t b) {  \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" FLASHDECPP_NAMES_##sums \
-                 "}, " a_name ", " b_name ", 1, 1, 1, 0, 0;"                                          \
-                 : FLASHDECPP_SUMS_##sums(0)                                                          \
-                 : "l"(a), "l"(b));                                                                   \
+// n, n / 2 accumulators, and the operand numbers of the two descriptors that follow them.
+#define FLASHDECPP_WGMMA(n, sums, a_name, b_name)                                                        \
+  template <>                                                                                            \
+  __device__ __forceinline__ void wgmma<half, n>(float (&d)[n / 2], uint64_t a, uint64_t b) {            \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" FLASHDECPP_OPERANDS_##sums   \
+                 "}, " a_name ", " b_name ", 1, 1, 1, 0, 0;"                                             \
+                 : FLASHDECPP_ACCUMULATORS_##sums(0)                                                     \
+                 : "l"(a), "l"(b));                                                                      \
+  }                                                                                                      \
+  template <>                                                                                            \
+  __device__ __forceinline__ void wgmma<bfloat16, n>(float (&d)[n / 2], uint64_t a, uint64_t b) {        \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" FLASHDECPP_OPERANDS_##sums \
+                 "}, " a_name ", " b_name ", 1, 1, 1, 0, 0;"                                             \
+                 : FLASHDECPP_ACCUMULATORS_##sums(0)                                                     \
+                 : "l"(a), "l"(b));                                                                      \
   }
-FLASHDECPP_MULTIPLY(8, 4, "%4", "%5")
-FLASHDECPP_MULTIPLY(16, 8, "%8", "%9")
-FLASHDECPP_MULTIPLY(32, 16, "%16", "%17")
-FLASHDECPP_MULTIPLY(64, 32, "%32", "%33")
-FLASHDECPP_MULTIPLY(128, 64, "%64", "%65")
-#undef FLASHDECPP_MULTIPLY
-#undef FLASHDECPP_NAMES_4
-#undef FLASHDECPP_NAMES_8
-#undef FLASHDECPP_NAMES_16
-#undef FLASHDECPP_NAMES_32
-#undef FLASHDECPP_NAMES_64
-#undef FLASHDECPP_SUMS_4
-#undef FLASHDECPP_SUMS_8
-#undef FLASHDECPP_SUMS_16
-#undef FLASHDECPP_SUMS_32
-#undef FLASHDECPP_SUMS_64
+FLASHDECPP_WGMMA(8, 4, "%4", "%5")
+FLASHDECPP_WGMMA(16, 8, "%8", "%9")
+FLASHDECPP_WGMMA(32, 16, "%16", "%17")
+FLASHDECPP_WGMMA(64, 32, "%32", "%33")
+FLASHDECPP_WGMMA(128, 64, "%64", "%65")
+#undef FLASHDECPP_WGMMA
+#undef FLASHDECPP_OPERANDS_4
+#undef FLASHDECPP_OPERANDS_8
+#undef FLASHDECPP_OPERANDS_16
+#undef FLASHDECPP_OPERANDS_32
+#undef FLASHDECPP_OPERANDS_64
+#undef FLASHDECPP_ACCUMULATORS_4
+#undef FLASHDECPP_ACCUMULATORS_8
+#undef FLASHDECPP_ACCUMULATORS_16
+#undef FLASHDECPP_ACCUMULATORS_32
+#undef FLASHDECPP_ACCUMULATORS_64
 
-// The threads of one warp group meet.
-__device__ __forceinline__ void warp_group_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kWarpgroup) : "memory"); }
+// A barrier of the one consumer warpgroup.
+__device__ __forceinline__ void warpgroup_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kWarpgroup) : "memory"); }
 
-// ---- clusters: blocks that run at the same time and read each other's shared memory --------------------------------
-
-// What the shared memory of the cluster's block `rank` has at the place that `p` is in this block's: a float or four.
+// Loads V, float or float4, from distributed shared memory: CTA `rank`'s counterpart of the address p in this CTA.
 template <class V>
 __device__ __forceinline__ V load_shared_cluster(const float* p, int rank) {
   uint32_t remote;

@@ -11,8 +11,9 @@ bool steps_share_a_scale(const QuantizedLinearParams& p) { return p.group >= 128
 
 template <class T, int bits, int row_tiles, int tiles>
 void launch_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
-  const int32_t blocks_a_group = steps_share_a_scale(p) ? 4 : static_cast<int32_t>(p.group / 32);
-  const QuantizedLaunch launch{p.group == p.k ? 31 : std::countr_zero(static_cast<uint64_t>(p.group)), blocks_a_group};
+  const int32_t blocks_per_group = steps_share_a_scale(p) ? 4 : static_cast<int32_t>(p.group / 32);
+  const QuantizedLaunch launch{p.group == p.k ? 31 : std::countr_zero(static_cast<uint64_t>(p.group)),
+                               blocks_per_group};
   const auto blocks = static_cast<unsigned>((p.weight_rows() + 16 * tiles - 1) / (16 * tiles));
   const auto run = [&](auto* shape) {
     using G = std::remove_pointer_t<decltype(shape)>;
@@ -21,8 +22,8 @@ void launch_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
     launcher.keep_l1(kernel, 2 * (kWarpSumsBytes<G> + G::kSharedBytes));
     launcher.overlapping(kernel, blocks, G::kThreads, G::kSharedBytes, p, launch);
   };
-  blocks_a_group < 4 ? run(static_cast<QuantizedGemv<bits, row_tiles, tiles, true>*>(nullptr))
-                     : run(static_cast<QuantizedGemv<bits, row_tiles, tiles, false>*>(nullptr));
+  blocks_per_group < 4 ? run(static_cast<QuantizedGemv<bits, row_tiles, tiles, true>*>(nullptr))
+                       : run(static_cast<QuantizedGemv<bits, row_tiles, tiles, false>*>(nullptr));
 }
 
 template <class T, int bits, int row_tiles>
@@ -48,7 +49,7 @@ struct QuantizedGemvs {
 }  // namespace
 
 bool launch_quantized_gemv(const Launcher& launcher, const QuantizedLinearParams& p) {
-  launch_parts<QuantizedGemvs>(launcher, p);
+  launch_row_chunks<QuantizedGemvs>(launcher, p);
   return true;
 }
 

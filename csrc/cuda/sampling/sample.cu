@@ -1,3 +1,4 @@
+// sample on a GPU: check, guard, allocate, launch.
 #include "boxing.h"
 #include "checks/sample.h"
 #include "cuda/launch.h"

@@ -1,5 +1,5 @@
-// Norms, gated activations, rotary embedding and sampling on the simulated GPU, against their definitions in double.
-// The last line says how many cases failed.
+// Norms, gated activations, rotary embedding and sampling on the simulated GPU, compared with their definitions in
+// double. The last line of the output counts the failed cases.
 #include <algorithm>
 
 #include "checks.h"
@@ -39,7 +39,7 @@ void norm(int rows, int cols, bool layer, bool with_residual) {
   p.outer_stride = int64_t{rows} * cols;
   p.eps = 1e-5f;
   p.subtract_mean = layer;
-  simulated::machine().launch({static_cast<unsigned>(rows)}, 128, 0, [&] { norm_kernel<T, T, 8>(p); });
+  simulated::gpu().launch({static_cast<unsigned>(rows)}, 128, 0, [&] { norm_kernel<T, T, 8>(p); });
   bool good = true;
   for (int r = 0; r < rows; ++r) {
     double mean = 0, square = 0;
@@ -59,10 +59,10 @@ void gated(int rows, int cols) {
   using T = arch::bfloat16;
   Tensor<T> gate_up(size_t(rows) * 2 * cols), out(size_t(rows) * cols);
   check.fill(gate_up);
-  GatedParams p{gate_up.data(), out.data(), rows, cols, Activation::kSilu, DType::kBFloat16};
-  const unsigned parts = (cols + kGatedThreads * 8 - 1) / (kGatedThreads * 8);
-  simulated::machine().launch({static_cast<unsigned>(rows), parts}, kGatedThreads, 0,
-                              [&] { gated_activation_kernel<T, 8>(p); });
+  ActivationParams p{gate_up.data(), out.data(), rows, cols, Activation::kSilu, true, DType::kBFloat16};
+  const unsigned ctas_per_row = (cols + kActivationThreads * 8 - 1) / (kActivationThreads * 8);
+  simulated::gpu().launch({static_cast<unsigned>(rows), ctas_per_row}, kActivationThreads, 0,
+                          [&] { activation_kernel<T, 8>(p); });
   bool good = true;
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < cols; ++c) {
@@ -77,11 +77,11 @@ void gated(int rows, int cols) {
 
 void rotary(bool interleaved) {
   using T = arch::half;
-  constexpr int heads = 3, kv_heads = 1, dim = 32, turned = 16, block = 4, blocks = 5, length = 11;
+  constexpr int heads = 3, kv_heads = 1, dim = 32, rotary_dim = 16, block = 4, blocks = 5, length = 11;
   Tensor<T> q(heads * dim), k(kv_heads * dim), v(kv_heads * dim), k_cache(blocks * block * dim),
       v_cache(k_cache.size());
   Tensor<int32_t> seq_lens(1), table(3);
-  Tensor<float> cos_sin(size_t(length) * turned);
+  Tensor<float> cos_sin(size_t(length) * rotary_dim);
   for (const auto* tensor : {&q, &k, &v}) check.fill(*tensor);
   check.fill(k_cache);
   check.fill(v_cache);
@@ -91,10 +91,10 @@ void rotary(bool interleaved) {
   seq_lens[0] = length;
   for (int i = 0; i < 3; ++i) table[i] = 4 - i;
   for (int position = 0; position < length; ++position) {
-    for (int i = 0; i < turned / 2; ++i) {
-      const double angle = position * std::pow(10000., -2. * i / turned);
-      cos_sin[position * turned + i] = static_cast<float>(std::cos(angle));
-      cos_sin[position * turned + turned / 2 + i] = static_cast<float>(std::sin(angle));
+    for (int i = 0; i < rotary_dim / 2; ++i) {
+      const double angle = position * std::pow(10000., -2. * i / rotary_dim);
+      cos_sin[position * rotary_dim + i] = static_cast<float>(std::cos(angle));
+      cos_sin[position * rotary_dim + rotary_dim / 2 + i] = static_cast<float>(std::sin(angle));
     }
   }
   RotaryParams p{};
@@ -111,7 +111,7 @@ void rotary(bool interleaved) {
   p.q_head_stride = p.k_head_stride = p.v_head_stride = dim;
   p.kc = p.vc = {block * kv_heads * dim, kv_heads * dim, dim};
   p.table_stride = p.max_blocks = 3;
-  p.cos_sin_stride = p.rotary_dim = turned;
+  p.cos_sin_stride = p.rotary_dim = rotary_dim;
   p.batch = p.q_len = 1;
   p.q_heads = heads;
   p.kv_heads = kv_heads;
@@ -121,16 +121,16 @@ void rotary(bool interleaved) {
   p.max_positions = length;
   p.interleaved = interleaved;
   p.dtype = p.kv_dtype = DType::kFloat16;
-  const unsigned parts = (rotary_items<8>(p) + kRotaryThreads - 1) / kRotaryThreads;
-  simulated::machine().launch({1, parts}, kRotaryThreads, 0, [&] { rotary_append_kernel<T, 8>(p); });
+  const unsigned ctas_per_token = (rotary_items<8>(p) + kRotaryThreads - 1) / kRotaryThreads;
+  simulated::gpu().launch({1, ctas_per_token}, kRotaryThreads, 0, [&] { rotary_append_kernel<T, 8>(p); });
 
   const auto expected = [&](const std::vector<float>& x, int head, int d) {
-    if (d >= turned) return double{x[head * dim + d]};
-    const int pair = interleaved ? d / 2 : d % (turned / 2);
-    const bool second = interleaved ? d % 2 : d >= turned / 2;
+    if (d >= rotary_dim) return double{x[head * dim + d]};
+    const int pair = interleaved ? d / 2 : d % (rotary_dim / 2);
+    const bool second = interleaved ? d % 2 : d >= rotary_dim / 2;
     const double a = x[head * dim + (interleaved ? 2 * pair : pair)];
-    const double b = x[head * dim + (interleaved ? 2 * pair + 1 : pair + turned / 2)];
-    const double angle = (length - 1) * std::pow(10000., -2. * pair / turned);
+    const double b = x[head * dim + (interleaved ? 2 * pair + 1 : pair + rotary_dim / 2)];
+    const double angle = (length - 1) * std::pow(10000., -2. * pair / rotary_dim);
     return second ? b * std::cos(angle) + a * std::sin(angle) : a * std::cos(angle) - b * std::sin(angle);
   };
   const int at = (table[(length - 1) / block] * block + (length - 1) % block) * dim;
@@ -166,7 +166,7 @@ void sample(int vocab) {
   p.batch = batch;
   p.vocab = p.logits_stride = vocab;
   p.dtype = DType::kFloat32;
-  simulated::machine().launch({batch}, kSampleThreads, 0, [&] { sample_kernel<float>(p); });
+  simulated::gpu().launch({batch}, kSampleThreads, 0, [&] { sample_kernel<float>(p); });
   for (int r = 0; r < batch; ++r) {
     int larger = 0;
     for (int i = 0; i < vocab; ++i) larger += logits[r * vocab + i] > logits[r * vocab + out[r]];

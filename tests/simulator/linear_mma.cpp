@@ -1,5 +1,5 @@
-// The GEMVs that stream on NVIDIA's matrix units, dense and quantized, on the simulated GPU. The last line says how
-// many cases failed.
+// NVIDIA's tensor-core GEMVs, dense and quantized, with all of their fusions, on the simulated GPU. The last line of
+// the output counts the failed cases.
 #include "cuda/nvidia/gemv_mma.cuh"
 #include "cuda/nvidia/quantized_gemv.cuh"
 #include "linear_calls.h"
@@ -9,21 +9,16 @@ using namespace flashdecpp;
 namespace {
 
 template <class T, class G>
-void gemv(int m, int n, int k, Fusion fusion, float size = 1) {
-  fusion.late = true;
+void gemv(int m, int n, int k, Fusion fusion) {
   Call<T> call(m, n, k, fusion);
-  for (int i = 0; i < m * k; ++i) call.x[i] = arch::from_float<T>(arch::to_float(call.x[i]) * size);
   const auto blocks = static_cast<unsigned>((call.p.weight_rows() + G::kBlockN - 1) / G::kBlockN);
-  simulated::machine().launch({blocks}, G::kThreads, fusion.norm ? norm_bytes<G>(k) : 0, [&] {
-    if constexpr (G::kRowTiles == 1) {
-      if (fusion.norm) return mma_gemv_kernel<T, G, true, true>(call.p);
-    }
-    call.p.fusion.any() ? mma_gemv_kernel<T, G, true, false>(call.p) : mma_gemv_kernel<T, G, false, false>(call.p);
+  simulated::gpu().launch({blocks}, G::kThreads, 0, [&] {
+    call.p.fusion.any() ? mma_gemv_kernel<T, G, true>(call.p) : mma_gemv_kernel<T, G, false>(call.p);
   });
-  call.compare("matrix units, loads of " + std::to_string(G::kLoads));
+  call.compare("mma GEMV, loads of " + std::to_string(G::kLoads));
 }
 
-// A call whose weights are the numbers that the quantized ones stand for.
+// A call whose exact weights are the values of random quantized ones.
 template <class T, class G>
 void quantized(int m, int n, int k, int group, Fusion fusion, bool with_offsets) {
   Call<T> call(m, n, k, fusion);
@@ -61,7 +56,7 @@ void quantized(int m, int n, int k, int group, Fusion fusion, bool with_offsets)
   }
   const QuantizedLaunch launch{shift, G::kExchange ? group / 32 : 4};
   const auto blocks = static_cast<unsigned>((rows + G::kBlockN - 1) / G::kBlockN);
-  simulated::machine().launch({blocks}, G::kThreads, G::kSharedBytes, [&] {
+  simulated::gpu().launch({blocks}, G::kThreads, G::kSharedBytes, [&] {
     p.fusion.any() ? quantized_gemv_kernel<T, G, true>(p, launch) : quantized_gemv_kernel<T, G, false>(p, launch);
   });
   call.compare(std::to_string(G::kBits) + " bit, groups of " + std::to_string(group));
@@ -70,22 +65,22 @@ void quantized(int m, int n, int k, int group, Fusion fusion, bool with_offsets)
 template <class T>
 void run() {
   const Fusion gated{.bias = true, .gated = true}, added{.bias = true, .add = true};
-  const Fusion norm{.norm = true}, all{.bias = true, .norm = true, .gated = true};
+  const Fusion activated{.bias = true, .activated = true};
   gemv<T, MmaGemv<1, 1, 8>>(3, 37, 2120, {.bias = true});
   gemv<T, MmaGemv<1, 1, 8>>(8, 21, 264, gated);
   gemv<T, MmaGemv<1, 2, 4>>(5, 45, 520, added);
   gemv<T, MmaGemv<2, 1, 8>>(13, 24, 520, gated);
-  for (const int m : {1, 2, 3, 4, 5, 8}) gemv<T, MmaGemv<1, 1, 8>>(m, 19, 2120, norm);
-  gemv<T, MmaGemv<1, 2, 4>>(3, 40, 136, all);
-  gemv<T, MmaGemv<1, 2, 4>>(8, 21, 520, all);
+  for (const int m : {1, 2, 3, 4, 5, 8}) gemv<T, MmaGemv<1, 1, 8>>(m, 19, 2120, {});
+  gemv<T, MmaGemv<1, 2, 4>>(3, 40, 136, gated);
+  gemv<T, MmaGemv<1, 2, 4>>(8, 21, 520, activated);
   gemv<T, MmaGemv<2, 2, 4>>(12, 21, 520, gated);
   gemv<T, MmaGemv<2, 1, 8>>(16, 21, 72, {.bias = true, .add = true});
-  gemv<T, MmaGemv<1, 1, 8>>(8, 21, 72, {.norm = true, .add = true});
-  for (const float size : {2e3f, 1e-3f}) gemv<T, MmaGemv<1, 1, 8>>(2, 19, 520, norm, size);
+  gemv<T, MmaGemv<2, 1, 8>>(11, 21, 264, activated);
 
   quantized<T, QuantizedGemv<4, 1, 1, false>>(3, 21, 384, 128, {.bias = true}, false);
   quantized<T, QuantizedGemv<4, 1, 2, true>>(8, 37, 1056, 32, gated, true);
   quantized<T, QuantizedGemv<8, 1, 1, false>>(2, 19, 400, 400, added, false);
+  quantized<T, QuantizedGemv<4, 1, 1, true>>(3, 21, 384, 64, activated, false);
   quantized<T, QuantizedGemv<4, 2, 1, false>>(9, 21, 1280, 128, {.bias = true}, true);
   quantized<T, QuantizedGemv<4, 2, 2, false>>(16, 37, 2432, 128, gated, false);
   quantized<T, QuantizedGemv<4, 2, 2, true>>(13, 35, 1056, 32, added, true);
