@@ -284,7 +284,7 @@ def test_a_description_says_what_the_mask_said(keys):
     torch.manual_seed(keys)
     visible = torch.rand(5, 1, 1, keys) > 0.5
     description = integration._describe_visible(visible[:, 0, 0])
-    assert torch.equal(integration._spelt_out(description, 1, keys), visible)
+    assert torch.equal(integration._boolean(description, 1, keys), visible)
 
 
 @pytest.mark.parametrize("window", [0, 3])
@@ -293,7 +293,7 @@ def test_a_description_says_what_the_mask_function_said(window):
     function = masking.sliding_window_causal_mask_function(window) if window else masking.causal_mask_function
     sizes = dict(batch_size=2, q_length=4, kv_length=12, q_offset=5, mask_function=function)
     expected = masking.sdpa_mask(**sizes, allow_is_causal_skip=False)
-    assert torch.equal(integration._spelt_out(integration.mask(**sizes), 4, 12), expected)
+    assert torch.equal(integration._boolean(integration.mask(**sizes), 4, 12), expected)
 
 
 # ---------------------------------------------------------------------------------------- accelerate, restore
