@@ -36,7 +36,7 @@ inline const char* name(LoadPath path) {
 }
 
 struct AttentionShape {
-  int warps, stages, ctas_per_sm, merge_rows;
+  int warps, stages, ctas_per_sm, scratch_rows;
   bool clusters;  // merge through distributed shared memory
 
   bool operator==(const AttentionShape&) const = default;
@@ -75,7 +75,7 @@ constexpr int64_t attention_stage_bytes(LoadPath path, int kv_bytes, int dims) {
 // states and factors; mbarriers; and 1 KiB of alignment slack.
 constexpr int64_t attention_shared_bytes(LoadPath path, int kv_bytes, int dims, const AttentionShape& shape) {
   const int64_t stages = shape.stages * attention_stage_bytes(path, kv_bytes, dims);
-  const int64_t queries = kQueryTileRows * (dims + 8) * 2, scratch = shape.merge_rows * (dims + 8) * 4;
+  const int64_t queries = kQueryTileRows * (dims + 8) * 2, scratch = shape.scratch_rows * (dims + 8) * 4;
   const int64_t partial = shape.clusters ? kQueryTileRows * (dims * 4 + kSoftmaxStateBytes) : 16;
   const int64_t merge = kQueryTileRows * (shape.warps * (kSoftmaxStateBytes + 4) + kSoftmaxStateBytes);
   const int64_t barriers = path == LoadPath::kTma ? shape.warps * shape.stages * 8 : 0;

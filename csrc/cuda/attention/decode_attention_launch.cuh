@@ -33,7 +33,7 @@ void launch_kernel(const Launcher& launcher, const AttentionLaunch& launch, cons
   using Stages = typename Path::template Stages<Tile>;
   using Shared = SharedMemory<Tile, Stages>;
   // The heuristics know the kernel's numbers without its headers.
-  constexpr AttentionShape shape{Tile::kWarps, Tile::kStages, Tile::kCtasPerSm, Tile::kMergeRows,
+  constexpr AttentionShape shape{Tile::kWarps, Tile::kStages, Tile::kCtasPerSm, Tile::kScratchRows,
                                  Stages::kUsesClusters};
   constexpr int64_t bytes = attention_shared_bytes(path, sizeof(typename Tile::KV), Tile::kDims, shape);
   static_assert(Shared::kBytes + sizeof(CombineMemory<Tile, Stages>) + Stages::kBarrierBytes + 1024 == bytes);
@@ -65,7 +65,7 @@ void launch_decode_attention(const Launcher& launcher, const AttentionLaunch& la
           using KV = std::conditional_t<fp8.value, arch::float8, T>;
           using Policy = std::conditional_t<unified.value, UnifiedMax<T>, OnlineMax>;
           constexpr AttentionShape s = attention_shape(path, sizeof(KV), dims.value, latency.value);
-          using Shape = CtaShape<s.warps, s.stages, s.ctas_per_sm, s.merge_rows>;
+          using Shape = CtaShape<s.warps, s.stages, s.ctas_per_sm, s.scratch_rows>;
           launch_kernel<path, AttentionTile<T, KV, dims.value, Shape>, Policy>(launcher, launch, config);
         });
       });
