@@ -259,7 +259,8 @@ class Engine:
         context, least = blocks_for(max_len), needs[0]
         on_cpu = self.decoder.device.type == "cpu"
         wanted = max(context, sum(needs[: config.max_batch])) if on_cpu else context * config.max_batch
-        fits = least <= self.pool.num_blocks
+        cache = self.executor.cache
+        fits = cache is not None and least <= cache.num_blocks
         if fits and (fixed is not None or wanted <= self._wanted_blocks):
             return
         if fixed is None and self.scheduler.idle:
