@@ -1,4 +1,4 @@
-"""What `flashdecpp info` says: what was built, which devices there are, which kernels will run and why."""
+"""The report of `flashdecpp info`: the build, the devices, and which kernels will run and why."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from flashdecpp.tuning.device import device_name, gfx_target, gpu_properties
 from flashdecpp.tuning.table import DTYPES, Shape, TableError, check_sizes
 
 _NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
-_MOST_ROWS = 1024  # up to which choices are looked up
+_MAX_ROWS = 1024  # of the choices that are listed
 
 
 def lines(
     shapes: Sequence[Shape] = (), dtype: str | None = None, attention: Sequence[_C.AttentionProblem] = ()
 ) -> Iterator[str]:
-    """The report, line by line; with what linear takes for weights of these shapes, and what decode_attention
-    chooses on a GPU.
+    """The report, line by line, with linear's implementations for weights of these shapes and
+    decode_attention's choices on a GPU.
 
-    dtype: of the shapes; None is bfloat16 on the CPU and float16 on a GPU. Raises TableError for another than
-        linear has, and for sizes that no weight has.
+    dtype: of the shapes; bfloat16 on the CPU and float16 on a GPU by default. Raises TableError for a dtype
+        that linear does not support and for sizes out of range.
     """
     check_sizes(shapes)
     if dtype is not None and dtype not in DTYPES:
@@ -60,8 +60,9 @@ def lines(
 
 
 def parse_attention(text: str) -> list[_C.AttentionProblem]:
-    """ "8,1,32,8,128,4096,16": batch, q_len, q_heads, kv_heads, head_dim, max_len and, of a paged cache,
-    block_size; semicolons between calls.
+    """Parses calls such as "8,1,32,8,128,4096,16", separated by semicolons.
+
+    The numbers are batch, q_len, q_heads, kv_heads, head_dim, max_len and, for a paged cache, block_size.
     """
     problems = []
     for call in text.split(";"):
@@ -98,7 +99,7 @@ def parse_attention(text: str) -> list[_C.AttentionProblem]:
 
 
 def _attention_lines(problems: Sequence[_C.AttentionProblem]) -> Iterator[str]:
-    """Each GPU's choices for 16-bit caches; without a GPU, an H100's."""
+    """Every GPU's choices for 16-bit caches, or an H100's without a GPU."""
     if torch.cuda.is_available():
         indices = range(torch.cuda.device_count())
         gpus = {f"cuda:{index}": gpu_properties(torch.device("cuda", index)) for index in indices}
@@ -148,10 +149,10 @@ def _kernel_lines() -> Iterator[str]:
         yield f"  linear(auto) on a GPU: gemv below M = {points.m1}, {flat}blas above"
         yield "    (the rule for shapes that no table has; K not a multiple of 8 and float32 go to blas)"
     yield "  linear(auto) on the CPU: own kernel for small M, blas above (csrc/heuristics/cpu.h)"
-    yield "  quantized_linear: decoded in registers on the CPU, from 32 rows on in dequantised strips;"
+    yield "  quantized_linear: decoded in registers on the CPU, from 32 rows on in dequantized strips;"
     streamed = _C.MAX_STREAMED_ROWS
     yield f"    on a GPU decoded in registers for up to {streamed} rows of float16 or bfloat16 x, else"
-    yield "    dequantise + blas (also for K not a multiple of 16, or weight rows not 16-byte aligned)"
+    yield "    dequantize + blas (also for K not a multiple of 16, or weight rows not 16-byte aligned)"
 
 
 def _table_lines(shapes: Sequence[Shape], dtype: str | None) -> Iterator[str]:
@@ -174,15 +175,15 @@ def _table_lines(shapes: Sequence[Shape], dtype: str | None) -> Iterator[str]:
 
 
 def _choice_line(found: TableSet, device: torch.device, n: int, k: int, dtype: str | None) -> str:
-    """Such as "bfloat16 [576, 1536]: gemv from M = 1 to 64, blas from M = 65 (default rule)"."""
+    """A line such as "bfloat16 [576, 1536]: gemv from M = 1 to 64, blas from M = 65 (default rule)"."""
     dtype = dtype or ("bfloat16" if device.type == "cpu" else "float16")
     row = torch.empty(k, dtype=getattr(torch, dtype), device=device)
     weight = row.as_strided((n, k), (0, 1))
-    choices = [(ops.linear_choice(row.expand(m, k), weight), m) for m in range(1, _MOST_ROWS + 1)]
+    choices = [(ops.linear_choice(row.expand(m, k), weight), m) for m in range(1, _MAX_ROWS + 1)]
     ranges = []
     for impl, group in groupby(choices, key=lambda choice: choice[0]):
         rows = [m for _, m in group]
-        ranges.append(f"{impl} from M = {rows[0]}" + ("" if rows[-1] == _MOST_ROWS else f" to {rows[-1]}"))
+        ranges.append(f"{impl} from M = {rows[0]}" + ("" if rows[-1] == _MAX_ROWS else f" to {rows[-1]}"))
     table = found.tables.get(device_name(device))
     profile = table.find(dtype, n, k) if table else None
     source = f"measured up to M = {profile.m[-1]}" if profile else "default rule"

@@ -64,6 +64,8 @@ def test_the_stub_of_the_extension_names_what_it_has() -> None:
     for node in ast.parse((PACKAGE / "_C.pyi").read_text()).body:
         if isinstance(node, ast.FunctionDef):
             assert callable(getattr(_C, node.name))
+        elif isinstance(node, ast.AnnAssign):
+            assert isinstance(node.target, ast.Name) and hasattr(_C, node.target.id)
         elif isinstance(node, ast.ClassDef):
             members = vars(getattr(_C, node.name))
             functions = {x.name for x in node.body if isinstance(x, ast.FunctionDef)}

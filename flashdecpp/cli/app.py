@@ -392,8 +392,8 @@ def info(
     attention: Annotated[
         str | None,
         typer.Option(
-            help="Show what decode_attention chooses: 'batch,q_len,q_heads,kv_heads,head_dim,max_len' "
-            "and, of a paged cache, ',block_size'; ';' between calls."
+            help="Show decode_attention's choices for 'batch,q_len,q_heads,kv_heads,head_dim,max_len' "
+            "(and ',block_size' for a paged cache); separate calls by ';'."
         ),
     ] = None,
 ) -> None:

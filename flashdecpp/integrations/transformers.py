@@ -59,6 +59,7 @@ __all__ = ["NAME", "accelerate", "attention_calls", "layer_fallbacks", "restore"
 NAME = "flashdecpp"
 # The name in transformers' registries and configs: any that contains "flash" is treated as FlashAttention.
 REGISTERED = "decpp"
+
 OURS = "flashdecpp"  # a key of attention_calls, next to the reasons for falling back
 PREFILL = "prefill"
 GRADIENTS = "gradients are needed: use torch.no_grad()"
