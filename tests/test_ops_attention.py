@@ -408,3 +408,36 @@ def test_check_reports_blocks_that_are_used(one_place, wrong):
     arguments["block_table"][0, 2] = wrong
     with pytest.raises(ValueError, match=rf"block_table must hold .*, got {wrong} at \[0, 2\]"):
         ops.check(**arguments)
+
+
+def test_lengths_and_tables_that_the_preceding_kernel_writes(place):
+    """The ops start before that kernel has ended, and must not read what it has yet to write."""
+    if place.device == "cpu":
+        pytest.skip("kernels overlap on GPUs alone")
+    batch, heads, dim, block, steps = 4, 2, 64, 16, 200
+    k_cache, v_cache = torch.zeros(2, batch * 64, block, heads, dim, dtype=place.dtype, device=place.device)
+    tables = torch.arange(batch * 64, dtype=torch.int32, device=place.device).view(batch, 64)
+    lengths = torch.zeros(batch, dtype=torch.int32, device=place.device)
+    table = torch.full_like(tables, -1)
+    new = torch.randn(steps, 3, batch, 1, heads, dim, dtype=place.dtype, device=place.device)
+    wanted = torch.arange(1, steps + 1, dtype=torch.int32, device=place.device)[:, None].repeat(1, batch)
+    queries = torch.randn(batch, 1, heads, dim, dtype=place.dtype, device=place.device)
+    outs = []
+    for step in range(steps):
+        q, k, v = new[step].clone()
+        torch.add(tables, 0, out=table)
+        torch.add(wanted[step], 0, out=lengths)
+        ops.rotary_append(q, k, v, k_cache, v_cache, lengths, table)
+        lengths.zero_()
+        table.fill_(-1)
+        torch.add(tables, 0, out=table)
+        torch.add(wanted[step], 0, out=lengths)
+        outs.append(ops.decode_attention(queries, k_cache, v_cache, lengths, table)[0])
+        lengths.zero_()
+        table.fill_(-1)
+    keys, values = (cache.view(batch, -1, heads, dim)[:, :steps] for cache in (k_cache, v_cache))
+    assert torch.equal(keys, new[:, 1, :, 0].transpose(0, 1))
+    assert torch.equal(values, new[:, 2, :, 0].transpose(0, 1))
+    for step in range(0, steps, 7):
+        again = ops.decode_attention(queries, k_cache, v_cache, wanted[step].clone(), tables)[0]
+        assert torch.equal(outs[step], again)
