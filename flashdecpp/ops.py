@@ -188,6 +188,8 @@ def decode_attention(
             one tensor with K and V. q_heads is 1 to 16 times kv_heads; the query heads of a KV head are
             adjacent.
         seq_lens: [batch] int32, keys per sequence including the new tokens; 0 gives zeros and an lse of -inf.
+            Like block_table, read before the preceding kernel has finished (programmatic dependent launch);
+            `gemv` says when that is unsafe.
         block_table: [batch, max_blocks] int32, the cache block of each run of block_size tokens.
         scale: 1 / sqrt(head_dim) if None. scale and softcap must be representable in float32.
         phi: [q_heads] or [batch, q_heads] float32, the unified maximum in units of x. None: online softmax.
@@ -685,7 +687,8 @@ def rotary_append(
         k, v: [batch, q_len, kv_heads, head_dim], q's dtype. q, k and v may be views of one packed tensor.
         k_cache, v_cache, block_table, k_scale, v_scale: as in `decode_attention`. A float8_e4m3fn cache
             stores value / scale, saturated to +-448.
-        seq_lens: [batch] int32, tokens per sequence including the new ones.
+        seq_lens: [batch] int32, tokens per sequence including the new ones. Like block_table, read before the
+            preceding kernel has finished (programmatic dependent launch); `gemv` says when that is unsafe.
         cos_sin: [max_positions, rotary_dim] float32, the cosines of each position, then the sines. rotary_dim
             is even and at most head_dim; the rest of a head is left as it is. None: nothing is rotated.
         interleaved: pairs are (2d, 2d + 1) as in GPT-J and GLM, instead of (d, d + rotary_dim / 2) as in NeoX

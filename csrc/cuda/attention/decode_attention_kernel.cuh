@@ -30,7 +30,7 @@
 // V would be NaN, its product with V is computed key by key.
 //
 // Under programmatic dependent launch a CTA starts while the previous kernel still runs. Until that kernel is done, the
-// CTA reads no tensor: it sets up its barriers, prefetches the tensor maps and computes where its work tile lies.
+// CTA reads only the tensor maps, the lengths and the block tables, which tell it where to begin.
 #pragma once
 
 #include "cuda/attention/combine.cuh"
@@ -98,12 +98,12 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
   zero_unused_queries<Tile>(schedule.first.queries(launch).count, q);
   KvPipeline<Tile, Stages> pipeline(launch, stages);
   pipeline.locate(schedule);
-  arch::wait_for_previous_kernel();  // which may have written the lengths or the block table
   schedule.load(launch);
   pipeline.prefetch_table();
   schedule.finish(launch);
   if (schedule.kv_tiles == 0) return;
   pipeline.resolve(schedule);
+  arch::wait_for_previous_kernel();
 
   Segment upcoming = schedule.first;
   int remaining = schedule.kv_tiles;

@@ -97,7 +97,7 @@ __host__ __device__ __forceinline__ int64_t rotary_items(const RotaryParams& p) 
 template <class T, int vector>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_append_kernel(RotaryParams p) {
   arch::allow_next_kernel();
-  arch::wait_for_previous_kernel();
+  // Lengths and tables may be read before the wait: no kernel that this one can overlap writes them.
   const int64_t sequence = blockIdx.x / p.q_len, token = blockIdx.x % p.q_len;
   const int64_t position = int64_t{p.seq_lens[sequence]} - p.q_len + token;
   const CacheSlot at = find_slot(p, sequence, position);
@@ -107,6 +107,7 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_append_kernel(RotaryPar
   if (p.block_table && blockIdx.y == 0 && token == 0 && entry < p.max_blocks && entry <= position / p.block_size) {
     arch::prefetch(p.block_table + sequence * p.table_stride + entry);
   }
+  arch::wait_for_previous_kernel();
   if (position < 0) return;  // left padding
   const bool rotates = position < p.max_positions;
 
