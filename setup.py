@@ -217,6 +217,7 @@ class CMakeBuild(build_ext):
         compiler = os.environ.get("CXX")
         if compiler is None and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
             sys.exit("flashdecpp: no C++ compiler was found; install g++ (apt install g++) or set CXX")
+        cpu_isas = "|".join(listed("FLASHDECPP_CPU_ISAS")) or "all"
         cuda_options, cuda_reason = cuda_choice()
         hip_options, hip_reason = hip_choice()
         reasons = f"cpu: always built; {cuda_reason}; {hip_reason}"
@@ -230,7 +231,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFLASHDECPP_TORCH_DIR={torch}",
             f"-DFLASHDECPP_OUTPUT={output}",
-            f"-DFLASHDECPP_CPU_ISAS={'|'.join(listed('FLASHDECPP_CPU_ISAS')) or 'all'}",
+            f"-DFLASHDECPP_CPU_ISAS={cpu_isas}",
             f"-DFLASHDECPP_BUILD_REASONS={reasons}",
             *cuda_options,
             *hip_options,
