@@ -172,3 +172,10 @@ def test_keys_stand_for_all_tokens_before_their_end(tmp_path):
     assert isinstance(request, Request)
     request.token_ids += tokens[20:]  # an answer's tokens count like a prompt's
     assert request.block_keys(3, 0) == keys(tokens)
+
+
+def test_caches_share_no_storage():
+    """torch.compile would clone aliasing arguments that are updated in place: the whole cache, every step."""
+    cache = KVCache(layers=3, kv_heads=2, head_dim=16, num_blocks=4, dtype=torch.float32, device="cpu")
+    tensors = [x for layer in cache.layers for x in layer]
+    assert len({x.untyped_storage().data_ptr() for x in tensors}) == 2 * 3

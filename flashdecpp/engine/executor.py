@@ -51,7 +51,7 @@ class Executor:
         """Writes a chunk's tokens to the cache. Logits [1, vocab] of the last one; None for no tokens."""
         request, device = chunk.request, self.decoder.device
         if chunk.restored and request.saved is not None:
-            self._cache.restore(chunk.restored, request.saved[:, :, -len(chunk.restored) :])
+            self._cache.restore(chunk.restored, request.saved[:, -len(chunk.restored) :])
         if chunk.start == chunk.stop:
             return None
         tokens = upload(request.history[chunk.start : chunk.stop], torch.int64, device)

@@ -19,11 +19,13 @@ def blocks_for(tokens: int) -> int:
 
 
 class KVCache:
-    """Keys and values of all layers, in one allocation.
+    """Keys and values of all layers.
 
     layers[i]: (k_cache, v_cache) of layer i, contiguous [num_blocks, block_size, kv_heads, head_dim] each, as
         `ops.decode_attention` and `ops.rotary_append` take them with a block table. Their contents are
         undefined until written. A `BlockPool` says which sequence owns which block.
+
+    No two of them share a storage: torch.compile clones arguments that are updated in place and alias.
 
     Raises ModelError for sizes that the ops do not support, OutOfMemory if `device` has too little memory.
     """
@@ -39,9 +41,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        integer("layers", layers, 1)
         shape = (
-            integer("layers", layers, 1),
-            2,  # K and V
             integer("num_blocks", num_blocks, 0),
             integer("block_size", block_size, 1),
             integer("kv_heads", kv_heads, 1),
@@ -58,11 +59,11 @@ class KVCache:
                 f"{gigabytes(free)} are free; ask for fewer tokens (max_tokens, max_len) or a smaller batch"
             )
         try:
-            self._storage = torch.empty(shape, dtype=dtype, device=device)
+            self._tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
         except (RuntimeError, MemoryError) as error:
             raise OutOfMemory(f"a KV cache of {gigabytes(need)} can't be allocated on {device}") from error
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [(k, v) for k, v in self._storage]
+        self.layers = list(zip(self._tensors[::2], self._tensors[1::2], strict=True))
 
     @classmethod
     def for_model(
@@ -80,15 +81,19 @@ class KVCache:
 
     def copy(self, source: int, target: int) -> None:
         """Copies a block in every layer."""
-        self._storage[:, :, target] = self._storage[:, :, source]
+        torch._foreach_copy_([x[target] for x in self._tensors], [x[source] for x in self._tensors])
 
     def save(self, blocks: Sequence[int]) -> torch.Tensor:
-        """The contents of blocks in host memory: [layers, 2, len(blocks), block_size, kv_heads, head_dim]."""
-        return self._storage[:, :, list(blocks)].cpu()
+        """Blocks in host memory: [2 * layers, len(blocks), block_size, kv_heads, head_dim]."""
+        index = torch.tensor(list(blocks), dtype=torch.int64, device=self._tensors[0].device)
+        return torch.stack([x.index_select(0, index) for x in self._tensors]).cpu()
 
     def restore(self, blocks: Sequence[int], saved: torch.Tensor) -> None:
         """Writes into blocks what `save` returned for as many."""
-        self._storage[:, :, list(blocks)] = saved.to(self._storage.device)
+        device = self._tensors[0].device
+        index = torch.tensor(list(blocks), dtype=torch.int64, device=device)
+        for x, values in zip(self._tensors, saved.to(device), strict=True):
+            x.index_copy_(0, index, values)
 
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
