@@ -56,4 +56,4 @@ def generate(model, prompts, steps):
 
 if __name__ == "__main__":
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        print(generate(Decoder(torch.bfloat16), [list(range(5)), list(range(100, 140))], steps=24))
+        print(generate(Decoder(torch.bfloat16), [list(range(5)), list(range(100, 140))], steps=24).tolist())

@@ -197,7 +197,7 @@ void linear_shapes(DType dtype, float tolerance) {
     std::vector<T> out = before;
     LinearParams p{};
     p.bias = m == 9 ? bias.data() : nullptr;
-    p.fusion.add = add;
+    p.fusion.kind = add ? LinearFusion::kResidual : LinearFusion::kNone;
     p.x = x.data();
     p.weight = weight.data();
     p.out = out.data();
