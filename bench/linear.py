@@ -45,7 +45,7 @@ ROUNDS = 2  # each time is the best of so many medians, taken in turns
 LAYERS, LAYER = 32, [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]  # Llama-2-7B
 CHAIN_ROWS = [1, 8, 32]
 FUSED_ROWS = [1, 2, 4, 8, 12, 16, 32, 64]
-FORMATS = {  # of quantised weights
+FORMATS = {  # of quantized weights
     "int8": {"bits": 8},
     "int8 g128": {"bits": 8, "group_size": 128},
     "int4 g32": {"bits": 4, "group_size": 32},

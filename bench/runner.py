@@ -629,7 +629,7 @@ def draw(results: dict, source: Path) -> None:
     if not steps:
         return
     kinds = [*KINDS, "other", "gaps"]
-    colours = dict(zip(kinds, pyplot.get_cmap("tab10").colors, strict=False))
+    colors = dict(zip(kinds, pyplot.get_cmap("tab10").colors, strict=False))
     figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(steps), 4.5))
     for index, step in enumerate(steps):
         bars = [(2 * index, step["ms"] | {"gaps": step["gaps_ms"]}), (2 * index + 0.8, step["floor_ms"])]
@@ -637,7 +637,7 @@ def draw(results: dict, source: Path) -> None:
             bottom = 0.0
             for kind in kinds:
                 if kind in parts:
-                    axes.bar(place, parts[kind], 0.7, bottom, color=colours[kind], label=kind)
+                    axes.bar(place, parts[kind], 0.7, bottom, color=colors[kind], label=kind)
                     bottom += parts[kind]
             axes.text(place, bottom, f"{bottom:.2f}", ha="center", va="bottom", fontsize=8)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

@@ -109,7 +109,7 @@ def save_model(folder: Path, kind: str = "llama", *, shard: str = "1GB", **overr
 def save_chatglm(folder: Path, **settings) -> PreTrainedModel:
     """A GLM model in the format of ChatGLM2's authors: renamed settings and tensors, all packed.
 
-    transformers has that format no longer, but the same maths under other names.
+    transformers has that format no longer, but the same math under other names.
     """
     glm = make_model("glm", rope_parameters={"rope_type": "default", "rope_theta": 20000.0})
     config = glm.config

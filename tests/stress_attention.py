@@ -159,7 +159,7 @@ class Problem:
     def answer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """out [kv_heads, batch, q_len, group, head_dim], how large its terms are, lse and who sees a key.
 
-        The maths of flashdecpp.reference in float32 for all sequences at once, every one as long as its cache
+        The math of flashdecpp.reference in float32 for all sequences at once, every one as long as its cache
         and masked: a graph can hold it, because no shape depends on the lengths.
         """
         case, batch = self.case, self.batch

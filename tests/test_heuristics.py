@@ -79,25 +79,25 @@ def test_every_block_of_a_cluster_has_a_stage_of_k(n: int, k: int) -> None:
     assert cluster == 1 or cluster * 128 <= k
 
 
-def attention_team(units: int, num_splits: int = 0, most: int = 8) -> int:
+def attention_cluster(units: int, num_splits: int = 0, most: int = 8) -> int:
     return _C.choose_attention_cluster(132, units, num_splits, most)
 
 
 def test_clusters_leave_some_of_the_machine_over() -> None:
-    assert [attention_team(units) for units in (1, 2, 8, 16, 28, 32, 40, 59, 60, 64, 256)] == [
+    assert [attention_cluster(units) for units in (1, 2, 8, 16, 28, 32, 40, 59, 60, 64, 256)] == [
         8, 8, 8, 4, 4, 2, 2, 2, 1, 1, 1,
     ]  # fmt: skip
 
 
 def test_a_team_is_no_larger_than_there_is_work_for() -> None:
-    assert [attention_team(1, most=most) for most in (0, 1, 2, 3, 5, 8)] == [1, 1, 2, 2, 4, 8]
+    assert [attention_cluster(1, most=most) for most in (0, 1, 2, 3, 5, 8)] == [1, 1, 2, 2, 4, 8]
 
 
 @given(units=st.integers(1, 1 << 20), num_splits=st.integers(1, 64))
 def test_a_fixed_number_of_splits_is_of_whole_teams_whatever_the_batch(units: int, num_splits: int) -> None:
-    team = attention_team(units, num_splits)
-    assert num_splits % team == 0
-    assert team == 8 or num_splits % (2 * team) != 0
+    cluster = attention_cluster(units, num_splits)
+    assert num_splits % cluster == 0
+    assert cluster == 8 or num_splits % (2 * cluster) != 0
 
 
 def attention_grid(

@@ -33,7 +33,7 @@ def test_every_op(place, op):
 @pytest.mark.parametrize("rows", [1, 3, 40, 256])
 @pytest.mark.parametrize("biased", [False, True])
 def test_where_torchs_linear_is_called(any_place, rows, biased):
-    """By name, from so many rows on, for dequantised weights."""
+    """By name, from so many rows on, for dequantized weights."""
     x, weight = randn(any_place, rows, 64), randn(any_place, 48, 64, seed=1)
     bias = randn(any_place, 48, seed=2) if biased else None
     residual, stored = randn(any_place, rows, 48, seed=3), quantized(any_place, rows, 48, 64, bits=8)

@@ -49,7 +49,7 @@ CACHE = [
     ("block_table", lambda a: {"block_table": uneven(a["block_table"])}),
     ("k_scale", lambda a: {"k_scale": torch.ones(2, device=a["q"].device)}),
 ]
-# Of every linear, of the quantised ones, and of what the fused ones take besides.
+# Of every linear, of the quantized ones, and of what the fused ones take besides.
 LINEAR = [
     ("x", lambda a: {"x": a["x"].double()}),
     ("x", lambda a: {"x": a["x"][:, :0], "weight": a["weight"][:, :0]}),

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @formats
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 31, 32, 33, 130])
 def test_rows(any_place, rows, bits, group):
-    """Up to 8 rows at once, beyond 31 through dequantised strips, and bfloat16 at last through the BLAS."""
+    """Up to 8 rows at once, beyond 31 through dequantized strips, and bfloat16 at last through the BLAS."""
     compare("quantized_linear", **quantized(any_place, rows, 75, 384, bits=bits, group=group))
 
 

@@ -167,7 +167,7 @@ def test_other_dtypes_and_compile(dtype):
 @both
 @torch.no_grad()
 def test_state_dict(symmetric):
-    """All of it is in the state, and goes into a model that was quantised the same way."""
+    """All of it is in the state, and goes into a model that was quantized the same way."""
     tokens = torch.arange(40).view(4, 10)
     first, second = model(), model()
     for parameter in second.parameters():

@@ -57,7 +57,7 @@ def write_gguf(
     path: Path,
     model,
     architecture: str = "llama",
-    quantisation: Q = Q.F32,
+    quantization: Q = Q.F32,
     pre: str = "smollm",
     rope_factors=None,
     others: dict[str, Q] | None = None,
@@ -101,7 +101,7 @@ def write_gguf(
                 values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
-        kind = quantisation if values.ndim == 2 else Q.F32
+        kind = quantization if values.ndim == 2 else Q.F32
         kind = next((other for part, other in (others or {}).items() if part in name), kind)
         data = gguf.quants.quantize(values, kind)
         writer.add_tensor(name.replace("model.layers.", "blk."), data, raw_dtype=kind)
@@ -111,7 +111,7 @@ def write_gguf(
     writer.close()
 
 
-@pytest.mark.parametrize("quantisation", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1])
+@pytest.mark.parametrize("quantization", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1])
 @pytest.mark.parametrize(
     ("architecture", "overrides"),
     [
@@ -121,29 +121,29 @@ def write_gguf(
         ("qwen3", {"head_dim": 32}),
     ],
 )
-def test_logits_equal_those_of_the_model(tmp_path, architecture, overrides, quantisation):
+def test_logits_equal_those_of_the_model(tmp_path, architecture, overrides, quantization):
     model = save_model(tmp_path / "hf", architecture, **overrides)
     path = tmp_path / "model.gguf"
-    write_gguf(path, model, architecture, quantisation)
+    write_gguf(path, model, architecture, quantization)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:  # rounded as in the file
-                packed = gguf.quants.quantize(parameter.numpy(), quantisation)
-                parameter.copy_(torch.tensor(gguf.quants.dequantize(packed, quantisation)))
+                packed = gguf.quants.quantize(parameter.numpy(), quantization)
+                parameter.copy_(torch.tensor(gguf.quants.dequantize(packed, quantization)))
     prompt, following = random_tokens(20, seed=1), random_tokens(8, seed=2)
     expected = transformers_logits(model, prompt, following)
     for quantize in ("auto", "none"):  # the op on stored weights, and dequantized weights
         llm = LLM(path, device="cpu", dtype="float32", quantize=quantize)
         logits = runner_logits(llm, prompt, following)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-        stored = {Q.Q8_0: "int8", Q.Q4_0: "int4", Q.Q4_1: "int4"}.get(quantisation, "float32")
+        stored = {Q.Q8_0: "int8", Q.Q4_0: "int4", Q.Q4_1: "int4"}.get(quantization, "float32")
         assert llm.decoder.weights.storage_formats == (stored if quantize == "auto" else "float32")
 
 
-@pytest.mark.parametrize("quantisation", [Q.Q8_0, Q.Q4_0, Q.Q4_1])
-def test_stored_blocks_are_used_unchanged(tmp_path, quantisation):
+@pytest.mark.parametrize("quantization", [Q.Q8_0, Q.Q4_0, Q.Q4_1])
+def test_stored_blocks_are_used_unchanged(tmp_path, quantization):
     """Every weight equals gguf's own dequantization, in float32 with the same rounding."""
-    write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "hf"), quantisation=quantisation)
+    write_gguf(tmp_path / "m.gguf", save_model(tmp_path / "hf"), quantization=quantization)
     file = GGUFFile(tmp_path / "m.gguf")
     for name, shape in file.shapes.items():
         if len(shape) == 2:
@@ -152,7 +152,7 @@ def test_stored_blocks_are_used_unchanged(tmp_path, quantisation):
                 rows.dense(), file.rows(name, 3, shape[0] - 1), rtol=2**-23, atol=0, msg=name
             )
             assert (
-                rows.nbytes == (shape[0] - 4) * gguf.quants.quant_shape_to_byte_shape(shape, quantisation)[-1]
+                rows.nbytes == (shape[0] - 4) * gguf.quants.quant_shape_to_byte_shape(shape, quantization)[-1]
             )
 
 
@@ -160,7 +160,7 @@ def test_tensors_of_one_weight_in_different_formats(tmp_path):
     """Q4_0 stacked with Q4_1 gets offsets; 4 bits with 8 bits are dequantized."""
     model = save_model(tmp_path / "hf")
     kinds = {"attn_q": Q.Q4_0, "attn_k": Q.Q4_1, "attn_v": Q.Q4_0, "ffn_gate": Q.Q4_0, "ffn_up": Q.Q8_0}
-    write_gguf(tmp_path / "m.gguf", model, quantisation=Q.F32, others=kinds)
+    write_gguf(tmp_path / "m.gguf", model, quantization=Q.F32, others=kinds)
     stored, dense = (
         LLM(tmp_path / "m.gguf", device="cpu", dtype="float32", quantize=quantize).decoder.weights
         for quantize in ("auto", "none")
@@ -185,7 +185,7 @@ def test_tensors_are_read_in_chunks(tmp_path, monkeypatch):
     from flashdecpp.loading import weights
 
     model = save_model(tmp_path / "hf")
-    write_gguf(tmp_path / "m.gguf", model, quantisation=Q.Q8_0)
+    write_gguf(tmp_path / "m.gguf", model, quantization=Q.Q8_0)
 
     def load(quantize: str) -> list[torch.Tensor]:
         llm = LLM(tmp_path / "m.gguf", device="cpu", dtype="float32", quantize=quantize)

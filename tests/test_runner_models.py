@@ -401,7 +401,7 @@ def test_columns_that_fill_no_group_stay(tmp_path):
     assert weights.layers[0].gate_up.bits == 4
 
 
-def test_quantised_weights_take_what_the_plan_says(tmp_path):
+def test_quantized_weights_take_what_the_plan_says(tmp_path):
     save_model(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     sizes = []

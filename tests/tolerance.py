@@ -1,6 +1,6 @@
 """How close an op must be to its reference.
 
-The rule (FlashAttention-3's): its largest error is at most twice that of the same maths in plain torch of the
+The rule (FlashAttention-3's): its largest error is at most twice that of the same math in plain torch of the
 op's own precision, plus the rounding of the result. Errors are taken from the reference in float64.
 """
 
