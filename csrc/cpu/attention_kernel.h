@@ -13,13 +13,13 @@
 #include "cpu/products.h"
 #include "cpu/simd/simd.h"
 #include "cpu/softmax.h"
+#include "op_limits.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
 inline constexpr int kMaxBlockKeys = 128;
 inline constexpr int64_t kBlockBytes = 16384;  // of a head's keys in a block; as many of its values
 inline constexpr int kPrefetchBytes = 32768;   // prefetch distance
-inline constexpr int kMaxHeadDim = 256;        // the limit of the op's contract
 inline constexpr int kRowTile = kManyRegisters ? 4 : 2;
 inline constexpr int kKeyTile = 4;
 inline constexpr int kWeightStride = kMaxBlockKeys + kLanes;  // the last vector may run past the block

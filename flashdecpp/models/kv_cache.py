@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from flashdecpp import _C
 from flashdecpp._arguments import integer, require
 from flashdecpp._memory import available_bytes, gigabytes
 from flashdecpp.errors import OutOfMemory
@@ -46,7 +47,7 @@ class KVCache:
             integer("num_blocks", num_blocks, 0),
             integer("block_size", block_size, 1),
             integer("kv_heads", kv_heads, 1),
-            integer("head_dim", head_dim, 8, 256),
+            integer("head_dim", head_dim, 8, _C.MAX_HEAD_DIM),
         )
         require(block_size == 1 or block_size % 8 == 0, "block_size", "1 or a multiple of 8", block_size)
         require(head_dim % 8 == 0, "head_dim", "a multiple of 8", head_dim)
