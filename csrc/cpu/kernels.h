@@ -84,7 +84,7 @@ inline constexpr int64_t kSumBlock = 256, kMaxBlock = 64;
 extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
-#if defined(FLASHDECPP_HAS_AMX)  // set if the compiler supports AMX
+#if defined(FLASHDECPP_HAS_AVX512_AMX)  // set if the compiler supports AMX
 extern const Kernels kAvx512AmxKernels;
 #endif
 #elif defined(__aarch64__)
