@@ -1,4 +1,4 @@
-"""Where the op tests run: every one on the CPU, and, marked `gpu`, on a GPU where there is one."""
+"""Where the op tests run: all on the CPU and, marked `gpu`, on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from flashdecpp import LLM
 
-# The same examples every time: a red test stays red. No deadline: some machines are slow.
+# The same examples every time, so a red test stays red. No deadline, as some machines are slow.
 settings.register_profile(
     "flashdecpp",
     derandomize=True,
@@ -49,20 +49,20 @@ def place(request) -> Place:
 
 @pytest.fixture(params=_places(*CPU, *GPU, ("cuda", torch.float32)))
 def any_place(request) -> Place:
-    """`place`, and float32 on a GPU, which attention, gemv and flat_gemm refuse."""
+    """`place`, plus float32 on a GPU, which attention, gemv and flat_gemm refuse."""
     return request.param
 
 
 @pytest.fixture(params=_places(("cpu", torch.bfloat16), ("cuda", torch.bfloat16)))
 def one_place(request) -> Place:
-    """A device, for what doesn't depend on the dtype."""
+    """One dtype per device, for tests that don't depend on the dtype."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """That of a random Llama."""
-    from runner_models import save_model  # late, with transformers: tests of ops do without it
+    """The folder of a random Llama."""
+    from runner_models import save_model  # imports transformers, which op tests don't need
 
     folder = tmp_path_factory.mktemp("llama")
     save_model(folder)
@@ -78,7 +78,7 @@ def llm(folder) -> LLM:
 
 @pytest.fixture(scope="module")
 def theirs(folder) -> PreTrainedModel:
-    """The same model as transformers runs it."""
+    """The same model, run by transformers."""
     import transformers
 
     return transformers.LlamaForCausalLM.from_pretrained(folder).eval()

@@ -1,5 +1,5 @@
 // The CPU kernels of one instruction set, without torch, against double precision: conversions, functions, decode
-// attention, linear. It needs only a compiler for the target and a machine or an emulator to run the program.
+// attention, linear. It needs only a compiler for the target and a machine or emulator to run the program.
 #include <cmath>
 #include <cstdio>
 #include <cstring>

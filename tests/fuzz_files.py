@@ -1,9 +1,9 @@
-"""Thousands of spoiled model files, over every loader: a right result or a ModelError of one line.
+"""Thousands of corrupted model files, through every loader: a right result or a one-line ModelError.
 
-Each case takes a whole model in one of its forms (a folder of safetensors, of parts with an index, of
-torch.save's; a GGUF file), spoils one of its files, loads it and has it generate two tokens. A violation is
-any other error or a crash, other tokens where the change can't have asked for them, and more time or memory
-than loading takes. Every case can be run again by its number: --count 1 --first NUMBER with the same seed.
+Each case starts from an intact model in one of its forms (a folder of safetensors, of indexed shards or of
+torch.save files; a GGUF file), corrupts one file, loads the model and generates two tokens. Violations are
+any other error, a crash, different tokens that the change can't explain, and more time or memory than loading
+takes. To rerun a case by its number, pass --count 1 --first NUMBER with the same seed.
 
     python tests/fuzz_files.py [--count 5000] [--seed 1] [--first 0]
 """
@@ -32,14 +32,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SECONDS = 10  # of the processor, for one case
-HANGS = 300  # seconds on the clock, after which a case is given up: others may use the machine, too
-MEGABYTES = 512  # that a case may take beyond what the process has
-ADDRESS_SPACE = 8 << 30  # beyond what the process has: what wants more fails at once
+SECONDS = 10  # of CPU time, for one case
+HANGS = 300  # wall-clock seconds before giving up on a case; the machine may be shared
+MEGABYTES = 512  # that a case may use on top of the process's own
+ADDRESS_SPACE = 8 << 30  # on top of the process's own; larger allocations fail at once
 
 DEEP = "[" * 100_000
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5\n"
-# What a JSON value may be replaced with
+# Replacements for a JSON value
 VALUES: list[Any] = [None, True, False, -1, 0, 1, 2, 7, 2**31, 2**40, 2**63, 2**70, 10**400, 0.5, -0.0]
 VALUES += [
     1e-300,
@@ -56,28 +56,28 @@ VALUES += [
     "x" * 100_000,
 ]
 VALUES += [[], {}, [None], [1, 2], ["x"], {"a": 1}, [[[]]], [0] * 100_000, 4096, 10**6, 10**7, "@deep"]
-# What a whole file may be replaced with
+# Replacements for a whole file
 CONTENTS = [b"", b"\0", b"[]", b"5", b"null", b'"x"', b"{}", b"{", b"\xff\xfe{\0}\0", POINTER, DEEP.encode()]
 CONTENTS += [b"<!DOCTYPE html><html></html>", b'{"a":' * 500 + b"1" + b"}" * 500, b"\0" * 100_000]
 
 
-# --------------------------------------------------------------------------------------- what is spoiled
+# ------------------------------------------------------------------------------------------------ corruptions
 
 
 @dataclass(frozen=True)
 class Case:
     path: Path  # the model
-    what: str  # was done to it
-    same: bool  # whether a model that still loads must give the tokens of the whole one
+    what: str  # the change made to it
+    same: bool  # whether the model, if it still loads, must give the intact one's tokens
 
 
-Spoil = Callable[[random.Random, Path], tuple[str, bool]]  # -> what it did, and Case.same
+Spoil = Callable[[random.Random, Path], tuple[str, bool]]  # -> Case.what, Case.same
 
 
 def bytes_changed(
     rng: random.Random, data: bytes, first: int = 0, last: int | None = None
 ) -> tuple[bytes, str]:
-    """Flips, inserts, drops or repeats some bytes of data[first:last], or ends there."""
+    """Flips, inserts, drops or repeats some bytes of data[first:last], or truncates there."""
     last = len(data) if last is None else min(last, len(data))
     at = rng.randrange(first, max(first + 1, last))
     count = rng.choice((1, 1, 2, 4, 8, 64))
@@ -100,7 +100,7 @@ def bytes_changed(
 
 
 def json_changed(rng: random.Random, value: Any) -> tuple[Any, str]:
-    """A copy with one value, somewhere in it, replaced, dropped or renamed."""
+    """A copy with one value somewhere in it replaced, dropped or renamed."""
     root = {"": json.loads(json.dumps(value))}
     places = [(holder, key, path) for holder, key, path in _places(root, "")]
     holder, key, path = rng.choice(places)
@@ -151,7 +151,7 @@ def spoil_json(name: str, *, same: bool = False) -> Spoil:
 
 
 def spoil_kind(rng: random.Random, folder: Path) -> tuple[str, bool]:
-    """A file becomes something else: other content, a folder, a pipe, a link."""
+    """Replaces a file with other content, a folder, a pipe or a link."""
     path = rng.choice(sorted(path for path in folder.iterdir() if path.is_file()))
     path.unlink()
     kind = rng.choice(("content", "content", "folder", "pipe", "nowhere", "loop", "device", "missing"))
@@ -309,12 +309,12 @@ def _spoil_tensor(rng: random.Random, tensors: list[list[Any]]) -> tuple[str, bo
         entry[2] = rng.choice([kind for kind in (*range(45), 2**31) if kind != entry[2]])
     else:
         entry[3] = rng.choice((entry[3] + 1, entry[3] + 32, entry[3] - 32, 2**40, 2**63, 2**64 - 32)) % 2**64
-    # What follows the last tensor can't tell whether it has fewer bytes now.
+    # Nothing follows the last tensor, so it may shrink undetected.
     return f"{kind} of tensor {entry}"[:120], entry is not tensors[-1]
 
 
 def read_gguf(path: Path) -> tuple[list[list[Any]], list[list[Any]], int]:
-    """[key, type, value] of the metadata, [name, dims, type, offset] of the tensors, where those begin."""
+    """[key, type, value] of the metadata, [name, dims, type, offset] of the tensors, where data begins."""
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -332,7 +332,7 @@ def read_gguf(path: Path) -> tuple[list[list[Any]], list[list[Any]], int]:
 
 
 def gguf_bytes(values: list[list[Any]], tensors: list[list[Any]], counts: list[int]) -> bytes:
-    """What stands before the weights."""
+    """The bytes before the weights."""
 
     def text(string: str) -> bytes:
         data = string.encode()
@@ -361,7 +361,7 @@ def gguf_bytes(values: list[list[Any]], tensors: list[list[Any]], counts: list[i
     return data + b"\0" * (-len(data) % min(alignment, 1 << 20))
 
 
-# What is spoiled of which model, and how often. Of a folder with phi.json, and one without.
+# The model, the corruption and its frequency, for a folder with phi.json and one without.
 CASES: list[tuple[str, Spoil, int]] = [
     ("folder", spoil_safetensors, 6),
     ("folder", spoil_json("config.json"), 6),
@@ -381,7 +381,7 @@ CASES: list[tuple[str, Spoil, int]] = [
 
 
 def spoiled(seed: int, number: int, models: Path, target: Path) -> Case:
-    """Case `number`: a spoiled copy of one of the models, in `target`."""
+    """Case `number`: a corrupted copy of one of the models, in `target`."""
     rng = random.Random(f"{seed}, {number}")
     model, spoil, _ = rng.choices(CASES, [often for *_, often in CASES])[0]
     shutil.rmtree(target, ignore_errors=True)
@@ -390,11 +390,11 @@ def spoiled(seed: int, number: int, models: Path, target: Path) -> Case:
     return Case(target / "model.gguf" if model == "gguf" else target, f"{model}, {what}", same)
 
 
-# -------------------------------------------------------------------------------------- and what it gives
+# --------------------------------------------------------------------------------------------------- outcomes
 
 
 def make_models(root: Path) -> None:
-    """One tiny Llama in all forms."""
+    """One tiny Llama in every form."""
     import torch
     from runner_models import save_model
     from safetensors.torch import load_file
@@ -412,7 +412,7 @@ def make_models(root: Path) -> None:
 
 
 def calibrate(folder: Path) -> None:
-    """phi.json, so that it is read."""
+    """Writes phi.json, so that loading reads it."""
     import torch
 
     from flashdecpp.models.phi import PERCENTILES, SAFE_WINDOWS, Calibration
@@ -434,7 +434,7 @@ def tokens_of(model: Path) -> list[int]:
 
 
 def judge(case: Case, expected: list[int]) -> tuple[str, str]:
-    """ "right", "refused" or "wrong", and what was said."""
+    """ "right", "refused" or "wrong", and the details."""
     from flashdecpp import ModelError
 
     def late(*_: object) -> None:
@@ -465,7 +465,7 @@ def judge(case: Case, expected: list[int]) -> tuple[str, str]:
 
 
 def reset_peak() -> int:
-    """The bytes that this process has in memory; peak() counts from here (on Linux)."""
+    """The bytes this process has resident; peak() counts from here (on Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return peak()
@@ -480,9 +480,9 @@ def peak() -> int:
 
 
 def work(seed: int, models: Path) -> None:
-    """A worker: a number a line on standard input, a verdict a line on standard output."""
+    """A worker: one number per line on stdin, one verdict per line on stdout."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print
+    os.dup2(2, 1)  # for anything libraries print
     expected = {name: tokens_of(path) for name, path in whole(models).items()}
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESS_SPACE, resource.RLIM_INFINITY))
@@ -499,7 +499,7 @@ def whole(models: Path) -> dict[str, Path]:
 
 
 class Worker:
-    """A process that judges cases, and is started again where one has ended it or hangs."""
+    """A process that judges cases, restarted when a case kills or hangs it."""
 
     def __init__(self, seed: int, models: Path) -> None:
         self._command = [sys.executable, __file__, "--worker", str(models), "--seed", str(seed)]
@@ -531,7 +531,7 @@ class Worker:
 
 
 def fuzz(seed: int, count: int, first: int = 0, *, progress: bool = True) -> tuple[Counter[str], list[str]]:
-    """How many cases ended how, and a line for each violation."""
+    """The number of cases per outcome, and a line for each violation."""
     from tqdm import tqdm
 
     verdicts: Counter[str] = Counter()

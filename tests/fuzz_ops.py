@@ -1,10 +1,9 @@
 """Random calls of every op: each must give the right result or an error that names an argument.
 
-A call starts from valid arguments of random shapes, dtypes, layouts and options, and must succeed. In half of
-the calls one argument is then spoiled: another dtype, device, rank, shape or stride, memory shared with
-another argument, gradients, NaN, no tensor at all, numbers at the edge. Results are compared with the
-reference, and a refused call must have written nothing. A worker process makes the calls, so that a crash is
-a finding as well.
+A call starts from valid arguments with random shapes, dtypes, layouts and options, and must succeed. Half the
+calls then have one argument spoiled: another dtype, device, rank, shape or stride, memory shared with another
+argument, gradients, NaN, a non-tensor, or an edge-case number. Results are compared with the reference, and a
+refused call must have written nothing. A worker process makes the calls, so a crash is also a finding.
 
     python tests/fuzz_ops.py [--device cuda] [--count 10000] [--seed 0] [--only linear,sample]
     python tests/fuzz_ops.py --seed 0 --call 4711        # one call again, with its arguments
@@ -49,12 +48,12 @@ Arguments = dict[str, Any]
 
 
 class Finding(Exception):
-    """What a call did that it must not do."""
+    """Something a call must not do."""
 
 
 @dataclass
 class Call:
-    """One call: an op, its arguments, and what was done to them. `valid`: it must succeed."""
+    """One call: an op, its arguments, and the changes made to them. A `valid` call must succeed."""
 
     op: str
     arguments: Arguments
@@ -142,12 +141,12 @@ def rotary_append(rng: random.Random, place: Place) -> Arguments:
 def _layout(rng: random.Random) -> dict[str, Any]:
     return {
         "block_size": rng.choice((None, 1, 8, 16, 24, 64)),
-        "layout": rng.choice(("NHD", "HND", "two_planes", "beside")),
+        "layout": rng.choice(("NHD", "HND", "two_planes", "halves")),
     }
 
 
 def _rows(rng: random.Random, place: Place, k: int) -> Tensor:
-    """x of [..., k] in one of the layouts that activations have."""
+    """x of [..., k] in one of the layouts that activations come in."""
     m = rng.choice((0, 1, 1, 2, 3, 8, 17, 33, 70, 130))
     seed = rng.randrange(1000)
     shape = rng.choice(((k,), (m, k), (m, k), (1, m, k), (2, max(1, m // 4), k)))
@@ -193,7 +192,7 @@ def quantized_linear(rng: random.Random, place: Place, fused: bool = False) -> A
 
 
 def _fuse(rng: random.Random, place: Place, arguments: Arguments, k: int) -> None:
-    """Adds the fusions of a linear: a norm before it, a gate, an activation or a residual after."""
+    """Adds fusions to a linear: a norm before it, and a gate, activation or residual after."""
     x, rows = arguments["x"], arguments["weight"].size(0)
     if rng.random() < 0.5:
         norm_dtype = rng.choice((place.dtype, torch.float32))
@@ -265,7 +264,7 @@ BUILDERS: dict[str, Callable[[random.Random, Place], Arguments]] = {
 
 
 def _other_device(rng: random.Random, call: Call, name: str) -> Tensor:
-    """Another than the rest has; an op whose tensors are all elsewhere is a call of its own kind."""
+    """On a different device from the rest; an only tensor stays, since moving it gives a valid call."""
     x = call.arguments[name]
     alone = sum(isinstance(other, Tensor) for other in call.arguments.values()) == 1
     return x if alone else x.to(rng.choice(("meta", "cpu") if x.is_cuda else ("meta",)))
@@ -291,12 +290,12 @@ def _other_shape(rng: random.Random, call: Call, name: str) -> Tensor:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """Not every function of torch knows float8."""
+    """Not every torch function supports float8."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def _other_strides(rng: random.Random, call: Call, name: str) -> Tensor:
-    """The same values, laid out otherwise."""
+    """The same values, in a different layout."""
     x = call.arguments[name]
     if x.dim() == 0:
         return x
@@ -308,7 +307,7 @@ def _other_strides(rng: random.Random, call: Call, name: str) -> Tensor:
 
 
 def _expanded(rng: random.Random, call: Call, name: str) -> Tensor:
-    """One index of a dimension stands for all of it."""
+    """One index expanded over a whole dimension."""
     x = call.arguments[name]
     if x.dim() == 0 or 0 in x.shape:
         return x
@@ -317,7 +316,7 @@ def _expanded(rng: random.Random, call: Call, name: str) -> Tensor:
 
 
 def _shared(rng: random.Random, call: Call, name: str) -> Tensor:
-    """Memory that is another argument's, too."""
+    """Memory shared with another argument."""
     x = call.arguments[name]
     others = [
         y
@@ -366,7 +365,7 @@ TENSOR_CHANGES: dict[str, Callable[[random.Random, Call, str], Any]] = {
 
 
 def spoil(rng: random.Random, call: Call) -> None:
-    """Changes one argument; from then on the op may refuse the call."""
+    """Changes one argument, after which the op may refuse the call."""
     name = rng.choice(list(call.arguments))
     value = call.arguments[name]
     call.valid = False
@@ -379,7 +378,7 @@ def spoil(rng: random.Random, call: Call) -> None:
             return
         kind = rng.choice([*TENSOR_CHANGES, "grad"])
         call.notes.append(f"{name}: {kind}")
-        # Arbitrary lengths and ids lead to cache blocks that were never written.
+        # Arbitrary lengths and ids may point to cache blocks that were never written.
         call.undefined = name in ("seq_lens", "block_table") and kind in ("expanded", "shared")
         if kind == "grad":
             call.arguments[name] = value.detach().clone().requires_grad_(value.dtype in DTYPES)
@@ -415,7 +414,7 @@ def _odd(x: Tensor) -> bool:
 
 
 def run(call: Call) -> str:
-    """ "right" or "refused"; a Finding for anything else."""
+    """ "right" or "refused"; anything else raises a Finding."""
     before = {name: _copy(x) for name, x in call.arguments.items()}
     try:
         if call.undefined:
@@ -438,7 +437,7 @@ def run(call: Call) -> str:
 
 
 def names_argument(call: Call, message: str) -> bool:
-    """Or the layout, where torch itself refuses a tensor that isn't strided."""
+    """Or the layout, if torch itself refuses a tensor that isn't strided."""
     schema = overload_for(call.op, call.arguments)._schema
     names = {argument.name for argument in schema.arguments} | set(call.arguments)
     return re.search(rf"\b({'|'.join(names)})\b|'Sparse\w+' backend", message) is not None
@@ -472,7 +471,7 @@ def must_have_no_backward(outputs: list[Tensor]) -> None:
 
 
 def compare_or_refuse(call: Call) -> None:
-    """`compare`, after a first call if the op may refuse it: the reference never sees what an op refuses."""
+    """`compare`, after a trial call if the op may refuse, so the reference never sees refused arguments."""
     if not call.valid:
         wrapper(call.op)(**call.arguments)
     try:
@@ -484,7 +483,7 @@ def compare_or_refuse(call: Call) -> None:
 
 
 def check_sample(arguments: Arguments) -> None:
-    """Every token must be one that its filters keep, give or take rounding at their thresholds."""
+    """Every token must be one that the filters keep, give or take rounding at their thresholds."""
     slack = dict(arguments)
     tokens = wrapper("sample")(**arguments)
     for name, factor, shift in (("top_p", 1 + 1e-4, 1e-6), ("min_p", 1 - 1e-4, -1e-6)):
@@ -496,7 +495,7 @@ def check_sample(arguments: Arguments) -> None:
         seen = arguments["seen"].clone()
         rows = torch.arange(seen.size(0), device=seen.device)[tokens >= 0]
         assert seen[rows, tokens[tokens >= 0]].all(), "a chosen token was not marked"
-        return  # what was seen before decides, and has been written to
+        return  # the filters depend on the old `seen`, which is overwritten
     weights = reference.kept_weights(**filters, compute_dtype=torch.float64)
     none = (weights > 0).any(-1).logical_not()
     assert tokens.shape == none.shape and tokens.dtype == torch.int64, "shape or dtype"
@@ -509,11 +508,11 @@ def _copy(x: Any) -> Any:
     return x.detach().clone() if isinstance(x, Tensor) else x
 
 
-# --------------------------------------------------------------------------------------------- many of them
+# ------------------------------------------------------------------------------------------------- many calls
 
 
 def work(options: argparse.Namespace) -> None:
-    """The worker prints one line of JSON when it begins a call, and one when the call has ended."""
+    """The worker prints one line of JSON when it begins a call, and one when the call ends."""
     torch.set_num_threads(1)
     for number in range(options.first, options.count):
         call = make_call(options.seed, number, options.device, options.ops)
@@ -528,7 +527,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def outcomes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The worker's report of each call. After a crash a new worker goes on with the next call."""
+    """The worker's report of each call. After a crash, a new worker resumes at the next call."""
     first = options.first
     while first < options.count:
         command = [sys.executable, __file__, "--work", "--first", str(first), "--count", str(options.count)]

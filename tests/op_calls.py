@@ -1,4 +1,4 @@
-"""A call of every op, and what tests that go through all of them ask of it."""
+"""A call of every op, and helpers for the tests that cover them all."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def copy(arguments: dict) -> dict:
 
 
 def flat(result: Tensor | tuple | None) -> list[Tensor]:
-    """What an op returns, as a list."""
+    """An op's results, as a list."""
     return [] if result is None else [result] if isinstance(result, Tensor) else list(result)
 
 
 def written(op: str, arguments: dict) -> list[str]:
-    """The arguments that a call updates in place, as the op's schema says."""
+    """The arguments that a call updates in place, according to the op's schema."""
     schema = overload_for(op, arguments)._schema
     return [a.name for a in schema.arguments if a.is_write and arguments.get(a.name) is not None]
 
 
 def refused(op: str, arguments: dict, message: str) -> None:
-    """A ValueError of the wrapper, and a RuntimeError of the op itself, of the same text."""
+    """The wrapper raises a ValueError, and the op itself a RuntimeError with the same text."""
     with pytest.raises(ValueError, match=message) as from_wrapper:
         wrapper(op)(**arguments)
     with pytest.raises(RuntimeError, match=message) as from_op:

@@ -1,13 +1,13 @@
-"""Small cases of every kernel, each against its reference: what to run under compute-sanitizer.
+"""Small cases of every kernel, each against its reference, to run under compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitize.py --quick
     compute-sanitizer --tool initcheck python tests/sanitize.py --quick --warm
-    FLASHDECPP_GPU_KERNELS=generic python tests/sanitize.py    # the kernels of GPUs before Hopper, on any
+    FLASHDECPP_GPU_KERNELS=generic python tests/sanitize.py    # pre-Hopper kernels, on any GPU
     python tests/sanitize.py [cuda | cpu] [--only attention,linear,fused] [--quick] [--warm]
 
-Without torch's caching allocator every tensor ends where its allocation ends, so reads past it are found.
-Arguments are made and references computed on the CPU: on the device run the kernels themselves, since a
-sanitizer slows down whatever runs there.
+Without torch's caching allocator, every tensor ends where its allocation ends, so reads past it are found.
+Arguments and references are computed on the CPU; only the kernels themselves run on the device, because a
+sanitizer slows down everything there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flashdecpp import ops, reference
 
-SHAPES = [(1, 17, 40), (3, 70, 136), (8, 33, 1032), (20, 130, 264), (70, 129, 72)]  # m, n, k: nothing round
+SHAPES = [(1, 17, 40), (3, 70, 136), (8, 33, 1032), (20, 130, 264), (70, 129, 72)]  # m, n, k: none round
 LENGTHS = [0, 1, 77, 200]
 LINEARS = ("gemv", "flat_gemm", "linear", "quantized_linear")
 GROUP_OF = dict.fromkeys(LINEARS, "linear")
@@ -36,14 +36,14 @@ Cases = Iterator[tuple[str, dict]]  # op, arguments
 
 
 class OpsOn:
-    """flashdecpp.ops for arguments on the CPU that are computed on a device."""
+    """flashdecpp.ops for CPU arguments, run on a device."""
 
     def __init__(self, device: str) -> None:
         self.device = device
 
     def __getattr__(self, op: str) -> Callable:
         def run(**arguments: object) -> object:
-            storages: dict[int, tuple[Tensor, Tensor]] = {}  # address -> its bytes here and there
+            storages: dict[int, tuple[Tensor, Tensor]] = {}  # address -> its bytes on the CPU and the device
             moved = {
                 name: self._moved(x, storages) if isinstance(x, Tensor) else x
                 for name, x in arguments.items()
@@ -58,7 +58,7 @@ class OpsOn:
         return run
 
     def _moved(self, x: Tensor, storages: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-        """x on the device with its strides; what shares memory here shares it there."""
+        """x on the device with the same strides; tensors that share memory here share it there."""
         storage = x.untyped_storage()
         if storage.data_ptr() not in storages:
             here = torch.empty(0, dtype=torch.uint8).set_(storage)
@@ -83,9 +83,9 @@ def attention_cases(place: Place) -> Cases:
 
 
 def quick_attention_cases(place: Place, generic: bool) -> Cases:
-    """Each head_dim that kernels are compiled for, with both softmax policies; the rest in turn.
+    """Each compiled head_dim with both softmax policies; other options alternate.
 
-    A combination of head_dim, policy and dtype has a 16-bit cache with one choice of kernels and an fp8 one
+    Each combination of head_dim, policy and dtype gets a 16-bit cache with one set of kernels and an fp8 one
     with the other. The last head's phi is hopeless, so every unified case recomputes rows.
     """
     low = place.dtype == torch.bfloat16
@@ -94,7 +94,7 @@ def quick_attention_cases(place: Place, generic: bool) -> Cases:
             place,
             LENGTHS,
             q_heads=8,
-            q_len=5 if (i + i // 4 + low) % 2 else 1,  # 20 rows of a KV head: more than one matrix tile has
+            q_len=5 if (i + i // 4 + low) % 2 else 1,  # 20 rows per KV head: more than one matrix tile
             head_dim=head_dim,
             fp8=(i + i // 2 + low + generic) % 2 == 0,
             block_size=(None, 1, 16)[i % 3],
@@ -155,7 +155,7 @@ def check(op: str, arguments: dict, device: str) -> None:
 
 
 def generic_cases(place: Place, quick: bool) -> Cases:
-    """Those of ops that have other kernels for GPUs before Hopper."""
+    """Cases for ops with separate pre-Hopper kernels."""
     yield from linear_cases(place, quick)
     if quick:
         yield from quick_attention_cases(place, generic=True)
@@ -166,11 +166,11 @@ def generic_cases(place: Place, quick: bool) -> Cases:
 def warm_allocator() -> None:
     """Leaves written memory in torch's caching allocator, for initcheck.
 
-    The flags in decode_attention's workspace are compared with a number of the launch's own, whatever was
-    there before: that is a read of memory nobody wrote, on purpose. Out of these blocks every later
-    allocation is memory that was written, and what initcheck still reports is another read.
+    The flags in decode_attention's workspace are compared with a number unique to the launch, so by design
+    they may be read before they are written. Later allocations come from these written blocks, so anything
+    that initcheck still reports is another read.
     """
-    # Up to 1 MiB comes from one set of segments, more from another.
+    # Up to 1 MiB comes from one set of segments, larger sizes from another.
     blocks = [torch.full((n,), 0xA5, dtype=torch.uint8, device="cuda") for n in [1 << 20] * 64 + [256 << 20]]
     torch.cuda.synchronize()
     del blocks
@@ -192,7 +192,7 @@ def main() -> None:
         warm_allocator()
 
     count = 0
-    # Read once per process by the library, too.
+    # The library, too, reads it once per process.
     chosen = generic_cases if os.environ.get("FLASHDECPP_GPU_KERNELS") == "generic" else cases
     for place in [Place("cpu", dtype) for dtype in (torch.float16, torch.bfloat16)]:
         for op, arguments in chosen(place, options.quick):

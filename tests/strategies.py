@@ -1,4 +1,4 @@
-"""Builders of op arguments. Whatever an op must not read is NaN, or an id that no cache has."""
+"""Builders of op arguments. Anything an op must not read is NaN, or an id outside every cache."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from flashdecpp import ops
 
-NO_BLOCK = 10**9  # in a block table, beyond the blocks that a sequence uses
+NO_BLOCK = 10**9  # in a block table, past the blocks that a sequence uses
 E4M3 = torch.float8_e4m3fn
 NAN = float("nan")
-LAYOUTS = ("NHD", "HND", "two_planes", "beside")
+LAYOUTS = ("NHD", "HND", "two_planes", "halves")
 
 
 class Place(NamedTuple):
@@ -43,10 +43,9 @@ def make_cache(
     max_len: int | None = None,
     seed: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """k_cache, v_cache and block_table (None where block_size is), with normal values for the keys there are.
+    """k_cache, v_cache and block_table (None if block_size is), with normal values for existing keys.
 
-    Blocks lie in random order with spare ones between. All else is NaN. The values don't depend on the
-    layout.
+    Blocks are in random order with spare ones in between. The rest is NaN. Values don't depend on layout.
     """
     max_len = max_len or max(seq_lens, default=0) + 3
     if block_size is None:
@@ -78,7 +77,7 @@ def _raw(x: Tensor) -> Tensor:
 def _empty_pair(
     shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype, device: str
 ) -> tuple[Tensor, Tensor]:
-    """Two caches full of NaN, with the strides of a layout."""
+    """Two NaN-filled caches, with the strides of a layout."""
     blocks, slots, heads, dim = shape
 
     def nan(*shape: int) -> Tensor:
@@ -88,9 +87,9 @@ def _empty_pair(
         return nan(blocks, slots, heads, dim), nan(blocks, slots, heads, dim)
     if layout == "HND":
         return nan(blocks, heads, slots, dim).transpose(1, 2), nan(blocks, heads, slots, dim).transpose(1, 2)
-    if layout == "two_planes":  # [blocks, 2, ...], as vLLM keeps K and V
+    if layout == "two_planes":  # [blocks, 2, ...], as vLLM stores K and V
         return nan(blocks, 2, slots, heads, dim).unbind(1)
-    if layout == "beside":
+    if layout == "halves":
         return nan(blocks, slots, heads, 2 * dim).split(dim, dim=-1)
     raise ValueError(layout)
 
@@ -161,14 +160,14 @@ def rotary(
 
 
 def cos_sin(place: Place, max_positions: int, rotary_dim: int) -> Tensor:
-    """A rotary table: of each position the cosines, then the sines."""
+    """A rotary table: the cosines, then the sines, of each position."""
     frequency = 10000 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
     angle = torch.arange(max_positions)[:, None] * frequency
     return torch.cat((angle.cos(), angle.sin()), dim=-1).to(place.device)
 
 
 def sampling(place: Place, batch: int, vocab: int, *, seed: int = 0, **parameters: float) -> dict:
-    """The arguments of sample; every parameter given holds for all rows, and no two rows draw alike."""
+    """The arguments of sample; each parameter applies to all rows, and no two rows share a random number."""
     dtypes = {"top_k": torch.int32}
     arguments = {
         name: torch.full((batch,), value, dtype=dtypes.get(name, torch.float32), device=place.device)
@@ -183,12 +182,12 @@ def sampling(place: Place, batch: int, vocab: int, *, seed: int = 0, **parameter
 
 
 def wrapper(op: str) -> Callable:
-    """The function of flashdecpp.ops for an op, or for an overload or a variant of one."""
+    """The flashdecpp.ops function for an op, or for an overload or variant of one."""
     return getattr(ops, op.partition(".")[0])
 
 
 def every_op(place: Place) -> dict[str, dict]:
-    """Valid arguments for each op, with its optional tensors; an overload or a variant follows a dot."""
+    """Valid arguments for each op, with its optional tensors; an overload or variant follows a dot."""
     heads = {name: torch.zeros(4, device=place.device) for name in ("phi", "sinks", "alibi_slopes")}
     decode = attention(place, [5, 33], q_len=2) | heads | {"window": 20, "fallback_count": int32(place, [0])}
     carried = {"carried_phi": torch.tensor([[0.0, NAN, 900.0, 1.0]] * 2, device=place.device)}
@@ -241,7 +240,7 @@ def quantized(
     bias: bool = False,
     scales_dtype: torch.dtype | None = None,
 ) -> dict:
-    """The arguments of quantized_linear, with every q there is; group None: a scale a row."""
+    """The arguments of quantized_linear, covering every q; group None means one scale per row."""
     generator = torch.Generator().manual_seed(7)
     low, dtype, width = (0, torch.uint8, k // 2) if bits == 4 else (-128, torch.int8, k)
     weight = torch.randint(low, low + 256, (n, width), generator=generator).to(place.device, dtype)

@@ -1,12 +1,12 @@
-"""decode_attention under replayed CUDA graphs whose inputs change on the device, every result checked there.
+"""decode_attention in replayed CUDA graphs; inputs change, and every result is checked, on the device.
 
     python tests/stress_attention.py [--replays 100000] [--poison none | nan | random] [--device cuda | cpu]
 
 A graph draws lengths, block tables, queries and phi, calls decode_attention three times in a row (so that
-launches may overlap) and counts what is wrong, all without the host: replays follow each other with nothing
-between. Poisoned, the memory that the calls find as their workspace is overwritten before each of them. The
-replays are shared among the cases; on the CPU the same steps run eagerly. FLASHDECPP_GPU_KERNELS=generic
-tests the kernels of every GPU. Exits with 1 if anything was wrong.
+launches may overlap) and counts errors, all without the host, so replays run back to back. With --poison, the
+memory that calls get as workspace is overwritten before each one. The replays are divided among the cases; on
+the CPU the same steps run eagerly. FLASHDECPP_GPU_KERNELS=generic tests the kernels that run on any GPU.
+Exits with 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ CASES = (
 
 
 class Tally:
-    """What the steps of a case came to, kept on the device."""
+    """Totals over a case's steps, kept on the device."""
 
     def __init__(self, device: str) -> None:
         def zero(dtype: torch.dtype) -> Tensor:
@@ -68,7 +68,7 @@ class Tally:
         self.worst_out, self.worst_lse = (
             zero(torch.float32),
             zero(torch.float32),
-        )  # error over what is allowed
+        )  # error / allowed
         self.first_wrong = zero(torch.int64) - 1
 
     def wrong(self) -> int:
@@ -84,13 +84,13 @@ class Tally:
 
 
 class Problem:
-    """Arguments of decode_attention in place, drawn anew by every step, and what it must answer to them."""
+    """decode_attention's arguments, redrawn in place by every step, and the expected results."""
 
     def __init__(self, case: Case, batch: int, device: str) -> None:
         self.case, self.batch = case, batch
         tokens = POOL_BLOCKS * BLOCK_SIZE
         k, v = (torch.randn(KV_HEADS, tokens, case.head_dim, device=device) for _ in range(2))
-        # A key that is NaN, with a value that is: who sees it becomes NaN, and nobody else.
+        # One NaN key with a NaN value: only rows that see it become NaN.
         poisoned = 7 * BLOCK_SIZE + 9
         k[0, poisoned] = v[0, poisoned] = torch.nan
         cache_dtype = torch.float8_e4m3fn if case.fp8 else case.dtype
@@ -99,8 +99,8 @@ class Problem:
         self.k_cache, self.v_cache = (
             x.float().transpose(0, 1).reshape(shape).to(cache_dtype) for x in (k, v)
         )
-        # For the answer: [kv_heads, tokens, head_dim], the values beside their magnitudes. A weight that is
-        # NaN makes the row NaN; the value that belongs to it must not reach those who don't see it.
+        # For the answer: [kv_heads, tokens, head_dim], each value followed by its magnitude. The NaN weight
+        # makes its row NaN; the NaN value must not reach rows that don't see it.
         v = v.float().nan_to_num()
         self.keys, self.values = k.float(), torch.cat((v, v.abs()), dim=-1)
 
@@ -114,7 +114,7 @@ class Problem:
         self.token = torch.arange(CAPACITY, device=device)
 
     def draw(self) -> None:
-        """Other lengths, queries, blocks and phi."""
+        """Draws new lengths, queries, blocks and phi."""
         device, batch = self.q.device, self.batch
 
         def chance(probability: float, *shape: int) -> Tensor:
@@ -129,7 +129,7 @@ class Problem:
         unused = self.token[::BLOCK_SIZE] >= self.seq_lens[:, None]
         self.block_table.masked_fill_(unused, NO_BLOCK)
 
-        # Logits of a standard deviation from 0.5 to 4, so that maxima lie around 3 times that.
+        # Logits with a standard deviation of 0.5 to 4, so maxima are around 3 times that.
         spread = 2 ** (torch.rand(batch, device=device) * 3 - 1)
         self.q.normal_()
         self.q.mul_(spread.to(self.q.dtype)[:, None, None, None])
@@ -157,10 +157,10 @@ class Problem:
         )
 
     def answer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """out [kv_heads, batch, q_len, group, head_dim], how large its terms are, lse and who sees a key.
+        """out [kv_heads, batch, q_len, group, head_dim], its terms' size, lse, and which rows see a key.
 
-        The math of flashdecpp.reference in float32 for all sequences at once, every one as long as its cache
-        and masked: a graph can hold it, because no shape depends on the lengths.
+        flashdecpp.reference's math in float32 for all sequences at once, each of its full cache length and
+        masked. A graph can capture it, because no shape depends on the lengths.
         """
         case, batch = self.case, self.batch
         head, rows = (KV_HEADS, 1, 1, 1, 1), (KV_HEADS, batch, case.q_len, GROUP, -1)
@@ -195,12 +195,12 @@ class Problem:
         return out, terms, lse, visible.any(dim=-1).expand(lse.shape)
 
     def check(self, results: list[tuple[Tensor, Tensor]], tally: Tally) -> None:
-        """Every result against the answer, and with fixed splits against each other.
+        """Checks every result against the answer and, with fixed splits, against each other.
 
-        Allowed for out: twice what rounding the weights and then the result to q's dtype can come to (the
-        weights' share is at most that of all terms added up), and 1e-4 for half weights under its normal
-        range, whose rounding is 2^-25 of the largest weight. A key that is lost shows where it weighs more
-        than that; lse, of which float32 rounds alone, shows every key that weighs more than 1e-4.
+        out may be off by twice the error of rounding the weights and then the result to q's dtype (the
+        weights' share is at most that of the sum of all terms), plus 1e-4 for subnormal half weights, which
+        round by 2^-25 of the largest weight. A lost key shows if it weighs more than that; lse, rounded only
+        in float32, shows any key that weighs more than 1e-4.
         """
         truth, terms, true_lse, seen = self.answer()
         rounding = torch.finfo(self.case.dtype).eps / 2
@@ -226,7 +226,7 @@ class Problem:
 
 
 def _count(actual: Tensor, truth: Tensor, allowed: Tensor, wrong: Tensor, worst: Tensor) -> None:
-    """Adds to `wrong` how many values are not within `allowed`; NaN and infinities must be the same."""
+    """Adds the number of values not within `allowed` to `wrong`; NaN and infinities must match."""
     same = (actual == truth) | (actual.isnan() & truth.isnan())
     ratio = torch.where(same, 0, (actual - truth).abs() / allowed)
     wrong.add_((~(ratio <= 1)).sum())
@@ -234,10 +234,10 @@ def _count(actual: Tensor, truth: Tensor, allowed: Tensor, wrong: Tensor, worst:
 
 
 def poison(pattern: str, device: torch.device) -> None:
-    """Overwrites what the allocator will hand out next, small and large: all bits set (NaN), or random."""
+    """Overwrites the small and large blocks to be allocated next: all bits set (NaN), or random."""
     if pattern == "none":
         return
-    # torch's allocator serves up to 1 MiB from one set of segments and more from another.
+    # torch's allocator serves up to 1 MiB from one set of segments and larger sizes from another.
     blocks = [
         torch.empty(n, dtype=torch.int32, device=device)
         for n in [1 << 10] * 32 + [1 << 17] * 8 + [1 << 21] * 3
@@ -250,7 +250,7 @@ def poison(pattern: str, device: torch.device) -> None:
 
 
 def stress(case: Case, replays: int, pattern: str, device: str) -> Tally:
-    """One case: two problems of different batch, one called twice around the other."""
+    """One case: two problems with different batches, one called before and after the other."""
     tally = Tally(device)
     first, second = Problem(case, 8, device), Problem(case, 5, device)
 
@@ -271,7 +271,7 @@ def stress(case: Case, replays: int, pattern: str, device: str) -> Tally:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step()  # libraries make their handles, kernels are loaded
+            step()  # libraries create handles and kernels load
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):

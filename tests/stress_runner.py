@@ -1,17 +1,18 @@
 """Many prompts of random lengths through one model, in a block pool that is far too small for them.
 
-Every answer must be the one that its prompt gets alone, no block may leak and memory must stay flat. The
-model is a random one of a Llama's make, or a folder or file, or the demo model. Either thousands of prompts
-in one call (of a demo that is slow alone, compare every fifth, say: --alone-every 5):
+Every answer must match what its prompt gets alone, no block may leak and memory must stay flat. The model is
+a random Llama, a folder or file, or the demo model. Either thousands of prompts in one call (if running
+prompts alone is slow, compare only every fifth with --alone-every 5):
 
     python tests/stress_runner.py [--device cuda] [--prompts 10000] [--model random|demo|PATH]
 
-or, for so many minutes, several threads with requests of every kind: prompts in batches and streams, some of
-them left, several samples, penalties, log-probabilities, guides, and requests that must fail, and fail alone:
+or, for a number of minutes, several threads with requests of every kind: prompts in batches and streams, some
+abandoned, multiple samples, penalties, log-probabilities, guides, and requests that must fail without
+affecting others:
 
     python tests/stress_runner.py --threads 4 --minutes 30 [--model demo] [--device cpu]
 
-That ends with a line of JSON. The exit status is 1 if anything was wrong.
+That prints a final line of JSON. The exit status is 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ LONGEST_PROMPT, LONGEST_ANSWER = 200, 100
 
 
 def workload(count: int, vocab: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Most are short, some long; greedy and sampled; some end by themselves."""
+    """Mostly short prompts, some long; greedy and sampled; some answers stop on their own."""
     rng = random.Random(0)
     prompts, params = [], []
     for number in range(count):
@@ -61,7 +62,7 @@ def workload(count: int, vocab: int) -> tuple[list[list[int]], list[SamplingPara
 
 
 def held_bytes(llm: LLM) -> int:
-    """What torch has given out on a GPU; on the CPU the cache is the only thing that could grow."""
+    """Memory that torch has allocated on a GPU; on the CPU only the cache could grow."""
     return torch.cuda.memory_allocated() if llm.device.type == "cuda" else 0
 
 
@@ -92,7 +93,7 @@ def main() -> None:
 def make_random(folder: Path, options: argparse.Namespace) -> None:
     from runner_models import save_model
 
-    if options.threads:  # many answers count, not their size
+    if options.threads:  # the number of answers matters, not their size
         save_model(folder, max_position_embeddings=512)
         return
     save_model(
@@ -108,7 +109,7 @@ def make_random(folder: Path, options: argparse.Namespace) -> None:
 
 
 def run(model: str | Path, options: argparse.Namespace) -> int:
-    pool = blocks_for(LONGEST_PROMPT + LONGEST_ANSWER) + 4  # one long sequence and a short one fit
+    pool = blocks_for(LONGEST_PROMPT + LONGEST_ANSWER) + 4  # room for one long sequence and a short one
     llm = LLM(
         model,
         device=options.device,
@@ -148,11 +149,11 @@ def run(model: str | Path, options: argparse.Namespace) -> int:
 # Mixed requests from several threads
 
 CASES = 48
-GROWTH = 24 << 20  # bytes that a process may hold more than after its warm-up: arenas of malloc, a few blocks
+GROWTH = 24 << 20  # bytes a process may grow after warm-up: malloc arenas, a few blocks
 
 
 class EveryThird:
-    """A guide: of each three tokens one, in turn."""
+    """A guide that allows every third token, rotating at each step."""
 
     def __init__(self) -> None:
         self.place = 0
@@ -178,7 +179,7 @@ def fails_later(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
 
 
 def mixed_cases(vocab: int, text_ids: int) -> list[tuple[list[int], SamplingParams]]:
-    """Prompts and what is asked of them, each with one right answer."""
+    """Prompts and their parameters, each with one right answer."""
     rng = random.Random(1)
     common = [rng.randrange(text_ids) for _ in range(40)]
     kinds = [
@@ -209,7 +210,7 @@ def mixed_cases(vocab: int, text_ids: int) -> list[tuple[list[int], SamplingPara
 
 
 def bad_calls(llm: LLM) -> list[Callable[[], object]]:
-    """Calls that must fail, when they are made or later."""
+    """Calls that must fail, immediately or later."""
     nothing = dict.fromkeys(range(llm.config.vocab), float("-inf"))
     return [
         lambda: llm.generate([llm.config.vocab]),
@@ -233,7 +234,7 @@ def ends_alike(answer: Completion, right: Completion) -> bool:
 
 
 def close(found: Sequence[TokenLogprob | None] | None, right: Sequence[TokenLogprob | None] | None) -> bool:
-    """Of the same tokens; the last digits depend on what else is in the batch."""
+    """The same tokens; the last digits depend on the rest of the batch."""
     if found is None or right is None:
         return found is right
     return len(found) == len(right) and all(
@@ -249,7 +250,7 @@ class Mallinfo(ctypes.Structure):
 
 
 def allocated_bytes() -> int | None:
-    """What malloc has given out and nobody has given back; None where the C library doesn't say."""
+    """Bytes allocated by malloc and not yet freed; None if the C library can't report them."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):
         return None
@@ -270,7 +271,7 @@ def memory_now(device: torch.device) -> dict[str, int]:
 
 
 class Soak:
-    """Threads that ask until the time is up, and what they found."""
+    """Threads that send requests until time is up, and their findings."""
 
     def __init__(self, llm: LLM, cases: list, expected: list[list[Completion]]) -> None:
         self.llm, self.cases, self.expected = llm, cases, expected
@@ -332,7 +333,7 @@ class Soak:
         for _ in range(rng.randint(0, 4)):
             next(stream, None)
         if rng.random() < 0.5:
-            stream.close()  # else it is left to the garbage collector
+            stream.close()  # otherwise it is left to the garbage collector
         self._note("left")
 
     def _fail(self, rng: random.Random) -> None:
@@ -363,7 +364,7 @@ def soak(model: str | Path, options: argparse.Namespace) -> int:
     cases = mixed_cases(llm.config.vocab, min(llm.config.vocab, 256))
     expected = [llm.generate([p], s) for p, s in cases]
     task = Soak(llm, cases, expected)
-    task.run(options.threads, min(60.0, 6 * options.minutes), seed=1)  # warms up: threads, arenas, graphs
+    task.run(options.threads, min(60.0, 6 * options.minutes), seed=1)  # warm up threads, arenas and graphs
     task.counts.clear()
     before, begin = memory_now(llm.device), time.monotonic()
     task.run(options.threads, 60 * options.minutes, seed=100)

@@ -1,4 +1,4 @@
-"""Arguments of another kind, and numbers at the edge of what the kernels hold: named, or right."""
+"""Arguments of the wrong kind are named; numbers at the edge of what kernels can hold work or are named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flashdecpp import ops
     "value", [None, 1.5, "text", np.zeros((3, 64), np.float32), [[1.0]]], ids=lambda x: type(x).__name__
 )
 @pytest.mark.parametrize("op", OPS)
-def test_what_is_no_tensor_is_named(op, value):
+def test_non_tensors_are_named(op, value):
     arguments = every_op(CPU)[op]
     for argument in overload_for(op, arguments)._schema.arguments:
         name, kind = argument.name, str(argument.type)
@@ -26,12 +26,12 @@ def test_what_is_no_tensor_is_named(op, value):
         if name not in arguments or "Tensor" not in kind or (optional and value is None):
             continue
         if value is None and overload_for(op, arguments | {name: None}) is not overload_for(op, arguments):
-            continue  # another overload's call
+            continue  # calls another overload
         with pytest.raises((TypeError, ValueError), match=rf"^flashdecpp::\w+: {name} must be .+, got \S+"):
             wrapper(op)(**arguments | {name: value})
 
 
-def test_nothing_but_none():
+def test_all_arguments_none():
     with pytest.raises(TypeError, match=r"^flashdecpp::gemv: x must be a tensor, got NoneType$"):
         ops.gemv(None, None)
 
@@ -53,7 +53,7 @@ def test_nothing_but_none():
         ("rotary_append", "interleaved", "yes"),
     ],
 )
-def test_what_is_no_number_or_text_is_named(op, name, value):
+def test_wrong_scalars_are_named(op, name, value):
     arguments = every_op(CPU)[op] | {name: value}
     message = rf"^flashdecpp::{op.partition('.')[0]}: {name} must be (a|an) .+, got {value!r}"
     with pytest.raises(TypeError, match=message):
@@ -74,7 +74,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize(("op", "name", "positive"), NUMBERS)
-def test_numbers_that_float32_does_not_hold(one_place, op, name, positive):
+def test_numbers_that_float32_cannot_hold(one_place, op, name, positive):
     arguments = every_op(one_place)[op]
     for value in (
         float("nan"),
@@ -90,8 +90,8 @@ def test_numbers_that_float32_does_not_hold(one_place, op, name, positive):
         wrapper(op)(**copy(arguments) | {name: value})
 
 
-def test_the_smallest_softcap_caps(one_place):
-    """Every logit is between -softcap and softcap: all keys weigh the same."""
+def test_smallest_softcap(one_place):
+    """Every logit is between -softcap and softcap, so all keys weigh the same."""
     arguments = attention(one_place, [4, 9], kv_heads=4)
     out, lse = ops.decode_attention(**arguments, softcap=1.2e-38)
     counts = arguments["seq_lens"].float().log().view(2, 1, 1)

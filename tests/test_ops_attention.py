@@ -1,4 +1,4 @@
-"""decode_attention against its reference, over the whole of its contract."""
+"""decode_attention against its reference, over its whole contract."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_query_heads_per_kv_head(place, group):
 
 @pytest.mark.parametrize("q_len", range(1, 17))
 def test_new_tokens_and_left_padding(place, q_len):
-    """Sequences shorter than q_len are padded on the left: those rows see nothing."""
+    """Sequences shorter than q_len are left-padded; the padding rows see nothing."""
     compare("decode_attention", **attention(place, [0, 1, q_len, 90], q_len=q_len, q_heads=6))
 
 
@@ -118,7 +118,7 @@ def _per_head(arguments: dict, value: float) -> torch.Tensor:
 
 
 def _carried(arguments: dict, value: float) -> torch.Tensor:
-    """[batch, q_heads], the rows apart from each other."""
+    """[batch, q_heads], with gaps between rows."""
     batch, _, heads, _ = arguments["q"].shape
     return torch.full((batch, heads + 3), value, device=arguments["q"].device)[:, :heads]
 
@@ -151,7 +151,7 @@ def test_logit_features(place, features, phi):
 
 @pytest.mark.parametrize("phi", [None, 0.0])
 def test_rows_that_see_no_key(place, phi):
-    """Zero keys and left padding: out is 0 and lse -inf, or the sink where there is one."""
+    """With no keys or left padding, out is 0 and lse is -inf, or the sink if there is one."""
     arguments = attention(place, [0, 2], q_len=4)
     arguments["phi"] = None if phi is None else _per_head(arguments, phi)
     unseen = torch.tensor([[True] * 4, [True, True, False, False]], device=place.device)
@@ -166,7 +166,7 @@ def test_rows_that_see_no_key(place, phi):
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 def test_hidden_keys_never_count(place, poison):
-    """Keys and values out of the window are poisoned, as are (always) those beyond seq_lens."""
+    """Keys and values outside the window are poisoned, as those beyond seq_lens always are."""
     arguments = attention(place, [100], block_size=None, q_len=2)
     arguments["k_cache"][:, :89] = poison
     arguments["v_cache"][:, :89] = poison
@@ -176,7 +176,7 @@ def test_hidden_keys_never_count(place, poison):
 @pytest.mark.parametrize("phi", [None, 0.0])
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 def test_bad_key_spoils_only_the_rows_that_see_it(place, poison, phi):
-    """The last key of one sequence and one KV head: its last query token is NaN, all else is exact."""
+    """A bad last key in one sequence and KV head makes its last query token NaN; the rest is exact."""
     arguments = attention(place, [50, 50, 50], block_size=None, q_len=3)
     arguments["k_cache"][1, 49, 0, 5] = poison
     arguments["phi"] = None if phi is None else _per_head(arguments, phi)
@@ -226,11 +226,11 @@ def test_any_phi_is_exact(place, offset, per_row, num_splits):
 
 @pytest.mark.parametrize("phi", [None, 0.0, 500.0, -500.0, 1000.0])
 @pytest.mark.parametrize("signs", [(1, 1), (-1, -1), (1, -1)], ids=["high", "low", "mixed"])
-def test_logits_of_opt(place, signs, phi):
-    """Logits of +-500 with a spread of tens: exp overflows and underflows float32."""
+def test_opt_scale_logits(place, signs, phi):
+    """Logits of +-500 with a spread of tens, where exp overflows and underflows float32."""
     arguments = attention(place, [200, 33], q_heads=4, kv_heads=2, q_len=2)
     arguments["q"][..., 0] = 1.0
-    for slot, sign in enumerate(signs):  # of even and of odd keys; the rest of the cache stays NaN
+    for slot, sign in enumerate(signs):  # even and odd keys; the rest of the cache stays NaN
         keys = arguments["k_cache"][:, slot::2, :, 0]
         keys.copy_(torch.where(keys.isfinite(), 500.0 * sign, NAN))
     arguments["phi"] = None if phi is None else _per_head(arguments, phi)
@@ -249,7 +249,7 @@ def test_maximum_in_one_split_only(place, where, phi):
 
 
 def test_fallback_count(one_place):
-    """None at a good phi, every row that sees a key at a hopeless one, added to what is there."""
+    """Adds nothing at a good phi, and every row that sees a key at a hopeless one."""
     arguments = attention(one_place, [300, 64, 7, 0], q_len=2)
     count = int32(one_place, [0])
     for phi, rows in ((2.0, 0), (1000.0, 24), (-1000.0, 24)):
@@ -261,7 +261,7 @@ def test_fallback_count(one_place):
             assert count.item() == 5 + rows, (phi, num_splits)
 
     phi = _per_head(arguments, 2.0).repeat(4, 1)
-    phi[0, 1] = phi[2, 3] = -500.0  # two query heads, two tokens each
+    phi[0, 1] = phi[2, 3] = -500.0  # two query heads of two tokens each
     count.zero_()
     ops.decode_attention(**arguments, phi=phi, fallback_count=count)
     assert count.item() == 4
@@ -270,11 +270,11 @@ def test_fallback_count(one_place):
 
 
 def test_only_the_row_maximum_falls_back(one_place):
-    """Logits far below phi, and huge ones that a row doesn't see, are no reason to recompute it."""
+    """Logits far below phi, or huge ones that a row doesn't see, don't trigger a recomputation."""
     arguments = attention(one_place, [200], q_heads=2, kv_heads=1, block_size=None)
     q, k_cache = arguments["q"], arguments["k_cache"]
     q[..., 0] = 1.0
-    k_cache[:, :100, :, 0] = 3000.0  # out of the window
+    k_cache[:, :100, :, 0] = 3000.0  # outside the window
     k_cache[:, 100:199, :, 0] = -3000.0
     count = int32(one_place, [0])
     ops.decode_attention(
@@ -291,7 +291,7 @@ def test_only_the_row_maximum_falls_back(one_place):
 @pytest.mark.parametrize("q_len", [1, 5])
 @pytest.mark.parametrize("start", [0.0, 1000.0, INF, NAN])
 def test_carried_phi_becomes_the_row_maximum(place, start, q_len, num_splits):
-    """Of the last token, and only where there is a key; between its rows nothing is written."""
+    """The last token's maximum, only where there is a key; nothing is written between rows."""
     arguments = attention(place, [300, 41, 1, 0], q_len=q_len, q_heads=6)
     carried = _carried(arguments, start)
     between = torch.as_strided(carried, (3, 3), carried.stride(), 6)
@@ -303,7 +303,7 @@ def test_carried_phi_becomes_the_row_maximum(place, start, q_len, num_splits):
 
 
 def test_carried_phi_serves_every_token(one_place):
-    """A row's phi is that of its head; what no phi can serve is counted, and a good one in the next step."""
+    """All tokens of a head use its phi. Rows with a bad phi are counted, and have a good one next step."""
     arguments = attention(one_place, [300, 64, 2, 0], q_len=3)
     carried, count = _carried(arguments, NAN), int32(one_place, [0])
     carried[1, 2] = 2.0
@@ -315,7 +315,7 @@ def test_carried_phi_serves_every_token(one_place):
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 def test_carried_phi_outlives_a_bad_row(place, poison):
-    """Rows that are NaN leave it; a NaN that only an earlier token sees does not matter."""
+    """NaN rows leave phi unchanged; a NaN that only an earlier token sees doesn't matter."""
     arguments = attention(place, [50, 50], block_size=None, q_len=2)
     arguments["k_cache"][0, 49, 0, 5] = poison
     arguments["q"][1, 0, 3] = NAN
@@ -326,7 +326,7 @@ def test_carried_phi_outlives_a_bad_row(place, poison):
 
 @pytest.mark.parametrize("level", [0.0, -400.0, 300.0])
 def test_carried_from_step_to_step(place, level):
-    """Logits that move slowly, far from 0: after the first step of a sequence no row falls back."""
+    """With slowly moving logits far from 0, no row falls back after a sequence's first step."""
     steps, first = 12, 90
     arguments = attention(place, [first + steps, first // 2 + steps], max_len=200)
     full, drift = arguments.pop("seq_lens"), randn(place, steps, 1, 1, 4, 64, seed=3) / 4
@@ -348,14 +348,14 @@ def test_carried_from_step_to_step(place, level):
 
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 16, 200])
 def test_number_of_splits(place, num_splits):
-    """More splits than keys, too."""
+    """Including more splits than keys."""
     compare("decode_attention", **attention(place, LENGTHS, q_len=2), num_splits=num_splits)
 
 
 @pytest.mark.parametrize("phi", [None, 2.0, -1000.0, "carried"])
 @pytest.mark.parametrize("num_splits", [1, 3, 8])
 def test_fixed_splits_ignore_the_batch(place, num_splits, phi):
-    """Bit for bit what the sequence gives alone in a table of its own length, whatever is in the batch."""
+    """A sequence in any batch gives bit for bit what it gives alone, in a table of its own length."""
     lengths = [130, 1, 700, 64, 0, 7]
     arguments = attention(place, lengths, q_len=2, block_size=16)
     keep = ("k_cache", "v_cache")
@@ -378,7 +378,7 @@ def test_fixed_splits_ignore_the_batch(place, num_splits, phi):
 
 
 def test_lengths_and_blocks_out_of_range_stay_in_the_cache(one_place):
-    """A device can't report them: their own rows mean nothing, other rows don't notice."""
+    """A device can't report them: their own rows are meaningless, other rows unaffected."""
     arguments = attention(one_place, [40, 40, 40, 40], block_size=16)
     good, _ = ops.decode_attention(**arguments)
     bad = {name: x.clone() for name, x in arguments.items()}
@@ -402,16 +402,16 @@ def test_check_reports_lengths(one_place, block_size):
 
 
 @pytest.mark.parametrize("wrong", [-1, 10**6])
-def test_check_reports_blocks_that_are_used(one_place, wrong):
+def test_check_reports_used_blocks(one_place, wrong):
     arguments = attention(one_place, [40, 3], block_size=16)
-    ops.check(**arguments)  # unused entries are wrong already
+    ops.check(**arguments)  # unused entries are already invalid
     arguments["block_table"][0, 2] = wrong
     with pytest.raises(ValueError, match=rf"block_table must hold .*, got {wrong} at \[0, 2\]"):
         ops.check(**arguments)
 
 
 def test_lengths_and_tables_that_the_preceding_kernel_writes(place):
-    """The ops start before that kernel has ended, and must not read what it has yet to write."""
+    """The ops start before that kernel ends, and must not read what it has yet to write."""
     if place.device == "cpu":
         pytest.skip("kernels overlap on GPUs alone")
     batch, heads, dim, block, steps = 4, 2, 64, 16, 200

@@ -1,4 +1,4 @@
-"""Inside torch.autocast the ops compute what they compute outside: the same numbers, of the same dtype."""
+"""torch.autocast changes neither the numbers that ops compute nor their dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flashdecpp import ops
 
 
 def autocast(place: Place) -> torch.autocast:
-    """To a dtype that is not the place's."""
+    """Autocast to a dtype other than the place's."""
     other = torch.float16 if place.dtype == torch.bfloat16 else torch.bfloat16
     return torch.autocast(place.device, dtype=other)
 
@@ -33,7 +33,7 @@ def test_every_op(place, op):
 @pytest.mark.parametrize("rows", [1, 3, 40, 256])
 @pytest.mark.parametrize("biased", [False, True])
 def test_where_torchs_linear_is_called(any_place, rows, biased):
-    """By name, from so many rows on, for dequantized weights."""
+    """When requested, above a row threshold, and for dequantized weights."""
     x, weight = randn(any_place, rows, 64), randn(any_place, 48, 64, seed=1)
     bias = randn(any_place, 48, seed=2) if biased else None
     residual, stored = randn(any_place, rows, 48, seed=3), quantized(any_place, rows, 48, 64, bits=8)
@@ -65,7 +65,7 @@ def test_where_torchs_linear_is_called(any_place, rows, biased):
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (3, 8), (2, 3, 8), (2, 1, 3, 8), (0, 8), (2, 0, 8)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_blas_is_torchs_linear(any_place, shape, biased):
-    """Of whatever rows."""
+    """For rows of any shape."""
     x, weight = randn(any_place, *shape), randn(any_place, 5, 8)
     bias = randn(any_place, 5) if biased else None
     expected = torch.nn.functional.linear(x, weight, bias)

@@ -1,4 +1,4 @@
-"""The ops have no backward: nobody misses a gradient without an error, and versions move as memory does."""
+"""The ops have no backward: no gradient is lost silently, and tensor versions follow writes to memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashdecpp import ops
 
-# Tokens have no gradient, and there is none of what a carried phi becomes.
+# Tokens have no gradient, nor does the updated carried phi.
 FLOATS = [
     (op, name)
     for op, name in TENSORS
@@ -26,8 +26,8 @@ IN_PLACE = [case for case in FLOATS if case not in RETURNING] + [("decode_attent
 
 
 @pytest.mark.parametrize(("op", "name"), RETURNING)
-def test_a_backward_is_an_error(one_place, op, name):
-    """Calling works, and gives what it gives without gradients."""
+def test_backward_is_an_error(one_place, op, name):
+    """The forward call works, with the same results as without gradients."""
     arguments = every_op(one_place)[op]
     expected = flat(wrapper(op)(**copy(arguments)))
     leaf = arguments[name].requires_grad_()
@@ -44,7 +44,7 @@ def test_a_backward_is_an_error(one_place, op, name):
 
 @pytest.mark.parametrize("transform", ["grad", "vjp"])
 @pytest.mark.parametrize(("op", "name"), RETURNING)
-def test_a_derivative_of_a_function_is_an_error(op, name, transform):
+def test_torch_func_derivative_is_an_error(op, name, transform):
     arguments = every_op(CPU)[op]
 
     def function(x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def test_a_derivative_of_a_function_is_an_error(op, name, transform):
             torch.func.vjp(function, arguments[name])[1](torch.tensor(1.0))
 
 
-def test_a_compiled_call_fails_in_its_backward_alone():
+def test_compiled_call_fails_only_in_backward():
     x, weight = randn(CPU, 3, 8), randn(CPU, 4, 8).requires_grad_()
     result = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")(x, weight)
     assert_same(result, ops.linear(x, weight))
@@ -65,7 +65,7 @@ def test_a_compiled_call_fails_in_its_backward_alone():
         result.sum().backward()
 
 
-@pytest.mark.parametrize("made", [False, True], ids=["leaf", "made"])
+@pytest.mark.parametrize("made", [False, True], ids=["leaf", "non_leaf"])
 @pytest.mark.parametrize(("op", "name"), IN_PLACE)
 def test_in_place_while_gradients_are_recorded(one_place, op, name, made):
     arguments = every_op(one_place)[op]
@@ -83,7 +83,7 @@ def test_in_place_while_gradients_are_recorded(one_place, op, name, made):
 
 @pytest.mark.parametrize("op", OPS)
 def test_versions_move_where_memory_changes(one_place, op):
-    """By them autograd tells that what it saved is no longer what it was. Views of one tensor have one."""
+    """Versions tell autograd that a saved tensor has changed. Views of one tensor share a version."""
     arguments = every_op(one_place)[op]
     memory = {name: x.untyped_storage().data_ptr() for name, x in tensors(arguments).items()}
     changed = {memory[name] for name in written(op, arguments)}
@@ -94,4 +94,4 @@ def test_versions_move_where_memory_changes(one_place, op):
         moved = {name for name, x in tensors(arguments).items() if x._version > before[name]}
         assert moved == {name for name in memory if memory[name] in changed}
     with torch.inference_mode():
-        wrapper(op)(**copy(arguments))  # these have no versions
+        wrapper(op)(**copy(arguments))  # inference tensors have no versions

@@ -1,4 +1,4 @@
-"""Every bad argument is named, with what it must be and what it was; nothing is written, nothing launched."""
+"""Errors name the bad argument, what it must be and what it was; nothing is written or launched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def uneven(x: Tensor) -> Tensor:
 
 
 def spaced(x: Tensor) -> Tensor:
-    """The same values, each last dimension apart from the next."""
+    """The same values, with a gap after each last dimension."""
     return torch.cat((x, x), dim=-1)[..., : x.size(-1)]
 
 
@@ -28,7 +28,7 @@ def reblocked(a: dict, block_size: int) -> dict:
     }
 
 
-# The argument at fault, and what is passed. First what decode_attention and rotary_append have in common.
+# The argument at fault, and the change to pass. First, cases shared by decode_attention and rotary_append.
 CACHE = [
     ("k_cache", lambda a: {"k_cache": a["k_cache"].double()}),
     ("k_cache", lambda a: {"k_cache": a["k_cache"][0]}),
@@ -49,7 +49,7 @@ CACHE = [
     ("block_table", lambda a: {"block_table": uneven(a["block_table"])}),
     ("k_scale", lambda a: {"k_scale": torch.ones(2, device=a["q"].device)}),
 ]
-# Of every linear, of the quantized ones, and of what the fused ones take besides.
+# Every linear, then the quantized ones, then the extra arguments of the fused ones.
 LINEAR = [
     ("x", lambda a: {"x": a["x"].double()}),
     ("x", lambda a: {"x": a["x"][:, :0], "weight": a["weight"][:, :0]}),
@@ -223,14 +223,14 @@ BAD = {
 }
 
 
-def test_a_repetition_penalty_needs_what_was_seen() -> None:
+def test_repetition_penalty_needs_seen() -> None:
     logits, penalty = torch.zeros(2, 5), torch.ones(2)
     with pytest.raises(ValueError, match=r"^flashdecpp::sample: seen must be given with repetition_penalty"):
         ops.sample(logits, repetition_penalty=penalty)
 
 
 def test_scales_of_8_bits(one_place):
-    """One a row may have any K; groups may not."""
+    """With one scale per row, any K is valid; with groups, it isn't."""
     arguments = quantized(one_place, 3, 24, 96, bits=8, group=None, offsets=True)
     wide = {"scales": arguments["scales"][:, None].expand(24, 2).contiguous(), "offsets": None}
     assert_refused("quantized_linear", "scales", arguments | wide)  # groups of 48
@@ -239,7 +239,7 @@ def test_scales_of_8_bits(one_place):
     assert_refused("quantized_linear", "scales", arguments | {"scales": arguments["scales"][:5]})
 
 
-def test_phi_is_given_or_carried(one_place):
+def test_phi_excludes_carried_phi(one_place):
     arguments = every_op(one_place)["decode_attention.carry"]
     with pytest.raises(ValueError, match=r"^flashdecpp::decode_attention: phi must be None if"):
         ops.decode_attention(**arguments, phi=torch.zeros(4, device=one_place.device))
@@ -247,7 +247,7 @@ def test_phi_is_given_or_carried(one_place):
 
 @pytest.mark.parametrize("name", ["gate", "activation"])
 @pytest.mark.parametrize("op", ["linear", "quantized_linear"])
-def test_a_residual_is_neither_gated_nor_activated(one_place, op, name):
+def test_residual_excludes_gate_and_activation(one_place, op, name):
     arguments = every_op(one_place)[f"{op}.residual"]
     before = arguments["residual"].clone()
     with pytest.raises(
@@ -262,7 +262,7 @@ def tensors(arguments: dict) -> dict[str, Tensor]:
 
 
 def assert_refused(op: str, argument: str, arguments: dict) -> None:
-    """A RuntimeError of the op, the same text as a ValueError of its wrapper, and every tensor as it was."""
+    """The op raises a RuntimeError, its wrapper a ValueError with the same text; no tensor changes."""
     before = {name: x.clone() for name, x in tensors(arguments).items()}
     name = op.partition(".")[0]
     message = rf"^flashdecpp::{name}: {argument}\b.* must .+, got .+"
@@ -282,7 +282,7 @@ def assert_refused(op: str, argument: str, arguments: dict) -> None:
 )
 def test_bad_argument(one_place, op, argument, change):
     arguments = every_op(one_place)[op]
-    wrapper(op)(**arguments)  # what is changed next is all that is wrong
+    wrapper(op)(**arguments)  # valid until the change below
     assert_refused(op, argument, arguments | change(arguments))
 
 
@@ -293,14 +293,14 @@ def test_fp8_scales(one_place):
         assert_refused("decode_attention", name, arguments | {name: arguments[name].repeat(2)})
 
 
-def test_more_sequences_than_a_contiguous_cache_has(one_place):
+def test_more_sequences_than_a_contiguous_cache_holds(one_place):
     for op, make in (("decode_attention", attention), ("rotary_append", rotary)):
         arguments = make(one_place, [5, 33], block_size=None)
         arguments |= {name: arguments[name][:1] for name in ("k_cache", "v_cache")}
         assert_refused(op, "k_cache", arguments)
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_keep_their_type():
     """Only an op's complaint about an argument becomes a ValueError."""
     with pytest.raises((RuntimeError, TypeError)) as caught:
         ops.gemv(None, None)
@@ -308,7 +308,7 @@ def test_other_errors_stay_what_they_are():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", [op for op in BAD if op != "gated_activation"])  # it has one tensor
+@pytest.mark.parametrize("op", [op for op in BAD if op != "gated_activation"])  # it has only one tensor
 def test_mixed_devices(op):
     arguments = every_op(Place("cuda", torch.bfloat16))[op]
     first, *others = tensors(arguments)
@@ -318,7 +318,7 @@ def test_mixed_devices(op):
 
 
 @pytest.mark.gpu
-def test_what_only_a_gpu_refuses():
+def test_refused_only_on_gpu():
     """float32, a K that isn't a multiple of 8, and addresses that vector loads can't start on."""
     place = Place("cuda", torch.float16)
     x, weight = randn(place, 2, 24), randn(place, 8, 24)

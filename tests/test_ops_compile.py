@@ -1,4 +1,4 @@
-"""The ops under torch.compile, in CUDA graphs, on another stream, and before torch.library.opcheck."""
+"""The ops under torch.compile, in CUDA graphs, on another stream, and under torch.library.opcheck."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPS = tuple(every_op(Place("cpu", torch.float32)))
 
 
 def clean(arguments: dict) -> dict:
-    """The arguments without NaN: opcheck compares tensors by their values."""
+    """The arguments without NaN, since opcheck compares tensors by value."""
     return {name: x.nan_to_num() if is_float(x) else x for name, x in arguments.items()}
 
 
@@ -29,7 +29,7 @@ def copy(arguments: dict) -> dict:
 
 
 def outcome(function, arguments: dict) -> list[Tensor]:
-    """All that an op returns, and all its arguments as it leaves them."""
+    """Everything an op returns, then all its arguments as the op leaves them."""
     result = function(**arguments)
     returned = [result] if isinstance(result, Tensor) else list(result or ())
     return returned + [x for x in arguments.values() if isinstance(x, Tensor)]
@@ -45,7 +45,7 @@ def test_opcheck(place, op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck_without_options(one_place, op):
-    """Only the arguments that an op can't do without."""
+    """Only the required arguments."""
     arguments = clean(every_op(one_place)[op])
     name, _, overload = op.partition(".")
     packet = getattr(torch.ops.flashdecpp, name)
@@ -85,7 +85,7 @@ def test_compiled_once_for_any_batch(one_place):
 
 
 def layer(weights: dict[str, Tensor], hidden: Tensor, cache: dict, sampled: dict) -> Tensor:
-    """One decoder layer and the choice of a token, of every kind of op."""
+    """One decoder layer plus sampling, with every kind of op."""
     batch = hidden.size(0)
     residual = hidden.clone()
     x = ops.rms_norm(hidden, weights["norm"])
@@ -114,7 +114,7 @@ def step(place: Place, lengths: list[int]) -> tuple[dict, Tensor, dict, dict]:
 
 
 def test_inductor(one_place):
-    """A layer through the default compiler: in-place arguments and views survive functionalisation."""
+    """In-place arguments and views survive functionalization by the default compiler."""
     weights, hidden, cache, sampled = step(one_place, [5, 33, 17])
     theirs = copy(cache)
     expected = layer(weights, hidden, theirs, sampled)
@@ -134,14 +134,14 @@ WITHOUT_IN_PLACE = {
 
 @pytest.mark.parametrize("op", WITHOUT_IN_PLACE)
 def test_inductor_without_the_in_place_argument(one_place, op):
-    """Ops with an optional in-place argument, called without it: compiled, these take another way."""
+    """Without its optional in-place argument, a compiled op takes a different path."""
     function, x = WITHOUT_IN_PLACE[op], randn(one_place, 3, 64)
     assert_same(torch.compile(function, fullgraph=True)(x), function(x))
 
 
 @pytest.mark.parametrize("counted", [False, True])
 def test_inductor_of_carried_phi(one_place, counted):
-    """Two arguments in place, one of them optional, through the default compiler, for two steps."""
+    """Two in-place arguments, one optional, through the default compiler for two steps."""
     arguments = every_op(one_place)["decode_attention.carry"]
     if not counted:
         del arguments["fallback_count"]
@@ -156,7 +156,7 @@ def test_inductor_of_carried_phi(one_place, counted):
 @pytest.mark.gpu
 @pytest.mark.parametrize("unified", [False, True])
 def test_cuda_graph_of_attention(unified):
-    """Captured once; between replays the query, lengths, block table and phi change, and what falls back."""
+    """Captured once; between replays the query, lengths, block table, phi and fallbacks change."""
     place = Place("cuda", torch.bfloat16)
     arguments = attention(place, [600, 600, 600], q_len=2, q_heads=8)
     phi, count = torch.zeros(8, device="cuda"), int32(place, [0])
@@ -177,7 +177,7 @@ def test_cuda_graph_of_attention(unified):
 
 @pytest.mark.gpu
 def test_cuda_graph_carries_phi():
-    """Every replay is a step: the first one's rows fall back, those after it find their maximum."""
+    """Every replay is a step: rows fall back in the first, and find their maximum in later ones."""
     place = Place("cuda", torch.bfloat16)
     arguments = attention(place, [600, 0, 64], q_len=2, q_heads=8)
     carried, count = torch.zeros(3, 8, device="cuda"), int32(place, [0])
@@ -190,7 +190,7 @@ def test_cuda_graph_carries_phi():
     for _ in range(3):
         graph.replay()
         assert count.item() == 2 * 2 * 8
-        # Relative to another phi, weights are rounded elsewhere.
+        # Relative to another phi, weights round differently.
         torch.testing.assert_close(out, now[0], rtol=0.016, atol=5e-3)
         torch.testing.assert_close(lse, now[1], rtol=1e-5, atol=1e-4)
     assert torch.equal(carried.isnan().all(1).cpu(), torch.tensor([False, True, False]))
@@ -216,7 +216,7 @@ def test_cuda_graph_of_a_layer():
 
 
 def capture(function) -> tuple[torch.cuda.CUDAGraph, object]:
-    """A graph of one call, after a warm-up on the side, and the outputs that a replay fills."""
+    """A graph of one call, after a warm-up on a side stream, and the outputs that a replay fills."""
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         function()
@@ -230,7 +230,7 @@ def capture(function) -> tuple[torch.cuda.CUDAGraph, object]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 def test_current_stream(op):
-    """The op waits for what its own stream does to its input, and for nothing else."""
+    """The op waits only for its own stream's work on its input."""
     arguments = every_op(Place("cuda", torch.bfloat16))[op]
     expected = outcome(wrapper(op), copy(arguments))
     late, first = copy(arguments), next(iter(arguments))
@@ -249,7 +249,7 @@ def test_current_stream(op):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("op", OPS)
 def test_second_gpu(op):
-    """The op runs where its tensors are, not where the current device is."""
+    """The op runs on its tensors' device, not the current one."""
     expected = outcome(wrapper(op), every_op(Place("cuda:0", torch.bfloat16))[op])
     actual = outcome(wrapper(op), every_op(Place("cuda:1", torch.bfloat16))[op])
     for a, b in zip(actual, expected, strict=True):

@@ -1,4 +1,4 @@
-"""A tensor that is elsewhere, or has no memory, is named: by every op, for every argument."""
+"""Every op names an argument that is on another device or has no memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashdecpp import ops
 
-AMONG_OTHERS = [(op, name) for op, name in TENSORS if op != "gated_activation"]  # it has one tensor
+AMONG_OTHERS = [(op, name) for op, name in TENSORS if op != "gated_activation"]  # it has only one tensor
 
 
 @pytest.mark.parametrize(("op", "name"), AMONG_OTHERS)
@@ -27,7 +27,7 @@ def test_one_meta_tensor(one_place, op, name):
 
 @pytest.mark.parametrize(("op", "name"), AMONG_OTHERS)
 def test_one_tensor_elsewhere_while_traced(op, name):
-    """torch.compile and export see tensors that only say where they would be."""
+    """torch.compile and export see fake tensors, which have a device but no memory."""
     arguments = every_op(CPU)[op]
     with FakeTensorMode() as mode:
         fakes = {n: mode.from_tensor(x) if isinstance(x, Tensor) else x for n, x in arguments.items()}
@@ -37,8 +37,8 @@ def test_one_tensor_elsewhere_while_traced(op, name):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_nothing_but_shapes(op):
-    """With all tensors on the meta device an op says what it would return."""
+def test_all_meta(op):
+    """With all tensors on the meta device, an op returns its results' shapes, dtypes and strides."""
     arguments = every_op(CPU)[op]
     shapes = {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in arguments.items()}
     results, expected = flat(wrapper(op)(**shapes)), flat(wrapper(op)(**arguments))
@@ -47,7 +47,7 @@ def test_nothing_but_shapes(op):
         assert (shape.shape, shape.dtype, shape.stride()) == (tensor.shape, tensor.dtype, tensor.stride())
 
 
-def test_a_choice_needs_memory_to_look_at():
+def test_linear_choice_needs_memory():
     x, weight = randn(CPU, 3, 8), randn(CPU, 4, 8)
     with pytest.raises(
         ValueError, match=r"^flashdecpp::linear_choice: weight must be on cpu as x, got meta$"
@@ -56,7 +56,7 @@ def test_a_choice_needs_memory_to_look_at():
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
-def test_layouts_that_are_not_strided():
+def test_non_strided_layouts():
     x, weight = randn(CPU, 3, 8), randn(CPU, 4, 8)
     with pytest.raises(
         ValueError, match=r"^flashdecpp::linear: weight must be strided, got torch.sparse_csr$"
@@ -64,7 +64,7 @@ def test_layouts_that_are_not_strided():
         ops.linear(x, weight.to_sparse_csr())
 
 
-def test_a_tensor_whose_memory_was_given_back(one_place):
+def test_freed_storage(one_place):
     x, weight = randn(one_place, 3, 8), randn(one_place, 8, 8)
     weight.untyped_storage().resize_(0)
     refused(
@@ -72,8 +72,8 @@ def test_a_tensor_whose_memory_was_given_back(one_place):
     )
 
 
-def test_tensors_that_are_negated_when_they_are_read():
-    """The imaginary part of a conjugate lies in memory with the other sign."""
+def test_negative_bit():
+    """The imaginary part of a conjugate is stored with the opposite sign."""
     x = torch.complex(randn(CPU, 3, 8), randn(CPU, 3, 8, seed=1)).conj().imag
     assert x.is_neg()
     weight = randn(CPU, 4, 8, seed=2)

@@ -26,7 +26,7 @@ def test_norm(any_place, op, hidden):
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
 def test_norm_adds_to_the_residual(any_place, op):
-    """The sum is stored, rounded, and the norm taken of what is stored."""
+    """The sum is rounded and stored, and the stored value is normalized."""
     for shape in ((5, 64), (2, 3, 200)):
         x, residual = randn(any_place, *shape), randn(any_place, *shape, seed=1)
         before = residual.clone()
@@ -47,7 +47,7 @@ def test_layer_norm_affine(any_place, with_weight, with_bias):
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
 def test_norm_of_views(any_place, op):
-    """Heads inside a packed projection (a query norm), spaced rows, one row, no rows."""
+    """Heads in a packed projection (a query norm), spaced rows, one row, and no rows."""
     packed = randn(any_place, 4, 3, 6, 64)
     weight = randn(any_place, 64, seed=1)
     for x in (packed[:, :, 1:4], packed[:, :, 2], packed[:, 0, 0], packed[0, 0, 0], packed[:0, 0, 0]):
@@ -55,7 +55,7 @@ def test_norm_of_views(any_place, op):
 
 
 def test_layer_norm_far_from_zero(any_place):
-    """A mean much larger than the spread: the variance must not cancel."""
+    """With a mean much larger than the spread, the variance must not cancel."""
     x = randn(any_place, 2, 256) + 200
     compare("layer_norm", x=x)
 
@@ -73,14 +73,14 @@ def test_rotary(any_place, head_dim, rotary_dim, interleaved):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block_size", [None, 1, 8, 24])
 def test_append_to_any_cache(any_place, block_size, layout):
-    """compare sees to it that nothing but the new tokens' places changes."""
+    """compare checks that only the new tokens' slots change."""
     compare(
         "rotary_append", **rotary(any_place, [37, 1, 5, 0], q_len=2, block_size=block_size, layout=layout)
     )
 
 
 def test_prefill(any_place):
-    """More new tokens than decode_attention takes, of prompts padded on the left."""
+    """Left-padded prompts with more new tokens than decode_attention takes."""
     compare("rotary_append", **rotary(any_place, [200, 3, 77], q_len=200))
 
 
@@ -110,10 +110,10 @@ def test_fp8_saturates(any_place):
 
 
 @pytest.mark.parametrize("block_size", [None, 16])
-def test_no_place_no_write(any_place, block_size):
+def test_out_of_range_positions_are_not_written(any_place, block_size):
     """Positions beyond the rotary table and beyond the cache, and blocks that don't exist."""
     arguments = rotary(any_place, [40, 40, 40, 40], q_len=2, max_len=48, block_size=block_size)
-    arguments["cos_sin"] = cos_sin(any_place, 39, 64)  # of positions 38 and 39 only the first
+    arguments["cos_sin"] = cos_sin(any_place, 39, 64)  # covers position 38, but not 39
     compare("rotary_append", **arguments)
     arguments["seq_lens"] += int32(any_place, [0, 10**6, -(10**6), 0])
     if block_size is not None:
@@ -148,7 +148,7 @@ def test_any_rotation(any_place, data):
 
 
 def test_append_then_attend(place):
-    """Prefill in two pieces and one decode step through the cache give what one dense attention gives."""
+    """Two prefill chunks and one decode step through the cache match one dense attention."""
     lengths, q_len = [21, 9], 5
     arguments = rotary(place, lengths, q_len=q_len, block_size=8)
     ops.rotary_append(**arguments)
@@ -168,8 +168,8 @@ def test_gated_activation(any_place, activation, shape):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gated_activation_far_out(any_place, activation):
-    """Where exp and tanh saturate: 0 or the gate itself, never NaN."""
+def test_gated_activation_saturates(any_place, activation):
+    """Where exp and tanh saturate, the activation is 0 or the gate itself, never NaN."""
     gate = torch.tensor([-1e4, -100.0, -88.8, -20.0, 0.0, 20.0, 88.8, 100.0, 1e4])
     gate_up = torch.cat((gate, torch.ones(9))).to(any_place.device, any_place.dtype)[None]
     out = compare("gated_activation", gate_up=gate_up, activation=activation)

@@ -12,14 +12,14 @@ from tolerance import compare
 from flashdecpp import ops
 
 HAND_WRITTEN = ("gemv", "flat_gemm")
-# [N, K]: multiples of every tile, of none, one output, and long sums.
+# [N, K]: multiples of every tile, multiples of none, one output, and long sums.
 SHAPES = [(256, 512), (129, 72), (1, 64), (7, 8), (1000, 136), (48, 4096), (1536, 576)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 16, 33, 64, 130])
 @pytest.mark.parametrize("op", HAND_WRITTEN)
 def test_rows(place, op, rows):
-    """Any number of rows is right, also those that an op is not made for."""
+    """Any number of rows works, including those that an op isn't designed for."""
     compare(op, x=randn(place, rows, 256), weight=randn(place, 192, 256, seed=1), bias=None)
 
 
@@ -48,7 +48,7 @@ def test_impl(place, impl, rows):
 @pytest.mark.parametrize("rows", [1, 6, 200])
 @pytest.mark.parametrize("k", [1, 7, 65, 100])
 def test_auto_takes_any_k(any_place, rows, k):
-    """And any alignment of the weight: packed, one row, rows with room between, rows off every boundary."""
+    """And any weight alignment: packed, one row, spaced rows, and misaligned rows."""
     x, spaced = randn(any_place, rows, k), randn(any_place, 33, 128, seed=1)
     for weight in (spaced[:, :k].contiguous(), spaced[:1, :k], spaced[:, :k], spaced[:, 1 : k + 1]):
         compare("linear", x=x, weight=weight)
@@ -56,7 +56,7 @@ def test_auto_takes_any_k(any_place, rows, k):
 
 @pytest.mark.parametrize("op", [*HAND_WRITTEN, "linear"])
 def test_any_strides(place, op):
-    """x as any view, the rows of the weight spaced."""
+    """x as any view, and weight rows spaced."""
     wide = randn(place, 6, 4, 128)
     weight = randn(place, 40, 200, seed=1)[:, 8:72]
     for x in (
@@ -81,7 +81,7 @@ def test_no_rows(place, op):
 
 @pytest.mark.parametrize("op", HAND_WRITTEN)
 def test_sums_are_float32(place, op):
-    """Ones among large numbers that cancel: exact in float32 in any order, lost by any sum in less."""
+    """Ones among large numbers that cancel: exact in float32 in any order, lost in any lower precision."""
     values = torch.tensor([4096.0] * 300 + [-4096.0] * 299 + [1.0] * 41)
     order = torch.randperm(640, generator=torch.Generator().manual_seed(0))
     x = values[order].to(place.device, place.dtype).expand(3, 640)

@@ -18,7 +18,7 @@ ROWS = (1, 2, 3, 5, 8, 9, 16, 17, 40, 130)
 
 
 def fused(place: Place, rows: int, n: int, k: int, *, norm: bool = False, bias: bool = False) -> dict:
-    """x, weight, and what else is asked for; the weight so small that gates stay in the curved range."""
+    """x, weight and any extras, with weights small enough to keep gates in their nonlinear range."""
     return {
         "x": randn(place, rows, k),
         "weight": randn(place, n, k, seed=1) / k**0.5,
@@ -54,7 +54,7 @@ def test_residual(place, rows, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rows", [1, 6, 12, 33])
 def test_all_at_once(place, rows, impl):
-    """A norm and a bias with the gate, and with the residual, for outputs that fill no tile."""
+    """A norm and a bias with the gate, and with the residual, for outputs that don't fill a tile."""
     for activation in ACTIVATIONS:
         arguments = fused(place, rows, 2 * 77, 1064, norm=True, bias=True)
         compare("linear", **arguments, gate=activation, norm_eps=0.1, impl=impl)
@@ -66,7 +66,7 @@ def test_all_at_once(place, rows, impl):
 @pytest.mark.parametrize("shape", [(2, 64), (6, 8), (34, 72), (1536, 576), (64, 4096), (256, 11008)], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_shapes(place, impl, shape):
-    """One output, sums in one part and in many, K short of a wave's first load."""
+    """One output, sums in one part or many, and K shorter than a wave's first load."""
     for rows in (1, 4, 20):
         arguments = fused(place, rows, *shape, norm=True)
         compare("linear", **arguments, gate="silu", impl=impl)
@@ -85,7 +85,7 @@ def test_auto_takes_any_k(any_place, rows, k):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_alignment(place, impl):
-    """Whatever begins off 16 bytes, and a float32 norm: other ways to the same result."""
+    """Arguments not aligned to 16 bytes, and a float32 norm weight, take other paths to the same result."""
     arguments = fused(place, 3, 48, 64, norm=True)
     wide = torch.cat((arguments["x"], arguments["x"]), dim=1)
     shifted = {
@@ -103,7 +103,7 @@ def test_alignment(place, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_any_rows(place, impl):
-    """x of more dimensions, of none but K, and strided."""
+    """x with more dimensions, with only K, and strided."""
     weight, norm = randn(place, 48, 64, seed=1) / 8, randn(place, 64, seed=3)
     wide = randn(place, 6, 4, 128)
     for x in (wide[..., 64:], wide[:, 1, :64], wide[::2, 1:3, 32:96], wide[0, 0, :64]):
@@ -126,7 +126,7 @@ def test_no_rows(place, impl):
 @pytest.mark.parametrize("impl", ["gemv", "flat_gemm"])
 @pytest.mark.parametrize("rows", [1, 8, 20])
 def test_the_norm_is_that_of_rms_norm(place, rows, impl):
-    """An identity for a weight returns the rows that are multiplied."""
+    """With an identity weight, the result is the normalized rows."""
     x = randn(place, rows, 128) * 3
     norm = randn(place, 128, seed=3)
     eye = torch.eye(128, device=place.device, dtype=place.dtype)
@@ -135,7 +135,7 @@ def test_the_norm_is_that_of_rms_norm(place, rows, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_norm_keeps_extremes_finite(place, impl):
-    """Squares, and products with the norm's weight, that x's dtype could not hold."""
+    """Squares and products with the norm's weight overflow or underflow x's dtype."""
     largest = 3e4 if place.dtype == torch.float16 else 1e18
     for magnitude in (largest, 1 / largest):
         arguments = fused(place, 2, 32, 128, norm=True)
@@ -153,7 +153,7 @@ def test_bad_rows_stay_alone(place, impl):
 
 
 def test_the_sum_with_the_residual_is_rounded_once(place):
-    """1 + 3/4 of a unit beyond it: rounded up by one rounding, and down by two."""
+    """1 + 3/4 ulp rounds up if rounded once, but down if rounded twice."""
     eps = torch.finfo(place.dtype).eps
     x = torch.tensor([[eps / 2, eps / 4, *[0.0] * 6]], device=place.device, dtype=place.dtype)
     weight = torch.ones(16, 8, device=place.device, dtype=place.dtype)

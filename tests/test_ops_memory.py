@@ -1,4 +1,4 @@
-"""Memory: none that calls keep, none that is written twice, and an error that says how much there is not."""
+"""Calls leak no memory, refuse to write where arguments overlap, and say how much they failed to allocate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashdecpp import ops
 
-# ----------------------------------------------------------------------------------------- calls that keep it
+# ------------------------------------------------------------------------------------------------------ leaks
 
 
 class Mallinfo(ctypes.Structure):
@@ -32,7 +32,7 @@ class Mallinfo(ctypes.Structure):
 
 @pytest.fixture
 def kept() -> Iterator[Callable]:
-    """kept(call): the bytes that a call keeps."""
+    """kept(call): the bytes that one call leaks."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):
         pytest.skip("needs glibc's mallinfo2")
@@ -56,19 +56,19 @@ def kept() -> Iterator[Callable]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_collections() -> Iterator[None]:
-    """Going through all that other tests left takes longer than the calls."""
+    """Without this, collecting the objects left by other tests takes longer than the calls."""
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
 
 
-LEFT_OVER = 24  # bytes a call, for all that the process does besides: the shortest string takes 48
+LEFT_OVER = 24  # bytes per call, for the rest of the process; the shortest string takes 48
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("through", ["wrapper", "op"])
-def test_no_call_keeps_memory(kept, op, through):
+def test_calls_leak_nothing(kept, op, through):
     arguments = every_op(CPU)[op]
     function = wrapper(op) if through == "wrapper" else overload_for(op, arguments)
     assert kept(lambda: function(**arguments)) < LEFT_OVER
@@ -103,12 +103,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("call", WITH_STRINGS)
-def test_no_string_keeps_memory(kept, call):
+def test_strings_leak_nothing(kept, call):
     assert kept(WITH_STRINGS[call]) < LEFT_OVER
 
 
 @pytest.mark.parametrize("call", REFUSED)
-def test_no_refusal_keeps_memory(kept, call):
+def test_refusals_leak_nothing(kept, call):
     def fail() -> None:
         with pytest.raises((ValueError, TypeError, torch.OutOfMemoryError)):
             REFUSED[call]()
@@ -116,11 +116,11 @@ def test_no_refusal_keeps_memory(kept, call):
     assert kept(fail) < LEFT_OVER
 
 
-# -------------------------------------------------------------------------------------- memory that is shared
+# ---------------------------------------------------------------------------------------------- shared memory
 
 
 def overlapping(x: Tensor) -> Tensor:
-    """Of the shape, dtype and strides of x, but for a first dimension whose elements are one."""
+    """Like x, but all the elements of the first dimension are the same memory."""
     return x[:1].expand(x.shape)
 
 
@@ -130,13 +130,13 @@ SELF = [
 
 
 @pytest.mark.parametrize(("op", "name"), SELF)
-def test_in_place_arguments_that_overlap_themselves(one_place, op, name):
+def test_self_overlapping_in_place_arguments(one_place, op, name):
     arguments = every_op(one_place)[op]
     arguments[name] = overlapping(arguments[name])
     refused(op, arguments, rf": {name} must (not overlap itself|be contiguous), got strides")
 
 
-def test_rows_that_run_into_each_other(one_place):
+def test_overlapping_rows(one_place):
     arguments = every_op(one_place)["decode_attention.carry"]
     line = torch.zeros(7, device=one_place.device)
     refused(
@@ -151,7 +151,7 @@ def test_rows_that_run_into_each_other(one_place):
     )
 
 
-def test_a_residual_in_another_arguments_memory(one_place):
+def test_residual_shares_memory(one_place):
     for op in ("rms_norm", "layer_norm"):
         arguments = every_op(one_place)[op]
         rows = randn(one_place, 4, 64)
@@ -185,7 +185,7 @@ def test_a_residual_in_another_arguments_memory(one_place):
     )
 
 
-def test_keys_values_and_caches_in_one_anothers_memory(one_place):
+def test_keys_values_and_caches_share_memory(one_place):
     arguments = rotary(one_place, [5, 33], q_len=2)
     for names in (("q", "k"), ("q", "v"), ("k", "v"), ("k_cache", "v_cache")):
         shared = {names[1]: arguments[names[0]][:, :, : arguments[names[1]].size(2)]}
@@ -203,7 +203,7 @@ def test_keys_values_and_caches_in_one_anothers_memory(one_place):
     )
 
 
-def test_counts_and_marks_in_one_anothers_memory(one_place):
+def test_counts_and_marks_share_memory(one_place):
     arguments = every_op(one_place)["decode_attention"]
     refused(
         "decode_attention",
@@ -225,7 +225,7 @@ def test_counts_and_marks_in_one_anothers_memory(one_place):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block_size", [8, None])
-def test_views_between_each_others_elements(one_place, layout, block_size):
+def test_interleaved_views(one_place, layout, block_size):
     """K and V as planes or halves of one cache; q, k and v of one projection, tokens or heads first."""
     arguments = rotary(one_place, [5, 33, 1], q_len=2, block_size=block_size, layout=layout)
     compare("rotary_append", **arguments)
@@ -237,8 +237,8 @@ def test_views_between_each_others_elements(one_place, layout, block_size):
     compare("decode_attention", **attended, carried_phi=carried[:, :4], sinks=carried[0, 4:])
 
 
-def test_a_residual_between_rows_of_x(one_place):
-    """Rows of one tensor, by turns."""
+def test_residual_interleaved_with_x(one_place):
+    """Alternating rows of one tensor."""
     rows = randn(one_place, 3, 2, 64)
     one, wide = rows[:, 0], torch.cat((rows[:, 1], rows[:, 1]), dim=0)[:3]
     compare("rms_norm", x=one, weight=randn(one_place, 64), residual=wide)
@@ -246,19 +246,19 @@ def test_a_residual_between_rows_of_x(one_place):
     compare("rms_norm", x=packed[:, :64], weight=randn(one_place, 64), residual=packed[:, 64:])
 
 
-# ------------------------------------------------------------------------------------- memory that is missing
+# ---------------------------------------------------------------------------------------------- out of memory
 
 
 @pytest.mark.parametrize("impl", ["gemv", "flat_gemm", "blas"])
-def test_memory_that_is_not_there(impl):
-    """How much was asked for, and for what; as torch's own error of a GPU's memory."""
+def test_result_too_large(impl):
+    """The error gives the size and its purpose, with the type that torch uses for GPU memory."""
     wide = torch.ones(1, 8).expand(1 << 40, 8)
     message = r"^flashdecpp: out of memory: 17\.6 TB .* on cpu for a result of shape \[4, 1099511627776\] in "
     with pytest.raises(torch.OutOfMemoryError, match=message):
         ops.linear(torch.ones(4, 8), wide, impl=impl)
 
 
-def test_memory_to_work_in_that_is_not_there():
+def test_workspace_too_large():
     rows = torch.ones(1, 8).expand(1 << 44, 8)
     for call in (lambda: ops.gemv(rows, torch.ones(0, 8)), lambda: ops.gemv(rows[:, ::2], torch.ones(0, 4))):
         with pytest.raises(

@@ -11,7 +11,7 @@ from tolerance import assert_same, compare
 
 from flashdecpp import ops, reference
 
-# bits and group; None is a scale a row.
+# bits and group; None is one scale per row.
 FORMATS = [(8, None), (8, 32), (8, 64), (8, 128), (4, 32), (4, 64), (4, 128)]
 formats = pytest.mark.parametrize(("bits", "group"), FORMATS, ids=str)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -20,14 +20,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @formats
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 31, 32, 33, 130])
 def test_rows(any_place, rows, bits, group):
-    """Up to 8 rows at once, beyond 31 through dequantized strips, and bfloat16 at last through the BLAS."""
+    """Up to 8 rows at once, above 31 through dequantized strips, and many in bfloat16 through the BLAS."""
     compare("quantized_linear", **quantized(any_place, rows, 75, 384, bits=bits, group=group))
 
 
 @formats
 @pytest.mark.parametrize("shape", [(1, 128), (17, 640), (256, 384), (33, 8320), (7, 20480)], ids=str)
 def test_shapes(any_place, shape, bits, group):
-    """One group and many, K in one run and in several, with offsets and bias and without."""
+    """One group or many, K in one pass or several, with and without offsets and bias."""
     for rows in (1, 5, 40):
         for offsets in (False, True):
             arguments = quantized(
@@ -37,14 +37,14 @@ def test_shapes(any_place, shape, bits, group):
 
 
 @pytest.mark.parametrize("k", [1, 7, 31, 33, 65, 100, 577, 4099])
-def test_a_scale_a_row_takes_any_k(any_place, k):
+def test_scale_per_row_with_any_k(any_place, k):
     for rows in (1, 6, 40):
         compare("quantized_linear", **quantized(any_place, rows, 21, k, bits=8, group=None, offsets=True))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("k", [32, 96, 160, 416, 1056])
-def test_groups_that_fill_no_vector(any_place, k, bits):
+def test_groups_that_leave_vectors_partial(any_place, k, bits):
     for rows in (1, 6, 40):
         compare("quantized_linear", **quantized(any_place, rows, 21, k, bits=bits, offsets=True))
 
@@ -59,7 +59,7 @@ def test_scales_of_any_dtype(any_place, bits, group, scales_dtype):
 
 
 def test_any_strides(any_place):
-    """x as any view; rows of weight, scales and offsets with room between."""
+    """x as any view; spaced rows of weight, scales and offsets."""
     arguments = quantized(any_place, 6, 40, 256, bits=4, offsets=True)
     for name in ("weight", "scales", "offsets"):
         wide = torch.cat((arguments[name], arguments[name]), dim=1)
@@ -79,8 +79,8 @@ def test_no_rows(any_place, bits, group):
 
 
 @formats
-def test_every_number_lies_where_the_reference_says(any_place, bits, group):
-    """Rows of the identity read the weight out: one number of it an output, exact in float32."""
+def test_packing_matches_reference(any_place, bits, group):
+    """Rows of the identity read out the weight, one number per output, exact in float32."""
     arguments = quantized(any_place, 1, 6, 256, bits=bits, group=group, scales_dtype=torch.float32)
     arguments["scales"] = torch.ones_like(arguments["scales"])
     dense = reference.dequantize(arguments["weight"], arguments["scales"])
@@ -90,8 +90,8 @@ def test_every_number_lies_where_the_reference_says(any_place, bits, group):
     assert_same(one_by_one, dense.T.to(any_place.dtype))
 
 
-def test_packing_of_4_bits():
-    """Two weights a byte, 16 apart; both ways."""
+def test_int4_packing():
+    """Two weights per byte, 16 apart, packed and unpacked."""
     q = torch.randint(0, 16, (3, 96), dtype=torch.uint8)
     packed = reference.pack_int4(q)
     assert packed.shape == (3, 48)
@@ -101,7 +101,7 @@ def test_packing_of_4_bits():
 
 @formats
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_is_the_same_bits_in_any_batch(bits, group, dtype):
+def test_rows_are_bit_identical_in_any_batch(bits, group, dtype):
     arguments = quantized(
         Place("cpu", dtype), 31, 50, 3 * 128, bits=bits, group=group, offsets=True, bias=True
     )
@@ -122,8 +122,8 @@ def test_bad_rows_stay_alone(any_place, bits, group):
 
 
 @formats
-def test_no_rounding_but_the_result_s(any_place, bits, group):
-    """Three times one weight each: not three times a rounded weight."""
+def test_only_the_result_is_rounded(any_place, bits, group):
+    """Each output is three times a weight, not three times a rounded weight."""
     arguments = quantized(
         any_place, 1, 24, 256, bits=bits, group=group, offsets=True, scales_dtype=torch.float32
     )

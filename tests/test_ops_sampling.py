@@ -1,4 +1,4 @@
-"""sample: what may be drawn, that it is drawn by the counter, and nothing else."""
+"""sample: which tokens may be drawn, and that only the counter decides among them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ FILTERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seen
 
 
 def assert_drawn(arguments: dict) -> torch.Tensor:
-    """Draws, and holds the tokens against the inverse cumulative distribution at the counter's number u.
+    """Draws, and checks the tokens against the inverse CDF at the counter's random number u.
 
-    The sums of an implementation are float32: a draw may land one token off where u is that close to the
-    edge.
+    Implementations sum in float32, so a draw may land one token off if u is that close to the edge.
     """
     seen = arguments.get("seen")
     before = None if seen is None else seen.clone()
@@ -47,7 +46,7 @@ def test_greedy(any_place, vocab):
     )
 
 
-def test_greedy_takes_the_first_of_equals(any_place):
+def test_greedy_breaks_ties_by_index(any_place):
     logits = torch.zeros(3, 5000, device=any_place.device, dtype=any_place.dtype)
     logits[0, [17, 18, 4999]] = 1
     logits[1, [4097, 4999]] = 1
@@ -55,8 +54,8 @@ def test_greedy_takes_the_first_of_equals(any_place):
 
 
 @pytest.mark.parametrize("temperature", [None, 1.0])
-def test_no_number_is_never_chosen(any_place, temperature):
-    """NaN counts as -inf; where all are -inf there is no token."""
+def test_nan_is_never_chosen(any_place, temperature):
+    """NaN counts as -inf; if every logit is -inf, there is no token."""
     inf, nan = torch.inf, torch.nan
     rows = [[nan, -inf, 2.0, nan, -inf], [-inf] * 5, [nan] * 5, [nan, nan, -inf, nan, -1e4]]
     logits = torch.tensor(rows).to(any_place.device, any_place.dtype)
@@ -98,7 +97,7 @@ def test_large_vocabulary(any_place):
 
 
 def test_ties_at_a_threshold_are_kept(any_place):
-    """Four tokens share the second place: top-k 2 and a top-p that needs one of them keep all four."""
+    """Four tokens tie for second; top-k 2 and a top-p that needs one of them keep all four."""
     batch = 400
     arguments = sampling(any_place, batch, 20, temperature=1.0)
     arguments["logits"] = torch.full((batch, 20), -5.0, device=any_place.device, dtype=any_place.dtype)
@@ -137,7 +136,7 @@ def test_spaced_rows(any_place):
 
 
 def test_repetition_penalty(any_place):
-    """Divides positive and multiplies negative logits of seen tokens; what is chosen is marked as seen."""
+    """Divides positive and multiplies negative logits of seen tokens; the chosen token is marked as seen."""
     logits = torch.tensor([[3.0, 2.0, -1.0], [-1.0, -1.5, -9.0]]).to(any_place.device, any_place.dtype)
     seen = torch.zeros(2, 3, dtype=torch.bool, device=any_place.device)
     penalty = torch.full((2,), 2.0, device=any_place.device)
@@ -155,13 +154,13 @@ def test_seen_is_marked_without_a_penalty(any_place):
 
 
 def test_philox_known_answers(any_place):
-    """Of 2^16 equally likely tokens it is the one of the counter's top 16 bits."""
+    """With 2^16 equally likely tokens, the counter's top 16 bits pick the token."""
     logits = torch.zeros(6, 2**16, device=any_place.device, dtype=any_place.dtype)
     seed = torch.tensor([0, 0, 1, -1, 2**40 + 5, -(2**63)], device=any_place.device)
     position = torch.tensor([0, 1, 0, 2**31, 2**33 + 1, 2**63 - 1], device=any_place.device)
     temperature = torch.ones(6, device=any_place.device)
     token = ops.sample(logits, temperature=temperature, seed=seed, position=position)
-    assert token[0] == 0x6627  # of Random123's vector for the zero key and counter
+    assert token[0] == 0x6627  # from Random123's vector for a zero key and counter
     assert torch.equal(token, (reference.uniform(seed, position).double() * 2**16).long())
     unseeded = ops.sample(logits[:1], temperature=temperature[:1])
     assert unseeded == token[0]
@@ -169,8 +168,8 @@ def test_philox_known_answers(any_place):
 
 @pytest.mark.parametrize("top_k", [1, 3, 50, 600])
 @pytest.mark.parametrize("vocab", [60, 272, 3001, 32000])
-def test_top_k_of_more_than_a_mask_leaves(any_place, vocab, top_k):
-    """As a grammar's mask leaves them: three tokens, wherever they are."""
+def test_top_k_larger_than_a_mask_leaves(any_place, vocab, top_k):
+    """Like a grammar's mask, which leaves three tokens anywhere."""
     arguments = sampling(any_place, 32, vocab, temperature=1.0, top_k=top_k)
     allowed = torch.tensor([0, vocab // 2, vocab - 1], device=any_place.device)
     masked = torch.full_like(arguments["logits"], -torch.inf)
@@ -194,8 +193,8 @@ def test_the_smallest_temperatures_are_greedy(any_place, temperature, filters):
 
 
 @pytest.mark.parametrize("temperature", [1e36, LARGEST, torch.inf])
-def test_the_largest_temperatures_are_even(any_place, temperature):
-    """And -inf is still no choice."""
+def test_the_largest_temperatures_are_uniform(any_place, temperature):
+    """But -inf is still never chosen."""
     arguments = sampling(any_place, 2000, 8, temperature=temperature)
     arguments["logits"][:, 3] = -torch.inf
     counts = ops.sample(**arguments).bincount(minlength=8).tolist()
@@ -206,7 +205,7 @@ def test_the_largest_temperatures_are_even(any_place, temperature):
 @pytest.mark.parametrize("temperature", [1e-38, 1e-3, 1.0, 1e30])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.5}], ids=str)
 def test_the_largest_logits(any_place, temperature, filters):
-    """Whose difference is beyond float32."""
+    """Their difference overflows float32."""
     most = torch.finfo(any_place.dtype).max
     rows = torch.tensor([[-0.9, -0.5, -0.9, -0.8], [0.1, 0.9, -0.9, 0.8]], device=any_place.device) * most
     logits = rows.to(any_place.dtype).repeat(10, 1)
@@ -217,7 +216,7 @@ def test_the_largest_logits(any_place, temperature, filters):
 
 
 def test_the_largest_logits_at_the_largest_temperature(any_place):
-    """Where neither exponential vanishes: e to the -5.1 and 1 to what they differ by."""
+    """Neither weight vanishes: they are exp(-5.1) and 1."""
     logits = torch.tensor([[-1.7e38, 3.4e38]], device=any_place.device).repeat(20000, 1)
     arguments = sampling(any_place, 20000, 2, temperature=1e38) | {"logits": logits}
     share = (ops.sample(**arguments) == 0).float().mean().item()
@@ -225,7 +224,7 @@ def test_the_largest_logits_at_the_largest_temperature(any_place):
 
 
 def test_infinite_logits(any_place):
-    """Several are equally likely, and nothing else is."""
+    """All infinite logits are equally likely; no other token is possible."""
     logits = torch.zeros(200, 100, device=any_place.device, dtype=any_place.dtype)
     logits[:, [7, 70]] = torch.inf
     for filters in ({}, {"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}, {"temperature": 1e-40}):
@@ -261,7 +260,7 @@ MEANINGS = [
 
 @pytest.mark.parametrize(("given", "meant"), MEANINGS, ids=str)
 def test_parameters_beyond_their_range(any_place, given, meant):
-    """Each has a meaning, which the reference knows, too."""
+    """Each has a defined meaning, shared by the reference."""
     tokens = []
     for parameters in (given, meant):
         arguments = sampling(any_place, 64, 200, **{"temperature": 1.0} | parameters)
@@ -281,8 +280,8 @@ def copy(arguments: dict) -> dict:
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_any_float_there_is(any_place, data):
-    """Whatever the logits and the parameters are, the token is one that the reference could draw."""
+def test_any_float(any_place, data):
+    """For any logits and parameters, the token is one that the reference could draw."""
     draw = data.draw
     batch, vocab = draw(st.integers(1, 4)), draw(st.integers(1, 300))
     special = st.sampled_from([NAN, INF, -INF, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0, -1.0])
@@ -302,7 +301,7 @@ def test_any_float_there_is(any_place, data):
     kept = {name: arguments[name] for name in FILTERS if name in arguments}
     before = copy(kept)
     token = ops.sample(**arguments)
-    # Rounded once more or less, a weight may fall on the other side of a threshold: either is right.
+    # One rounding more or less may push a weight across a threshold, so either side is right.
     possible = [
         reference.kept_weights(arguments["logits"], **before, compute_dtype=dtype) > 0
         for dtype in (torch.float64, torch.float32)
@@ -316,7 +315,7 @@ def test_any_float_there_is(any_place, data):
 
 @pytest.mark.parametrize("counter", ["seed", "position"])
 def test_distribution(any_place, counter):
-    """Chi squared of 20000 draws with consecutive seeds, and with consecutive positions."""
+    """Chi-squared test of 20000 draws with consecutive seeds, and with consecutive positions."""
     draws, vocab = 20000, 24
     logits = randn(any_place, 1, vocab).expand(draws, vocab).contiguous()
     arguments = sampling(any_place, draws, 1, temperature=1.3) | {"logits": logits}

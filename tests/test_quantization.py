@@ -1,4 +1,4 @@
-"""Rounding weights to 8 and 4 bits, and models whose linear layers run so."""
+"""Rounding weights to 8 and 4 bits, and models with quantized linear layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def weights(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Normal values; the groups of some rows lie off zero, of others all above it, some are constant."""
+    """Normal values; some rows' groups are shifted off zero, of one sign, or constant."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     x[1] += 1.0
     x[2] = x[2].abs() + 0.1
@@ -62,15 +62,15 @@ def test_rounded_scales_add_no_more_than_their_own_rounding(bits, group, symmetr
     quantized = quantize(x, bits, group, symmetric, scales_dtype=dtype)
     assert quantized.scales.dtype == dtype
     step = quantized.scales.float().view(24, -1).abs()[:, :, None]
-    # The range is 2^bits steps and begins at an offset: both may be off by a rounding, at the ends.
+    # The range is 2^bits steps and begins at an offset; each may be off by a rounding at the ends.
     ends = groups_of(x, quantized).abs().amax(2, keepdim=True) + 2**bits * step
     error = groups_of((quantized.dense() - x).abs(), quantized)
     assert (error <= step / 2 + torch.finfo(dtype).eps * ends + 1e-6).all()
 
 
 @both
-def test_numbers_that_the_format_has_are_kept(symmetric):
-    """What was 4 or 8 bit once comes back as it was: no error grows from saving and loading."""
+def test_representable_numbers_are_kept(symmetric):
+    """Requantizing gives the same values, so saving and loading adds no error."""
     for bits, group in FORMATS:
         once = quantize(weights(8, 256), bits, group, symmetric).dense()
         again = quantize(once, bits, group, symmetric).dense()
@@ -78,7 +78,7 @@ def test_numbers_that_the_format_has_are_kept(symmetric):
 
 
 def test_sizes():
-    """Bits of a weight, with float16 scales: 8, 4.5 and, with offsets, 5."""
+    """Bits per weight, with float16 scales: 8, 4.5 and, with offsets, 5."""
     x = torch.randn(64, 1024).half()
     for bits, group, symmetric, expected in (
         (8, None, True, 8 + 16 / 1024),
@@ -105,7 +105,7 @@ def test_bad_weights():
 
 
 class Model(nn.Module):
-    """Linear layers of every kind: nested, with and without bias, a K that fits no group, and tied ones."""
+    """Linear layers of every kind: nested, with and without bias, with a K that fits no group, and tied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
 )
 @both
 @torch.no_grad()
-def test_a_model_computes_what_its_rounded_weights_say(bits, left, symmetric):
+def test_model_matches_its_rounded_weights(bits, left, symmetric):
     tokens = torch.arange(40).view(4, 10)
     quantized, dense = model(), model()
     assert quantize_(quantized, bits, symmetric=symmetric) == left
@@ -167,7 +167,7 @@ def test_other_dtypes_and_compile(dtype):
 @both
 @torch.no_grad()
 def test_state_dict(symmetric):
-    """All of it is in the state, and goes into a model that was quantized the same way."""
+    """The state is complete, and loads into a model that was quantized the same way."""
     tokens = torch.arange(40).view(4, 10)
     first, second = model(), model()
     for parameter in second.parameters():
@@ -184,7 +184,7 @@ def test_state_dict(symmetric):
         model().load_state_dict(first.state_dict())
 
 
-def test_to_changes_what_is_float():
+def test_to_changes_only_floats():
     layer = nn.Sequential(nn.Linear(64, 32))
     quantize_(layer, 4)
     packed = layer[0].weight.clone()
@@ -197,7 +197,7 @@ def test_to_changes_what_is_float():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gradients_reach_the_input(bits):
-    """And what is trained in front of the layer: those of the rounded weight."""
+    """And any trained layers before it, with the rounded weight's gradients."""
     layer = nn.Sequential(nn.Linear(64, 32))
     quantize_(layer, bits)
     x, gradients = torch.randn(5, 64), []
@@ -212,7 +212,7 @@ def test_gradients_reach_the_input(bits):
 
 
 class Marked(torch.Tensor):
-    """Any subclass: its numbers may be packed in ways that only its library knows."""
+    """Any subclass may pack its numbers in ways that only its library knows."""
 
 
 def _set_weight(change) -> Callable[[nn.Linear], object]:
@@ -236,7 +236,7 @@ LEFT: dict[str, Callable[[nn.Linear], object]] = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", LEFT)
-def test_layers_that_only_others_understand_are_left(kind):
+def test_foreign_layers_are_left(kind):
     layers = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     LEFT[kind](layers[1])
     before = layers[1]
@@ -246,7 +246,7 @@ def test_layers_that_only_others_understand_are_left(kind):
     assert left == (["1"] if type(before) is nn.Linear else [])
 
 
-def test_a_layer_in_two_places_stays_one():
+def test_shared_layer_stays_shared():
     layer = nn.Linear(64, 64)
     layers = nn.Sequential(layer, nn.GELU(), layer)
     expected = layers(x := torch.randn(3, 64))
@@ -255,7 +255,7 @@ def test_a_layer_in_two_places_stays_one():
     assert (layers(x) - expected).abs().max() < 0.05
 
 
-def test_a_weight_that_is_not_finite_is_named_and_nothing_is_replaced():
+def test_non_finite_weight_is_named_and_nothing_is_replaced():
     layers = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64)))
     layers[1][0].weight.data[3, 4] = torch.inf
     with pytest.raises(ValueError, match=r"1\.0\.weight must be finite"):
@@ -263,13 +263,13 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_replaced():
     assert type(layers[0]) is nn.Linear
 
 
-def test_skip_takes_one_name_too():
-    """And not every layer whose name ends with one of its letters."""
+def test_skip_accepts_a_single_name():
+    """It isn't treated as a sequence of letters."""
     layers = nn.ModuleDict({"head": nn.Linear(64, 64), "d": nn.Linear(64, 64)})
     assert quantize_(layers, skip="head") == ["head"]
 
 
-def test_an_accelerated_model_can_be_quantized():
+def test_accelerated_model_can_be_quantized():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
@@ -290,12 +290,12 @@ def test_an_accelerated_model_can_be_quantized():
     ],
     ids=["meta", "subclass", "empty"],
 )
-def test_weights_without_numbers(weight, what):
+def test_unreadable_weights(weight, what):
     with pytest.raises(ValueError, match=what):
         quantize(weight)
 
 
-def test_what_cannot_be_replaced():
+def test_bad_models_and_bits():
     with pytest.raises(ValueError, match=r"module must hold the nn\.Linear layers"):
         quantize_(nn.Linear(64, 64))
     with pytest.raises(ValueError, match="bits must be 8 or 4, got 2"):

@@ -1,4 +1,4 @@
-"""The references against independent implementations: torch's own, transformers', published vectors."""
+"""The references against torch, transformers and published vectors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLACE = Place("cpu", torch.float32)
 
 @pytest.mark.parametrize("block_size", [None, 1, 16])
 @pytest.mark.parametrize("window", [-1, 5])
-def test_attention_is_torchs_attention(block_size, window):
+def test_attention_matches_torch(block_size, window):
     arguments = attention(PLACE, [40], q_len=3, block_size=None)
     keys, values = arguments["k_cache"][0, :40], arguments["v_cache"][0, :40]
     distance = torch.arange(37, 40)[:, None] - torch.arange(40)
@@ -41,7 +41,7 @@ def test_attention_is_torchs_attention(block_size, window):
 
 
 def test_attention_logits_and_sinks():
-    """Softcap, then ALiBi; a sink takes its share of the softmax and gives nothing."""
+    """Softcap, then ALiBi; a sink takes a share of the softmax but contributes no value."""
     arguments = attention(PLACE, [9], q_heads=2, kv_heads=1, block_size=None)
     slopes, sinks = torch.tensor([0.5, 0.25]), torch.tensor([1.0, -2.0])
     out, lse = reference.decode_attention(
@@ -58,7 +58,7 @@ def test_attention_logits_and_sinks():
 
 
 def test_attention_rows_that_see_nothing():
-    """No keys at all, and left padding: of 3 new tokens the sequence of 1 key holds only the last."""
+    """No keys, and left padding: the 1-key sequence has only the last of 3 new tokens."""
     arguments = attention(PLACE, [0, 1], q_len=3)
     out, lse = reference.decode_attention(**arguments)
     sees = torch.tensor([[False, False, False], [False, False, True]])
@@ -71,7 +71,7 @@ def test_attention_rows_that_see_nothing():
 
 
 def test_attention_carries_the_row_maximum():
-    """The last token's largest logit; unseen keys, NaN rows and rows without keys leave what was there."""
+    """The last token's largest visible logit; NaN rows and rows without keys keep the old phi."""
     arguments = attention(PLACE, [12, 9, 0], q_len=2, q_heads=2, kv_heads=1, block_size=None)
     arguments["q"][1, 1, 0, 0] = torch.nan
     carried = torch.full((3, 2), 5.0)
@@ -132,14 +132,14 @@ def test_rotary_interleaved_and_partial():
     assert torch.equal(arguments["q"][..., 32:], q[..., 32:])
 
 
-def test_rotary_skips_what_has_no_place():
-    """No rotation and no write for left padding, no rotation past the table, no write past the cache."""
+def test_rotary_skips_out_of_range_positions():
+    """Left padding is neither rotated nor written; no rotation past the table, no write past the cache."""
     arguments = rotary(PLACE, [2], q_len=4, block_size=None, max_len=1) | {
         "cos_sin": cos_sin(PLACE, 1, 64),
         "k_cache": torch.zeros(1, 1, 2, 64),
         "v_cache": torch.zeros(1, 1, 2, 64),
     }
-    arguments["cos_sin"][0] = 2.0  # position 0 must turn too
+    arguments["cos_sin"][0] = 2.0  # so that position 0 rotates too
     k = arguments["k"].clone()
     reference.rotary_append(**arguments)
     changed = (arguments["k"] != k).flatten(2).any(-1)
@@ -191,7 +191,7 @@ def test_gated_activation(name, function):
         ({"top_k": 0, "top_p": 1.0, "min_p": 0.0}, []),
     ],
 )
-def test_filters_are_transformers(parameters, processors):
+def test_filters_match_transformers(parameters, processors):
     logits = randn(PLACE, 20, 300) * 2
     expected = logits
     for processor in processors:
@@ -204,7 +204,7 @@ def test_filters_are_transformers(parameters, processors):
     torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), expected.softmax(-1))
 
 
-def test_repetition_penalty_is_transformers():
+def test_repetition_penalty_matches_transformers():
     logits = randn(PLACE, 4, 50)
     history = torch.randint(50, (4, 20))
     seen = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, history, True)
@@ -243,6 +243,6 @@ def test_sample_without_a_choice():
     ],
 )
 def test_philox_known_answers(counter, key, words):
-    """The known-answer vectors of Random123."""
+    """Random123's known-answer vectors."""
     actual = reference.philox(torch.tensor(counter)[:, None], torch.tensor(key)[:, None])
     assert actual.flatten().tolist() == words

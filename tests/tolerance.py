@@ -1,7 +1,7 @@
 """How close an op must be to its reference.
 
-The rule (FlashAttention-3's): its largest error is at most twice that of the same math in plain torch of the
-op's own precision, plus the rounding of the result. Errors are taken from the reference in float64.
+The rule (FlashAttention-3's): its largest error is at most twice that of the same math in plain torch at the
+op's own precision, plus the rounding of the result. Errors are measured against the reference in float64.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from flashdecpp import ops, reference
 
 
 def assert_within(actual: Tensor, truth: Tensor, plain: Tensor, what: str, magnitude: float = 0.0) -> None:
-    """NaN and infinities in the same places; everywhere else the rule.
+    """NaN and infinities must be in the same places; the rule applies everywhere else.
 
-    `magnitude` is that of a sum's terms, where they may be larger than the sum.
+    `magnitude` is the size of a sum's terms, where they may be larger than the sum.
     """
     assert actual.shape == truth.shape, what
     assert (actual.dtype, actual.device) == (truth.dtype, truth.device), what
-    # A low precision is rounded to once; a float32 is also multiplied and divided in its own precision.
+    # Low precision is rounded to once; float32 is also multiplied and divided in its own precision.
     rounding = torch.finfo(actual.dtype).eps * (2 if actual.dtype == torch.float32 else 1)
     actual, truth, plain = (x.detach().cpu().double() for x in (actual, truth, plain))
     finite = truth.isfinite()
@@ -28,7 +28,7 @@ def assert_within(actual: Tensor, truth: Tensor, plain: Tensor, what: str, magni
     if not finite.any():
         return
     actual, truth, plain = actual[finite], truth[finite], plain[finite]
-    # Plain float16 may overflow where the op must not: that allows nothing.
+    # Plain float16 may overflow where the op must not, so that grants no allowance.
     plain_error = (plain - truth).abs().nan_to_num(nan=0, posinf=0).max()
     allowed = 2 * plain_error + rounding * truth.abs().max().clamp(min=magnitude)
     error = (actual - truth).abs().max()
@@ -36,7 +36,7 @@ def assert_within(actual: Tensor, truth: Tensor, plain: Tensor, what: str, magni
 
 
 def assert_same(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """Bit for bit, NaN being NaN."""
+    """Bit for bit; NaN equals NaN."""
     assert actual.shape == expected.shape, what
     assert actual.dtype == expected.dtype, what
     actual, expected = (x.detach().cpu().float() for x in (actual, expected))
@@ -45,10 +45,10 @@ def assert_same(actual: Tensor, expected: Tensor, what: str = "") -> None:
 
 
 def compare(op: str, **arguments) -> object:
-    """Runs an op as given, holds all that it returns and mutates against its reference, and gives its result.
+    """Runs an op, checks everything it returns and mutates against its reference, and returns its result.
 
-    The op by its name, or with an overload behind a dot; the arguments are what tells overloads apart.
-    The op gets the tensors themselves, with their strides and what they share; the references get copies.
+    The op's name may have an overload after a dot, but only the arguments tell overloads apart.
+    The op gets the tensors themselves, with their strides and shared memory; the references get copies.
     """
     op = op.partition(".")[0]
     own_dtype = next(iter(arguments.values())).dtype  # of x, q, ...
@@ -94,7 +94,7 @@ def overload_for(op: str, arguments: dict) -> torch._ops.OpOverload:
 
 
 def _size_of_terms(op: str, output: int | str, arguments: dict) -> float:
-    """Of outputs that are sums of larger terms, how large these get: what float32 rounds on the way."""
+    """How large the terms get of outputs that are sums of larger terms, since float32 rounds those."""
     if op == "decode_attention" and output in (1, "carried_phi"):
         return 128  # lse is phi plus a logarithm, both small enough for exp in float32; logits are sums
     if "linear" not in op and op not in ("gemv", "flat_gemm"):
@@ -112,7 +112,7 @@ def _size_of_terms(op: str, output: int | str, arguments: dict) -> float:
 
 
 def _random_sum(x: Tensor, weight: Tensor) -> float:
-    """How large sums of x * weight get where signs are random."""
+    """How large sums of x * weight get when signs are random."""
     sums = (x.float().square() @ weight.float().square().T).sqrt().nan_to_num()
     return sums.max().item() if sums.numel() else 0.0
 
