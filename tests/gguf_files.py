@@ -1,4 +1,4 @@
-"""GGUF files like another, but for some metadata or tensors."""
+"""Copies of GGUF files with changed metadata or tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def edited(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, Sequence[float] | np.ndarray] | None = None,
 ) -> Path:
-    """A copy of `source` with other values, of whatever kind they are, and more tensors. None drops a key."""
+    """A copy of `source` with changed metadata values of any type and extra tensors. None drops a key."""
     reader = gguf.GGUFReader(source)
     fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     values = {key: field.contents() for key, field in fields.items()} | dict(metadata)

@@ -1,8 +1,8 @@
-"""Kernels of the HIP library: their code objects, instructions and use of registers and LDS.
+"""Kernels of the HIP library: code objects, instructions, and register and LDS usage.
 
 python tests/hip_code.py            writes the report that tests/test_hip_library.py compares
-python tests/hip_code.py NAME ...   the main loop of every kernel whose name contains NAME: that with the most
-                                    matrix products or loads
+python tests/hip_code.py NAME ...   the main loop (the one with the most matrix products or loads) of every
+                                    kernel whose name contains NAME
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ BUNDLE = b"__CLANG_OFFLOAD_BUNDLE__"
 
 @dataclass(frozen=True)
 class Target:
-    """Limits of a compute unit, or of RDNA's pair of them."""
+    """Limits of a compute unit, or of a pair of them on RDNA."""
 
     name: str
     registers: int  # per lane, shared by the warps of a SIMD unit
-    step: int  # registers are allocated in multiples of this
+    step: int  # granularity of register allocation
     warps: int  # per SIMD unit, at most
     shared: int  # bytes of LDS
     simds: int
@@ -139,7 +139,7 @@ def short(names: list[str]) -> list[str]:
             "__half", "half"
         )
         line = line.replace("__hip_bfloat16", "bfloat16").replace("(DType)", "")
-        line = re.sub(r", \w+Stages<.*>>$", ">", re.sub(r"\([^()]*\)$", "", line))  # which repeat the tile
+        line = re.sub(r", \w+Stages<.*>>$", ">", re.sub(r"\([^()]*\)$", "", line))  # these repeat the tile
         short_names.append(line)
     return short_names
 
@@ -213,7 +213,7 @@ def hot_loops(target: str, code: bytes, wanted: list[str]) -> Iterator[str]:
     for name, body in zip(short(parts[1::2]), parts[2::2], strict=True):
         if not any(want in name for want in wanted):
             continue
-        # instruction, its address, the offset in the kernel that it may branch to
+        # instruction, its address, its branch target as an offset in the kernel
         lines = re.findall(r"\t(\S+).*// ([0-9A-F]+):[^<\n]*(?:<\w+\+0x([0-9a-f]+)>)?", body)
         code_at = [(int(address, 16), op, to) for op, address, to in lines]
         begin = code_at[0][0]

@@ -1,4 +1,4 @@
-"""Small random checkpoints for the runner's tests, and what transformers computes with them."""
+"""Small random checkpoints for the runner's tests, and transformers' results for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from flashdecpp import LLM
 from flashdecpp.models.kv_cache import KVCache, blocks_for
 
-VOCAB = 272  # 256 bytes, three special tokens, and some that no text uses
+VOCAB = 272  # 256 bytes, three special tokens, and some that never occur in text
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -30,13 +30,13 @@ SIZES = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=256,
-    # Far wider than a real model's: the logits then differ, and so do positions.
+    # Much larger than in a real model, so that logits differ, also between positions.
     initializer_range=0.15,
     bos_token_id=256,
     eos_token_id=257,
 )
-# kind -> the class names of transformers before "Config" and "ForCausalLM", and what SIZES lacks, or has too
-# much of (None)
+# kind -> transformers' class names before "Config" and "ForCausalLM", and settings that SIZES lacks, or must
+# drop (None)
 FAMILIES: dict[str, tuple[str, str, dict]] = {
     "llama": ("Llama", "Llama", {}),
     "mistral": ("Mistral", "Mistral", {}),
@@ -66,7 +66,7 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """That of the process, as a program around the runner may have set it."""
+    """Sets the process-wide default, as a program that embeds the runner might."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -76,7 +76,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def load(folder: Path, **settings: Any) -> LLM:
-    """On the CPU in float32, where answers are the same bit for bit whatever is decoded beside them."""
+    """On the CPU in float32, where answers are bitwise the same whatever else is in the batch."""
     return LLM(folder, **({"device": "cpu", "dtype": "float32"} | settings))
 
 
@@ -86,10 +86,10 @@ def make_model(kind: str = "llama", **overrides) -> PreTrainedModel:
     config_name, model_name, own = FAMILIES[kind]
     settings = {key: value for key, value in (SIZES | own).items() if value is not None} | overrides
     config = getattr(transformers, config_name + "Config")(**settings)
-    return randomise(getattr(transformers, model_name + "ForCausalLM")(config))
+    return randomize(getattr(transformers, model_name + "ForCausalLM")(config))
 
 
-def randomise(model: PreTrainedModel) -> PreTrainedModel:
+def randomize(model: PreTrainedModel) -> PreTrainedModel:
     """Makes biases and norms random: zeros and ones would hide a mistake."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -99,7 +99,7 @@ def randomise(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def save_model(folder: Path, kind: str = "llama", *, shard: str = "1GB", **overrides) -> PreTrainedModel:
-    """A random model and a tokenizer of bytes in `folder`; the model itself in float32."""
+    """Saves a random model and a byte tokenizer in `folder`; returns the model in float32."""
     model = make_model(kind, **overrides)
     model.save_pretrained(folder, max_shard_size=shard)
     save_tokenizer(folder)
@@ -107,9 +107,9 @@ def save_model(folder: Path, kind: str = "llama", *, shard: str = "1GB", **overr
 
 
 def save_chatglm(folder: Path, **settings) -> PreTrainedModel:
-    """A GLM model in the format of ChatGLM2's authors: renamed settings and tensors, all packed.
+    """A GLM model in the format of ChatGLM2's authors, with renamed settings and packed, renamed tensors.
 
-    transformers has that format no longer, but the same math under other names.
+    transformers no longer has that format, but has the same math under other names.
     """
     glm = make_model("glm", rope_parameters={"rope_type": "default", "rope_theta": 20000.0})
     config = glm.config
@@ -191,7 +191,7 @@ def runner_logits(llm: LLM, prompt: list[int], following: list[int]) -> torch.Te
     blocks = blocks_for(len(prompt) + len(following))
     cache = KVCache.for_model(decoder.config, blocks, decoder.device, decoder.dtype)
     with decoder.device:
-        # Not in order: a mistake in the use of the table would show.
+        # Out of order, to expose mistakes in the use of the table.
         table = torch.arange(blocks - 1, -1, -1, dtype=torch.int32)[None]
         rows = [decoder.prefill(torch.tensor(prompt), cache, table)]
         for i, token in enumerate(following):
@@ -202,7 +202,7 @@ def runner_logits(llm: LLM, prompt: list[int], following: list[int]) -> torch.Te
 
 @torch.inference_mode()
 def transformers_logits(model: PreTrainedModel, prompt: list[int], following: list[int]) -> torch.Tensor:
-    """The same of transformers, with its cache and step by step too: some rope scalings depend on that."""
+    """The same from transformers, also cached and step by step, as some rope scalings depend on that."""
     with model.device:
         out = model(torch.tensor([prompt]), use_cache=True)
         rows = [out.logits[:, -1]]

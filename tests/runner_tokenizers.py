@@ -1,4 +1,4 @@
-"""Small tokenizers for the runner's tests: folders, and the metadata of GGUF files."""
+"""Small tokenizers for the runner's tests, as folders and as GGUF metadata."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from flashdecpp.loading.tokenizer import FolderTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-MERGED = ["▁h", "el", "lo", "▁hel", "▁hello", "▁w", "or"]  # the first one first
+MERGED = ["▁h", "el", "lo", "▁hel", "▁hello", "▁w", "or"]  # in merge order
 PIECES = ["<unk>", "<s>", "</s>", *BYTES, *MERGED, *"▁helowrd,"]
 KINDS = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * (len(MERGED) + 9)]
 SCORES = [0.0] * 259 + [-float(i) for i in range(len(MERGED) + 9)]
 
 
 def folder_tokenizer(folder: Path, *specials: str, **settings: Any) -> FolderTokenizer:
-    """Of bytes (runner_models), with more special tokens from 259 on. settings: for tokenizer_config.json."""
+    """Byte-level (runner_models), with extra special tokens from 259 on. settings: tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(folder)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
@@ -42,9 +42,9 @@ def edit_json(path: Path, change: Any) -> None:
 
 
 def gguf_tokenizer(*more: str, kind: int = CONTROL, **values: Any) -> GGUFTokenizer:
-    """Of bytes, with more tokens of a kind from 259 on.
+    """Byte-level, with extra tokens of the given kind from 259 on.
 
-    values: the metadata after tokenizer.ggml., with __ for dots; None drops a key.
+    values: metadata under "tokenizer.ggml.", with __ for dots; None drops a key.
     """
     tokens = [*byte_tokens(), *more]
     usual = {
@@ -59,7 +59,7 @@ def gguf_tokenizer(*more: str, kind: int = CONTROL, **values: Any) -> GGUFTokeni
 
 
 def spm_tokenizer(*more: str, kind: int = CONTROL, **values: Any) -> GGUFTokenizer:
-    """SentencePiece's, of PIECES."""
+    """A SentencePiece tokenizer of PIECES."""
     usual = {
         "model": "llama",
         "tokens": [*PIECES, *more],
@@ -102,7 +102,7 @@ def write_sentencepiece(
     add_space: int = 1,
     remove_spaces: int = 0,
 ) -> None:
-    """tokenizer.model with these pieces, of KINDS and SCORES."""
+    """Writes a tokenizer.model of these pieces, with KINDS and SCORES."""
     whole = b"".join(
         protobuf(1, protobuf(1, piece.encode()) + protobuf(2, score) + protobuf(3, its))
         for piece, score, its in zip(pieces, SCORES, KINDS, strict=True)

@@ -1,4 +1,4 @@
-"""The benches that can be tried without a GPU hold together."""
+"""Dry runs of the benches that work without a GPU."""
 
 from __future__ import annotations
 

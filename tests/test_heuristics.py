@@ -39,7 +39,7 @@ def test_linear_changes_at_the_inflection_points(m: int, k: int, chosen: str) ->
 
 
 @given(m=st.integers(1, 512), k=st.integers(1, 1 << 16).filter(lambda k: k % 8))
-def test_a_k_that_vector_loads_cannot_start_on_goes_to_blas(m: int, k: int) -> None:
+def test_a_k_that_breaks_vector_alignment_goes_to_blas(m: int, k: int) -> None:
     assert choose_linear(_C.default_inflection_points(H100), m, k) == "blas"
 
 
@@ -60,60 +60,60 @@ def test_the_default_rule_has_one_range_of_m_for_each_implementation(device) -> 
 @pytest.mark.parametrize(
     ("n", "k", "blocks"),
     [
-        (22016, 4096, 1),  # more tiles than multiprocessors
-        (4096, 4096, 1),  # a tile is not long enough to be worth the sum
+        (22016, 4096, 1),  # more tiles than SMs
+        (4096, 4096, 1),  # too short a tile to pay for the reduction
         (4096, 11008, 2),
         (1536, 1536, 4),
         (64, 64, 1),  # one stage
         (64, 1 << 16, 8),
     ],
 )
-def test_tiles_are_shared_along_k_where_that_is_worth_adding_up(n: int, k: int, blocks: int) -> None:
+def test_tiles_are_split_along_k_where_the_reduction_pays_off(n: int, k: int, blocks: int) -> None:
     assert _C.choose_flat_cluster(H100, n, k) == blocks
 
 
 @given(n=st.integers(1, 1 << 18), k=st.integers(1, 1 << 16))
-def test_every_block_of_a_cluster_has_a_stage_of_k(n: int, k: int) -> None:
+def test_every_cta_of_a_cluster_has_a_stage_of_k(n: int, k: int) -> None:
     cluster = _C.choose_flat_cluster(H100, n, k)
     assert cluster in (1, 2, 4, 8)
     assert cluster == 1 or cluster * 128 <= k
 
 
-def attention_cluster(units: int, num_splits: int = 0, most: int = 8) -> int:
-    return _C.choose_attention_cluster(132, units, num_splits, most)
+def attention_cluster(work_tiles: int, num_splits: int = 0, limit: int = 8) -> int:
+    return _C.choose_attention_cluster(132, work_tiles, num_splits, limit)
 
 
-def test_clusters_leave_some_of_the_machine_over() -> None:
-    assert [attention_cluster(units) for units in (1, 2, 8, 16, 28, 32, 40, 59, 60, 64, 256)] == [
+def test_clusters_leave_part_of_the_gpu_free() -> None:
+    assert [attention_cluster(work_tiles) for work_tiles in (1, 2, 8, 16, 28, 32, 40, 59, 60, 64, 256)] == [
         8, 8, 8, 4, 4, 2, 2, 2, 1, 1, 1,
     ]  # fmt: skip
 
 
-def test_a_team_is_no_larger_than_there_is_work_for() -> None:
-    assert [attention_cluster(1, most=most) for most in (0, 1, 2, 3, 5, 8)] == [1, 1, 2, 2, 4, 8]
+def test_a_cluster_is_no_larger_than_its_work() -> None:
+    assert [attention_cluster(1, limit=limit) for limit in (0, 1, 2, 3, 5, 8)] == [1, 1, 2, 2, 4, 8]
 
 
-@given(units=st.integers(1, 1 << 20), num_splits=st.integers(1, 64))
-def test_a_fixed_number_of_splits_is_of_whole_teams_whatever_the_batch(units: int, num_splits: int) -> None:
-    cluster = attention_cluster(units, num_splits)
+@given(work_tiles=st.integers(1, 1 << 20), num_splits=st.integers(1, 64))
+def test_a_fixed_number_of_splits_is_whole_clusters_for_any_batch(work_tiles: int, num_splits: int) -> None:
+    cluster = attention_cluster(work_tiles, num_splits)
     assert num_splits % cluster == 0
     assert cluster == 8 or num_splits % (2 * cluster) != 0
 
 
 def attention_grid(
-    batch: int, units: int, groups: int, num_splits: int = 0, enough: int = 64, max_slots: int = 1 << 12
+    batch: int, tiles: int, kv_tiles: int, num_splits: int = 0, min_ctas: int = 64, max_slots: int = 1 << 12
 ) -> tuple[int, ...]:
-    """Where 132 CTAs are resident: uniform splits, KV tiles below which the split is stream-K, streams, their
+    """With 132 resident CTAs: uniform splits, KV tiles below which the split is stream-K, streams, their
     limit, CTAs, slots.
     """
     problem = _C.AttentionGridProblem(
         resident=132,
         batch=batch,
-        work_tiles_per_sequence=units,
+        work_tiles_per_sequence=tiles,
         num_splits=num_splits,
-        kv_tiles=groups,
+        kv_tiles=kv_tiles,
         min_kv_tiles=8,
-        min_ctas=enough,
+        min_ctas=min_ctas,
         max_slots=max_slots,
     )
     return grid_tuple(_C.choose_attention_grid(problem))
@@ -130,53 +130,53 @@ def grid_tuple(grid: _C.AttentionGrid) -> tuple[int, ...]:
     )
 
 
-def test_one_short_sequence_is_not_cut_into_crumbs() -> None:
-    assert attention_grid(1, 8, groups=4) == (1, 0, 0, 0, 8, 0)
-    assert attention_grid(1, 1, groups=64) == (8, 0, 0, 0, 8, 8)
+def test_one_short_sequence_is_not_split_too_finely() -> None:
+    assert attention_grid(1, 8, kv_tiles=4) == (1, 0, 0, 0, 8, 0)
+    assert attention_grid(1, 1, kv_tiles=64) == (8, 0, 0, 0, 8, 8)
 
 
-def test_one_sequence_is_cut_by_unit_and_fills_half_of_the_machine_unless_it_is_long() -> None:
-    assert attention_grid(1, 8, groups=512) == (8, 0, 0, 0, 64, 64)
-    assert attention_grid(1, 8, groups=8192) == (16, 0, 0, 0, 128, 128)
+def test_one_sequence_is_split_uniformly_and_fills_half_the_gpu_unless_long() -> None:
+    assert attention_grid(1, 8, kv_tiles=512) == (8, 0, 0, 0, 64, 64)
+    assert attention_grid(1, 8, kv_tiles=8192) == (16, 0, 0, 0, 128, 128)
 
 
-def test_short_sequences_are_not_cut_where_there_are_many() -> None:
-    assert attention_grid(8, 8, groups=64)[0] == 1
-    assert attention_grid(8, 8, groups=128)[0] == 2
+def test_short_sequences_are_not_split_in_large_batches() -> None:
+    assert attention_grid(8, 8, kv_tiles=64)[0] == 1
+    assert attention_grid(8, 8, kv_tiles=128)[0] == 2
 
 
-def test_half_of_the_machine_must_be_enough_to_keep_the_memory_busy() -> None:
-    assert attention_grid(1, 8, groups=512, enough=65) == (16, 0, 0, 0, 128, 128)
+def test_half_the_gpu_must_be_enough_to_saturate_memory() -> None:
+    assert attention_grid(1, 8, kv_tiles=512, min_ctas=65) == (16, 0, 0, 0, 128, 128)
 
 
-def test_a_batch_may_go_by_unit_or_by_line() -> None:
-    assert attention_grid(8, 8, groups=512) == (2, 0, 16, 16, 128, 256)
-    assert attention_grid(64, 8, groups=2048) == (1, 64 * 64, 16, 64, 512, 1024)
+def test_a_batch_may_be_split_uniformly_or_stream_k() -> None:
+    assert attention_grid(8, 8, kv_tiles=512) == (2, 0, 16, 16, 128, 256)
+    assert attention_grid(64, 8, kv_tiles=2048) == (1, 64 * 64, 16, 64, 512, 1024)
 
 
-def test_shares_and_sequences_are_aligned_where_that_costs_few_blocks() -> None:
-    assert attention_grid(128, 4, groups=64)[2] == 32
-    assert attention_grid(30, 4, groups=64)[2] == 33
-    assert attention_grid(3, 132, groups=64)[2] == 1
+def test_streams_and_sequences_are_aligned_where_that_costs_few_ctas() -> None:
+    assert attention_grid(128, 4, kv_tiles=64)[2] == 32
+    assert attention_grid(30, 4, kv_tiles=64)[2] == 33
+    assert attention_grid(3, 132, kv_tiles=64)[2] == 1
 
 
 @given(
     batch=st.integers(2, 1 << 10),
     kv_heads=st.integers(1, 256),
-    groups=st.integers(1, 1 << 16),
+    kv_tiles=st.integers(1, 1 << 16),
     max_slots=st.integers(0, 1 << 12),
 )
-def test_parts_fit_into_the_workspace(batch: int, kv_heads: int, groups: int, max_slots: int) -> None:
-    unit_blocks, _, shares, most_shares, blocks, slots = attention_grid(
-        batch, kv_heads, groups, max_slots=max_slots
+def test_partials_fit_into_the_workspace(batch: int, kv_heads: int, kv_tiles: int, max_slots: int) -> None:
+    uniform_splits, _, streams, max_streams, blocks, slots = attention_grid(
+        batch, kv_heads, kv_tiles, max_slots=max_slots
     )
-    assert 1 <= shares <= most_shares
-    assert shares * kv_heads <= max(132, kv_heads)
-    assert most_shares * kv_heads <= blocks
-    assert batch * kv_heads * unit_blocks <= blocks
+    assert 1 <= streams <= max_streams
+    assert streams * kv_heads <= max(132, kv_heads)
+    assert max_streams * kv_heads <= blocks
+    assert batch * kv_heads * uniform_splits <= blocks
     assert slots <= max_slots
-    assert slots >= (2 * most_shares * kv_heads if most_shares > 1 else 0)
-    assert slots >= (batch * kv_heads * unit_blocks if unit_blocks > 1 else 0)
+    assert slots >= (2 * max_streams * kv_heads if max_streams > 1 else 0)
+    assert slots >= (batch * kv_heads * uniform_splits if uniform_splits > 1 else 0)
 
 
 @given(batch=st.integers(1, 1 << 10), kv_heads=st.integers(1, 64), num_splits=st.integers(1, 64))
@@ -187,8 +187,8 @@ def test_a_fixed_number_of_splits_is_kept(batch: int, kv_heads: int, num_splits:
 
 
 # ------------------------------------------------------------- the whole choice of decode_attention
-# An independent statement of what the launch code computed from its templates before the choice became one
-# function: the same numbers for every problem and device that existed then.
+# An independent restatement of the launch code's templates from before the choice became one function. It
+# must give the same numbers for every problem and device of that time.
 
 
 def former_attention(p: dict, device: _C.DeviceProperties) -> tuple:
@@ -269,7 +269,7 @@ def attention_problems(draw: st.DrawFn) -> dict:
     },
     device=H100,
 )
-def test_attention_is_chosen_as_it_was(p: dict, device: _C.DeviceProperties) -> None:
+def test_attention_choices_are_unchanged(p: dict, device: _C.DeviceProperties) -> None:
     config = _C.choose_attention(_C.AttentionProblem(**p), device)
     chosen = (
         config.path,
@@ -283,7 +283,7 @@ def test_attention_is_chosen_as_it_was(p: dict, device: _C.DeviceProperties) -> 
 
 
 @given(p=attention_problems(), device=st.sampled_from(DEVICES))
-def test_a_choice_says_what_it_is(p: dict, device: _C.DeviceProperties) -> None:
+def test_a_choice_describes_itself(p: dict, device: _C.DeviceProperties) -> None:
     problem = _C.AttentionProblem(**p)
     config = _C.choose_attention(problem, device)
     assert str(config).startswith(f"{config.path} (")
@@ -305,7 +305,7 @@ def test_capabilities_follow_from_the_compute_capability() -> None:
         for device in DEVICES
     }
     assert capabilities == {
-        H100.name: (False, False, True, False),  # the generic one, which is the last of this name
+        H100.name: (False, False, True, False),  # H100_GENERIC, the last of this name
         A100.name: (False, False, False, False),
         L40S.name: (False, False, False, False),
         B200.name: (True, True, True, False),
@@ -316,7 +316,7 @@ def test_capabilities_follow_from_the_compute_capability() -> None:
     assert H100.has_tma and H100.has_clusters and H100.has_pdl and H100.has_wgmma
 
 
-def test_code_of_an_older_architecture_has_no_newer_capability() -> None:
+def test_code_for_an_older_architecture_lacks_newer_capabilities() -> None:
     ptx = _C.nvidia_device("", 90, 132, 228 << 10, sm_90=False, sm_90a=False)
     assert not (ptx.has_tma or ptx.has_clusters or ptx.has_pdl or ptx.has_wgmma)
     sm_90 = _C.nvidia_device("", 90, 132, 228 << 10, sm_90a=False)
@@ -331,7 +331,7 @@ def test_tma_attention_runs_where_its_shared_memory_fits(head_dim: int, kv_bytes
     assert paths == ["TMA", "cp.async", "cp.async", "cp.async", "TMA", "cp.async", loads, loads]
 
 
-def test_wgmma_runs_on_hopper_alone_and_the_gemv_on_tensor_cores_from_there_on() -> None:
+def test_wgmma_is_hopper_only_and_gemv_uses_tensor_cores_from_hopper_on() -> None:
     problem = _C.LinearProblem(m=16, n=4096, k=4096)
     assert [_C.choose_flat_gemm(problem, device).wgmma for device in DEVICES] == [True] + 7 * [False]
     assert not _C.choose_flat_gemm(problem, H100, suits_tma=False).wgmma
@@ -340,12 +340,12 @@ def test_wgmma_runs_on_hopper_alone_and_the_gemv_on_tensor_cores_from_there_on()
     assert kernels == [mma, cuda, cuda, cuda, mma, mma, cuda, cuda]
 
 
-def test_amd_streams_the_gemv_from_three_rows_on_unless_something_is_fused() -> None:
+def test_amd_streams_gemv_from_three_rows_on_unless_fused() -> None:
     kernels = [_C.choose_gemv(MI210, m, fused).kernel for m in (2, 3) for fused in (False, True)]
     assert kernels == ["CUDA cores", "CUDA cores", "matrix cores, streamed", "CUDA cores"]
 
 
-# ------------------------------------------------------------------------- linear as it was chosen before
+# ------------------------------------------------------------------------------- earlier choices of linear
 
 FLAT_TILES = (
     (8, 32, 128, 6, 1.5),
@@ -392,7 +392,7 @@ def former_flat_gemm(m: int, n: int, k: int, device: _C.DeviceProperties) -> tup
     residual=st.booleans(),
     device=st.sampled_from(DEVICES),
 )
-def test_flat_gemm_is_chosen_as_it_was(
+def test_flat_gemm_choices_are_unchanged(
     m: int, n: int, k: int, residual: bool, device: _C.DeviceProperties
 ) -> None:
     config = _C.choose_flat_gemm(_C.LinearProblem(m=m, n=n, k=k, residual=residual), device)
@@ -413,7 +413,7 @@ def test_flat_gemm_is_chosen_as_it_was(
     fused=st.booleans(),
     device=st.sampled_from(DEVICES),
 )
-def test_quantized_linear_is_chosen_as_it_was(
+def test_quantized_linear_choices_are_unchanged(
     m: int, n: int, k: int, vectors: bool, fused: bool, device: _C.DeviceProperties
 ) -> None:
     config = _C.choose_quantized_linear(_C.LinearProblem(m=m, n=n, k=k, vectors=vectors), device, fused)
@@ -429,7 +429,7 @@ def test_the_default_rule_by_device() -> None:
     ]  # fmt: skip
 
 
-def test_linear_says_why() -> None:
+def test_linear_explains_its_choice() -> None:
     def why(m: int = 1, k: int = 4096, measured: _C.InflectionPoints | None = None, **others: bool) -> str:
         return str(_C.choose_linear(_C.LinearProblem(m=m, n=4096, k=k, **others), H100, measured))
 
@@ -442,7 +442,7 @@ def test_linear_says_why() -> None:
 
 
 @given(m=st.integers(1, 600), k=st.integers(1, 1 << 14), dot=st.booleans())
-def test_the_cpu_chooses_as_it_did(m: int, k: int, dot: bool) -> None:
+def test_cpu_choices_are_unchanged(m: int, k: int, dot: bool) -> None:
     for dtype in (_C.DType.float32, _C.DType.float16, _C.DType.bfloat16):
         blas = dtype == _C.DType.bfloat16 and dot and m > (64 if k < 2048 else 32)
         assert _C.choose_cpu_linear(dtype, m, k, dot) == ("blas" if blas else "gemv")
@@ -457,7 +457,7 @@ def test_the_cpu_chooses_as_it_did(m: int, k: int, dot: bool) -> None:
 # ------------------------------------------------------------------------------------- limits, info, the log
 
 
-def test_limits_are_those_that_the_ops_state() -> None:
+def test_limits_match_the_ops() -> None:
     limits = _C.MAX_NEW_TOKENS, _C.MAX_HEAD_DIM, _C.MAX_QUERY_GROUP, _C.MAX_STREAMED_ROWS
     assert limits == (16, 256, 16, 48)
 
@@ -486,7 +486,7 @@ def test_info_shows_the_choice_of_decode_attention_and_why() -> None:
         ("0,1,32,8,128,1024", "a batch above 0"),
     ],
 )
-def test_info_refuses_what_decode_attention_refuses(call: str, problem: str) -> None:
+def test_info_validates_like_decode_attention(call: str, problem: str) -> None:
     assert problem in complaint(flashdecpp("info", "--attention", call))
 
 
@@ -507,7 +507,7 @@ def stderr_of(script: str, **environment: str) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("flashdecpp: ")]
 
 
-def test_the_log_has_every_problem_once() -> None:
+def test_the_log_shows_each_problem_once() -> None:
     assert stderr_of(LINEAR_TWICE, FLASHDECPP_LOG="choices") == [
         "flashdecpp: linear float32 [3 x 64 by [32, 64]] -> own kernel (the default rule)",
         "flashdecpp: linear float32 [2 x 64 by [32, 64]] -> own kernel (the default rule)",
@@ -524,7 +524,7 @@ def test_the_log_has_every_problem_once() -> None:
         (torch.zeros(6, 2, dtype=torch.int64).T, "rows must be contiguous"),
     ],
 )
-def test_a_table_of_another_form_is_refused(rows: torch.Tensor, problem: str) -> None:
+def test_a_malformed_table_is_refused(rows: torch.Tensor, problem: str) -> None:
     with pytest.raises(RuntimeError, match=f"^flashdecpp::_install_linear_table: {problem}"):
         torch.ops.flashdecpp._install_linear_table.cpu(rows)
 
@@ -548,8 +548,8 @@ for op in (ops.gemv, ops.flat_gemm):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["", "generic"])
-def test_a_gpu_runs_what_its_capability_says_and_the_log_shows_it(kernels: str) -> None:
-    """What the library finds of the GPU, its own code included, is what Python finds of it."""
+def test_a_gpus_kernels_follow_its_capabilities_and_the_log_shows_them(kernels: str) -> None:
+    """The library and Python agree on the GPU's capabilities, including the code built for it."""
     major, minor = torch.cuda.get_device_capability()
     lines = stderr_of(ATTENTION_AND_LINEAR, FLASHDECPP_LOG="choices", FLASHDECPP_GPU_KERNELS=kernels)
     attention, splits, gemv, flat = (line.partition(" -> ")[2] for line in lines)
@@ -561,7 +561,7 @@ def test_a_gpu_runs_what_its_capability_says_and_the_log_shows_it(kernels: str) 
 
 @pytest.mark.gpu
 def test_every_gpu_keeps_its_own_kernel_attributes() -> None:
-    """Attributes are set once per kernel and device: each device must get them, in whatever order."""
+    """Attributes are set once per kernel and device, so every device must get them, in any order."""
     from flashdecpp import ops
 
     for index in [*range(torch.cuda.device_count()), 0]:
@@ -573,7 +573,7 @@ def test_every_gpu_keeps_its_own_kernel_attributes() -> None:
         assert ops.decode_attention(q, cache, cache, lengths)[0].eq(1).all()
 
 
-def test_build_info_says_what_was_built_and_why() -> None:
+def test_build_info_lists_what_was_built_and_why() -> None:
     info = _C.build_info()
     assert "cpu: always built" in info["reasons"]
     assert "cuda: " in info["reasons"]

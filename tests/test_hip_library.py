@@ -1,6 +1,6 @@
-"""The library for AMD GPUs, tested without one: its machine code, that it loads, and which ops it registers.
+"""The library for AMD GPUs, tested without one: its machine code, loading, and registered ops.
 
-`make hip` builds it where clang and HIP's headers can be had.
+`make hip` builds it where clang and HIP's headers are available.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.skipif(not hip_code.LIBRARY.exists(), reason="no HIP library: `make hip` builds one")
 
-# Head dimensions of decode attention up to which no register is spilled; beyond, the report has what is.
-# A warp of 32 has 256 registers, of which the output takes half a head_dim.
+# Largest head_dim for which decode attention does not spill; the report lists the spills beyond it.
+# A warp of 32 has 256 registers per lane, and the output needs head_dim / 2 of them.
 NO_SPILLS = {"gfx90a": 128, "gfx942": 128, "gfx1100": 64}
 MATRIX = ("decode_attention_kernel", "flat_gemm_kernel", "stream_gemv_kernel")
 
@@ -39,7 +39,7 @@ def test_every_target_has_every_kernel(kernels: list[hip_code.Kernel]) -> None:
     assert len(by_target["gfx90a"]) == len(set(by_target["gfx90a"])) > 80
 
 
-def test_matrix_instructions_are_where_they_are_meant_to_be(kernels: list[hip_code.Kernel]) -> None:
+def test_matrix_instructions_are_where_they_belong(kernels: list[hip_code.Kernel]) -> None:
     for kernel in kernels:
         assert (kernel.counts["matrix"] > 0) == (kernel.family in MATRIX), kernel.name
 
@@ -53,9 +53,9 @@ def test_memory_is_read_16_bytes_at_a_time(kernels: list[hip_code.Kernel]) -> No
 
 
 def test_registers_are_not_spilled(kernels: list[hip_code.Kernel]) -> None:
-    few = {("gfx1100", "stream_gemv_kernel"): 4}  # of 256, where a warp holds 16 weights a lane of every row
+    allowed = {("gfx1100", "stream_gemv_kernel"): 4}  # of 256; each lane holds 16 weights of every row
     hot = [k for k in kernels if head_dim(k) <= NO_SPILLS[k.target]]
-    spilling = [k for k in hot if k.vgpr_spills > few.get((k.target, k.family), 0)]
+    spilling = [k for k in hot if k.vgpr_spills > allowed.get((k.target, k.family), 0)]
     assert [(k.target, k.name, k.vgpr_spills) for k in spilling] == []
 
 
@@ -72,7 +72,7 @@ def test_the_report_is_up_to_date(kernels: list[hip_code.Kernel]) -> None:
     assert hip_code.report(kernels) == recorded, "python tests/hip_code.py writes the new report"
 
 
-# HIP's runtime and what a ROCm build of torch has beyond a CPU build, as far as the library asks for it.
+# Stands in for HIP's runtime and the ROCm-only parts of torch that the library needs.
 LOAD = """
 import ctypes, sys, torch
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
@@ -85,7 +85,7 @@ for op in sorted(torch._C._dispatch_get_all_op_names()):
 """
 
 
-def test_it_loads_beside_a_hip_runtime_and_registers_every_op(tmp_path: Path) -> None:
+def test_it_loads_with_a_hip_runtime_and_registers_every_op(tmp_path: Path) -> None:
     undefined = subprocess.run(
         ["nm", "-D", "--undefined-only", str(hip_code.LIBRARY)], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -1,4 +1,4 @@
-"""What info, tune and the tables make of ROCm's devices, by fakes of what torch says of them."""
+"""How info, tune and the tables treat ROCm devices, with torch's device properties faked."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Simp
     return properties
 
 
-def test_a_device_is_known_by_its_target(gpu: SimpleNamespace) -> None:
+def test_a_device_is_identified_by_its_target(gpu: SimpleNamespace) -> None:
     target = gpu.gcnArchName.partition(":")[0]
     assert device.gfx_target(CUDA) == target
     assert device.device_name(CUDA) == target
@@ -46,21 +46,21 @@ def test_inputs_are_rotated_past_the_memory_side_cache(gpu: SimpleNamespace) -> 
     assert device.cache_bytes(CUDA) == expected[device.gfx_target(CUDA)]
 
 
-def test_a_table_says_with_which_rocm_it_was_measured(gpu: SimpleNamespace) -> None:
+def test_a_table_records_its_rocm_version(gpu: SimpleNamespace) -> None:
     record = device.environment(CUDA)
     assert record["hip"] == "6.4.43482"
     assert record["driver"] != ""
     assert "cuda" not in record
 
 
-def test_info_names_target_and_waves_and_what_is_missing(gpu: SimpleNamespace) -> None:
+def test_info_shows_target_waves_and_a_missing_library(gpu: SimpleNamespace) -> None:
     text = "\n".join(info._gpu_lines())
     target = device.gfx_target(CUDA)
     assert f"{target}, waves of {gpu.warp_size}, 104 compute units, 64 GiB" in text
     assert "the hip op library is not loaded" in text
 
 
-def test_info_says_which_kernels_run(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_shows_which_kernels_run(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "gpu_library", lambda: SimpleNamespace(name="hip", loaded=True))
     text = "\n".join(info._kernel_lines())
     assert "loads through registers" in text

@@ -1,4 +1,4 @@
-"""Sequences that join, leave, share blocks and give way: their answers are those that each has alone."""
+"""Sequences that join, leave, share blocks and get preempted give the same answers as when run alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLED = SamplingParams(temperature=1.0, seed=11, max_tokens=20, ignore_eos=Tru
 
 @pytest.fixture(scope="module")
 def alone(folder) -> LLM:
-    """What answers are compared with: one sequence at a time, nothing shared, nothing cut up."""
+    """The baseline for every answer: one sequence at a time, no sharing, no chunking."""
     return LLM(folder, device="cpu", dtype="float32", max_batch=1, prefix_cache=False)
 
 
@@ -52,7 +52,7 @@ def spy_on(llm: LLM, monkeypatch) -> list[tuple[str, int, int]]:
 @pytest.mark.parametrize(("phi", "behind"), [("carry", 1), ("none", 0)])
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["found-again", "computed-again"])
 def test_a_tiny_pool_preempts_and_changes_no_answer(folder, alone, prefix_cache, phi, behind):
-    """Random lengths, beginnings in common, greedy and sampled, several samples a prompt."""
+    """Random lengths, shared prefixes, greedy and sampled, up to three samples per prompt."""
     rng = random.Random(5)
     common = random_tokens(40, seed=1)
     prompts, params = [], []
@@ -89,8 +89,8 @@ def test_a_tiny_pool_preempts_and_changes_no_answer(folder, alone, prefix_cache,
         assert llm._engine.pool.used_blocks == 0
 
 
-def test_a_preempted_sequence_goes_on_where_it_was(folder, monkeypatch):
-    """Nothing of it is computed twice, which could change its bits; a prompt that was half done included."""
+def test_a_preempted_sequence_resumes_where_it_stopped(folder, monkeypatch):
+    """Nothing is recomputed, which could change its bits, not even when a prompt was only half done."""
     llm = load(folder, max_batch=6, cache_tokens=BLOCK_SIZE * 12, prefill_chunk=4, prefix_cache=False)
     calls, victims, preempt = spy_on(llm, monkeypatch), [], llm._engine.scheduler.preempt
 
@@ -110,8 +110,8 @@ def test_a_preempted_sequence_goes_on_where_it_was(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rope_scalings_by_length_are_kept_apart(tmp_path, kind):
-    """Keys of one beginning differ where its rotation depends on the prompt's length, in answers too."""
+def test_blocks_are_not_shared_across_rope_scalings(tmp_path, kind):
+    """If the rotation depends on the prompt's length, a shared prefix has different keys, in answers too."""
     if kind == "dynamic":
         rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
         save_model(tmp_path, rope_parameters=rope, max_position_embeddings=64)
@@ -134,7 +134,7 @@ def test_rope_scalings_by_length_are_kept_apart(tmp_path, kind):
     assert llm.stats.preemptions > 0 and llm.stats.cached_prompt_tokens > 0
 
 
-def test_a_long_prompt_does_not_stop_others(folder, alone, monkeypatch):
+def test_a_long_prompt_does_not_stall_others(folder, alone, monkeypatch):
     llm = load(folder, prefill_chunk=32)
     short, long = random_tokens(5, seed=1), random_tokens(200, seed=2)
     expected = token_ids(alone, [short, long], GREEDY)
@@ -155,8 +155,8 @@ def test_short_prompts_share_a_chunk(folder, monkeypatch):
     assert [call[0] for call in calls[:9]] == (["prefill"] * 3 + ["decode"]) * 2 + ["decode"]
 
 
-def test_a_prompt_is_cut_alike_whatever_else_runs(folder, monkeypatch):
-    """So that its result can't depend on that."""
+def test_a_prompt_is_chunked_the_same_whatever_else_runs(folder, monkeypatch):
+    """So its result cannot depend on the other requests."""
     long = random_tokens(100, seed=3)
     llm = load(folder, prefill_chunk=32, prefix_cache=False)
     calls = spy_on(llm, monkeypatch)
@@ -175,18 +175,18 @@ def test_a_sequence_joins_as_soon_as_another_leaves(folder, monkeypatch):
     params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in lengths]
     llm.generate([random_tokens(5, seed=i) for i in range(4)], params)
     steps = [batch for name, batch, _ in calls if name == "decode"]
-    assert steps == [2] * (3 + 8 + 7) + [1]  # 19 steps of the longest
+    assert steps == [2] * (3 + 8 + 7) + [1]  # the longest needs 19 steps
 
 
 def test_samples_share_the_blocks_of_their_prompt(folder, alone, monkeypatch):
-    prompt = random_tokens(100, seed=6)  # 6 full blocks, and 4 tokens in a seventh
+    prompt = random_tokens(100, seed=6)  # 6 full blocks and 4 tokens in a seventh
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=10, ignore_eos=True, n=5)
     llm = load(folder)
     calls = spy_on(llm, monkeypatch)
     answers = llm.generate([prompt], params)
     assert [answer.sample for answer in answers] == [0, 1, 2, 3, 4]
     assert [call for call in calls if call[0] == "prefill"] == [("prefill", 0, 100)]
-    assert llm.stats.peak_blocks == 6 + 5  # full ones for all, the last one for each
+    assert llm.stats.peak_blocks == 6 + 5  # full blocks are shared; each sample has its own last block
     assert llm.stats.prompt_tokens == 100 and llm.stats.generated_tokens == 50
     for answer in answers:
         single = SamplingParams(temperature=1.0, seed=3 + answer.sample, max_tokens=10, ignore_eos=True)
@@ -195,7 +195,7 @@ def test_samples_share_the_blocks_of_their_prompt(folder, alone, monkeypatch):
     assert llm._engine.pool.used_blocks == 0
 
 
-def test_samples_of_a_prompt_that_ends_with_a_block(folder):
+def test_samples_of_a_prompt_that_ends_on_a_block_boundary(folder):
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=10, ignore_eos=True, n=4)
     llm = load(folder)
     llm.generate([random_tokens(96, seed=6)], params)
@@ -208,12 +208,12 @@ def test_more_samples_than_places_take_turns(folder, alone):
     expected = token_ids(alone, prompts, params)
     llm = load(folder, max_batch=3)
     assert token_ids(llm, prompts, params) == expected
-    # 4 samples of the first prompt came later, and found its 3 full blocks; the second leads 3 batches.
+    # 4 samples of the first prompt came later and found its 3 full blocks; the second leads 3 batches.
     assert llm.stats.cached_prompt_tokens >= 4 * 48
     assert len(expected) == 14 and llm.stats.prompt_tokens == 80
 
 
-def test_stream_and_chat_give_one_answer(folder):
+def test_stream_and_chat_refuse_several_samples(folder):
     llm, params = load(folder), SamplingParams(n=2)
     for call in (
         lambda: llm.stream("hello", params),
@@ -223,7 +223,7 @@ def test_stream_and_chat_give_one_answer(folder):
             call()
 
 
-def test_a_prompt_that_comes_again_is_found(folder, monkeypatch):
+def test_a_repeated_prompt_is_found_in_the_cache(folder, monkeypatch):
     llm = load(folder)
     tokens = random_tokens(200, seed=9)
     first = llm.generate([tokens[:100]], GREEDY)[0].token_ids
@@ -231,18 +231,18 @@ def test_a_prompt_that_comes_again_is_found(folder, monkeypatch):
     calls = spy_on(llm, monkeypatch)
     assert llm.generate([tokens[:100]], GREEDY)[0].token_ids == first
     assert llm.stats.cached_prompt_tokens == 96 and calls[0] == ("prefill", 96, 100)
-    # What was answered is found as well, as in a conversation: 100 + 19 tokens are in the cache.
+    # The answer is found as well, as in a conversation: 100 + 19 tokens are in the cache.
     calls.clear()
     llm.generate([tokens[:100] + first + tokens[100:140]], GREEDY)
     assert llm.stats.cached_prompt_tokens == 112 and calls[0] == ("prefill", 112, 160)
-    # One token is left to compute, for its logits.
+    # One token remains to be computed for its logits.
     llm.generate([tokens[:96]], GREEDY)
     assert llm.stats.cached_prompt_tokens == 80
     llm.generate([tokens[1:100]], GREEDY)
     assert llm.stats.cached_prompt_tokens == 0
 
 
-def test_prompts_of_one_call_share_their_beginning(folder, alone):
+def test_prompts_in_one_call_share_their_prefix(folder, alone):
     common = random_tokens(70, seed=10)
     prompts = [common + random_tokens(9, seed=i) for i in range(5)]
     expected = token_ids(alone, prompts, SAMPLED)
@@ -261,8 +261,8 @@ def test_blocks_grow_with_the_answer(folder, behind):
     for piece in stream:
         if piece.token_id is not None:
             used.append(llm._engine.pool.used_blocks)
-    # When token i is read, on a GPU the step that puts it into the cache is under way; at the end all is
-    # given back.
+    # On a GPU, when token i is read, the step that caches it is already in flight. In the end, every block is
+    # freed.
     assert used == [blocks_for(10 + behind + i) for i in range(99)] + [0]
 
 
@@ -285,8 +285,8 @@ def test_tokens_are_read_one_step_behind_on_a_gpu_and_at_once_on_the_cpu(folder,
 
 
 @pytest.mark.parametrize("rows", [5, 8])
-def test_rows_without_a_sequence_change_nothing(folder, alone, rows, monkeypatch):
-    """As where a CUDA graph is for more rows than there are sequences."""
+def test_padding_rows_change_nothing(folder, alone, rows, monkeypatch):
+    """As when a CUDA graph has more rows than there are sequences."""
     llm = load(folder, max_batch=8, cache_tokens=BLOCK_SIZE * 30)
     prompts = [random_tokens(10 + 7 * i, seed=i) for i in range(12)]
     params = [
@@ -323,8 +323,8 @@ def test_batch_invariant_answers_in_half_precision(folder, monkeypatch):
     assert together == [token_ids(llm, [p], s)[0] for p, s in zip(prompts, params, strict=True)]
 
 
-def test_a_sequence_that_ends_by_itself_wastes_nothing_of_others(folder, monkeypatch):
-    """The device ends it: the step that is under way when the host learns of it computes no row for it."""
+def test_a_sequence_that_ends_early_costs_no_further_rows(folder, monkeypatch):
+    """The device ends it, so the step in flight when the host finds out computes no row for it."""
     prompts = [random_tokens(9, seed=1), random_tokens(30, seed=2), random_tokens(5, seed=3)]
     params = SamplingParams(max_tokens=30)
     llm = load(folder)
@@ -340,7 +340,7 @@ def test_a_sequence_that_ends_by_itself_wastes_nothing_of_others(folder, monkeyp
     assert stops._engine.pool.used_blocks == 0
 
 
-def test_streams_at_once_are_one_batch(folder, alone, monkeypatch):
+def test_concurrent_streams_form_one_batch(folder, alone, monkeypatch):
     llm = load(folder)
     prompts = [random_tokens(9, seed=1), random_tokens(30, seed=2)]
     expected = token_ids(alone, prompts, SAMPLED)
@@ -352,7 +352,7 @@ def test_streams_at_once_are_one_batch(folder, alone, monkeypatch):
     assert ("decode", 2, 31) in calls
 
 
-def test_a_stream_that_is_left_does_not_disturb_others(folder, alone):
+def test_an_abandoned_stream_does_not_disturb_others(folder, alone):
     llm = load(folder, prefill_chunk=16)
     (expected,) = token_ids(alone, [random_tokens(9, seed=1)], SAMPLED)
     kept, left = llm.stream(random_tokens(9, seed=1), SAMPLED), llm.stream(random_tokens(30, seed=2), SAMPLED)
@@ -365,8 +365,8 @@ def test_a_stream_that_is_left_does_not_disturb_others(folder, alone):
     assert llm._engine.pool.used_blocks == 0
 
 
-def test_a_stop_string_ends_a_stream_though_another_made_its_steps(folder):
-    """Tokens become text in the caller's thread: the engine may have gone on past the stop string by then."""
+def test_a_stop_string_ends_a_stream_even_if_another_caller_ran_its_steps(folder):
+    """The caller's thread decodes the text, and by then the engine may have passed the stop string."""
     llm = load(folder)
     prompt, other = random_tokens(9, seed=1), random_tokens(30, seed=2)
     whole = llm.generate([prompt], replace(GREEDY, max_tokens=40))[0]
@@ -384,7 +384,7 @@ def test_a_stop_string_ends_a_stream_though_another_made_its_steps(folder):
     assert llm._engine.pool.used_blocks == 0
 
 
-def test_text_is_made_without_the_engines_lock(folder, monkeypatch):
+def test_text_is_decoded_outside_the_engines_lock(folder, monkeypatch):
     llm = load(folder)
     decode, calls = llm.tokenizer.decode, []
 
@@ -420,7 +420,7 @@ def test_an_error_in_a_step_leaves_nothing_behind(folder, alone, monkeypatch):
         assert token_ids(llm, prompts, SAMPLED) == expected
         tokens.append(next(other).token_id)
     tokens += [piece.token_id for piece in other]
-    assert [tokens[:-1]] == token_ids(alone, prompts[:1], long)  # a stream that ran meanwhile goes on
+    assert [tokens[:-1]] == token_ids(alone, prompts[:1], long)  # the stream that was running continues
     assert llm._engine.pool.used_blocks == 0
 
 
@@ -443,7 +443,7 @@ def test_threads_share_the_batch(folder, alone):
 
 
 def test_the_pool_fits_the_memory(folder, monkeypatch):
-    """One context at least, where there is room; never more than a share of what's free."""
+    """At least one full context if there is room, and never more than a fraction of free memory."""
     from flashdecpp.engine import engine
     from flashdecpp.models import kv_cache
 
@@ -469,7 +469,7 @@ def test_settings_are_checked(folder):
         SamplingParams(n=0)
 
 
-def test_progress_is_shown_on_a_terminal_alone(folder, capsys, monkeypatch):
+def test_progress_is_shown_only_on_a_terminal(folder, capsys, monkeypatch):
     llm = load(folder)
     llm.generate(["hello", "other words"], GREEDY, progress=True)
     assert capsys.readouterr().err == ""
@@ -488,7 +488,7 @@ def test_progress_is_shown_on_a_terminal_alone(folder, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_the_pool_of_a_gpu_is_made_once_and_leaves_room(folder, monkeypatch):
+def test_a_gpus_pool_is_allocated_once_and_leaves_room(folder, monkeypatch):
     from flashdecpp.engine import engine
 
     llm = load(folder, max_batch=3)

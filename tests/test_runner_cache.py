@@ -1,4 +1,4 @@
-"""The pool of cache blocks: who uses a block, what can be found in it, and what is reused first."""
+"""The pool of cache blocks: their users, their contents, and the order of reuse."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def key(number: int) -> bytes:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Users allocate, share, register and free blocks at random; a plain model predicts every result."""
+    """Users allocate, share, register and free blocks at random; a simple model predicts every result."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(BLOCKS)
         self.users: list[list[int]] = []
-        self.content: dict[int, bytes] = {}  # what can be found in which block
-        self.freed: list[int] = []  # free blocks, the last freed at the end
+        self.content: dict[int, bytes] = {}  # the key registered for each block
+        self.freed: list[int] = []  # free blocks, in the order in which they were freed
 
     def is_free(self, block: int) -> bool:
         return not any(block in user for user in self.users)
@@ -42,7 +42,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         taken = self.pool.allocate(count)
         assert len(set(taken)) == count and set(taken) <= set(free)
-        # Registered blocks go last, in the order in which they were freed.
+        # Registered blocks are reused last, oldest first.
         empty = [block for block in free if block not in self.content]
         full = [block for block in self.freed if block in self.content]
         assert set(taken[: len(empty)]) <= set(empty)
@@ -110,7 +110,7 @@ def test_a_block_that_is_not_in_use_cannot_be_freed(block):
     assert kept == [0, 1] and pool.free_blocks == BLOCKS
 
 
-def test_a_cache_of_plain_numbers():
+def test_a_cache_is_built_from_plain_sizes():
     cache = KVCache(
         layers=2, kv_heads=3, head_dim=24, num_blocks=5, block_size=8, dtype=torch.float16, device="cpu"
     )
@@ -153,7 +153,7 @@ def test_blocks_are_copied_saved_and_restored(tmp_path):
             assert torch.equal(now, then[[0, 4, 0, 1, 4]])
 
 
-def test_keys_stand_for_all_tokens_before_their_end(tmp_path):
+def test_a_blocks_key_covers_all_tokens_up_to_its_end(tmp_path):
     save_model(tmp_path)
     llm = LLM(tmp_path, device="cpu", dtype="float32")
 
@@ -166,7 +166,7 @@ def test_keys_stand_for_all_tokens_before_their_end(tmp_path):
     later = [*tokens[:-1], 99]
     assert len(set(keys(tokens))) == 3
     assert keys(tokens)[:2] == keys(later)[:2] and keys(tokens)[2] != keys(later)[2]
-    assert not set(keys(tokens)) & set(keys(changed))  # though the last two blocks have the same tokens
+    assert not set(keys(tokens)) & set(keys(changed))  # although the last two blocks hold the same tokens
     assert not set(keys(tokens)) & set(keys(tokens, rotation=48))
     (request,) = llm._requests([tokens[:20]], None)
     assert isinstance(request, Request)
@@ -175,7 +175,7 @@ def test_keys_stand_for_all_tokens_before_their_end(tmp_path):
 
 
 def test_caches_share_no_storage():
-    """torch.compile would clone aliasing arguments that are updated in place: the whole cache, every step."""
+    """torch.compile clones aliased arguments that are updated in place: the whole cache, every step."""
     cache = KVCache(layers=3, kv_heads=2, head_dim=16, num_blocks=4, dtype=torch.float32, device="cpu")
     tensors = [x for layer in cache.layers for x in layer]
     assert len({x.untyped_storage().data_ptr() for x in tensors}) == 2 * 3

@@ -1,4 +1,4 @@
-"""Generation on a small random model: stopping, sampling, streaming, batches larger than fits."""
+"""Generation on a small random model: stopping, sampling, streaming, oversized batches."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def test_results_carry_prompt_tokens_and_timings(llm):
     (answer,) = llm.generate("hello", SamplingParams(max_tokens=6, ignore_eos=True))
     assert answer.prompt == "hello"
     assert answer.prompt_token_ids == llm.tokenizer.encode("hello")
-    assert answer.prompt_token_ids[0] == 256  # <s>, which the tokenizer puts first
+    assert answer.prompt_token_ids[0] == 256  # <s>, which the tokenizer prepends
     assert len(answer.token_ids) == 6
     assert answer.text == llm.tokenizer.decode(answer.token_ids)
     assert answer.finish_reason == "length"
     assert answer.time_to_first_token > 0 and answer.tokens_per_second > 0
     assert llm.stats.generated_tokens == 6 and llm.stats.prompt_tokens == 6
     assert llm.stats.peak_memory > 0
-    assert llm.stats.softmax == "carried phi"  # there's no phi.json beside the model
+    assert llm.stats.softmax == "carried phi"  # there is no phi.json next to the model
     assert llm.stats.softmax_rows == 5 * 3 * 4  # decode steps, layers, heads
-    assert llm.stats.softmax_fallbacks == 3 * 4  # those of the first step
+    assert llm.stats.softmax_fallbacks == 3 * 4  # only in the first step
 
 
 def test_token_ids_are_prompts_too(llm):
@@ -41,9 +41,9 @@ def test_token_ids_are_prompts_too(llm):
     assert llm.generate([]) == []
 
 
-def test_end_of_sequence_ends_and_ignore_eos_goes_on(folder, llm):
+def test_end_of_sequence_stops_unless_ignored(folder, llm):
     greedy = llm.generate("hello", SamplingParams(max_tokens=40, ignore_eos=True))[0].token_ids
-    for ending in (greedy[0], greedy[5]):  # chosen from the prompt, and by a decode step
+    for ending in (greedy[0], greedy[5]):  # one from prefill, one from a decode step
         stops = LLM(folder, device="cpu", dtype="float32")
         stops._engine.executor.eos_ids = frozenset([ending])
         (stopped,) = stops.generate("hello", SamplingParams(max_tokens=40))
@@ -74,7 +74,7 @@ def test_streaming_equals_generate(llm, params):
     assert all(piece.finish_reason is None for piece in pieces[:-1])
 
 
-def test_a_stream_left_early_gives_its_cache_back(llm):
+def test_a_stream_closed_early_frees_its_blocks(llm):
     for _ in range(3):
         stream = llm.stream("hello", SamplingParams(max_tokens=24, ignore_eos=True))
         next(stream)
@@ -115,7 +115,7 @@ def test_a_seeded_answer_does_not_depend_on_its_batch(llm):
 def test_repetition_penalty_counts_prompt_and_answer(llm):
     params = SamplingParams(repetition_penalty=1e6, max_tokens=30, ignore_eos=True)
     (answer,) = llm.generate("hello", params)
-    # With such a penalty no token comes again while one that's new has a positive logit.
+    # With such a penalty, no token repeats while some unused one has a positive logit.
     assert len(set(answer.token_ids)) == len(answer.token_ids)
     assert not set(answer.token_ids) & set(answer.prompt_token_ids)
 
@@ -151,7 +151,7 @@ def test_chat_uses_the_template(llm):
 
 
 def test_phi_is_handed_to_attention_and_fallbacks_are_counted(folder, llm):
-    """A phi far off costs time, never accuracy."""
+    """A phi that is far off costs time, never accuracy."""
     phi = [torch.full((4,), 900.0)] * 3
     far = LLM(folder, device="cpu", dtype="float32", phi=phi)
     params = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -161,7 +161,7 @@ def test_phi_is_handed_to_attention_and_fallbacks_are_counted(folder, llm):
 
 
 def test_every_sequence_carries_its_own_phi_from_batch_to_batch(folder, monkeypatch):
-    """Its first step alone falls back, whoever leaves the batch or joins it."""
+    """Only its first step falls back, no matter which sequences join or leave the batch."""
     online = LLM(folder, device="cpu", dtype="float32", max_batch=3, phi="none")
     carried = LLM(folder, device="cpu", dtype="float32", max_batch=3, phi="carry")
     decode, steps = carried.decoder.decode, []
@@ -177,7 +177,7 @@ def test_every_sequence_carries_its_own_phi_from_batch_to_batch(folder, monkeypa
     params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (4, 20, 9, 13, 2)]
     expected = [answer.token_ids for answer in online.generate(prompts, params)]
     assert online.stats.softmax == "online softmax" and online.stats.softmax_fallbacks == 0
-    for _ in range(2):  # a prompt that comes again starts anew
+    for _ in range(2):  # a repeated prompt starts over
         assert [answer.token_ids for answer in carried.generate(prompts, params)] == expected
         assert carried.stats.softmax_fallbacks == 5 * 3 * 4  # sequences, layers, heads
         assert carried.stats.softmax_rows == (3 + 19 + 8 + 12 + 1) * 3 * 4
@@ -187,7 +187,7 @@ def test_every_sequence_carries_its_own_phi_from_batch_to_batch(folder, monkeypa
 
 
 def test_a_carried_phi_is_the_row_maximum_of_the_step_before(folder):
-    """As a pass over the whole text sees it."""
+    """The same maximum as in one pass over the whole text."""
     llm = LLM(folder, device="cpu", dtype="float32", phi="carry")
     tokens, prompt = random_tokens(30), 20
     observer = SoftmaxObserver(llm.config, tqdm(disable=True))
@@ -218,7 +218,7 @@ def test_text_that_could_become_a_stop_string_is_held_back(llm):
     stream = TextStream(llm.tokenizer, ["stop!"])
     ids = llm.tokenizer.encode("a stop sto stop! more", add_special_tokens=False)
     pieces = [stream.push(token) for token in ids]
-    assert pieces[2] == "" and pieces[6] == "stop "  # held, and let go once it's another word
+    assert pieces[2] == "" and pieces[6] == "stop "  # held back, then released once it is another word
     assert stream.stopped and stream.text == "a stop sto "
     held = TextStream(llm.tokenizer, ["stop!"])
     for token in llm.tokenizer.encode("a stop", add_special_tokens=False):
@@ -254,5 +254,5 @@ def test_sampling_params_are_checked(bad):
         SamplingParams(**bad)
 
 
-def test_stop_may_be_one_string():
+def test_stop_may_be_a_single_string():
     assert SamplingParams(stop="end").stop == ("end",)

@@ -1,4 +1,4 @@
-"""The runner on a GPU: replayed steps are the steps, whoever joins, leaves, shares blocks or gives way."""
+"""The runner on a GPU: graph replays match launched steps under joins, leaves, sharing and preemption."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = [*FAMILIES, "chatglm"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The folder of a random model of each kind, made when it's first asked for."""
+    """The folder of a random model of each kind, created on first use."""
     made = {}
 
     def folder(kind: str):
@@ -35,7 +35,7 @@ def load(folder, **settings) -> LLM:
 
 
 def workload(count: int, seed: int = 0, longest: int = 60) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Random lengths, beginnings in common, greedy and sampled, several samples a prompt."""
+    """Random lengths, shared prefixes, greedy and sampled, up to three samples per prompt."""
     rng = random.Random(seed)
     common = random_tokens(40, seed=1)
     prompts, params = [], []
@@ -61,7 +61,7 @@ def answers(llm: LLM, prompts, params) -> list[tuple[list[int], str]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_replayed_steps_choose_the_tokens_of_launched_ones(folders, kind):
+def test_replayed_steps_choose_the_same_tokens_as_launched_ones(folders, kind):
     prompts, params = workload(30)
     longest = max(blocks_for(len(p) + s.max_tokens) for p, s in zip(prompts, params, strict=True))
     settings = {"max_batch": 6, "cache_tokens": BLOCK_SIZE * (longest + 6), "prefill_chunk": 32}
@@ -79,7 +79,7 @@ def test_replayed_steps_choose_the_tokens_of_launched_ones(folders, kind):
 @pytest.mark.parametrize("phi", ["carry", "none"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "opt"])
-def test_an_answer_is_what_its_prompt_gets_alone(folders, kind, dtype, phi):
+def test_an_answer_is_the_same_as_alone(folders, kind, dtype, phi):
     prompts, params = workload(40, seed=7)
     settings = {"dtype": dtype, "phi": phi, "prefix_cache": False, "prefill_chunk": 32, "max_batch": 8}
     longest = max(blocks_for(len(p) + s.max_tokens) for p, s in zip(prompts, params, strict=True))
@@ -92,12 +92,12 @@ def test_an_answer_is_what_its_prompt_gets_alone(folders, kind, dtype, phi):
     assert together == alone
 
 
-def test_nothing_is_allocated_and_nothing_waits_between_steps(folders, monkeypatch):
+def test_steps_neither_allocate_nor_synchronize(folders, monkeypatch):
     llm = load(folders("llama"), max_batch=4)
     params = SamplingParams(max_tokens=100, ignore_eos=True)
     prompts = [random_tokens(20, seed=i) for i in range(4)]
     answers(llm, prompts, params)  # computes the prompts
-    expected = answers(llm, prompts, params)  # finds them in the cache, as the third time
+    expected = answers(llm, prompts, params)  # finds them in the cache, as the third run will
     engine, step = llm._engine, llm._engine._step
     allocations = []
 
@@ -111,7 +111,7 @@ def test_nothing_is_allocated_and_nothing_waits_between_steps(folders, monkeypat
         allocations.append((grown, torch.cuda.memory_stats()["allocation.all.allocated"]))
 
     monkeypatch.setattr(engine, "_step", strict_step)
-    assert answers(llm, prompts, params) == expected  # joins and leaves wait for nothing
+    assert answers(llm, prompts, params) == expected  # joins and leaves do not synchronize
     calm = [after - before for (_, before), (grown, after) in itertools.pairwise(allocations) if not grown]
     assert sum(change == 0 for change in calm) > 60
 
@@ -120,8 +120,8 @@ def _is_at_block_end(request) -> bool:
     return request.sampled_length % BLOCK_SIZE < 3
 
 
-def test_features_of_sampling_have_graphs_of_their_own(folders):
-    """A step without draws, penalties or unending answers pays for none of them."""
+def test_sampling_features_have_their_own_graphs(folders):
+    """A step does not pay for draws, penalties or ignored end tokens that it does not use."""
     llm = load(folders("llama"), max_batch=2)
     plain = SamplingParams(max_tokens=5)
     for params in (plain, SamplingParams(max_tokens=5, temperature=0.5), plain):
@@ -134,7 +134,7 @@ def test_features_of_sampling_have_graphs_of_their_own(folders):
 
 
 class EvenThenOdd:
-    """A guide: tokens alternate between even and odd ones."""
+    """A guide under which even and odd tokens alternate."""
 
     def __init__(self) -> None:
         self.accepted = 0
@@ -165,7 +165,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_sampling_options_in_a_graph(folders, option):
-    """Replayed steps give what launched ones give, and rows that don't use an option are left alone."""
+    """Replayed and launched steps agree, and rows that do not use an option are unaffected."""
     plain = SamplingParams(max_tokens=24, ignore_eos=True, seed=1)
     ends = {"ignore_eos": option != "minimum"}
     special = SamplingParams(**({"max_tokens": 24, "seed": 2, "n": 2} | ends | OPTIONS[option]))
@@ -195,8 +195,8 @@ def test_sampling_options_in_a_graph(folders, option):
         assert all(len(one.top) == 4 for one in results[True][1][2])
 
 
-def test_logits_that_are_nan_are_an_error_of_their_own(folders):
-    """Not a device-side assertion, after which the process could use its GPU no more."""
+def test_nan_logits_raise_their_own_error(folders):
+    """Not a device-side assertion, which would leave the GPU unusable for this process."""
     broken = load(folders("llama"))
     down = broken.decoder.weights.layers[0].down
     kept = down.clone()
@@ -209,7 +209,7 @@ def test_logits_that_are_nan_are_an_error_of_their_own(folders):
     assert answers(broken, [prompt], params) == answers(load(folders("llama")), [prompt], params)
 
 
-def test_requests_that_no_kernel_must_see_are_refused(folders):
+def test_invalid_requests_are_refused_before_any_kernel(folders):
     llm = load(folders("llama"))
     usual = answers(llm, [random_tokens(5)], SamplingParams(max_tokens=5))
     for prompt in ([[llm.config.vocab]], [[-1]], [[2**40]]):
@@ -221,7 +221,7 @@ def test_requests_that_no_kernel_must_see_are_refused(folders):
     assert answers(llm, [random_tokens(5)], SamplingParams(max_tokens=5)) == usual
 
 
-def test_settings_of_the_process_change_nothing(folders):
+def test_process_wide_settings_change_nothing(folders):
     prompts, params = workload(6, seed=9)
     expected = answers(load(folders("llama")), prompts, params)
     with torch.autocast("cuda", dtype=torch.float16):
@@ -236,7 +236,7 @@ def test_settings_of_the_process_change_nothing(folders):
         assert answers(load(folders("llama")), prompts, params) == expected
 
 
-def test_a_prompt_in_chunks_is_the_prompt(folders):
+def test_a_chunked_prompt_gives_the_logits_of_a_whole_one(folders):
     """Later chunks see the earlier ones through the cache; logits as of one chunk, in float32's tolerance."""
     tokens = random_tokens(200)
     whole, cut = (load(folders("llama"), prefill_chunk=chunk, prefix_cache=False) for chunk in (256, 48))

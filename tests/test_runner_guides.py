@@ -1,4 +1,4 @@
-"""Guides: what a grammar allows is what comes, at every place, whatever else is decoded beside it."""
+"""Guides: every position gets only tokens the grammar allows, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EOS = 257
 
 
 class Choices:
-    """Allows these tokens, place by place, and then an end of sequence."""
+    """Allows the given tokens at each position, then only the end of sequence."""
 
     def __init__(self, *choices: set[int]) -> None:
         self.choices = list(choices)
@@ -42,7 +42,7 @@ CHOICES = [{1, 31, 32}, {63}, {0, 64, 255}, set(range(100, 130)), {271, 258}]
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.5, "seed": 3, "top_k": 9, "top_p": 0.8}], ids=str)
 @pytest.mark.parametrize("behind", [0, 1])
-def test_only_what_the_guide_allows_comes(folder, llm, behind, params):
+def test_only_allowed_tokens_are_generated(folder, llm, behind, params):
     own = load(folder)
     own._engine.behind = behind
     assert isinstance(Choices(), Guide)
@@ -62,12 +62,12 @@ def test_only_what_the_guide_allows_comes(folder, llm, behind, params):
         assert all(token in allowed for token, allowed in zip(answer.token_ids, CHOICES, strict=True))
         assert (answer.finish_reason, answer.stop_match) == ("stop", EOS)
     for answer, prompt in ((first, prompts[0]), (last, prompts[2])):
-        assert answer.token_ids == llm.generate(prompt, free)[0].token_ids  # those beside it are as ever
+        assert answer.token_ids == llm.generate(prompt, free)[0].token_ids  # unaffected
     assert own._engine.pool.used_blocks == 0
 
 
 def test_guides_survive_preemption(folder):
-    """A guide's state is its answer's, wherever that waits."""
+    """A guide's state stays with its answer while the answer waits."""
 
     def params(number: int) -> SamplingParams:
         choices = [set(range(number, 256, 3 + place % 5)) for place in range(40)]
@@ -99,7 +99,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("part", ["fill", "accept", "nothing"])
-def test_a_guide_that_fails_ends_its_own_request(llm, part):
+def test_a_failing_guide_ends_only_its_own_request(llm, part):
     free = SamplingParams(max_tokens=20, ignore_eos=True)
     expected = llm.generate(PROMPT, free)[0].token_ids
     other = llm.stream(PROMPT, free)
@@ -111,16 +111,16 @@ def test_a_guide_that_fails_ends_its_own_request(llm, part):
     assert llm._engine.pool.used_blocks == 0
 
 
-def test_what_is_no_guide_is_refused_before_anything_is_computed(llm):
+def test_an_object_that_is_not_a_guide_is_refused_up_front(llm):
     with pytest.raises(ModelError, match="guide must return an object with fill and accept, got dict"):
         llm.stream("x", SamplingParams(guide=dict))
 
 
-# Grammars of a library
+# Grammars from a library
 
 
 class Grammar:
-    """llguidance's matcher as a guide, as the documentation has it."""
+    """llguidance's matcher as a guide, as in the documentation."""
 
     def __init__(self, tokenizer, grammar: str) -> None:
         import llguidance
@@ -145,7 +145,7 @@ SCHEMA = {
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_json_of_a_schema_by_llguidance(llm, folder, temperature):
+def test_json_follows_a_schema_with_llguidance(llm, folder, temperature):
     llguidance = pytest.importorskip("llguidance")
     pytest.importorskip("llguidance.hf")
     own = transformers.AutoTokenizer.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Log-probabilities of answers and prompts: of the model's own distribution, whatever else is asked for."""
+"""Log-probabilities of answers and prompts: the model's own distribution, whatever the other options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROMPT = random_tokens(70, seed=3)
 
 
 def check(found, tokens: list[int], expected: torch.Tensor, count: int) -> None:
-    """`found` is of these tokens, and of rows of log-probabilities [tokens, vocab]."""
+    """Checks that `found` matches these tokens and the log-probabilities [tokens, vocab]."""
     assert [entry.token_id for entry in found] == tokens
     for entry, row in zip(found, expected, strict=True):
         assert entry.logprob == pytest.approx(row[entry.token_id].item(), abs=2e-4)
@@ -34,7 +34,7 @@ def check(found, tokens: list[int], expected: torch.Tensor, count: int) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("count", [0, 3])
-def test_logprobs_are_of_the_models_distribution(llm, theirs, count, others):
+def test_logprobs_come_from_the_models_distribution(llm, theirs, count, others):
     params = SamplingParams(max_tokens=10, ignore_eos=True, logprobs=count, **others)
     (answer,) = llm.generate(PROMPT, params)
     logits = transformers_logits(theirs, PROMPT, answer.token_ids[:-1])
@@ -42,12 +42,12 @@ def test_logprobs_are_of_the_models_distribution(llm, theirs, count, others):
     assert answer.prompt_logprobs is None
     pieces = list(llm.stream(PROMPT, params))
     assert [piece.logprob for piece in pieces[:-1]] == answer.logprobs and pieces[-1].logprob is None
-    # They cost the answer nothing.
+    # Asking for them does not change the answer.
     plain = SamplingParams(max_tokens=10, ignore_eos=True, **others)
     assert llm.generate(PROMPT, plain)[0].token_ids == answer.token_ids
 
 
-def test_rows_of_a_batch_ask_for_different_numbers(llm):
+def test_rows_of_a_batch_may_ask_for_different_counts(llm):
     counts = [None, 0, 5, 2, None]
     params = [SamplingParams(max_tokens=6, ignore_eos=True, logprobs=count) for count in counts]
     answers = llm.generate([PROMPT[: 10 + i] for i in range(5)], params)
@@ -68,9 +68,9 @@ def test_rows_of_a_batch_ask_for_different_numbers(llm):
 
 @pytest.mark.parametrize("chunk", [1024, 32])
 @pytest.mark.parametrize("count", [0, 2])
-def test_prompt_logprobs_are_of_every_token_but_the_first(folder, theirs, chunk, count):
+def test_prompt_logprobs_cover_every_token_but_the_first(folder, theirs, chunk, count):
     llm = load(folder, prefill_chunk=chunk)
-    llm.generate(PROMPT, SamplingParams(max_tokens=2))  # in the cache, where it wouldn't be computed again
+    llm.generate(PROMPT, SamplingParams(max_tokens=2))  # now cached, so it would not be recomputed
     params = SamplingParams(max_tokens=3, ignore_eos=True, prompt_logprobs=count, n=2, temperature=1.0)
     first, second = llm.generate(PROMPT, params)
     assert first.prompt_logprobs[0] is None and first.logprobs is None

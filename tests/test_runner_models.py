@@ -11,7 +11,7 @@ from runner_models import (
     FAMILIES,
     make_model,
     random_tokens,
-    randomise,
+    randomize,
     runner_logits,
     save_chatglm,
     save_model,
@@ -48,7 +48,7 @@ LONGROPE = {
     "long_factor": [1.0 + 0.9 * i for i in range(8)],
     "original_max_position_embeddings": 64,
 }
-PHI3_LONGROPE = {  # as in the files of Phi-3
+PHI3_LONGROPE = {  # as in Phi-3's files
     "original_max_position_embeddings": 64,
     "rope_scaling": {key: LONGROPE[key] for key in ("short_factor", "long_factor")} | {"type": "longrope"},
 }
@@ -104,14 +104,14 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("prompt_length", [1, 50, 70])
-def test_logits_equal_those_of_transformers(tmp_path, case, prompt_length):
-    """Prefill and 32 decode steps; 64 positions, where some scalings switch, are crossed by two."""
+def test_logits_match_transformers(tmp_path, case, prompt_length):
+    """Prefill and 32 decode steps; two of the lengths go past position 64, where some scalings switch."""
     kind, overrides = CASES[case]
     model = save_model(tmp_path, kind, **overrides)
     llm = LLM(tmp_path, device="cpu", dtype=torch.float32)
     prompt, following = random_tokens(prompt_length, seed=1), random_tokens(32, seed=2)
     expected = transformers_logits(model, prompt, following)
-    assert expected.std() > 0.3  # otherwise the comparison would say little
+    assert expected.std() > 0.3  # otherwise the comparison would mean little
     torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -130,7 +130,7 @@ CHUNKED = ["llama", "mistral-window", "qwen2-window", "gemma2", "gemma3-linear-r
 
 
 @pytest.mark.parametrize("case", CHUNKED)
-def test_long_prompts_go_through_in_chunks(tmp_path, monkeypatch, case):
+def test_long_prompts_are_prefilled_in_chunks(tmp_path, monkeypatch, case):
     monkeypatch.setattr(decoder_module, "PREFILL_CHUNK", 32)
     kind, overrides = CASES[case]
     model = save_model(tmp_path, kind, **overrides)
@@ -150,7 +150,7 @@ def test_long_prompts_go_through_in_chunks(tmp_path, monkeypatch, case):
 )
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_half_precision_stays_within_its_error(tmp_path, kind, device, dtype):
-    """No further from float32 than twice transformers in the same dtype."""
+    """At most twice as far from float32 as transformers in the same dtype."""
     model = save_model(tmp_path, kind)
     if dtype == torch.float16 and kind.startswith("gemma"):
         with pytest.raises(ModelError, match="overflows float16; run it in bfloat16"):
@@ -158,15 +158,15 @@ def test_half_precision_stays_within_its_error(tmp_path, kind, device, dtype):
         return
     prompt, following = random_tokens(40, seed=1), random_tokens(16, seed=2)
     exact = transformers_logits(model, prompt, following)
-    half = type(model).from_pretrained(tmp_path, dtype=dtype)  # not .to(dtype): it would round the rope too
+    half = type(model).from_pretrained(tmp_path, dtype=dtype)  # .to(dtype) would round the rope too
     theirs = (transformers_logits(half.to(device), prompt, following) - exact).abs()
     ours = (runner_logits(LLM(tmp_path, device=device, dtype=dtype), prompt, following) - exact).abs()
     assert ours.max() <= 2 * theirs.max() and ours.mean() <= 1.25 * theirs.mean()
 
 
 @pytest.mark.parametrize("case", [*FAMILIES, "opt-norm-after", "gemma3-linear-rope"])
-def test_batches_give_the_tokens_of_transformers(tmp_path, case):
-    """Sequences of different lengths, decoded together: each has its own positions, windows and cache."""
+def test_batches_give_the_same_tokens_as_transformers(tmp_path, case):
+    """Sequences of different lengths are decoded together, each with its own positions, window and cache."""
     kind, overrides = CASES.get(case, (case, {}))
     model = save_model(tmp_path, kind, **overrides)
     llm = LLM(tmp_path, device="cpu", dtype="float32")
@@ -199,20 +199,20 @@ def test_the_format_of_chatglm2s_authors(tmp_path, prompt_length):
         {"num_layers": None},
     ],
 )
-def test_what_chatglm_files_may_say_and_the_decoder_does_not_do(tmp_path, settings):
+def test_unsupported_chatglm_settings_are_refused(tmp_path, settings):
     save_chatglm(tmp_path, **settings)
     (key,) = settings
     with pytest.raises(ModelError, match=rf"supported only with {key} (true|false)|config.json has no {key}"):
         LLM(tmp_path, device="cpu")
 
 
-def test_the_text_model_of_a_gemma_3_that_sees(tmp_path):
-    """Its text settings are nested, its tensors have another prefix."""
+def test_the_text_model_of_a_multimodal_gemma_3(tmp_path):
+    """Its text settings are nested, and its tensors have a different prefix."""
     text = make_model("gemma3").config.to_dict()
     vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
     vision |= dict(image_size=28, patch_size=14)
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    model = randomise(Gemma3ForConditionalGeneration(config))
+    model = randomize(Gemma3ForConditionalGeneration(config))
     model.save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     prompt, following = random_tokens(50, seed=1), random_tokens(32, seed=2)
@@ -221,8 +221,8 @@ def test_the_text_model_of_a_gemma_3_that_sees(tmp_path):
     torch.testing.assert_close(runner_logits(llm, prompt, following), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_opt_files_as_on_the_hub(tmp_path):
-    """One pytorch_model.bin, whose tensors lack the first prefix; a tokenizer in two files."""
+def test_opt_files_in_the_hubs_layout(tmp_path):
+    """One pytorch_model.bin, its tensors without the first prefix, and a tokenizer in two files."""
     model = save_model(tmp_path, "opt")
     state = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
     torch.save(state, tmp_path / "pytorch_model.bin")
@@ -256,7 +256,7 @@ def test_broken_torch_files(tmp_path):
         LLM(tmp_path, device="cpu")
 
 
-def test_what_is_not_supported_says_what_is(tmp_path):
+def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path):
     save_model(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["GPT2LMHeadModel"]}))
@@ -269,7 +269,7 @@ def test_what_is_not_supported_says_what_is(tmp_path):
 
 
 @pytest.mark.parametrize("setting", [{"use_bidirectional_attention": True}, {"attn_logit_softcapping": 50.0}])
-def test_gemma_3_settings_that_are_not_supported(tmp_path, setting):
+def test_unsupported_gemma_3_settings_are_refused(tmp_path, setting):
     save_model(tmp_path, "gemma3", **setting)
     with pytest.raises(ModelError, match=f"Gemma3ForCausalLM is supported only with {next(iter(setting))}"):
         LLM(tmp_path, device="cpu")
@@ -293,7 +293,7 @@ def test_sharded_checkpoints_and_other_stored_dtypes(tmp_path, dtype):
 
 
 def test_config_files_of_transformers_4(tmp_path):
-    """rope_theta and rope_scaling beside each other, torch_dtype, eos as a list."""
+    """rope_theta next to rope_scaling, torch_dtype, eos as a list."""
     save_model(tmp_path, rope_parameters=LLAMA3)
     before = LLM(tmp_path, device="cpu").config
     path = tmp_path / "config.json"
@@ -308,7 +308,7 @@ def test_config_files_of_transformers_4(tmp_path):
     assert after.dtype == before.dtype
 
 
-def test_rope_table_is_a_function_of_the_position_alone():
+def test_rope_table_depends_only_on_the_position():
     for kind, scaling in (
         ("dynamic", {"factor": 4.0}),
         ("longrope", {k: v for k, v in LONGROPE.items() if k.endswith(("factor", "embeddings"))}),
@@ -322,7 +322,7 @@ def test_rope_table_is_a_function_of_the_position_alone():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_rounded_weights(tmp_path, quantize, tied):
-    """As transformers with the rounded weights; the embedding stays, and a tied lm_head with it."""
+    """Matches transformers with the rounded weights; the embedding and a tied lm_head stay unrounded."""
     model = save_model(tmp_path, "qwen2", tie_word_embeddings=tied)
     llm = LLM(tmp_path, device="cpu", dtype="float32", quantize=quantize)
     weights, config = llm.decoder.weights, llm.config
@@ -354,7 +354,7 @@ def llm_bits(quantize: str) -> int:
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 @pytest.mark.parametrize("case", [*FAMILIES, "opt-norm-after"])
 def test_rounded_weights_of_every_family(tmp_path, case, quantize):
-    """As the same numbers in float32; embeddings and positions are not rounded."""
+    """Matches the same values stored in float32; embeddings and positions are not rounded."""
     kind, overrides = CASES.get(case, (case, {}))
     save_model(tmp_path, kind, **overrides)
     rounded, exact = (LLM(tmp_path, device="cpu", dtype="float32", quantize=q) for q in (quantize, "none"))
@@ -374,8 +374,8 @@ def test_rounded_weights_of_every_family(tmp_path, case, quantize):
 
 
 def test_a_part_of_a_layer_can_be_replaced(tmp_path):
-    """By anything that takes the residual stream and returns it: here two halves of a feed-forward network,
-    whose results are summed before they are added, as over two devices."""
+    """By any function from residual stream to residual stream: here two halves of a feed-forward network
+    whose results are summed before the residual add, as across two devices."""
     save_model(tmp_path)
     llm = LLM(tmp_path, device="cpu", dtype="float32")
     config, weights = llm.config, llm.decoder.weights.layers[1]
@@ -394,14 +394,14 @@ def test_a_part_of_a_layer_can_be_replaced(tmp_path):
     assert (runner_logits(llm, prompt, following) - expected).abs().max() > 0.1
 
 
-def test_columns_that_fill_no_group_stay(tmp_path):
+def test_columns_that_do_not_fill_groups_stay_unquantized(tmp_path):
     save_model(tmp_path, intermediate_size=72)
     weights = LLM(tmp_path, device="cpu", quantize="int4").decoder.weights
     assert isinstance(weights.layers[0].down, torch.Tensor)
     assert weights.layers[0].gate_up.bits == 4
 
 
-def test_quantized_weights_take_what_the_plan_says(tmp_path):
+def test_quantized_weights_have_the_planned_size(tmp_path):
     save_model(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     sizes = []
@@ -415,7 +415,7 @@ def test_quantized_weights_take_what_the_plan_says(tmp_path):
 
 
 def test_weights_are_stored_once(tmp_path):
-    """What is loaded takes exactly what the plan says, and nothing is shared with the files."""
+    """Loaded weights have exactly the planned size and share nothing with the files."""
     save_model(tmp_path, tie_word_embeddings=True)
     checkpoint = open_checkpoint(tmp_path)
     weights = load_weights(checkpoint.plan, checkpoint.source, torch.device("cpu"), torch.bfloat16)

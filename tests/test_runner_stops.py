@@ -1,4 +1,4 @@
-"""Tokens to text as they come, and where an answer ends: stop strings, special tokens, the end of a turn."""
+"""Incremental detokenization, and where an answer ends: stop strings, special tokens, end of turn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pieces() -> BaseTokenizer:
 def stream_of(
     tokenizer: BaseTokenizer, ids: list[int], stop: tuple[str, ...] = (), **options
 ) -> tuple[TextStream, list[str]]:
-    """A stream that has had the tokens, as far as it wants them, and the text that came of each."""
+    """A stream fed with the tokens until it stops, and the text that each of them produced."""
     stream = TextStream(tokenizer, stop, **options)
     texts = []
     for token in ids:
@@ -53,18 +53,18 @@ def answer_of(tokenizer: BaseTokenizer, ids: list[int], *stop: str, **options) -
 
 
 @pytest.mark.parametrize("make", [gguf_tokenizer, spm_tokenizer])
-def test_a_character_comes_when_its_last_byte_has(make):
+def test_a_character_appears_with_its_last_byte(make):
     tokenizer = make()
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     _, texts = stream_of(tokenizer, ids)
     assert "".join(texts) == TEXT
     assert not any("\ufffd" in text for text in texts)
-    assert sum(map(bool, texts)) >= len(TEXT) - 6  # "hello" is one token of the second
+    assert sum(map(bool, texts)) >= len(TEXT) - 6  # "hello" is a single token in the second
 
 
 @pytest.mark.parametrize("kind", ["bytewise", "pieces"])
-def test_bytes_that_never_become_a_character_are_let_go(kind, request):
-    """Three tokens later at the latest, and nothing around them is lost."""
+def test_bytes_that_never_form_a_character_are_released(kind, request):
+    """At most three tokens later, without losing anything around them."""
     tokenizer = request.getfixturevalue(kind)
     spm = kind == "pieces"
     word = tokenizer.encode("hello", add_special_tokens=False)
@@ -80,7 +80,7 @@ def test_bytes_that_never_become_a_character_are_let_go(kind, request):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, VOCAB - 1), max_size=30))
-def test_any_bytes_give_the_text_of_all_of_them(bytewise, ids):
+def test_any_bytes_stream_to_the_text_of_the_whole(bytewise, ids):
     assert answer_of(bytewise, ids)[0] == bytewise.decode(ids)
 
 
@@ -90,7 +90,7 @@ def test_long_answers_take_linear_time(bytewise, text):
     started = time.perf_counter()
     shown = answer_of(bytewise, ids, "a b")[0]
     assert shown == text.replace("<turn>", "")
-    assert time.perf_counter() - started < 8  # under two seconds here; quadratic time would be half a minute
+    assert time.perf_counter() - started < 8  # linear takes under two seconds; quadratic, half a minute
 
 
 # ---- after the prompt
@@ -99,14 +99,14 @@ def test_long_answers_take_linear_time(bytewise, text):
 @pytest.mark.parametrize(
     ("prompt", "answer"),
     [
-        ("hello", "▁hello"),  # " hello": the space is the answer's
+        ("hello", "▁hello"),  # " hello": the space belongs to the answer
         ("hello", "lo"),
-        ("", "▁hello"),  # the beginning of all text has no space
+        ("", "▁hello"),  # no space at the very beginning
         ("w, ", "▁hello"),
         ("hé", "▁w"),
     ],
 )
-def test_prompt_and_answer_are_the_text_of_all_tokens(pieces, prompt, answer):
+def test_prompt_and_answer_join_to_the_text_of_all_tokens(pieces, prompt, answer):
     prompt_ids = pieces.encode(prompt)
     ids = [PIECES.index(answer), PIECES.index("or")]
     text = answer_of(pieces, ids, prompt_ids=prompt_ids)[0]
@@ -118,7 +118,7 @@ WORDS = st.lists(st.sampled_from([0, 1, 2, *range(259, len(PIECES))]), max_size=
 
 @settings(max_examples=60, deadline=None)
 @given(WORDS, WORDS)
-def test_wherever_an_answer_begins_it_goes_on_from_there(pieces, prompt_ids, ids):
+def test_an_answer_continues_the_prompt_from_any_position(pieces, prompt_ids, ids):
     text = answer_of(pieces, ids, prompt_ids=prompt_ids)[0]
     assert pieces.decode(prompt_ids) + text == pieces.decode(prompt_ids + ids)
 
@@ -128,7 +128,7 @@ def test_a_special_token_before_the_answer_does_not_hide_the_prompt(pieces):
     assert answer_of(pieces, [PIECES.index("▁hello")], prompt_ids=prompt_ids)[0] == " hello"
 
 
-def test_an_answer_does_not_begin_inside_the_prompts_characters(pieces):
+def test_an_answer_does_not_begin_inside_a_character_of_the_prompt(pieces):
     prompt_ids = pieces.encode("日本語" * 10)
     ids = [3 + byte for byte in "🚀".encode()]
     assert answer_of(pieces, ids, prompt_ids=prompt_ids)[0] == "🚀"
@@ -142,8 +142,8 @@ def test_an_answer_does_not_begin_inside_the_prompts_characters(pieces):
     [
         ("one two three", ("two",), "one ", "two"),
         ("one two three", ("four",), "one two three", None),
-        ("abcd", ("abcd", "bc"), "a", "bc"),  # whose end comes first
-        ("abcd", ("bcd", "cd"), "a", "bcd"),  # of two that end together, the first given
+        ("abcd", ("abcd", "bc"), "a", "bc"),  # the one that ends first
+        ("abcd", ("bcd", "cd"), "a", "bcd"),  # if two end together, the one listed first
         ("aaab", ("aab",), "a", "aab"),
         ("ababac", ("abac",), "ab", "abac"),
         ("aaa", ("aa",), "", "aa"),
@@ -158,7 +158,7 @@ def test_the_text_ends_before_a_stop_string(bytewise, said, stop, text, matched)
 
 @settings(max_examples=100, deadline=None)
 @given(st.text("ab<", max_size=20), st.lists(st.text("ab<", min_size=1, max_size=4), min_size=1, max_size=3))
-def test_stop_strings_are_found_as_by_looking_at_every_beginning(bytewise, said, stop):
+def test_stop_strings_match_an_exhaustive_search(bytewise, said, stop):
     ends = [n for n in range(len(said) + 1) if any(said[:n].endswith(s) for s in stop)]
     found = [s for s in stop if ends and said[: ends[0]].endswith(s)]
     text, matched = answer_of(bytewise, bytewise.encode(said, False), *stop)
@@ -180,7 +180,7 @@ def test_stop_strings_are_found_as_by_looking_at_every_beginning(bytewise, said,
     ],
 )
 def test_special_tokens_in_a_stop_string(bytewise, said, stop, text, hidden):
-    """They stop whether the text shows them or not."""
+    """They stop the answer whether or not the text shows them."""
     ids = bytewise.encode(said, add_special_tokens=False)
     assert 259 in ids
     shown = text.replace("<turn>", "") if hidden else text
@@ -188,15 +188,15 @@ def test_special_tokens_in_a_stop_string(bytewise, said, stop, text, hidden):
     assert answer_of(bytewise, ids, stop, skip_special_tokens=hidden) == (shown, matched)
 
 
-def test_a_stop_string_sees_what_the_text_shows(bytewise):
-    """Not a part of a token that it leaves out, but letters on both sides of it."""
+def test_a_stop_string_matches_only_visible_text(bytewise):
+    """Not part of a hidden token, but text that spans one."""
     ids = bytewise.encode("ab<turn>cd", add_special_tokens=False)
     assert answer_of(bytewise, ids, "turn") == ("abcd", None)
     assert answer_of(bytewise, ids, "bc") == ("a", "bc")
     assert answer_of(bytewise, ids, "turn", skip_special_tokens=False) == ("ab<", "turn")
 
 
-def test_special_tokens_are_shown_if_asked_for(bytewise, pieces):
+def test_special_tokens_are_shown_on_request(bytewise, pieces):
     ids = bytewise.encode("<s>ab<turn>", add_special_tokens=False)
     assert answer_of(bytewise, ids) == ("ab", None)
     assert answer_of(bytewise, ids, skip_special_tokens=False) == ("<s>ab<turn>", None)
@@ -204,7 +204,7 @@ def test_special_tokens_are_shown_if_asked_for(bytewise, pieces):
 
 
 def test_a_model_stops_at_a_special_token(tmp_path):
-    """It says "ab<turn>" again and again."""
+    """The model repeats "ab<turn>" forever."""
     saying = {ord("a") - 33: ord("b") - 33, ord("b") - 33: 259}
     model = make_model(hidden_size=VOCAB, head_dim=16)
     with torch.no_grad():
@@ -234,13 +234,13 @@ def test_a_model_stops_at_a_special_token(tmp_path):
 @pytest.mark.parametrize(
     "turn", ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"]
 )
-def test_a_gguf_file_ends_turns_with_tokens_it_does_not_name(make, turn):
+def test_a_gguf_file_ends_turns_at_well_known_tokens(make, turn):
     tokenizer = make("<other>", turn)
     at = {text: index for index, text in tokenizer.special_tokens.items()}
     assert tokenizer.eos_ids == (at["</s>"], at[turn])
 
 
-def test_a_word_is_no_end_of_a_turn_unless_the_template_has_it():
+def test_a_user_defined_token_ends_a_turn_only_if_in_the_template():
     template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
     plain = gguf_tokenizer("<|im_end|>", kind=USER_DEFINED)
     assert plain.eos_ids == (257,) and 259 not in plain.special_tokens
@@ -250,12 +250,12 @@ def test_a_word_is_no_end_of_a_turn_unless_the_template_has_it():
 
 
 @pytest.mark.parametrize("name", ["eot", "eom"])
-def test_a_gguf_file_names_further_ends(name):
+def test_a_gguf_file_may_name_more_end_tokens(name):
     assert gguf_tokenizer("<bye>", **{f"{name}_token_id": 259}).eos_ids == (257, 259)
     assert gguf_tokenizer(eos_token_id=0xFFFFFFFF, token_type=[1] * 259).eos_ids == ()
 
 
 def test_a_folder_ends_where_transformers_does(tmp_path):
-    """The tokenizer's own end of sequence, nothing that only looks like one."""
+    """At the tokenizer's own end of sequence, not at a token that merely looks like one."""
     assert folder_tokenizer(tmp_path / "a", "<|im_end|>").eos_ids == (257,)
     assert folder_tokenizer(tmp_path / "b", "<|im_end|>", eos_token="<|im_end|>").eos_ids == (259,)

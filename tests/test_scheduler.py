@@ -1,7 +1,7 @@
-"""The engine's decisions, without a model: every block has what its sequences need, and every request ends.
+"""The engine's decisions, without a model: blocks hold what their sequences need, and every request ends.
 
-The executor here is a plain one. A slot of its cache holds what the keys and values of a token depend on: all
-tokens up to it. A sequence's next token is a hash of all tokens before.
+The executor here is a simple one. Each cache slot stands for a token's keys and values by what they depend
+on, all tokens up to that one. A sequence's next token is a hash of all previous tokens.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from flashdecpp.loading.generation_config import GenerationDefaults
 from flashdecpp.models.kv_cache import BLOCK_SIZE, blocks_for
 
 EOS, MAX_LEN = 0, 120
-COMMON = [1 + 7 * i % 50 for i in range(80)]  # which prompts begin with
+COMMON = [1 + 7 * i % 50 for i in range(80)]  # prompts share prefixes of this
 
 
 class Interrupted(BaseException):
-    """As a KeyboardInterrupt, which is no request's fault."""
+    """Like a KeyboardInterrupt, it is no request's fault."""
 
 
 class Letters:
-    """In place of a tokenizer."""
+    """Stands in for a tokenizer."""
 
     special_tokens: dict[int, str] = {}  # noqa: RUF012
 
@@ -56,7 +56,7 @@ def answer_alone(request: Request) -> list[int]:
 
 @dataclass
 class Row:
-    """A sequence as the device knows it: with tokens that the host hasn't read, and its own block table."""
+    """A sequence as the device sees it, with tokens the host has not read yet and its own block table."""
 
     tokens: list[int]
     blocks: list[int]
@@ -64,7 +64,7 @@ class Row:
 
 
 class PlainExecutor:
-    """Runs decisions on lists, and checks everything that they rely on. Fails in the calls `fail_at`."""
+    """Runs decisions on lists and checks everything they rely on. Fails at the calls in `fail_at`."""
 
     def __init__(self, engine: Engine, fail_at: set[int]) -> None:
         self.scheduler, self.config = engine.scheduler, engine.config
@@ -75,7 +75,7 @@ class PlainExecutor:
         self.prefilled = 0  # tokens in this step
         self.copies = 0
         self.arrivals: dict[Request, tuple[int, int]] = {}
-        self.in_order = True  # whether requests must be admitted as they arrived
+        self.in_order = True  # whether requests must be admitted in order of arrival
         self._admitted: Request | None = None
         self._calls, self._fail_at = 0, fail_at
 
@@ -172,7 +172,7 @@ class PlainExecutor:
     def write(
         self, request: Request, tokens: list[int], blocks: list[int], copied: tuple[int | None, ...] = ()
     ) -> None:
-        """The newest of these tokens, into a block that nobody else uses but those who got a copy."""
+        """Writes the newest token into a block that is not shared, except with rows that just got a copy."""
         position = len(tokens) - 1
         block = blocks[position // BLOCK_SIZE]
         assert self.scheduler.pool.users(block) - copied.count(block) == 1
@@ -199,11 +199,11 @@ class PlainEngine(Engine):
 
 @dataclass
 class Simulation:
-    """Requests that arrive at steps, on an engine without a model."""
+    """Requests that arrive between steps, on an engine without a model."""
 
     config: EngineConfig
     behind: int = 0
-    window: int = 0  # lengths with the same rotation; 0: all
+    window: int = 0  # how many lengths share a rotation; 0: all
     fail_at: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -235,7 +235,7 @@ class Simulation:
         self.check_blocks()
 
     def check_blocks(self) -> None:
-        """Every use of a block is some request's, and counted."""
+        """Every use of a block belongs to a request and is counted."""
         scheduler, pool = self.engine.scheduler, self.engine.pool
         assert not any(request.blocks for request in scheduler.waiting)
         assert not any(request.cached for request in scheduler.waiting if request.saved is None)
@@ -252,13 +252,13 @@ class Simulation:
         assert len(set(known)) == len(known)
 
     def finish(self) -> None:
-        """Runs until nothing is left to do, within a number of steps that only progress can keep."""
+        """Runs until nothing is left to do, within a step limit that requires steady progress."""
         tokens = sum(request.final_length(MAX_LEN) for request in self.requests)
         for _ in range(4 * tokens + 10 * len(self.executor._fail_at) + 10):
             if self.engine.scheduler.idle:
                 break
             self.step()
-        self.engine._read()  # what was launched before an end was known
+        self.engine._read()  # steps launched before an end was known
         assert self.engine.scheduler.idle
         assert self.engine.pool.used_blocks == 0
         for request in self.requests:
@@ -272,7 +272,7 @@ class Simulation:
 
 @st.composite
 def prompts(draw) -> tuple[list[int], int, int, int]:
-    """Tokens, max_tokens, samples, and the steps until it arrives."""
+    """Tokens, max_tokens, samples, and steps until arrival."""
     own = draw(st.lists(st.integers(1, 50), min_size=1, max_size=20))
     prompt = COMMON[: draw(st.sampled_from([0, 0, 15, 16, 33, 64]))] + own
     return prompt, draw(st.integers(1, 35)), draw(st.sampled_from([1, 1, 1, 2, 4])), draw(st.integers(0, 6))
@@ -309,7 +309,7 @@ def test_every_request_ends_with_its_own_answer(
     for number in aborted:
         if number < len(simulation.requests):
             gone = simulation.requests[number]
-            # A run leaves with all samples of its prompts.
+            # A run aborts all samples of its prompts together.
             arrival = simulation.executor.arrivals[gone][0]
             simulation.engine._abort(
                 [r for r in simulation.requests if simulation.executor.arrivals[r][0] == arrival]
@@ -320,7 +320,7 @@ def test_every_request_ends_with_its_own_answer(
 
 @pytest.mark.parametrize("behind", [0, 1])
 def test_a_tight_pool_makes_sequences_share_copy_and_wait(behind):
-    """The same checks on a case that is known to make use of everything."""
+    """The same checks on a case known to exercise everything."""
     config = EngineConfig(max_len=MAX_LEN, max_batch=6, cache_tokens=BLOCK_SIZE * 9, prefill_chunk=32)
     simulation = Simulation(config, behind)
     for number in range(6):

@@ -1,4 +1,4 @@
-"""What setup.py decides, without building anything."""
+"""The decisions of setup.py, without building anything."""
 
 import importlib.util
 import re
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py as a module: its setup() call does nothing."""
+    """setup.py as a module, with setup() stubbed out."""
     path = Path(__file__).parent.parent / "setup.py"
     spec = importlib.util.spec_from_file_location("flashdecpp_setup", path)
     module = importlib.util.module_from_spec(spec)
@@ -34,7 +34,7 @@ def test_torch_notation_becomes_cmake_architectures(build: ModuleType) -> None:
     ]
 
 
-def test_the_newest_architectures_have_suffixes_of_their_own(build: ModuleType) -> None:
+def test_the_newest_architectures_have_their_own_suffixes(build: ModuleType) -> None:
     assert build.cmake_architectures(["10.0a", "10.0f+PTX", "12.1"]) == [
         "100a-real",
         "100f-real",
@@ -47,7 +47,7 @@ def test_the_newest_architectures_have_suffixes_of_their_own(build: ModuleType) 
     ("asked", "architectures", "left_out"),
     [
         (
-            "7.5 8.0 8.6 9.0 10.0 12.0+PTX",  # as images of NVIDIA's set it
+            "7.5 8.0 8.6 9.0 10.0 12.0+PTX",  # as set in NVIDIA's images
             ["80-real", "86-real", "90a-real", "100-real", "120-real", "120-virtual"],
             "without 7.5,",
         ),
@@ -55,7 +55,7 @@ def test_the_newest_architectures_have_suffixes_of_their_own(build: ModuleType) 
         ("Volta Ampere Hopper", ["80-real", "86-real", "86-virtual", "90a-real", "90-virtual"], "7.0+PTX,"),
     ],
 )
-def test_architectures_that_are_too_old_are_left_out_and_said(
+def test_architectures_that_are_too_old_are_skipped_and_reported(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked, architectures, left_out
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
@@ -65,7 +65,7 @@ def test_architectures_that_are_too_old_are_left_out_and_said(
 
 
 @pytest.mark.parametrize("blank", ["", "   ", " ; ,\n"])
-def test_a_list_of_nothing_is_no_list(build: ModuleType, monkeypatch: pytest.MonkeyPatch, blank) -> None:
+def test_a_blank_list_counts_as_unset(build: ModuleType, monkeypatch: pytest.MonkeyPatch, blank) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", blank)
     monkeypatch.setenv("PYTORCH_ROCM_ARCH", blank)
     assert "not set, so the default" in build.cuda_choice()[1]
@@ -73,7 +73,7 @@ def test_a_list_of_nothing_is_no_list(build: ModuleType, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("asked", ["7.5", "Turing", "5.0 6.1+PTX"])
-def test_nothing_but_old_architectures_is_one_sentence(
+def test_only_old_architectures_give_a_one_line_error(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
@@ -82,18 +82,18 @@ def test_nothing_but_old_architectures_is_one_sentence(
 
 
 @pytest.mark.parametrize("asked", ["sm_80", "8", "8.0+ptx", "native", "ampere-ish", "8.0x"])
-def test_what_is_no_architecture_is_named(build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked) -> None:
+def test_an_invalid_architecture_is_named(build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0;{asked}")
     with pytest.raises(SystemExit, match=re.escape(f"TORCH_CUDA_ARCH_LIST has {asked!r}; write")):
         build.cuda_choice()
 
 
-def test_a_malformed_architecture_is_one_sentence(build: ModuleType) -> None:
+def test_a_malformed_architecture_gives_a_one_line_error(build: ModuleType) -> None:
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST has 'sm_80'"):
         build.cmake_architectures(["sm_80"])
 
 
-def test_an_architecture_before_ampere_is_one_sentence(build: ModuleType) -> None:
+def test_an_architecture_before_ampere_gives_a_one_line_error(build: ModuleType) -> None:
     with pytest.raises(SystemExit, match=r"has 7\.5; the kernels need 8\.0"):
         build.cmake_architectures(["7.5"])
 
@@ -114,7 +114,7 @@ def test_cuda_asked_for_without_nvcc_is_an_error(build: ModuleType, monkeypatch:
         build.cuda_choice()
 
 
-def test_the_architecture_list_beats_the_present_gpu(
+def test_the_architecture_list_overrides_the_installed_gpu(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "present_gpus", lambda: ["9.0"])
@@ -131,7 +131,7 @@ def test_without_a_gpu_the_default_covers_ampere_and_hopper(build: ModuleType) -
     assert "no GPU here" in reason
 
 
-def test_a_missing_tool_is_one_sentence_with_the_remedy(build: ModuleType) -> None:
+def test_a_missing_tool_gives_a_one_line_error_with_the_remedy(build: ModuleType) -> None:
     with pytest.raises(SystemExit, match="no-such-tool was not found; pip install it"):
         build.tool("no-such-tool", "pip install it")
 
@@ -148,7 +148,7 @@ def test_without_rocm_hip_is_left_out_and_says_why(
         build.hip_choice()
 
 
-def test_rocm_architectures_are_asked_for_present_or_all(
+def test_rocm_architectures_are_requested_or_installed_or_all(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options, reason = build.hip_choice()
@@ -162,7 +162,7 @@ def test_rocm_architectures_are_asked_for_present_or_all(
     assert "PYTORCH_ROCM_ARCH without gfx906," in reason
 
 
-def test_rocm_architectures_without_matrix_instructions_are_one_sentence(
+def test_rocm_architectures_without_matrix_instructions_give_a_one_line_error(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTORCH_ROCM_ARCH", "gfx906;gfx1030")
@@ -170,7 +170,7 @@ def test_rocm_architectures_without_matrix_instructions_are_one_sentence(
         build.hip_choice()
 
 
-def test_rocm_is_found_where_it_says_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rocm_is_found_at_rocm_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     path = Path(__file__).parent.parent / "setup.py"
     spec = importlib.util.spec_from_file_location("flashdecpp_setup", path)

@@ -1,4 +1,4 @@
-"""flashdecpp inside transformers: the same tokens as without it, on its caches, without copies."""
+"""flashdecpp inside transformers: the same tokens as without it, on transformers' caches, without copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from runner_models import SIZES, make_model, random_tokens, randomise
+from runner_models import SIZES, make_model, random_tokens, randomize
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -24,9 +24,9 @@ from flashdecpp.integrations import transformers as integration
 from flashdecpp.integrations.transformers import accelerate, attention_calls, layer_fallbacks, restore
 
 LAYERS = SIZES["num_hidden_layers"]
-PROMPT = 21  # longer than what decode_attention takes at once, and than the window
+PROMPT = 21  # exceeds the window and decode_attention's limit of new tokens
 WINDOW = 8
-Run = tuple[Tensor, Tensor]  # what `greedy` gives
+Run = tuple[Tensor, Tensor]  # the result of `greedy`
 
 
 def _gpt_oss() -> PreTrainedModel:
@@ -38,15 +38,15 @@ def _gpt_oss() -> PreTrainedModel:
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.sinks.normal_()
-    return randomise(model)
+    return randomize(model)
 
 
 def _llama4() -> PreTrainedModel:
-    """Chunked attention, which no window expresses."""
+    """Chunked attention, which a window cannot express."""
     settings = SIZES | dict(head_dim=16, attention_chunk_size=WINDOW, num_local_experts=2, pad_token_id=258)
     torch.manual_seed(0)
     config = transformers.Llama4TextConfig(**settings, intermediate_size_mlp=64, no_rope_layers=[1, 1, 0])
-    return randomise(transformers.Llama4ForCausalLM(config))
+    return randomize(transformers.Llama4ForCausalLM(config))
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -60,7 +60,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def prompts(*paddings: int) -> dict[str, Tensor]:
-    """A batch of prompts, each padded on the left by so many tokens."""
+    """A batch of prompts, left-padded by the given numbers of tokens."""
     ids = torch.tensor([random_tokens(PROMPT, seed) for seed in range(len(paddings))])
     mask = torch.ones_like(ids)
     for row, padding in zip(mask, paddings, strict=True):
@@ -100,7 +100,7 @@ def test_the_same_tokens(family, cache, paddings):
 
 
 def test_beams_and_speculation():
-    """Caches that are reordered and cropped, several new tokens at once."""
+    """Reordered and cropped caches, several new tokens at once."""
     model, batch, one = make_model(), prompts(0, 9), prompts(0)
     draft = make_model(num_hidden_layers=1)
     expected = [greedy(model, batch, num_beams=3), greedy(model, one, assistant_model=draft)]
@@ -114,7 +114,7 @@ def test_beams_and_speculation():
 @pytest.mark.parametrize("by_layer", [True, False], ids=["windowed-cache", "whole-cache"])
 @pytest.mark.parametrize("family", ["gemma2", "mistral"])
 def test_several_new_tokens_and_a_window(family, by_layer):
-    """Also with a cache that keeps what lies outside of the window."""
+    """Also with a cache that keeps tokens outside the window."""
     model, batch = FAMILIES[family](), prompts(0, 0)["input_ids"]
 
     def run() -> Tensor:
@@ -166,7 +166,7 @@ def test_compiled_whole(paddings):
         logits = [model(**batch, position_ids=positions, past_key_values=cache).logits[:, -1]]
         for i in range(4):
             options = {"position_ids": positions[:, -1:] + i + 1, "past_key_values": cache}
-            if paddings is not None:  # with the room that the cache has, so that its shape stays
+            if paddings is not None:  # padded to the cache's capacity, so its shape stays constant
                 options["attention_mask"] = nn.functional.pad(batch["attention_mask"], (0, 11), value=1)
             with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
                 logits.append(step(logits[-1].argmax(-1, keepdim=True), **options).logits[:, -1])
@@ -182,7 +182,7 @@ def test_compiled_whole(paddings):
 
 
 @torch.inference_mode()
-def test_compiled_what_falls_back_is_logged(monkeypatch):
+def test_fallbacks_in_compiled_code_are_logged(monkeypatch):
     torch._dynamo.reset()
     model, batch = accelerate(make_model("qwen3", head_dim=12)), prompts(0)
     logged = []
@@ -217,7 +217,7 @@ def test_half_precision_is_as_close_as_without(one_place):
 
 
 def test_by_name():
-    """As from_pretrained and from_config take it; the implementation of submodels too."""
+    """As accepted by from_pretrained and from_config, also for submodels."""
     config = make_model().config
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="flashdecpp").eval()
     twin = make_model()
@@ -226,11 +226,11 @@ def test_by_name():
     assert attention_calls(model)["flashdecpp"] == 11 * LAYERS
 
 
-# -------------------------------------------------------------------------------------------- what falls back
+# -------------------------------------------------------------------------------------------------- fallbacks
 
 
 def _one_step(model: PreTrainedModel, new_tokens: int = 1, **options) -> set[str]:
-    """Holds a step against the same without flashdecpp; says why its attention fell back."""
+    """Compares a step to the same step without flashdecpp; returns the reasons why attention fell back."""
     batch = prompts(0, 5)
     mask = nn.functional.pad(batch["attention_mask"], (0, new_tokens), value=1)
 
@@ -246,7 +246,7 @@ def _one_step(model: PreTrainedModel, new_tokens: int = 1, **options) -> set[str
 
 
 @torch.no_grad()
-def test_what_falls_back_says_why():
+def test_fallbacks_give_their_reason():
     assert _one_step(make_model()) == set()
     given_or_padding = {"mask: given by the caller, or padding with several new tokens"}
     assert _one_step(make_model(), new_tokens=3) == given_or_padding
@@ -266,10 +266,10 @@ def test_a_mask_that_the_model_changed_is_refused():
         integration.attention(nn.Identity(), q, q, q, nn.functional.pad(description, (0, 7)))
 
 
-def test_training_is_as_before():
+def test_training_is_unchanged():
     assert _one_step(make_model()) == {"gradients are needed: use torch.no_grad()"}
     batch = prompts(0, 3)
-    batch["input_ids"] = batch["input_ids"][:, :12]  # few enough for decode_attention
+    batch["input_ids"] = batch["input_ids"][:, :12]  # within decode_attention's limit
     batch["attention_mask"] = batch["attention_mask"][:, :12]
     gradients = []
     for model in make_model(), accelerate(make_model()):
@@ -280,7 +280,7 @@ def test_training_is_as_before():
 
 
 @pytest.mark.parametrize("keys", [1, 2, 9])
-def test_a_description_says_what_the_mask_said(keys):
+def test_a_description_is_equivalent_to_its_mask(keys):
     torch.manual_seed(keys)
     visible = torch.rand(5, 1, 1, keys) > 0.5
     description = integration._describe_visible(visible[:, 0, 0])
@@ -288,7 +288,7 @@ def test_a_description_says_what_the_mask_said(keys):
 
 
 @pytest.mark.parametrize("window", [0, 3])
-def test_a_description_says_what_the_mask_function_said(window):
+def test_a_description_is_equivalent_to_its_mask_function(window):
     masking = transformers.masking_utils
     function = masking.sliding_window_causal_mask_function(window) if window else masking.causal_mask_function
     sizes = dict(batch_size=2, q_length=4, kv_length=12, q_offset=5, mask_function=function)
@@ -299,7 +299,7 @@ def test_a_description_says_what_the_mask_function_said(window):
 # ---------------------------------------------------------------------------------------- accelerate, restore
 
 
-def test_accelerate_takes_linear_layers_and_norms_and_restore_gives_them_back(monkeypatch):
+def test_accelerate_replaces_linear_layers_and_norms_and_restore_undoes_it(monkeypatch):
     model, batch = make_model(), prompts(0)
     state, expected = model.state_dict(), greedy(model, batch)
     assert flashdecpp.accelerate(model) is model
@@ -326,7 +326,7 @@ def test_other_norms_are_left_alone():
     assert not any("forward" in vars(m) for m in model.modules() if type(m).__name__ == "Gemma2RMSNorm")
 
 
-def test_models_that_it_cannot_accelerate():
+def test_models_that_cannot_be_accelerated():
     with pytest.raises(TypeError, match="must be a transformers PreTrainedModel, got Linear"):
         accelerate(nn.Linear(8, 8))
     falcon = transformers.FalconConfig(
@@ -336,11 +336,11 @@ def test_models_that_it_cannot_accelerate():
         accelerate(transformers.FalconForCausalLM(falcon))
 
 
-# ------------------------------------------------------------- copies, and what others do to a layer
+# ---------------------------------------------------------- copies, and layers that others have changed
 
 
 def logits(model: nn.Module) -> Tensor:
-    """Of the last of 21 tokens and of one more step, [2, vocab]."""
+    """Logits of the last of 21 tokens and of one more step, [2, vocab]."""
     ids = prompts(0)["input_ids"]
     with torch.no_grad():
         out = model(ids, use_cache=True)
@@ -357,7 +357,7 @@ def saved_and_loaded(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def replicated(model: PreTrainedModel) -> PreTrainedModel:
-    """As DataParallel makes a replica on each of its devices: shallow, with tensors of its own put in."""
+    """As DataParallel replicates a model on each device: shallowly, with its own tensors put in."""
     replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for original, replica in replicas.items():
         replica._modules = {name: replicas[child] for name, child in original._modules.items()}
@@ -375,7 +375,7 @@ COPIES: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copy_is_accelerated_and_runs_its_own_weights(how, monkeypatch):
+def test_a_copy_stays_accelerated_and_uses_its_own_weights(how, monkeypatch):
     model = accelerate(make_model())
     expected = logits(model)
     twin = COPIES[how](model)
@@ -405,7 +405,7 @@ def test_restore_works_on_a_copy_and_leaves_the_original(how):
 
 
 def test_another_process_runs_a_pickled_model(tmp_path):
-    """One that has imported nothing yet, as with multiprocessing's spawn."""
+    """A fresh process, as with multiprocessing's spawn."""
     model = accelerate(make_model())
     torch.save({"model": model, "expected": logits(model)}, tmp_path / "model.pt")
     code = """
@@ -422,7 +422,7 @@ torch.testing.assert_close(step.logits[:, -1], saved["expected"][:1])
     assert result.returncode == 0, result.stderr
 
 
-def test_the_folder_of_an_accelerated_model_is_that_of_the_model(tmp_path):
+def test_an_accelerated_model_is_saved_like_the_original(tmp_path):
     make_model().save_pretrained(tmp_path / "before")
     accelerate(make_model()).save_pretrained(tmp_path / "after")
     for name in ("config.json", "model.safetensors"):
@@ -430,7 +430,7 @@ def test_the_folder_of_an_accelerated_model_is_that_of_the_model(tmp_path):
 
 
 class Opaque(Tensor):
-    """A weight whose layout only its own library knows, as torchao's: F.linear works, data_ptr doesn't."""
+    """A weight whose layout only its own library knows, like torchao's: F.linear works, data_ptr doesn't."""
 
     @staticmethod
     def __new__(cls, values: Tensor) -> Opaque:
@@ -457,7 +457,7 @@ def make_opaque(layer: nn.Linear) -> None:
 
 
 @pytest.mark.parametrize("first", ["opaque", "accelerate"])
-def test_a_weight_that_is_a_tensor_subclass_keeps_its_forward(first):
+def test_a_tensor_subclass_weight_keeps_its_forward(first):
     """Whether it became one before or after accelerate."""
     model, expected = make_model(), logits(make_model())
     for step in (first, *({"opaque", "accelerate"} - {first})):
@@ -500,7 +500,7 @@ OTHERS: dict[str, Callable[[nn.Linear], object]] = {
 
 @pytest.mark.parametrize("accelerated_first", [False, True])
 @pytest.mark.parametrize("other", OTHERS)
-def test_what_others_did_to_a_layer_still_holds(other, accelerated_first):
+def test_other_changes_to_a_layer_still_apply(other, accelerated_first):
     plain, model = make_model(), make_model()
     OTHERS[other](plain.lm_head)
     if accelerated_first:
@@ -532,8 +532,8 @@ def test_a_model_inside_an_adapter():
     assert type(model.lm_head) is nn.Linear
 
 
-def test_weights_that_are_not_there():
-    """A model without any gives shapes; where some have yet to come, torch's own linear gives garbage."""
+def test_missing_weights():
+    """Without any weights, a model gives shapes; with some missing, torch's own linear gives garbage."""
     with torch.device("meta"):
         model = make_model()
     assert logits(accelerate(model)).is_meta
@@ -543,7 +543,7 @@ def test_weights_that_are_not_there():
         logits(accelerate(model))
 
 
-def test_autocast_computes_what_it_computes_without():
+def test_autocast_gives_the_same_results_as_without():
     model, ids = make_model(), prompts(0)["input_ids"]
     results = []
     for run in (lambda: model, lambda: accelerate(model)):
@@ -556,7 +556,7 @@ def test_autocast_computes_what_it_computes_without():
 
 
 def test_only_the_bias_is_trained():
-    """As adapters for the biases alone do it."""
+    """As in adapters that train only biases."""
     gradients = []
     for model in (make_model("qwen2"), accelerate(make_model("qwen2"))):
         for name, parameter in model.named_parameters():
@@ -570,7 +570,7 @@ def test_only_the_bias_is_trained():
 
 @pytest.mark.parametrize("mode", ["forward", "torch.func"])
 def test_derivatives_of_a_layer(mode):
-    """Those that no tensor announces by requires_grad."""
+    """Derivatives that requires_grad does not reveal."""
     results = []
     for model in (make_model().requires_grad_(False), accelerate(make_model().requires_grad_(False))):
         step = nn.Sequential(model.model.norm, model.model.layers[0].mlp.gate_proj)

@@ -1,4 +1,4 @@
-"""The switch of linear: its tables, how their points are derived, who finds them, and that linear follows."""
+"""How linear picks an implementation: its tables, how their points are derived and found, and their use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def profile(n: int, k: int, m1: int, m2: int, *, dtype: str = "bfloat16", last: 
     return Profile(dtype, n, k, m1, m2, (1, last), times, {"date": "2026-01-01"})
 
 
-# ------------------------------------------------------------------------------------- the look-up in C++
+# ------------------------------------------------------------------------------------- lookup in C++
 
 
 def points(tables: _C.LinearTables, device: str, dtype: _C.DType, n: int, k: int, m: int) -> tuple | None:
@@ -45,7 +45,7 @@ def points(tables: _C.LinearTables, device: str, dtype: _C.DType, n: int, k: int
     return found and (found.m1, found.m2)
 
 
-def test_a_hit_needs_the_device_the_dtype_and_the_shape() -> None:
+def test_a_hit_requires_device_dtype_and_shape() -> None:
     tables = _C.LinearTables()
     tables.install("here", [_C.LinearRow(BF16, 64, 32, 3, 9, 128), _C.LinearRow(BF16, 32, 64, 5, 6, 16)])
     assert points(tables, "here", _C.DType.bfloat16, 64, 32, 1) == (3, 9)
@@ -59,14 +59,14 @@ def test_a_hit_needs_the_device_the_dtype_and_the_shape() -> None:
         assert points(tables, *miss, 1) is None
 
 
-def test_a_table_says_nothing_of_more_rows_than_were_measured() -> None:
+def test_a_table_is_silent_beyond_the_measured_rows() -> None:
     tables = _C.LinearTables()
     tables.install("here", [_C.LinearRow(BF16, 64, 32, 3, 9, 128)])
     assert points(tables, "here", _C.DType.bfloat16, 64, 32, 128) == (3, 9)
     assert points(tables, "here", _C.DType.bfloat16, 64, 32, 129) is None
 
 
-def test_a_new_table_replaces_that_of_its_device_alone() -> None:
+def test_a_new_table_replaces_only_its_own_devices_table() -> None:
     tables = _C.LinearTables()
     for device, m1 in (("here", 2), ("there", 3), ("here", 4)):
         tables.install(device, [_C.LinearRow(BF16, 64, 32, m1, 9, 128)])
@@ -77,7 +77,7 @@ def test_a_new_table_replaces_that_of_its_device_alone() -> None:
 
 
 @given(keys=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9), st.integers(1, 9)), unique=True))
-def test_every_row_is_found_in_whatever_order_they_came(keys: list[tuple[int, int, int]]) -> None:
+def test_every_row_is_found_whatever_their_order(keys: list[tuple[int, int, int]]) -> None:
     tables = _C.LinearTables()
     tables.install("here", [_C.LinearRow(*key, index + 1, 100, 128) for index, key in enumerate(keys)])
     for dtype in (_C.DType.float32, _C.DType.float16, _C.DType.bfloat16):
@@ -88,8 +88,8 @@ def test_every_row_is_found_in_whatever_order_they_came(keys: list[tuple[int, in
                 assert points(tables, "here", dtype, n, k, 1) == expected
 
 
-def test_a_look_up_takes_no_time_that_matters() -> None:
-    """Among 10,000 shapes of each of 20 devices, called from Python; the bound is for any machine."""
+def test_lookup_time_is_negligible() -> None:
+    """With 20 devices of 10,000 shapes each, called from Python; the bound suits any machine."""
     tables = _C.LinearTables()
     rows = [_C.LinearRow(BF16, n, 64, 3, 9, 128) for n in range(1, 10_001)]
     for index in range(20):
@@ -102,12 +102,12 @@ def test_a_look_up_takes_no_time_that_matters() -> None:
     assert best / 1_000 < 20e-6
 
 
-# ---------------------------------------------------------------------------------------- linear follows
+# ---------------------------------------------------------------------------------------- linear uses them
 
 
 @pytest.fixture
 def install(one_place: Place):
-    """Puts profiles before this machine's own table, which is there again afterwards."""
+    """Installs profiles in place of this machine's own table, which is restored afterwards."""
     device = torch.device(one_place.device)
     key = (device.type, "cpu" if device.type == "cpu" else torch.cuda.get_device_name())
 
@@ -129,15 +129,15 @@ def runs_blas(function, **arguments) -> bool:
     return "aten::linear" in {event.key for event in profiler.key_averages()}
 
 
-def test_choice_changes_at_the_points(one_place, install):
+def test_the_choice_changes_at_the_points(one_place, install):
     install(profile(96, 64, m1=3, m2=9), profile(64, 96, m1=1, m2=1))
     chosen = {m: ops.linear_choice(**call(one_place, m, 96, 64)) for m in (1, 2, 3, 8, 9, 128)}
     assert list(chosen.values()) == ["gemv", "gemv", "flat_gemm", "flat_gemm", "blas", "blas"]
     assert ops.linear_choice(**call(one_place, 1, 64, 96)) == "blas"
 
 
-def test_without_a_profile_the_rule_holds(one_place, install):
-    """Another shape, another dtype, or more rows than were measured."""
+def test_without_a_profile_the_default_rule_applies(one_place, install):
+    """A different shape or dtype, or more rows than were measured."""
     arguments = [call(one_place, m, 96, 64) for m in (1, 16, 17, 300)]
     install()
     rule = [ops.linear_choice(**a) for a in arguments]
@@ -148,7 +148,7 @@ def test_without_a_profile_the_rule_holds(one_place, install):
 
 
 @pytest.mark.parametrize("m", [1, 5, 40])
-def test_linear_runs_what_was_chosen(one_place, install, m):
+def test_linear_runs_the_chosen_implementation(one_place, install, m):
     arguments = call(one_place, m, 96, 64)
     for points in ((129, 129), (1, 129), (1, 1)):
         install(profile(96, 64, *points))
@@ -156,14 +156,14 @@ def test_linear_runs_what_was_chosen(one_place, install, m):
         assert runs_blas(ops.linear, **arguments) == (points == (1, 1))
 
 
-def test_explicit_implementations_ask_no_table(one_place, install):
+def test_explicit_implementations_ignore_the_table(one_place, install):
     install(profile(96, 64, 1, 1))
     assert not runs_blas(ops.linear, **call(one_place, 1, 96, 64), impl="gemv")
     install(profile(96, 64, 129, 129))
     assert runs_blas(ops.linear, **call(one_place, 1, 96, 64), impl="blas")
 
 
-def test_compiled_code_chooses_when_it_runs(one_place, install):
+def test_compiled_code_chooses_at_run_time(one_place, install):
     compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
     arguments = call(one_place, 2, 96, 64)
     for points in ((129, 129), (1, 1), (129, 129)):
@@ -177,7 +177,7 @@ on_a_gpu = pytest.mark.parametrize(
 
 
 @on_a_gpu
-def test_a_gpu_asks_only_where_its_kernels_can_run(install, one_place):
+def test_a_gpu_uses_the_table_only_where_its_kernels_can_run(install, one_place):
     install(profile(96, 60, 129, 129), profile(96, 64, 129, 129), profile(96, 64, 129, 129, dtype="float32"))
     assert ops.linear_choice(**call(one_place, 1, 96, 60)) == "blas"
     assert ops.linear_choice(**call(Place("cuda", torch.float32), 1, 96, 64)) == "blas"
@@ -185,7 +185,7 @@ def test_a_gpu_asks_only_where_its_kernels_can_run(install, one_place):
 
 
 @on_a_gpu
-def test_a_cuda_graph_keeps_what_was_chosen_for_it(install, one_place):
+def test_a_cuda_graph_keeps_the_captured_choice(install, one_place):
     arguments = call(one_place, 2, 96, 64)
     install(profile(96, 64, 129, 129))
     expected = ops.linear(**arguments)
@@ -197,12 +197,12 @@ def test_a_cuda_graph_keeps_what_was_chosen_for_it(install, one_place):
     assert torch.equal(out, expected)
 
 
-def test_linear_choice_refuses_what_linear_refuses():
+def test_linear_choice_validates_like_linear():
     with pytest.raises(ValueError, match="weight must have K 64 as x"):
         ops.linear_choice(torch.ones(1, 64), torch.ones(3, 65))
 
 
-# ------------------------------------------------------------------------------------- derived from times
+# ------------------------------------------------------------------------------------- points from times
 
 
 def chosen(m1: int, m2: int, m: int) -> str:
@@ -210,7 +210,7 @@ def chosen(m1: int, m2: int, m: int) -> str:
 
 
 def loss(us: dict, m1: int, m2: int, rows=ROWS) -> float:
-    """How much longer than the fastest, in proportion, summed over the rows."""
+    """Relative slowdown over the fastest implementation, summed over the rows."""
     total = 0.0
     for i, m in enumerate(rows):
         impl = chosen(m1, m2, m)
@@ -220,19 +220,19 @@ def loss(us: dict, m1: int, m2: int, rows=ROWS) -> float:
 
 
 def curves(m1: float, m2: float, slope: float = 0.5) -> dict[str, list[float]]:
-    """gemv and flat_gemm are equal at m1, flat_gemm and blas at m2."""
+    """gemv and flat_gemm cross at m1, flat_gemm and blas at m2."""
     flat = [100.0] * len(ROWS)
     gemv = [100.0 * (m / m1) ** slope for m in ROWS]
     blas = [100.0 * (m2 / m) ** slope for m in ROWS]
     return {"gemv": gemv, "flat_gemm": flat, "blas": blas}
 
 
-def test_points_of_clear_curves() -> None:
+def test_points_of_clean_curves() -> None:
     assert inflection_points(ROWS, curves(2.9, 15.9)) == (3, 16)
     assert inflection_points(ROWS, curves(1.9, 23.9)) == (2, 24)
 
 
-def test_points_between_measured_rows_lie_where_the_lines_meet() -> None:
+def test_points_between_measured_rows_lie_where_the_lines_cross() -> None:
     us = {"gemv": [10.0, 20.0, 60.0], "blas": [30.0, 30.0, 40.0]}
     assert inflection_points([1, 4, 16], us) == (8, 8)  # 20 + 40/12 (m - 4) = 30 + 10/12 (m - 4) at m = 8
     us["gemv"][2] = 41.0
@@ -242,12 +242,12 @@ def test_points_between_measured_rows_lie_where_the_lines_meet() -> None:
 @pytest.mark.parametrize(
     ("fastest", "expected"), [("gemv", (129, 129)), ("flat_gemm", (1, 129)), ("blas", (1, 1))]
 )
-def test_one_that_is_always_fastest_is_taken_for_all_rows(fastest: str, expected: tuple) -> None:
+def test_the_fastest_everywhere_gets_all_rows(fastest: str, expected: tuple) -> None:
     us = {impl: [9.0 if impl == fastest else 10.0] * len(ROWS) for impl in IMPLS}
     assert inflection_points(ROWS, us) == expected
 
 
-def test_of_equals_blas_and_no_switch() -> None:
+def test_ties_go_to_blas_and_avoid_a_switch() -> None:
     assert inflection_points(ROWS, {impl: [10.0] * len(ROWS) for impl in IMPLS}) == (1, 1)
     hardly = {"gemv": [9.95] + [11.0] * 13, "flat_gemm": [10.0] * 14, "blas": [10.0] * 14}
     assert inflection_points(ROWS, hardly) == (1, 1)
@@ -255,14 +255,14 @@ def test_of_equals_blas_and_no_switch() -> None:
     assert inflection_points(ROWS, clearly) == (2, 2)
 
 
-def test_one_wrong_time_moves_no_point() -> None:
+def test_one_outlier_moves_no_point() -> None:
     for impl, index in (("gemv", 0), ("flat_gemm", 5), ("blas", 12)):
         us = curves(2.9, 15.9)
         us[impl][index] *= 1.2
         assert inflection_points(ROWS, us) == (3, 16)
 
 
-def test_what_was_not_measured_is_never_taken() -> None:
+def test_unmeasured_implementations_are_never_chosen() -> None:
     us = {"gemv": [1.0, 1.0, None, None], "flat_gemm": [3.0, 3.0, 3.0, 3.0], "blas": [None, 9.0, 4.0, 2.0]}
     assert inflection_points([1, 2, 8, 16], us) == (3, 12)
     us = {"gemv": [1.0, 1.0, 1.0, None], "blas": [None, 9.0, 4.0, 2.0]}
@@ -278,8 +278,8 @@ def test_what_was_not_measured_is_never_taken() -> None:
     noise=st.lists(st.floats(-0.03, 0.03), min_size=42, max_size=42),
 )
 @example(m1=3.0, wider=1.0, slope=0.1, noise=[0.0] * 42)
-def test_noisy_times_cost_no_more_than_their_noise(m1, wider, slope, noise) -> None:
-    """Judged by the true times, the points are about as good as the best there are, and they are in order."""
+def test_noisy_times_cost_no_more_than_the_noise(m1, wider, slope, noise) -> None:
+    """Judged by the true times, the points are in order and close to optimal."""
     true = curves(m1, m1 * wider, slope)
     noisy = {
         impl: [time * (1 + noise[14 * i + j]) for j, time in enumerate(true[impl])]
@@ -289,12 +289,12 @@ def test_noisy_times_cost_no_more_than_their_noise(m1, wider, slope, noise) -> N
     assert 1 <= found[0] <= found[1] <= ROWS[-1] + 1
     edges = [*ROWS, ROWS[-1] + 1]
     best = min(loss(true, a, b) for b in edges for a in edges if a <= b)
-    # Where both differ, each true time is at most 0.06 / 0.97 further behind than it seemed.
+    # Where the two differ, each true time is at most 0.06 / 0.97 further behind than it appeared.
     assert loss(true, *found) - best <= 2 * SWITCH_WORTH + (1 + best) * len(ROWS) * 2 * 0.062
 
 
 @given(rows=st.lists(st.integers(1, 300), min_size=1, max_size=8, unique=True).map(sorted), data=st.data())
-def test_points_of_any_times_are_the_best_there_are(rows, data) -> None:
+def test_points_of_any_times_are_optimal(rows, data) -> None:
     times = st.one_of(st.none(), st.floats(0.1, 1e4))
     us = {impl: data.draw(st.lists(times, min_size=len(rows), max_size=len(rows))) for impl in IMPLS[:2]}
     us["blas"] = data.draw(st.lists(st.floats(0.1, 1e4), min_size=len(rows), max_size=len(rows)))
@@ -316,7 +316,7 @@ def table(*profiles: Profile, kind: str = "cuda", device: str = "NVIDIA H100 80G
     return Table(kind, device, profiles)
 
 
-def test_a_file_gives_back_what_it_was_written_from(tmp_path: Path) -> None:
+def test_a_saved_table_round_trips(tmp_path: Path) -> None:
     times = {"gemv": (1.5, None), "flat_gemm": (2.0, 2.25), "blas": (3.0, 2.0)}
     first = Profile("float16", 4096, 4096, 2, 8, (1, 8), times, {"driver": "580.1"})
     written = table(first, profile(8, 16, 1, 1))
@@ -328,7 +328,7 @@ def test_a_file_gives_back_what_it_was_written_from(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_later_versions_may_add_to_a_shape(tmp_path: Path) -> None:
+def test_later_versions_may_add_fields_to_a_shape(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     table(profile(8, 16, 1, 1)).save(path)
     raw = json.loads(path.read_text())
@@ -381,7 +381,7 @@ BAD_SHAPES = {
 
 
 @pytest.mark.parametrize("problem", [*BAD, *BAD_SHAPES])
-def test_a_bad_file_names_itself_and_what_is_wrong(tmp_path: Path, problem: str) -> None:
+def test_the_error_names_the_bad_file_and_the_problem(tmp_path: Path, problem: str) -> None:
     path = tmp_path / "table.json"
     table(profile(8, 16, 1, 1)).save(path)
     raw = json.loads(path.read_text())
@@ -395,7 +395,7 @@ def test_a_bad_file_names_itself_and_what_is_wrong(tmp_path: Path, problem: str)
         Table.load(path)
 
 
-def test_a_file_that_is_missing_or_no_json_names_itself(tmp_path: Path) -> None:
+def test_the_error_names_a_file_that_is_missing_or_not_json(tmp_path: Path) -> None:
     with pytest.raises(TableError, match=r"no\.json can't be read: No such file"):
         Table.load(tmp_path / "no.json")
     (tmp_path / "table.json").write_text("{")
@@ -411,8 +411,8 @@ def test_shapes_on_the_command_line() -> None:
 
 
 @pytest.mark.parametrize("size", [1 << 50, (1 << 24) + 1])
-def test_sizes_that_no_weight_has_are_refused(size: int) -> None:
-    """Before a tensor of them is asked for."""
+def test_implausible_weight_sizes_are_refused(size: int) -> None:
+    """Before any tensor is allocated."""
     from flashdecpp import info
 
     said = "N and K of a weight must be from 1 to 16777216"
@@ -436,7 +436,7 @@ def test_sizes_that_no_weight_has_are_refused(size: int) -> None:
     }.items(),
     ids=lambda item: item[0],
 )
-def test_a_spoiled_file_is_one_short_line_among_the_problems(tmp_path: Path, content) -> None:
+def test_a_corrupt_file_is_reported_in_one_short_line(tmp_path: Path, content) -> None:
     path = tmp_path / "a.json"
     path.mkdir() if content[1] is None else path.write_text(content[1])
     found = find_tables([tmp_path])
@@ -445,7 +445,7 @@ def test_a_spoiled_file_is_one_short_line_among_the_problems(tmp_path: Path, con
     assert str(path) in problem and "\n" not in problem and len(problem) < 500
 
 
-def test_a_pipe_among_the_tables_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_among_the_tables_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.json")
     assert "is a pipe or a device" in find_tables([tmp_path]).problems[0]
 
@@ -464,7 +464,7 @@ def test_the_users_table_wins_over_the_shipped_one(tmp_path: Path) -> None:
     assert len(found.problems) == 1 and "bad.json" in found.problems[0]
 
 
-def test_without_a_home_there_are_the_shipped_tables(monkeypatch) -> None:
+def test_without_a_home_folder_only_shipped_tables_are_used(monkeypatch) -> None:
     def no_home(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -474,7 +474,7 @@ def test_without_a_home_there_are_the_shipped_tables(monkeypatch) -> None:
         tuning.user_folder()
 
 
-def test_shipped_tables_are_valid_and_can_be_derived_again() -> None:
+def test_shipped_tables_are_valid_and_reproducible() -> None:
     found = find_tables([tuning.shipped_folder()])
     assert found.problems == []
     for shipped in found.tables.values():
@@ -482,7 +482,7 @@ def test_shipped_tables_are_valid_and_can_be_derived_again() -> None:
             assert inflection_points(p.m, p.us) == (p.m1, p.m2)
 
 
-# ---------------------------------------------------------------------------------- measured, and found again
+# ---------------------------------------------------------------------------------- measuring and finding
 
 
 def test_tune_measures_this_machine(one_place) -> None:
@@ -500,7 +500,7 @@ def test_tune_measures_this_machine(one_place) -> None:
         assert f"bfloat16 [{p.n}, {p.k}]" in line
 
 
-def test_a_shape_that_does_not_fit_is_refused_before_anything_is_measured() -> None:
+def test_a_shape_that_does_not_fit_is_refused_before_measuring() -> None:
     with pytest.raises(TableError, match=r"measuring \[8, 1099511627776\] needs .* GB are free"):
         tuner.tune([(8, 8), (8, 1 << 40)], torch.bfloat16, CPU)
 
@@ -521,7 +521,7 @@ def in_new_process(code: str, **environment: str) -> subprocess.CompletedProcess
 ASK = "import torch as t, flashdecpp; print(flashdecpp.ops.linear_choice(t.ones(1, 48), t.ones(64, 48)))"
 
 
-def test_from_the_command_line_to_every_later_run(tmp_path: Path) -> None:
+def test_tables_tuned_on_the_command_line_apply_to_later_runs(tmp_path: Path) -> None:
     cache = {"FLASHDECPP_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     tune = ("tune", "--device", "cpu", "--dtype", "float32", "--shapes")
     first = flashdecpp(*tune, "64,48", "--plot", str(tmp_path / "plot.png"), **cache)
@@ -548,7 +548,7 @@ def test_from_the_command_line_to_every_later_run(tmp_path: Path) -> None:
     assert "none, so the rule above" in another_cpu and "(default rule)" in another_cpu
 
 
-def test_tuning_for_a_model_into_a_file_of_ones_own(tmp_path: Path) -> None:
+def test_tuning_for_a_model_into_a_given_file(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     output = tmp_path / "mine.json"
     result = flashdecpp(
@@ -562,7 +562,7 @@ def test_tuning_for_a_model_into_a_file_of_ones_own(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_bad_table_is_a_warning_and_tuning_says_what_to_do(tmp_path: Path) -> None:
+def test_a_bad_table_only_warns_and_tuning_gives_the_remedy(tmp_path: Path) -> None:
     cache = {"FLASHDECPP_CACHE": str(tmp_path)}
     path = tmp_path / "tables" / Table("cpu", device_name(CPU)).file_name
     path.parent.mkdir()
