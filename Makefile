@@ -1,4 +1,4 @@
-# Two commands: `make run` reads a real model's answer, `make test` runs the tests. Both set up what they need.
+# `make run` generates an answer with a real model; `make test` runs the tests. Both set up everything they need.
 PYTHON ?= python3
 PROMPT ?= Explain in three sentences why the sky is blue.
 VENV := .venv
@@ -23,7 +23,7 @@ test: $(VENV)/.built $(VENV)/.test-tools
 gpu-test: $(VENV)/.built $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m gpu
 
-# The library for AMD GPUs on a machine without ROCm. With it, pip install . builds that library by itself.
+# Builds the library for AMD GPUs on a machine without ROCm. With ROCm installed, `pip install .` builds it.
 hip: $(VENV)/.packages
 	csrc/hip/toolchain.sh build/hip-toolchain
 	$(BIN)/cmake -S . -B build/hip -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \

@@ -1,4 +1,4 @@
-"""Drives CMake for pip: which op libraries this machine can build, and why. The rest is in pyproject.toml."""
+"""Drives CMake for pip and decides which op libraries to build. The rest is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_CUDA_ARCHITECTURES = ["80-real", "90a-real"]
-# What torch's own builds take for the names of generations
+# GPU generations by name, as torch's own builds define them
 CUDA_GENERATIONS = {
     "Maxwell": "5.0;5.2+PTX",
     "Pascal": "6.0;6.1+PTX",
@@ -32,7 +32,7 @@ DEFAULT_HIP_ARCHITECTURES = ["gfx90a", "gfx942", "gfx1100"]
 
 
 def torch_folder() -> Path | None:
-    """torch's folder in the environment that is installed into: pip's isolated builds hide it from import."""
+    """torch's folder in the target environment; pip's isolated builds hide it from import."""
     candidates = [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
     for folder in candidates:
         if (torch := Path(folder) / "torch" / "include" / "torch" / "csrc" / "stable").is_dir():
@@ -41,7 +41,7 @@ def torch_folder() -> Path | None:
 
 
 def tool(name: str, remedy: str) -> str:
-    """Full path of a build tool, or one sentence that says how to get it."""
+    """Full path of a build tool. Exits with a hint on how to get it if it is missing."""
     path = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if path is None:
         sys.exit(f"flashdecpp: {name} was not found; {remedy}")
@@ -55,7 +55,7 @@ def find_nvcc() -> str | None:
 
 
 def present_gpus() -> list[str]:
-    """Compute capabilities of this machine's NVIDIA GPUs that the kernels run on, such as ["9.0"]."""
+    """Compute capabilities of this machine's supported NVIDIA GPUs, such as ["9.0"]."""
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
@@ -65,12 +65,12 @@ def present_gpus() -> list[str]:
 
 
 def listed(variable: str) -> list[str]:
-    """The entries of an environment variable; semicolons, commas and blanks separate them."""
+    """The entries of an environment variable, separated by semicolons, commas or whitespace."""
     return [entry for entry in re.split(r"[;,\s]+", os.environ.get(variable, "")) if entry]
 
 
 def capabilities(entries: list[str]) -> list[str]:
-    """Torch's notation with its names for generations spelled out: "Ampere" -> "8.0", "8.6+PTX"."""
+    """Expands generation names in torch's notation: "Ampere" -> "8.0", "8.6+PTX"."""
     return [part for entry in entries for part in CUDA_GENERATIONS.get(entry, entry).split(";")]
 
 
@@ -81,7 +81,7 @@ def too_old(capability: str) -> bool:
 def cmake_architectures(capabilities: list[str]) -> list[str]:
     """CMake's names for torch's notation: "9.0" -> "90a-real"; "8.6+PTX" -> "86-real", "86-virtual".
 
-    Those before 8.0 are left out, as container images list them for every library.
+    Skips those before 8.0, which container images list for all libraries alike.
     """
     names = []
     for capability in capabilities:
@@ -110,7 +110,7 @@ def without(left_out: list[str]) -> str:
 
 
 def cuda_choice() -> tuple[list[str], str]:
-    """CMake options for CUDA, and the sentence that explains them."""
+    """CMake options for CUDA, and a sentence explaining them."""
     switch = os.environ.get("FLASHDECPP_CUDA", "")
     if switch == "0":
         return ["-DFLASHDECPP_CUDA=OFF"], "cuda: not built, FLASHDECPP_CUDA=0"
@@ -138,7 +138,7 @@ def cuda_choice() -> tuple[list[str], str]:
 
 
 def find_rocm() -> tuple[Path, str] | None:
-    """ROCm's folder and its compiler: clang itself, or hipcc, which calls it."""
+    """ROCm's folder and its compiler (clang, or hipcc, which calls it)."""
     homes = [
         os.environ.get("ROCM_PATH"),
         os.environ.get("ROCM_HOME"),
@@ -155,7 +155,7 @@ def find_rocm() -> tuple[Path, str] | None:
 
 
 def present_amd_gpus() -> list[str]:
-    """Targets of this machine's AMD GPUs that the kernels run on, such as ["gfx942"]."""
+    """Targets of this machine's supported AMD GPUs, such as ["gfx942"]."""
     for name in ("amdgpu-arch", "rocm_agent_enumerator"):
         for program in (name, f"/opt/rocm/bin/{name}", f"/opt/rocm/llvm/bin/{name}"):
             try:
@@ -167,12 +167,12 @@ def present_amd_gpus() -> list[str]:
 
 
 def hip_target(name: str) -> bool:
-    """Whether the kernels have matrix instructions for a target: CDNA2, CDNA3, RDNA3."""
+    """Whether the kernels support the target's matrix instructions (CDNA2, CDNA3, RDNA3)."""
     return re.fullmatch(r"(gfx90a|gfx942|gfx11\d\d)(:\w+[+-])*", name) is not None
 
 
 def hip_choice() -> tuple[list[str], str]:
-    """CMake options for HIP, and the sentence that explains them."""
+    """CMake options for HIP, and a sentence explaining them."""
     off = ["-DFLASHDECPP_HIP=OFF"]
     switch = os.environ.get("FLASHDECPP_HIP", "")
     if switch == "0":
@@ -206,7 +206,7 @@ def hip_choice() -> tuple[list[str], str]:
 
 
 class CMakeBuild(build_ext):
-    """Builds every library of CMakeLists.txt into the package folder (in place for an editable install)."""
+    """Builds all libraries in CMakeLists.txt into the package folder (in place for an editable install)."""
 
     def run(self) -> None:
         torch = torch_folder()

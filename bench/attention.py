@@ -1,15 +1,15 @@
-"""decode_attention beside what a user would call instead, on one GPU.
+"""decode_attention compared with its alternatives on one GPU.
 
 Every shape is checked against flashdecpp.reference before it is timed. Times are medians of CUDA-graph
-replays with the KV rotated past L2; `fraction` is the KV's bytes over that time, relative to the plain read
-of read_ceiling_gbs; `over_best_peer` is the time of the fastest peer on a shape, whatever layout it reads,
-over ours with the unified maximum.
+replays, rotating through enough KV to miss L2; `fraction` is the KV's bytes over that time, relative to
+read_ceiling_gbs; `over_best_peer` is the time of the fastest peer on a shape, in any layout, over ours with
+the unified maximum.
 
     python bench/attention.py [--groups main,ragged | all] [--peers none] [--output FILE.json]
     python bench/attention.py --quick        # ten shapes, no peers, nothing written
-    python bench/attention.py --dry-run      # tiny shapes on the CPU: does the script hold together?
+    python bench/attention.py --dry-run      # tiny shapes on the CPU, to test the script itself
 
-FlashInfer and FlashAttention-3 take part where they are installed.
+FlashInfer and FlashAttention-3 are included if installed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from torch import Tensor
 from flashdecpp import ops, reference
 
 REPLAYS = 20
-MIN_CALLS = 4  # of one graph: starting it takes a few microseconds
+MIN_CALLS = 4  # per graph, to amortize the few microseconds of its launch
 Timer = Callable[[list[Callable[[], object]]], float]
 
 
 def our_calls(inputs: Inputs) -> dict[str, Call]:
-    """decode_attention in both layouts, with the unified maximum and (the ablation) with the online one."""
+    """decode_attention in both layouts, with the unified maximum and, as an ablation, the online one."""
 
     def call(i: int, layout: str, phi: Tensor | None) -> Tensor:
         k, v = getattr(inputs, layout)(i)
@@ -57,7 +57,7 @@ def our_calls(inputs: Inputs) -> dict[str, Call]:
 
 
 def expected(inputs: Inputs, layout: str) -> Tensor:
-    """What attention over set 0 is."""
+    """The reference result for set 0."""
     k, v = getattr(inputs, layout)(0)
     if layout == "head_major":
         k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -66,13 +66,13 @@ def expected(inputs: Inputs, layout: str) -> Tensor:
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """The largest error over the largest value; infinite where either is not finite."""
+    """The largest error over the largest value; infinite if either is not finite."""
     error = (actual.float() - truth.float()).abs().max() / truth.float().abs().max()
     return error.item() if error.isfinite() else torch.inf
 
 
 def fallbacks(inputs: Inputs) -> int:
-    """How many rows the unified maximum had to recompute: what is timed as unified should be."""
+    """The number of rows recomputed with the unified maximum, which its timings should not include."""
     count = torch.zeros(1, dtype=torch.int32, device=inputs.q.device)
     ops.decode_attention(
         inputs.q,
@@ -99,7 +99,7 @@ def measure_shape(shape: Shape, peers: list[str], device: str, timer: Timer) -> 
         "error": {},
         "refused": {},
     }
-    # A result may be off by a few roundings of its own precision and of the weights'.
+    # Allow for a few roundings of the result and of the softmax weights.
     allowed = 8 * torch.finfo(inputs.q.dtype).eps
 
     def contest(name: str, layout: str, make: Callable[[], Call], checked: bool = True) -> None:
@@ -108,14 +108,14 @@ def measure_shape(shape: Shape, peers: list[str], device: str, timer: Timer) -> 
             if checked:
                 if layout not in truth:
                     truth[layout] = expected(inputs, layout)
-                call(0)  # what a call leaves behind must not spoil the next one
+                call(0)  # state left by one call must not corrupt the next
                 error = relative_error(call(0), truth[layout])
                 row["error"][name] = float(f"{error:.2g}")
                 if error > allowed:
                     raise ArithmeticError(f"wrong: relative error {error:.2g}, allowed {allowed:.2g}")
             calls = [partial(call, i) for i in range(inputs.sets)]
             row["us"][name] = round(timer(calls * -(-MIN_CALLS // inputs.sets)), 2)
-        except Exception as error:  # a peer may raise whatever it likes
+        except Exception as error:  # peers may raise anything
             row["refused"][name] = (str(error).strip() or repr(error)).splitlines()[0][:160]
             print(f"    {name}: {row['refused'][name]}", flush=True)
 
@@ -126,7 +126,7 @@ def measure_shape(shape: Shape, peers: list[str], device: str, timer: Timer) -> 
     for name in peers:
         _, layout, make = PEERS[name]
         if layout in inputs.layouts:
-            # No peer takes the fp8 scales of a head: without them it computes something else.
+            # No peer supports fp8 scales per head, so their results differ.
             contest(name, layout, partial(make, inputs), checked=not shape.fp8)
     return row
 
@@ -143,19 +143,19 @@ def measure_group(name: str, group: Group, peers: list[str], device: str, timer:
 
 
 def measure_elsewhere(name: str, group: Group, device: str) -> list[dict]:
-    """The rows of a group for other GPU kernels: the library reads their name once per process."""
+    """Measures a group in a new process: the library reads FLASHDECPP_GPU_KERNELS only once."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "rows.json")
         command = [sys.executable, __file__, "--groups", name, "--peers", "none", "--output", str(output)]
         dry_run = ["--dry-run"] if device == "cpu" else []
         environment = {**os.environ, "FLASHDECPP_GPU_KERNELS": str(group.kernels)}
-        # What failed is in the rows, which main() prints.
+        # Failures are recorded in the rows, and main() reports them.
         subprocess.run([*command, *dry_run], env=environment, stdout=subprocess.DEVNULL)
         return json.loads(output.read_text())["results"]["shapes"]
 
 
 def derive(row: dict, ceiling_gbs: float) -> dict:
-    """The row with what follows from its times."""
+    """Adds the figures derived from a row's times."""
     floor = row["kv_bytes"] / ceiling_gbs / 1e3
     ours = {name: us for name, us in row["us"].items() if name not in PEERS}
     peers = {name: us for name, us in row["us"].items() if name in PEERS}
@@ -175,7 +175,7 @@ def derive(row: dict, ceiling_gbs: float) -> dict:
 
 
 def progress(row: dict) -> str:
-    """A row in a line: ours with the unified maximum, the best peer, and its time over ours."""
+    """One line per row: ours with the unified maximum, the best peer, and its time over ours."""
     parts = []
     for layout in ("paged", "contiguous"):
         name = f"{layout} unified"
@@ -188,7 +188,7 @@ def progress(row: dict) -> str:
 
 
 def call_once_us(calls: list[Callable[[], object]]) -> float:
-    """The timer of a dry run."""
+    """The timer for dry runs."""
     start = time.perf_counter()
     for call in calls:
         call()
@@ -233,7 +233,7 @@ def main() -> None:
         for row in measure_group(name, group, peers, device, timer):
             rows.append(derive(row, ceiling))
             print(progress(rows[-1]), flush=True)
-        if output:  # after every group, so that a run cut off keeps what it has
+        if output:  # after every group, so that an interrupted run keeps its results
             measure.save(
                 Path(output), {"read_ceiling_gbs": round(ceiling), "summary": summary(rows), "shapes": rows}
             )

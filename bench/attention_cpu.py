@@ -1,4 +1,4 @@
-"""decode_attention compared with torch's SDPA on a CPU, and with the rate of a plain read of the same caches.
+"""decode_attention compared with torch's SDPA on a CPU, and with a plain read of the same caches.
 
 Every round runs each contestant once, including a plain read of the keys and values (torch.amax), so that
 drift in the machine's speed affects all of them alike. Results are medians over the rounds; "of_read" is the
@@ -31,7 +31,7 @@ HEAD_DIM = 128
 def contestants(
     q_heads: int, kv_heads: int, lengths: list[int], dtype: torch.dtype
 ) -> tuple[dict[str, Callable[[], object]], int]:
-    """The contestants by name, and the bytes of keys and values that each of them reads."""
+    """The contestants by name, and the bytes of keys and values that each one reads."""
     tokens, batch = sum(lengths), len(lengths)
     cache = torch.randn(2, tokens, kv_heads, HEAD_DIM, dtype=dtype)
     q = torch.randn(batch, 1, q_heads, HEAD_DIM, dtype=dtype)
@@ -60,7 +60,7 @@ def contestants(
         turns["sdpa"] = lambda: F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=q_heads != kv_heads
         )
-    else:  # SDPA takes no batch of different lengths: one call per sequence
+    else:  # SDPA does not support ragged batches: one call per sequence
         sequences = cache.split(lengths, dim=1)
         turns["sdpa"] = lambda: [
             F.scaled_dot_product_attention(

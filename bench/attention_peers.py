@@ -1,7 +1,7 @@
-"""What a user would call instead of decode_attention: torch's SDPA, FlashInfer, FlashAttention-3.
+"""Alternatives to decode_attention: torch's SDPA, FlashInfer, FlashAttention-3.
 
-A peer is made ready for a shape, outside of what is timed (plans and schedules are made once a step, for all
-layers), and is then called with the number of a KV set. What it can't do it raises.
+A peer is set up for a shape outside the timed region (plans and schedules are made once per step for all
+layers), then called with the index of a KV set. It raises an exception for anything it does not support.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _flashinfer(inputs: Inputs, tensor_cores: bool, pdl: bool) -> Call:
         kv_data_type=inputs.paged(0)[0].dtype,
     )
     q = inputs.q.squeeze(1)
-    # It takes no scale per head; an fp8 cache is read without any.
+    # FlashInfer has no scales per head; it reads fp8 caches without any.
     return lambda i: wrapper.run(q, inputs.paged(i), enable_pdl=pdl).unsqueeze(1)
 
 
@@ -64,7 +64,7 @@ def _flash_attention_3(inputs: Inputs, layout: str, scheduled: bool) -> Call:
     shape = inputs.shape
     paged = layout == "paged"
     options = {"cache_seqlens": inputs.seq_lens, "causal": True}
-    if scheduled:  # as vLLM does it: once a step instead of once a layer
+    if scheduled:  # once per step instead of once per layer, like vLLM
         capacity = inputs.block_table.size(1) * shape.block_size if paged else shape.length
         options["scheduler_metadata"] = get_scheduler_metadata(
             shape.batch,
@@ -84,7 +84,7 @@ def _flash_attention_3(inputs: Inputs, layout: str, scheduled: bool) -> Call:
     return lambda i: flash_attn_with_kvcache(inputs.q, *caches(i), **options)
 
 
-# name -> the module it needs, the layout it reads, how it is made ready
+# name -> the module it needs, the layout it reads, its setup function
 PEERS: dict[str, tuple[str, str, Callable[[Inputs], Call]]] = {
     **{
         f"sdpa {backend.name.split('_')[0].lower()} {layout}": (
@@ -117,7 +117,7 @@ PEERS: dict[str, tuple[str, str, Callable[[Inputs], Call]]] = {
 
 
 def installed(wanted: list[str]) -> list[str]:
-    """Which peers can be measured here, of those whose name begins with one of `wanted`; says which not."""
+    """The available peers whose names begin with one of `wanted`. Prints the modules that are missing."""
     missing, names = {}, []
     for name, (module, *_) in PEERS.items():
         if not any(name.startswith(prefix) for prefix in wanted):
@@ -126,7 +126,7 @@ def installed(wanted: list[str]) -> list[str]:
             try:
                 importlib.import_module(module)
                 missing[module] = None
-            except Exception as error:  # also a library that does not load, a version that does not fit
+            except Exception as error:  # including libraries that don't load and incompatible versions
                 missing[module] = error
                 print(f"{module} is left out: {str(error).splitlines()[0]}", flush=True)
         if missing[module] is None:

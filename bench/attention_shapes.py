@@ -1,4 +1,4 @@
-"""What bench/attention.py measures: shapes in groups, and the tensors of a shape."""
+"""The shapes that bench/attention.py measures, in groups, and their tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WINDOW = 1024
 
 @dataclass(frozen=True)
 class Shape:
-    """One decode step's attention. Every sequence has `length` keys, or from `shortest` up to that."""
+    """One decode step's attention. Every sequence has `length` keys, or between `shortest` and `length`."""
 
     batch: int
     length: int
@@ -52,7 +52,7 @@ class Shape:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Keys of every sequence; ragged ones are log-uniform and the same in every run."""
+        """Keys per sequence; ragged lengths are log-uniform and the same in every run."""
         if self.shortest is None:
             return [self.length] * self.batch
         draw = random.Random(0)
@@ -61,14 +61,14 @@ class Shape:
 
     @property
     def kv_bytes(self) -> int:
-        """What a call must read at least: the keys and values that its tokens see."""
+        """The minimum that a call must read: the keys and values that its tokens attend to."""
         keys = self.lengths
         if self.feature in ("window", "all"):
             keys = [min(n, WINDOW + self.q_len - 1) for n in keys]
         return 2 * sum(keys) * self.kv_heads * self.head_dim * (1 if self.fp8 else 2)
 
     def shrunk(self) -> Shape:
-        """The same kind of shape, small enough for a CPU."""
+        """A similar shape, small enough for a CPU."""
         length = min(self.length, 192)
         shortest = min(self.shortest, 7) if self.shortest else None
         return replace(self, batch=min(self.batch, 3), length=length, shortest=shortest)
@@ -76,10 +76,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Group:
-    """Shapes that are measured alike: against which peers, and with which of the library's GPU kernels."""
+    """Shapes measured against the same peers and with the same choice of GPU kernels."""
 
     shapes: tuple[Shape, ...]
-    peers: tuple[str, ...] = ()  # what their names begin with
+    peers: tuple[str, ...] = ()  # prefixes of their names
     kernels: str | None = None  # FLASHDECPP_GPU_KERNELS
 
 
@@ -106,7 +106,7 @@ GROUPS = {
     "pages": Group(
         tuple(shape for size in (1, 16, 64) for shape in _with(_FEW, block_size=size)), ("flashinfer", "fa3")
     ),
-    # Every shape with a 16-bit cache, then with an fp8 one.
+    # Each shape with a 16-bit cache, then with an fp8 one.
     "fp8": Group(
         tuple(
             replace(shape, dtype=dtype, fp8=fp8)
@@ -145,10 +145,10 @@ QUICK = Group(
 
 
 class Inputs:
-    """The tensors of a shape. `sets` KV caches to rotate among, each to be seen in up to three ways.
+    """The tensors of a shape, with `sets` KV caches to rotate among, each available in up to three layouts.
 
-    `paged`, `contiguous` and `head_major` are views of the same memory, so a shape's KV is allocated once for
-    everyone who is measured on it. What they see differs in order, and nobody's time depends on that.
+    `paged`, `contiguous` and `head_major` are views of the same memory, so a shape's KV is allocated once.
+    They see its values in different orders, which does not affect the times.
     """
 
     def __init__(self, shape: Shape, device: str) -> None:
@@ -165,7 +165,7 @@ class Inputs:
             shape.batch, shape.q_len, shape.q_heads, shape.head_dim, dtype=dtype, device=device
         )
         self.seq_lens = torch.tensor(shape.lengths, dtype=torch.int32, device=device)
-        # Blocks in random order, as a server's allocator leaves them.
+        # Blocks in random order, as in a server's fragmented cache.
         self.block_ids = torch.randperm(sum(blocks), device=device).to(torch.int32)
         self.block_table = torch.zeros(shape.batch, max(blocks), dtype=torch.int32, device=device)
         for row, ids in zip(self.block_table, self.block_ids.split(blocks), strict=True):
@@ -176,7 +176,7 @@ class Inputs:
         self.options = self._options(device)
 
     def _options(self, device: str) -> dict[str, object]:
-        """The optional arguments of decode_attention that the shape asks for."""
+        """decode_attention's optional arguments for the shape."""
         shape = self.shape
         options = {
             "window": WINDOW,
@@ -192,7 +192,7 @@ class Inputs:
 
     @property
     def layouts(self) -> list[str]:
-        """Ragged sequences are measured in pages alone: nobody would pad them to one length."""
+        """Ragged sequences are only measured paged: nobody would pad them to the same length."""
         return ["paged"] if self.shape.shortest else ["contiguous", "paged", "head_major"]
 
     def paged(self, i: int) -> tuple[Tensor, Tensor]:
@@ -207,7 +207,7 @@ class Inputs:
         return k, v
 
     def head_major(self, i: int) -> tuple[Tensor, Tensor]:
-        """K and V of set i, as caches for SDPA are kept: [batch, kv_heads, length, head_dim]."""
+        """K and V of set i, in SDPA's native layout: [batch, kv_heads, length, head_dim]."""
         shape = self.shape
         k, v = self._pools[i].view(2, shape.batch, shape.kv_heads, shape.length, shape.head_dim)
         return k, v

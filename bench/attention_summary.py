@@ -1,14 +1,14 @@
-"""The few figures that the rows of bench/attention.py come down to."""
+"""Summarizes the results of bench/attention.py in a few figures."""
 
 from __future__ import annotations
 
 from statistics import geometric_mean
 
-LARGE = 500e6  # bytes of KV from which a call should be bound by reading them
+LARGE = 500e6  # above this many bytes of KV, a call should be bandwidth-bound
 
 
 def summary(rows: list[dict]) -> dict[str, str]:
-    """What to show, line by line: of every group the speed against peers, floor and variants."""
+    """The lines to print: each group's speed relative to its peers, its floor and its variants."""
     lines: dict[str, str] = {}
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
@@ -32,13 +32,13 @@ def summary(rows: list[dict]) -> dict[str, str]:
 
 
 def _ratio(row: dict, name: str, other: dict, other_name: str) -> float | None:
-    """The time of one contestant over another's, where both have one."""
+    """One contestant's time over another's, if both were measured."""
     time, other_time = row["us"].get(name), other["us"].get(other_name)
     return time / other_time if time and other_time else None
 
 
 def _spread(values: dict[str, float | None]) -> str:
-    """Geometric mean, lowest and highest, each with its shape; nothing where there are no values."""
+    """Geometric mean, minimum and maximum, the latter two with their shapes; empty without values."""
     known = {shape: value for shape, value in values.items() if value is not None}
     if not known:
         return ""
@@ -48,7 +48,7 @@ def _spread(values: dict[str, float | None]) -> str:
 
 
 def _fp8(rows: list[dict]) -> dict[str, str]:
-    """How much faster an fp8 cache is than the 16-bit one of the same shape."""
+    """Speedup of an fp8 cache over a 16-bit cache of the same shape."""
     halves = {row["shape"]: row for row in rows if row["group"] == "fp8" and not row["fp8"]}
     pairs = [(halves[row["shape"].removesuffix(" fp8")], row) for row in rows if row["fp8"]]
     return {
@@ -64,7 +64,7 @@ def _fp8(rows: list[dict]) -> dict[str, str]:
 
 
 def _features(rows: list[dict]) -> dict[str, str]:
-    """What each feature costs over the same shape without any."""
+    """The cost of each feature relative to the same shape without any."""
     own = [row for row in rows if row["group"] == "features"]
     costs = {row["feature"]: _ratio(row, "paged unified", own[0], "paged unified") for row in own[1:]}
     return {
@@ -73,7 +73,7 @@ def _features(rows: list[dict]) -> dict[str, str]:
 
 
 def _generic(rows: list[dict]) -> dict[str, str]:
-    """How much faster than the kernels for every GPU those chosen for this one are."""
+    """Speedup of the kernels chosen for this GPU over the generic ones."""
     chosen = {row["shape"]: row for row in rows if row["group"] == "main"}
     pairs = [
         (row, chosen[row["shape"]]) for row in rows if row["group"] == "ampere" and row["shape"] in chosen

@@ -49,7 +49,7 @@ def transformers_contestant(llm: LLM, dtype: torch.dtype) -> Contestant:
         for _ in range(steps):
             out = model(token, past_key_values=out.past_key_values, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
-            token.item()  # a real loop reads every token
+            token.item()  # a real loop reads each token
         return first - start, steps / (time.perf_counter() - first) if steps else 0.0
 
     return run
@@ -68,7 +68,7 @@ def main() -> None:
         name = str(dtype).removeprefix("torch.")
         llm = LLM("demo", device=options.device, dtype=dtype, quantize="none", prefix_cache=False)
         contestants[f"flashdecpp {name}"] = flashdecpp_contestant(llm)
-        if options.device == "cpu":  # the 4-bit and 8-bit weights as the file stores them
+        if options.device == "cpu":  # the 4-bit and 8-bit weights as stored in the file
             stored = LLM("demo", device="cpu", dtype=dtype, quantize="auto", prefix_cache=False)
             contestants[f"flashdecpp {name}, weights as stored"] = flashdecpp_contestant(stored)
         contestants[f"transformers {name}"] = transformers_contestant(llm, dtype)

@@ -1,14 +1,14 @@
-"""What a user sees of Llama-2-7B on one GPU: flashdecpp, vLLM and transformers, decode steps and prefill.
+"""End-to-end Llama-2-7B on one GPU: decode steps and prefill with flashdecpp, vLLM and transformers.
 
-A checkpoint of random float16 weights with the real shapes is written once, and every engine loads it in a
-process of its own, one after the other. `decode_ms` is (time of 65 tokens - time of 1) / 64 and `prefill_ms`
-the time of one token, both of whole `generate` calls on token ids; of transformers a greedy loop on a static
-cache, eager and under torch.compile(mode="reduce-overhead").
+A checkpoint of random float16 weights with the real shapes is written once, and each engine in turn loads it
+in its own process. `decode_ms` is (time of 65 tokens - time of 1) / 64 and `prefill_ms` is the time of one
+token, both for whole `generate` calls on token ids; for transformers, they are steps of a greedy loop on a
+static cache, eager and under torch.compile(mode="reduce-overhead").
 
     python bench/engines.py [--engines flashdecpp,vllm,transformers] [--output FILE.json]
-    python bench/engines.py --dry-run      # a tiny model on the CPU: does the script hold together?
+    python bench/engines.py --dry-run      # a tiny model on the CPU, to test the script itself
 
-An engine that is not installed is reported as missing.
+Engines that are not installed are reported as such.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ TINY = LLAMA_2_7B | {
     "vocab_size": 512,
     "max_position_embeddings": 512,
 }
-CASES = [(1, 128), (1, 1024), (1, 8192), (8, 1024), (32, 1024)]  # sequences, tokens of each prompt
+CASES = [(1, 128), (1, 1024), (1, 8192), (8, 1024), (32, 1024)]  # sequences, tokens per prompt
 TINY_CASES = [(1, 16), (2, 32)]
 STEPS = 64
 ENGINES = ("flashdecpp", "vllm", "transformers")
 
-# prompts, tokens to generate for each -> None
+# prompts, tokens to generate per prompt -> None
 Generate = Callable[[list[list[int]], int], None]
 
 
 def write_checkpoint(folder: Path, sizes: dict[str, int], device: str) -> None:
-    """Random float16 weights in one file per layer, a config, and a tokenizer that names every token."""
+    """Random float16 weights in one file per layer, a config, and a tokenizer with one word per token."""
     hidden, ffn, vocab = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
     config = sizes | {
         "architectures": ["LlamaForCausalLM"],
@@ -221,7 +221,7 @@ def measure_transformers(folder: str, cases: list[tuple[int, int]], vocab: int, 
 
 
 def measure_engine(engine: str, folder: str, dry: bool) -> dict[str, object]:
-    """In this process: the engine's version and its figures."""
+    """Measures an engine in this process. Returns its version and results."""
     cases, sizes = (TINY_CASES, TINY) if dry else (CASES, LLAMA_2_7B)
     device, vocab = "cpu" if dry else "cuda", sizes["vocab_size"]
     module = __import__(engine)
@@ -244,7 +244,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         found = measure_engine(*options.child, dry=options.dry_run)
-        # An engine may write to standard output, too.
+        # The engine itself may write to standard output, too.
         print(f"\n{json.dumps(found)}", flush=True)
         return
 
@@ -270,7 +270,7 @@ def main() -> None:
                 json.loads(answer[0]) if child.returncode == 0 else f"failed: {child.returncode}"
             )
             print(engine, json.dumps(results[engine]), flush=True)
-            if options.output:  # after every engine, so that a run that is cut off keeps what it has
+            if options.output:  # after every engine, so that an interrupted run keeps its results
                 measure.save(options.output, results)
 
 

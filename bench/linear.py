@@ -1,9 +1,9 @@
-"""The linear implementations beside cuBLAS on one GPU.
+"""The linear implementations compared with cuBLAS on one GPU.
 
-python bench/linear.py             time over M for decode's weight shapes
+python bench/linear.py             time as a function of M for the weight shapes of decoding
 python bench/linear.py --chain     also all 128 linears of a decode step of Llama-2-7B in one graph
-python bench/linear.py --fused     also these with norms, gates and residual sums, fused and unfused
-python bench/linear.py --quantized also int8 and int4 weights beside float16 ones
+python bench/linear.py --fused     also the same with norms, gates and residual sums, fused and unfused
+python bench/linear.py --quantized also int8 and int4 weights compared with float16
 
 [--skip-shapes] [--dtypes float16,bfloat16] [--output bench/results/linear_h100.json]
 """
@@ -40,8 +40,8 @@ SHAPES = [
     (8192, 1024),
 ]
 ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
-GEMV_ROWS = 16  # the most that gemv is timed for
-ROUNDS = 2  # each time is the best of so many medians, taken in turns
+GEMV_ROWS = 16  # gemv is timed up to this M
+ROUNDS = 2  # each time is the best of this many medians, taken in turns
 LAYERS, LAYER = 32, [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]  # Llama-2-7B
 CHAIN_ROWS = [1, 8, 32]
 FUSED_ROWS = [1, 2, 4, 8, 12, 16, 32, 64]
@@ -93,7 +93,7 @@ def measure_shape(n: int, k: int, dtype: torch.dtype) -> list[dict]:
 
 
 def measure_chain(dtype: torch.dtype) -> list[dict]:
-    """Every linear of a decode step, each with the output of the one before as its x."""
+    """All linear layers of a decode step, each applied to the previous one's output."""
     weights = [
         torch.randn(n, k, dtype=dtype, device="cuda") * k**-0.5 for _ in range(LAYERS) for n, k in LAYER
     ]
@@ -130,7 +130,7 @@ class Layer:
 
 
 def run_unfused(layers: list[Layer], residual: Tensor, linear: Linear) -> None:
-    """A decode step without attention, every op a launch of its own: 7 per layer."""
+    """A decode step without attention, with one launch per op: 7 per layer."""
     x = torch.zeros_like(residual)
     for layer in layers:
         qkv = linear(ops.rms_norm(x, layer.attention_norm, residual), layer.qkv)
@@ -140,7 +140,7 @@ def run_unfused(layers: list[Layer], residual: Tensor, linear: Linear) -> None:
 
 
 def run_fused(layers: list[Layer], residual: Tensor) -> None:
-    """The same with gates and residual sums fused into `linear`: 6 launches per layer."""
+    """The same step with gates and residual sums fused into `linear`: 6 launches per layer."""
     for layer in layers:
         qkv = ops.linear(residual, layer.qkv, norm_weight=layer.attention_norm)
         ops.linear(qkv[:, : layer.out.size(1)], layer.out, residual=residual)
@@ -182,7 +182,7 @@ def measure_fused(dtype: torch.dtype) -> list[dict]:
 
 
 def measure_quantized(n: int, k: int, dtype: torch.dtype) -> list[dict]:
-    """Times of every format beside linear's on the same weight in `dtype`."""
+    """Compares every format with linear on the same weight in `dtype`."""
     dense = torch.randn(n, k, dtype=dtype, device="cuda") * k**-0.5
     weights = {
         name: quantize(dense, **arguments, scales_dtype=torch.float16) for name, arguments in FORMATS.items()
@@ -214,7 +214,7 @@ def _copy(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def host_us(call: Callable[[], object], calls: int = 2000) -> float:
-    """What a call costs the host outside of graphs, where the GPU has less to do than that."""
+    """The host's cost per call outside of graphs. The GPU's work must take less time than that."""
     best = math.inf
     for _ in range(5):
         torch.cuda.synchronize()
@@ -244,7 +244,7 @@ def measure_host() -> dict[str, float]:
 
 
 def summary(rows: list[dict], ceiling: float) -> dict:
-    """The geometric means and the worst of what `rows` hold."""
+    """Geometric means and worst cases of `rows`."""
     flat = [row for row in rows if row["m"] <= 64]
     worst = min(rows, key=lambda row: row["auto_over_blas"])
     large = [row for row in flat if 2 * row["n"] * row["k"] > 80e6]

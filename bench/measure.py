@@ -1,4 +1,4 @@
-"""How this folder measures: one way of timing, one way of recording."""
+"""Timing and recording shared by all benchmarks in this folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from flashdecpp.tuning import device, timing
 from flashdecpp.tuning.timing import graph_median_us as graph_median_us
 
-L2_BYTES = 50 << 20  # of an H100; kept for every GPU, so that results compare
+L2_BYTES = 50 << 20  # of an H100; used for every GPU, so that results are comparable
 
 
 def rotation(bytes_per_call: int) -> int:
@@ -26,17 +26,17 @@ def rotation(bytes_per_call: int) -> int:
 
 
 def read_ceiling_gbs() -> float:
-    """GB/s of a plain read on this GPU, measured now: the sum of 2 GiB, of two sets in turn."""
+    """Measures this GPU's read bandwidth in GB/s by summing 2 GiB, alternating between two sets."""
     sets = [torch.empty(1 << 29, dtype=torch.int32, device="cuda").random_() for _ in range(2)]
     microseconds = graph_median_us([partial(data.sum, dtype=torch.int32) for data in sets], replays=10)
     return sets[0].nbytes / microseconds / 1e3
 
 
 def environment() -> dict[str, object]:
-    """Where and when a result was measured, and the command that measures it again."""
+    """Where and when a result was measured, and the command that reproduces it."""
     record: dict[str, object] = {
         "date": datetime.date.today().isoformat(),
-        # A copy without .git is told what it is a copy of.
+        # Copies without .git get their commit from the environment.
         "commit": os.environ.get("FLASHDECPP_COMMIT")
         or _git("describe", "--always", "--dirty", "--abbrev=40"),
         "command": f"python {shlex.join(_without_output(sys.argv))}",
@@ -55,7 +55,7 @@ def environment() -> dict[str, object]:
 
 
 def save(path: str | Path, results: object) -> None:
-    """Writes results with their environment as JSON."""
+    """Writes results and their environment as JSON."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     document = {"environment": environment(), "results": results}
     Path(path).write_text(json.dumps(document, indent=1) + "\n")
@@ -63,7 +63,7 @@ def save(path: str | Path, results: object) -> None:
 
 
 def _without_output(arguments: list[str]) -> list[str]:
-    """The command line without `--output FILE`: where a result went is no part of how it was measured."""
+    """The command line without `--output FILE`, which does not affect the measurement."""
     if "--output" not in arguments:
         return arguments
     at = arguments.index("--output")

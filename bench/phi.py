@@ -1,9 +1,9 @@
 """How often rows fall back from the unified maximum: phi calibrated per head, and phi carried between steps.
 
 Measured on the demo model while it decodes, calibrated on the built-in text, and on synthetic softmax inputs
-as wide as OPT's, where every output is also checked against the float64 reference. Fallbacks are those that
-the kernel counted (its safe window on the CPU is +-22); the fractions outside each safe window come from the
-recorded maximum of every row.
+with the range of OPT's, where every output is also checked against the float64 reference. Fallbacks are
+counted by the kernel (its safe window on the CPU is +-22); the fractions outside each safe window come from
+the recorded maximum of each row.
 
     python bench/phi.py [--device cpu] [--tokens 1100] [--steps 1000] [--output bench/results/phi_cpu.json]
 """
@@ -39,7 +39,7 @@ QUESTIONS = [
 
 
 def outside(distance: Tensor) -> dict[str, float]:
-    """Fraction of rows outside each safe window. NaN, the start of a sequence, is outside all of them."""
+    """Fraction of rows outside each safe window. NaN (the start of a sequence) is outside all of them."""
     return {name: fraction(~(distance <= width)) for name, width in SAFE_WINDOWS.items()}
 
 
@@ -67,7 +67,7 @@ def summary(fallbacks: int, distance: Tensor) -> dict[str, object]:
 
 
 class Recorder:
-    """Stands in for a decoder's `decode` and keeps the row maxima that each step leaves in carried_phi."""
+    """Wraps a decoder's `decode` and records the row maxima that each step leaves in carried_phi."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decode = decoder.decode
@@ -90,7 +90,7 @@ def demo(device: str, tokens: int) -> dict[str, object]:
     fixed = LLM(
         "demo", device=device, dtype="bfloat16", phi=list(found.phi.to(llm.device)), prefix_cache=False
     )
-    # The recorder copies to the host in every step, which a CUDA graph cannot capture.
+    # The recorder copies to the host at every step, which a CUDA graph cannot capture.
     carried = LLM("demo", device=device, dtype="bfloat16", phi="carry", prefix_cache=False, cuda_graphs=False)
     recorder = Recorder(carried.decoder)
 
@@ -125,12 +125,12 @@ def demo(device: str, tokens: int) -> dict[str, object]:
     return results
 
 
-# ---------------------------------------------------------------------------- inputs as wide as those of OPT
+# ------------------------------------------------------------------------- inputs with the range of OPT's
 
 
 @dataclass(frozen=True)
 class Walk:
-    """How the level of a head moves from step to step.
+    """How a head's level changes from step to step.
 
     level' = center + memory * (level - center) + step * normal. With memory 0 the steps are independent; with
     memory 1 they form a random walk.
@@ -155,11 +155,11 @@ CALIBRATION_STEPS = 250
 def opt_like_steps(walk: Walk, steps: int, device: str) -> Iterator[dict[str, Tensor]]:
     """Arguments of decode_attention for each step: KEYS random keys and values, and a new query per step.
 
-    Each head has a level, near which its row maximum lies. The centers of the heads are spaced evenly over
-    the range that keeps all inputs within LOWEST and HIGHEST, and levels are reflected at its ends. A key's
-    first two numbers are 1, and the query's add up to the level (two, so that bfloat16 can hold its
-    fraction); a key's third number is a depth from -1 to 0, which the query multiplies by DEPTH; the rest is
-    noise, which decides between the keys near the top. The cache is constant; only the query changes.
+    Each head has a level, and its row maximum lies nearby. The heads' centers are spaced evenly over the
+    range that keeps all inputs within LOWEST and HIGHEST, and levels are reflected at its ends. A key's first
+    two numbers are 1, and the query's add up to the level (two, so that bfloat16 can hold its fraction); a
+    key's third number is a depth from -1 to 0, which the query multiplies by DEPTH; the rest is noise, which
+    decides among the keys near the top. The cache is constant; only the query changes.
     """
     generator = torch.Generator().manual_seed(0)
     noise = 0.5  # margin for the random part
@@ -188,9 +188,9 @@ def opt_like_steps(walk: Walk, steps: int, device: str) -> Iterator[dict[str, Te
 
 
 class Exactness:
-    """Checks every result against the float64 reference and keeps the largest ratio of an error to its bound.
+    """Checks every result against the float64 reference and keeps the largest ratio of error to bound.
 
-    The bound is that of the tests: twice the error of the same math in plain bfloat16 torch, plus rounding.
+    The bound is the same as in the tests: twice the error of plain bfloat16 torch, plus rounding.
     """
 
     def __init__(self) -> None:

@@ -1,12 +1,12 @@
-"""The model runner on one GPU: random weights of real shapes, made on the device.
+"""The model runner on one GPU, with random weights of real shapes, generated on the device.
 
-A decode step is what LLM replays for it (CUDA graph, sampling, and the copy of the tokens to the host
-included): steps launched one after the other, CUDA events around them. Beside it the floor: the bytes of
-weights, keys and values over the read rate that is measured in the same run.
+A decode step is the one that LLM runs, including its CUDA graph, sampling, and the copy of the tokens to the
+host: steps are launched back to back and timed by CUDA events. They are compared with a floor: the bytes of
+weights, keys and values over the read bandwidth measured in the same run.
 
     python bench/runner.py                         # everything, into bench/results/runner_h100.json and .png
     python bench/runner.py --models llama-2-7b --parts decode,breakdown
-    python bench/runner.py --dry-run               # tiny shapes on the CPU: does the script hold together?
+    python bench/runner.py --dry-run               # tiny shapes on the CPU, to test the script itself
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from flashdecpp.quantization import quantize
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-STEPS, ROUNDS, WARM_UP = 16, 5, 4  # a time is the median of rounds of so many steps
-GENERATED = 64  # tokens of transformers' generate
+STEPS, ROUNDS, WARM_UP = 16, 5, 4  # times are medians over ROUNDS of STEPS steps
+GENERATED = 64  # tokens per call of transformers' generate
 # Random logits might end a sequence.
 ENDLESS = SamplingParams(max_tokens=None, ignore_eos=True).resolved(GenerationDefaults())
 PARTS = (
@@ -116,7 +116,7 @@ MODELS = {
     "chatglm2-6b": model("ChatGLMModel", 4096, (32, 2), 13696, 65024, layers=28, rotary=0.5, qkv_bias=True),
     "llama-2-13b": model(LLAMA, 5120, (40, 40), 13824, 32000, layers=40),
 }
-# batch and context of decode steps; prompts and their length
+# (batch, context) of decode steps; (prompts, length) of prefills
 DECODE = {"llama-2-7b": [(1, 128), (1, 1024), (1, 8192), (8, 1024), (32, 1024)]}
 PREFILL = {"llama-2-7b": [(1, 128), (1, 1024), (1, 8192), (8, 1024)]}
 PREFILL_ATTENTION = [128, 512, 1024, 2048, 8192]
@@ -129,7 +129,7 @@ FORMATS = {
     "int4 g128": {"bits": 4, "group_size": 128},
 }
 
-# What a kernel is by its name: the first that is found in it
+# A kernel's kind is the first with a part of its name
 KINDS = {
     "linear": ("gemv", "flat_ring", "flat_gemm", "gemm", "quantized", "cutlass", "nvjet", "splitK", "cublas"),
     "attention": ("decode_attention", "flash_fwd", "fmha"),
@@ -141,7 +141,7 @@ KINDS = {
 
 
 class Words:
-    """In place of a tokenizer: every token is a letter."""
+    """Replaces the tokenizer: every token is one letter."""
 
     special_tokens: ClassVar[dict[int, str]] = {}
 
@@ -187,7 +187,7 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> Weig
 
 
 def quantized(weights: Weights, form: dict[str, int]) -> Weights:
-    """What LLM(quantize=...) makes of them: everything but the embedding."""
+    """Quantizes everything but the embedding, like LLM(quantize=...)."""
 
     def rounded(weight: Matrix) -> Matrix:
         return quantize(weight, **form, scales_dtype=torch.float16)
@@ -200,18 +200,18 @@ def quantized(weights: Weights, form: dict[str, int]) -> Weights:
 
 @dataclass
 class Subject:
-    """A model, and how its time is taken."""
+    """A model and the ways to time it."""
 
     decoder: Decoder
     max_len: int
-    ceiling: float  # bytes a second
+    ceiling: float  # bytes per second
 
     @property
     def on_gpu(self) -> bool:
         return self.decoder.device.type == "cuda"
 
     def batch(self, rows: int, context: int) -> DecodeBatch:
-        """Sequences of `context` tokens, whose blocks lie anywhere in the cache."""
+        """Sequences of `context` tokens, with their blocks scattered over the cache."""
         each = blocks_for(context + 1 + ROUNDS * STEPS + WARM_UP + PROFILED)
         cache = KVCache.for_model(self.decoder.config, rows * each, self.decoder.device, self.decoder.dtype)
         for pair in cache.layers:
@@ -255,7 +255,7 @@ class Subject:
         }
 
     def weight_bytes(self) -> dict[str, int]:
-        """What a step reads of the weights, by kind of kernel."""
+        """Bytes of weights that a step reads, by kind of kernel."""
         weights = self.decoder.weights
         norms = sum(layer.attn_norm.nbytes + layer.ffn_norm.nbytes for layer in weights.layers)
         matrices = sum(
@@ -272,7 +272,7 @@ class Subject:
         return {kind: amount / self.ceiling * 1e3 for kind, amount in amounts.items()}
 
     def prefill_ms(self, prompts: int, length: int) -> dict[str, float]:
-        """`prompts` of `length` tokens, computed one after the other as the engine does."""
+        """Time for `prompts` prompts of `length` tokens, processed one after another like in the engine."""
         config, device = self.decoder.config, self.decoder.device
         cache = KVCache.for_model(config, blocks_for(length), device, self.decoder.dtype)
         tokens = torch.randint(0, config.vocab, (length,), device=device)
@@ -300,9 +300,9 @@ class Subject:
         }
 
     def prefill_attention_us(self, length: int) -> dict[str, object]:
-        """A layer's attention of a prompt: torch's SDPA, as the runner computes it, and the decode op.
+        """One layer's attention over a prompt: torch's SDPA, as in the runner, and the decode op.
 
-        The op takes pieces of MAX_Q_LEN tokens, with the unified maximum and without.
+        The op processes pieces of MAX_Q_LEN tokens, with and without the unified maximum.
         """
         config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
         cache = KVCache.for_model(config, blocks_for(length), device, dtype)
@@ -335,7 +335,7 @@ class Subject:
         return {"length": length, "us": times}
 
     def engine_ms(self, rows: int, context: int, tokens: int) -> dict[str, float]:
-        """All of it: requests in, tokens out, as (time of many tokens - time of one) / steps."""
+        """The whole engine, from requests to tokens: (time of many tokens - time of one) / steps."""
 
         def run(count: int) -> float:
             config = EngineConfig(
@@ -379,8 +379,8 @@ class Subject:
     def breakdown(self, rows: int, context: int) -> dict[str, object]:
         """Where a step's time goes.
 
-        A kernel's time is from the end of the one before it to its own end, so that the sum is the step's and
-        what overlaps counts once.
+        A kernel's time excludes any overlap with the kernels before it, so that kernels and gaps add up to
+        the step's time.
         """
         batch = self.batch(rows, context)
         for _ in range(WARM_UP):
@@ -446,7 +446,7 @@ def kind_of(kernel: str) -> str:
 
 @contextlib.contextmanager
 def linear_by(impl: str) -> Iterator[None]:
-    """Every linear layer through one implementation."""
+    """Runs every linear layer with one implementation."""
     usual = ops.linear
     ops.linear = partial(usual, impl=impl)
     try:
@@ -456,7 +456,7 @@ def linear_by(impl: str) -> Iterator[None]:
 
 
 def ablations(subject: Subject, cases: list[tuple[int, int]]) -> list[dict]:
-    """The paper's three ideas, one taken away at a time."""
+    """The paper's three ideas, removed one at a time."""
     rows = []
     for batch, context in cases:
         variants = {"all": subject.step_ms(batch, context)["ms"]}
@@ -518,10 +518,11 @@ def measure_model(
 
 
 def transformers_ms(subject: Subject, rows: int, context: int) -> dict[str, object]:
-    """Decoding with transformers' own Llama of the same weights, and with what `accelerate` makes of it.
+    """Decoding with transformers' own Llama on the same weights, before and after `accelerate`.
 
-    "eager" and "compiled" (torch.compile with CUDA graphs) are a step of one loop; "generate" is a token of
-    transformers' own loop, eager. A ratio is what the drop-in gains. What can't be compiled says why.
+    "eager" and "compiled" (torch.compile with CUDA graphs) are times per step of the loop here; "generate" is
+    the time per token of transformers' own eager loop. Ratios are speedups of the drop-in. Compilation
+    failures are in "errors".
     """
     from flashdecpp.integrations.transformers import accelerate, attention_calls, restore
     from flashdecpp.models.to_transformers import to_transformers
@@ -529,7 +530,7 @@ def transformers_ms(subject: Subject, rows: int, context: int) -> dict[str, obje
     config, device = subject.decoder.config, subject.decoder.device
     model = to_transformers(subject.decoder, subject.decoder.dtype)
     model.set_attn_implementation("sdpa")
-    model.generation_config.eos_token_id = None  # which random logits might choose
+    model.generation_config.eos_token_id = None  # random logits might end the sequence
     prompt = torch.randint(0, config.vocab, (rows, context), device=device)
     ms: dict[str, float] = {}
     errors: dict[str, str] = {}
@@ -545,12 +546,12 @@ def transformers_ms(subject: Subject, rows: int, context: int) -> dict[str, obje
         name = f"{kind}compiled"
         try:
             ms[name], compile_s[name] = greedy_step_ms(model, prompt, mode="reduce-overhead")
-        except Exception as error:  # of whichever compiler; the other figures stand
+        except Exception as error:  # from any compiler; the other figures remain valid
             errors[name] = f"{type(error).__name__}: {error}"[:1000]
         finally:
             torch.compiler.reset()
 
-    # All that is eager before anything is compiled: what a compiler leaves behind slows Python down.
+    # Measure eager before compiling anything: compilers leave state behind that slows Python down.
     measure_eager("")
     accelerate(model)
     measure_eager("drop-in ")
@@ -577,9 +578,9 @@ def transformers_ms(subject: Subject, rows: int, context: int) -> dict[str, obje
 def greedy_step_ms(
     model: PreTrainedModel, prompt: torch.Tensor, mode: str | None = None
 ) -> tuple[float, float]:
-    """Median ms of a greedy step on a static cache, and the seconds of the first, in which it is compiled.
+    """Median ms of a greedy step on a static cache, and seconds of the first step, including compilation.
 
-    The host waits for every token. mode: of torch.compile; None is eager.
+    The host waits for every token. mode: of torch.compile; None for eager.
     """
     from transformers import StaticCache
 
@@ -594,14 +595,14 @@ def greedy_step_ms(
     times = []
     for _ in range(WARM_UP + STEPS):
         begin = time.perf_counter()
-        tokens = step(tokens).clone()  # a graph's next replay overwrites what it gave
+        tokens = step(tokens).clone()  # the graph's next replay overwrites its result
         tokens.tolist()
         times.append(time.perf_counter() - begin)
     return statistics.median(times[WARM_UP:]) * 1e3, times[0]
 
 
 def generate_ms(model: PreTrainedModel, prompt: torch.Tensor) -> float:
-    """A token of `generate`, as (time of many tokens - time of one) / steps."""
+    """Time per token of `generate`: (time of many tokens - time of one) / steps."""
 
     def run(count: int) -> float:
         begin = time.perf_counter()
@@ -618,7 +619,7 @@ def generate_ms(model: PreTrainedModel, prompt: torch.Tensor) -> float:
 
 
 def draw(results: dict, source: Path) -> None:
-    """A stacked bar for each profiled step, and its floor beside it; as a PNG beside the file of results."""
+    """Draws a stacked bar per profiled step next to its floor, as a PNG next to the file of results."""
     path = source.with_suffix(".png")
     import matplotlib
 
@@ -697,14 +698,14 @@ def main() -> None:
         gc.collect()
         if not options.dry_run:
             torch.cuda.empty_cache()
-        if output:  # after every model, so that a run cut off keeps what it has
+        if output:  # after every model, so that an interrupted run keeps its results
             measure.save(output, results)
     if output:
         draw(results, Path(output))
 
 
 def tiny(config: ModelConfig) -> ModelConfig:
-    """The same kind of model, for a CPU."""
+    """A similar model, small enough for a CPU."""
     kv_heads = max(1, 4 * config.kv_heads // config.q_heads)
     rope = config.ropes[0] and replace(config.ropes[0], dim=config.ropes[0].dim * 32 // config.head_dim)
     return replace(

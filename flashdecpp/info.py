@@ -1,4 +1,4 @@
-"""The report of `flashdecpp info`: the build, the devices, and which kernels will run and why."""
+"""The report of `flashdecpp info`: the build, the devices, and which kernels run and why."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from flashdecpp.tuning.device import device_name, gfx_target, gpu_properties
 from flashdecpp.tuning.table import DTYPES, Shape, TableError, check_sizes
 
 _NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
-_MAX_ROWS = 1024  # of the choices that are listed
+_MAX_ROWS = 1024  # choices are listed up to this M
 
 
 def lines(
     shapes: Sequence[Shape] = (), dtype: str | None = None, attention: Sequence[_C.AttentionProblem] = ()
 ) -> Iterator[str]:
-    """The report, line by line, with linear's implementations for weights of these shapes and
+    """Yields the report line by line, including linear's implementations for weights of these shapes and
     decode_attention's choices on a GPU.
 
-    dtype: of the shapes; bfloat16 on the CPU and float16 on a GPU by default. Raises TableError for a dtype
+    dtype: of the weights; defaults to bfloat16 on the CPU and float16 on a GPU. Raises TableError for a dtype
         that linear does not support and for sizes out of range.
     """
     check_sizes(shapes)
@@ -62,7 +62,7 @@ def lines(
 def parse_attention(text: str) -> list[_C.AttentionProblem]:
     """Parses calls such as "8,1,32,8,128,4096,16", separated by semicolons.
 
-    The numbers are batch, q_len, q_heads, kv_heads, head_dim, max_len and, for a paged cache, block_size.
+    The numbers are batch, q_len, q_heads, kv_heads, head_dim, max_len, and block_size for a paged cache.
     """
     problems = []
     for call in text.split(";"):
@@ -99,7 +99,7 @@ def parse_attention(text: str) -> list[_C.AttentionProblem]:
 
 
 def _attention_lines(problems: Sequence[_C.AttentionProblem]) -> Iterator[str]:
-    """Every GPU's choices for 16-bit caches, or an H100's without a GPU."""
+    """Each GPU's choices for 16-bit caches; an H100's if there is no GPU."""
     if torch.cuda.is_available():
         indices = range(torch.cuda.device_count())
         gpus = {f"cuda:{index}": gpu_properties(torch.device("cuda", index)) for index in indices}

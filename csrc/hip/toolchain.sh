@@ -1,10 +1,10 @@
 #!/bin/sh
-# A toolchain that compiles for AMD GPUs on a Debian system with neither ROCm nor such a GPU: clang from the installed
-# release, HIP's headers and device libraries from later ones, unpacked into a folder instead of installed.
+# Sets up a compiler for AMD GPUs on a Debian system with neither ROCm nor an AMD GPU: clang from the
+# installed release, plus HIP's headers and device libraries from later ones, unpacked into a folder.
 #
 #   csrc/hip/toolchain.sh FOLDER     writes FOLDER/compiler and FOLDER/flags, one flag per line
 #
-# No versions are pinned, since later suites move on: each package comes from the first suite that has it.
+# Versions are not pinned, since later suites keep moving; the first suite to have a package provides it.
 set -eu
 
 stop() {
@@ -35,7 +35,7 @@ if ! clang=$(find_clang); then
   clang=$(find_clang) || stop "the clang that was installed has no AMDGPU backend"
 fi
 
-# apt with a state of its own, so that the system's stays untouched.
+# Run apt with its own state, so that the system's stays untouched.
 keys=/usr/share/keyrings/debian-archive-keyring.gpg
 [ -f $keys ] || stop "$keys is missing: is this Debian?"
 mirror=$(apt-get indextargets --format '$(REPO_URI)' | grep debian | grep -v security | head -n 1)
@@ -48,9 +48,9 @@ Dir::Etc::preferencesparts "/dev/null"; Dir::State::lists "$folder/apt/lists"; D
 Dir::Cache "$folder/apt/cache"; APT::Sandbox::User "root"; Acquire::Languages "none";
 END
 export APT_CONFIG="$folder/apt/apt.conf"
-apt-get update -q >"$folder/apt.log" 2>&1 || true # one suite of three may be missing
+apt-get update -q >"$folder/apt.log" 2>&1 || true # one of the three suites may be missing
 
-get() { # downloads the first of the packages, NAME/SUITE, that is available
+get() { # downloads the first available package of those given as NAME/SUITE
   for package in "$@"; do
     (cd "$folder/packages" && apt-get download -q "$package") >>"$folder/apt.log" 2>&1 && return 0
   done
