@@ -84,4 +84,19 @@ inline Cache cache(Checker& check, const Backend& backend, DType compute_dtype, 
   return c;
 }
 
+// The fields that AttentionParams and RotaryParams call the same.
+template <class Params>
+void set_cache(Params& p, const Cache& c) {
+  p.seq_lens = c.seq_lens;
+  p.block_table = c.block_table;
+  p.k_scale = c.k_scale;
+  p.v_scale = c.v_scale;
+  p.table_stride = c.table_stride;
+  p.num_blocks = c.num_blocks;
+  p.block_size = c.block_size;
+  p.max_blocks = c.max_blocks;
+  p.kv_heads = c.kv_heads;
+  p.kv_dtype = c.dtype;
+}
+
 }  // namespace flashdecpp::checks
