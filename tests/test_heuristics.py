@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_cli import complaint, flashdecpp
+from test_cli import run
 
 from flashdecpp import _C
 
@@ -463,9 +463,9 @@ def test_limits_match_the_ops() -> None:
 
 
 def test_info_shows_the_choice_of_decode_attention_and_why() -> None:
-    result = flashdecpp("info", "--attention", "8,1,32,8,128,1024,16; 1,1,32,32,128,4096")
-    assert result.returncode == 0, result.stderr
-    *_, paged, contiguous = result.stdout.splitlines()
+    result = run("info", "--attention", "8,1,32,8,128,1024,16; 1,1,32,32,128,4096")
+    assert result.status == 0, result.errors
+    *_, paged, contiguous = result.output.decode().splitlines()
     assert "[8 x 1, 32/8 heads, d128, room for 1024 keys, paged by 16] -> " in paged
     assert "[1 x 1, 32/32 heads, d128, room for 4096 keys, contiguous] -> " in contiguous
     if not torch.cuda.is_available():
@@ -487,7 +487,7 @@ def test_info_shows_the_choice_of_decode_attention_and_why() -> None:
     ],
 )
 def test_info_validates_like_decode_attention(call: str, problem: str) -> None:
-    assert problem in complaint(flashdecpp("info", "--attention", call))
+    assert problem in run("info", "--attention", call).complaint
 
 
 LINEAR_TWICE = """

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from runner_models import random_tokens, save_model
-from test_cli import complaint, flashdecpp
+from test_cli import flashdecpp, run
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
@@ -238,20 +238,20 @@ def test_the_command_and_the_runs_after_it(tmp_path):
         "carry": f"carried phi: {LAYERS * HEADS} softmax fallbacks in {7 * LAYERS * HEADS} rows",
         "none": "online softmax",
     }
-    answers = {phi: flashdecpp(*generate, "--phi", phi) for phi in said}
+    answers = {phi: run(*generate, "--phi", phi) for phi in said}
     for phi, text in said.items():
-        assert text in answers[phi].stderr.splitlines()[-1]
-        assert answers[phi].stdout == answers["none"].stdout
+        assert text in answers[phi].errors.splitlines()[-1]
+        assert answers[phi].output == answers["none"].output
 
     path.write_text("{")
-    assert "phi.json is not valid JSON" in complaint(flashdecpp(*generate))
+    assert "phi.json is not valid JSON" in run(*generate).complaint
 
 
 def test_unwritable_files_are_reported_before_the_work(tmp_path):
     save_model(tmp_path)
     output = tmp_path / "nowhere" / "phi.json"
-    said = complaint(flashdecpp("calibrate", "--model", str(tmp_path), "--output", str(output)))
-    assert f"{output} can't be written" in said
+    result = run("calibrate", "--model", str(tmp_path), "--output", str(output))
+    assert f"{output} can't be written" in result.complaint
 
 
 def test_a_plot_without_matplotlib(monkeypatch, tmp_path, measured):

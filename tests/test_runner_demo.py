@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from runner_models import runner_logits, transformers_logits
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from flashdecpp import LLM, ModelError, SamplingParams
@@ -39,6 +42,27 @@ def transformers_model(llm: LLM) -> LlamaForCausalLM:
     return to_transformers(llm.decoder, torch.float32)
 
 
+@pytest.fixture(scope="module")
+def exact_logits(transformers_model: LlamaForCausalLM) -> Callable[[int], Tensor]:
+    """transformers' logits of one of the greedy runs, computed once."""
+
+    @functools.cache
+    def logits(index: int) -> Tensor:
+        run = GREEDY["runs"][index]
+        return transformers_logits(transformers_model, run["prompt_ids"], run["token_ids"][:-1])
+
+    return logits
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def stored_and_dense(request: pytest.FixtureRequest) -> tuple[LLM, LLM]:
+    """The demo in one dtype, with its 4-bit weights and with dequantized ones."""
+    stored, dense = (
+        LLM("demo", device="cpu", dtype=request.param, quantize=quantize) for quantize in ("auto", "none")
+    )
+    return stored, dense
+
+
 @demo
 def test_greedy_tokens_are_those_of_transformers(llm):
     runs = GREEDY["runs"]
@@ -51,15 +75,11 @@ def test_greedy_tokens_are_those_of_transformers(llm):
 
 
 @demo
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("run", GREEDY["runs"][:2], ids=lambda run: run["prompt"][:12])
-def test_stored_weights_agree_with_dequantized_ones(llm, transformers_model, dtype, run):
+@pytest.mark.parametrize("index", [0, 1])
+def test_stored_weights_agree_with_dequantized_ones(stored_and_dense, exact_logits, index):
     """4-bit weights give the tokens of float32 ones unless the precision of x can decide the choice."""
-    prompt, expected = run["prompt_ids"], run["token_ids"]
-    exact = transformers_logits(transformers_model, prompt, expected[:-1])
-    stored, dense = (
-        LLM("demo", device="cpu", dtype=dtype, quantize=quantize) for quantize in ("auto", "none")
-    )
+    (stored, dense), exact = stored_and_dense, exact_logits(index)
+    prompt, expected = (GREEDY["runs"][index][key] for key in ("prompt_ids", "token_ids"))
     assert stored.decoder.weights.storage_formats == "int4 + int8"
     assert stored.decoder.weights.nbytes < 0.4 * dense.decoder.weights.nbytes
     error, dense_error = (
@@ -72,7 +92,7 @@ def test_stored_weights_agree_with_dequantized_ones(llm, transformers_model, dty
     sure = unsure[0] if unsure else len(expected)
     (answer,) = stored.generate(prompt, SamplingParams(max_tokens=48, ignore_eos=True))
     assert answer.token_ids[:sure] == expected[:sure]
-    assert sure == len(expected) or dtype == "bfloat16"
+    assert sure == len(expected) or stored.dtype == torch.bfloat16
 
 
 @demo
@@ -102,11 +122,11 @@ def test_a_batch_gives_each_prompt_its_own_result(llm):
 
 
 @demo
-def test_bfloat16_agrees_within_its_error(llm, transformers_model):
+def test_bfloat16_agrees_within_its_error(llm, exact_logits):
     """All logits of a run are at most twice as far from float32 as transformers in bfloat16."""
     run = GREEDY["runs"][0]
     prompt, following = run["prompt_ids"], run["token_ids"][:24]
-    exact = transformers_logits(transformers_model, prompt, following)
+    exact = exact_logits(0)[: 1 + len(following)]
     ours = runner_logits(LLM("demo", device="cpu", dtype="bfloat16"), prompt, following)
     half = to_transformers(llm.decoder, torch.bfloat16)
     theirs = transformers_logits(half, prompt, following)

@@ -7,7 +7,7 @@ import gc
 import itertools
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -192,7 +192,7 @@ def test_what_a_tokenizer_of_transformers_returns_is_a_prompt(llm, folder):
         *(torch.tensor(3), torch.tensor([1.0]), torch.tensor([[[1]]]), np.array([True])),
         *({"input_ids": [[1, 2]], "attention_mask": [[1]]}, [5, VOCAB], [-1], ["hi", []]),
     ],
-    ids=lambda prompt: repr(prompt)[:30],
+    ids=lambda prompt: "object" if type(prompt) is object else repr(prompt)[:30],
 )
 def test_invalid_prompts_are_refused_at_once(llm, prompt):
     refused(lambda: llm.generate(prompt, GREEDY), "prompt|token id")
@@ -266,11 +266,12 @@ def test_defaults_are_those_of_the_model(llm, monkeypatch):
 # Their effects, compared with transformers
 
 
+@dataclass
 class Penalty(transformers.LogitsProcessor):
     """OpenAI's definition: over the answer's tokens."""
 
-    def __init__(self, presence: float, frequency: float) -> None:
-        self.presence, self.frequency = presence, frequency
+    presence: float
+    frequency: float
 
     def __call__(self, input_ids, scores):
         counts = torch.zeros_like(scores)

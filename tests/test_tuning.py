@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from runner_models import SIZES, save_model
 from strategies import Place, randn
-from test_cli import complaint, flashdecpp
+from test_cli import flashdecpp, run
 from tolerance import compare
 
 from flashdecpp import _C, ops, tuning
@@ -588,10 +588,9 @@ def test_a_bad_table_only_warns_and_tuning_gives_the_remedy(tmp_path: Path) -> N
     ],
 )
 def test_errors_say_what_to_do(arguments: tuple[str, ...], problem: str) -> None:
-    assert problem in complaint(flashdecpp("tune", *arguments))
+    assert problem in run("tune", *arguments).complaint
 
 
 def test_info_refuses_a_dtype_that_linear_lacks() -> None:
-    assert "--dtype must be one of float32, float16, bfloat16" in complaint(
-        flashdecpp("info", "--shapes", "8,8", "--dtype", "int8")
-    )
+    result = run("info", "--shapes", "8,8", "--dtype", "int8")
+    assert "--dtype must be one of float32, float16, bfloat16" in result.complaint

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <link.h>
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -133,9 +134,10 @@ struct AsyncCopy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;  // on its own stack; from then on it continues where it waits
+  jmp_buf here;
   std::vector<unsigned char> stack = std::vector<unsigned char>(kStackBytes);
-  bool done = false;
+  bool started = false, done = false;
   unsigned thread = 0;
   const char* waits = nullptr;
   std::vector<std::vector<AsyncCopy>> copies;  // pending groups; the last one is still open
@@ -180,7 +182,7 @@ class Gpu {
 
   void wait(const char* what) {
     running_->waits = what;
-    swapcontext(&running_->context, &scheduler_);
+    if (!_setjmp(running_->here)) _longjmp(scheduler_, 1);
   }
 
   void barrier() { meet(cta_->at_barrier, cta_->barrier_generation, block_size.x, "__syncthreads"); }
@@ -229,7 +231,7 @@ class Gpu {
     (*kernel_)();
     running_->done = true;
     progress_ = true;
-    swapcontext(&running_->context, &scheduler_);
+    _longjmp(scheduler_, 1);
   }
 
   void meet(unsigned& arrived, unsigned& generation, unsigned all, const char* what) {
@@ -255,15 +257,15 @@ class Gpu {
     for (unsigned t = 0; t < threads; ++t) {
       if (!cta.fibers[t]) cta.fibers[t] = std::make_unique<Fiber>();
       Fiber& fiber = *cta.fibers[t];
-      fiber.done = false;
+      fiber.started = fiber.done = false;
       fiber.thread = t;
       fiber.copies.assign(1, {});
       ++cta.warps[t / kWarp].size;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, entry, 0);
+      getcontext(&fiber.start);
+      fiber.start.uc_stack.ss_sp = fiber.stack.data();
+      fiber.start.uc_stack.ss_size = fiber.stack.size();
+      fiber.start.uc_link = nullptr;
+      makecontext(&fiber.start, entry, 0);
     }
   }
 
@@ -318,12 +320,20 @@ class Gpu {
       if (thread >= block_size.x || cta_->fibers[thread]->done) continue;
       alive = true;
       running_ = cta_->fibers[thread].get();
-      swapcontext(&scheduler_, &running_->context);
+      resume(*running_);
     }
     return alive;
   }
 
-  ucontext_t scheduler_;
+  // Runs a fiber until it waits or ends. setjmp, unlike swapcontext, makes no system call.
+  void resume(Fiber& fiber) {
+    if (_setjmp(scheduler_)) return;
+    if (fiber.started) _longjmp(fiber.here, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
+  }
+
+  jmp_buf scheduler_;
   std::minstd_rand random_;
   std::vector<std::unique_ptr<Cta>> cluster_;
   Cta* cta_ = nullptr;
