@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc build_support -name __pycache__ -prune -o -type f -print) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: run chat test gpu-test lint format hip info clean
 run: $(VENV)/.built
@@ -17,8 +17,9 @@ chat: $(VENV)/.built
 info: $(VENV)/.built
 	$(BIN)/flashdecpp info
 
+# One process per core, each of them on one thread.
 test: $(VENV)/.built $(VENV)/.test-tools
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 gpu-test: $(VENV)/.built $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m gpu
@@ -48,17 +49,17 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "flashdecpp: Python's venv is missing (Debian: apt install python3-venv)"; exit 1; }
 	@command -v $(or $(CXX),c++) >/dev/null || { echo "flashdecpp: no C++ compiler was found (Debian: apt install g++)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt setuptools pybind11 cmake ninja
+	$(PIP) install -c constraints.txt setuptools pybind11 cmake ninja torch
 	@touch $@
 
+# setup.py shows the compiler's progress, which pip hides; the install that follows finds everything built.
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
-	$(PIP) install -c constraints.txt --no-build-isolation --quiet -e .
+	$(PIP) install -c constraints.txt --no-build-isolation --quiet -e '.[runner]'
 	@touch $@
 
-$(VENV)/.test-tools: $(VENV)/.packages
-	$(PIP) install -c constraints.txt --quiet pytest hypothesis matplotlib llguidance
+$(VENV)/.test-tools: $(VENV)/.built
+	$(PIP) install -c constraints.txt --no-build-isolation --quiet -e '.[test]'
 	@touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.packages

@@ -1,32 +1,46 @@
-"""The decisions of setup.py, without building anything."""
+"""What the build decides, and what a source distribution holds. Nothing is compiled here."""
 
-import importlib.util
+from __future__ import annotations
+
+import os
 import re
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from flashdecpp._library import cpu_instruction_set
 
-@pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py as a module, with setup() stubbed out."""
-    path = Path(__file__).parent.parent / "setup.py"
-    spec = importlib.util.spec_from_file_location("flashdecpp_setup", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr("setuptools.setup", lambda **_: None)
-    spec.loader.exec_module(module)
-    for name in ("FLASHDECPP_CUDA", "TORCH_CUDA_ARCH_LIST", "FLASHDECPP_HIP", "PYTORCH_ROCM_ARCH"):
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from build_support import backend, cuda, environment, hip, progress  # noqa: E402
+from build_support.environment import Torch  # noqa: E402
+
+CPU_TORCH = Torch(Path("torch"), "2.13.0+cpu", None, None)
+CUDA_TORCH = Torch(Path("torch"), "2.13.0+cu130", "13.0", None)
+ROCM_TORCH = Torch(Path("torch"), "2.13.0+rocm7", None, "7.0")
+SWITCHES = ("FLASHDECPP_CUDA", "TORCH_CUDA_ARCH_LIST", "FLASHDECPP_HIP", "PYTORCH_ROCM_ARCH", "MAX_JOBS")
+# What nvcc 13.0 compiles for
+NVCC = {(7, 5), (8, 0), (8, 6), (8, 7), (8, 8), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)}
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with nvcc and ROCm, but without GPUs and choices of the user."""
+    for name in SWITCHES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module, "find_nvcc", lambda: "/cuda/bin/nvcc")
-    monkeypatch.setattr(module, "present_gpus", lambda: [])
-    monkeypatch.setattr(module, "find_rocm", lambda: (Path("/opt/rocm"), "/opt/rocm/bin/amdclang++"))
-    monkeypatch.setattr(module, "present_amd_gpus", lambda: [])
-    return module
+    monkeypatch.setattr(cuda, "find_nvcc", lambda: "/cuda/bin/nvcc")
+    monkeypatch.setattr(cuda, "supported", lambda nvcc: NVCC)
+    monkeypatch.setattr(cuda, "present_gpus", lambda: [])
+    monkeypatch.setattr(hip, "find_rocm", lambda: (Path("/opt/rocm"), "/opt/rocm/bin/amdclang++"))
+    monkeypatch.setattr(hip, "present_gpus", lambda: [])
 
 
-def test_torch_notation_becomes_cmake_architectures(build: ModuleType) -> None:
-    assert build.cmake_architectures(["8.0", "9.0", "9.0a", "8.6+PTX"]) == [
+def test_torch_notation_becomes_cmake_architectures() -> None:
+    assert cuda.cmake_architectures(["8.0", "9.0", "9.0a", "8.6+PTX"]) == [
         "80-real",
         "90a-real",
         "86-real",
@@ -34,8 +48,8 @@ def test_torch_notation_becomes_cmake_architectures(build: ModuleType) -> None:
     ]
 
 
-def test_the_newest_architectures_have_their_own_suffixes(build: ModuleType) -> None:
-    assert build.cmake_architectures(["10.0a", "10.0f+PTX", "12.1"]) == [
+def test_the_newest_architectures_have_their_own_suffixes() -> None:
+    assert cuda.cmake_architectures(["10.0a", "10.0f+PTX", "12.1"]) == [
         "100a-real",
         "100f-real",
         "100f-virtual",
@@ -56,128 +70,290 @@ def test_the_newest_architectures_have_their_own_suffixes(build: ModuleType) -> 
     ],
 )
 def test_architectures_that_are_too_old_are_skipped_and_reported(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked, architectures, left_out
+    monkeypatch: pytest.MonkeyPatch, asked, architectures, left_out
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
-    options, reason = build.cuda_choice()
+    options, reason, _ = cuda.choose(CUDA_TORCH)
     assert f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(architectures)}" in options
     assert left_out in reason
 
 
 @pytest.mark.parametrize("blank", ["", "   ", " ; ,\n"])
-def test_a_blank_list_counts_as_unset(build: ModuleType, monkeypatch: pytest.MonkeyPatch, blank) -> None:
+def test_a_blank_list_counts_as_unset(monkeypatch: pytest.MonkeyPatch, blank) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", blank)
     monkeypatch.setenv("PYTORCH_ROCM_ARCH", blank)
-    assert "not set, so the default" in build.cuda_choice()[1]
-    assert "not set, so the default" in build.hip_choice()[1]
+    assert "not set, so the default" in cuda.choose(CUDA_TORCH)[1]
+    assert "not set, so the default" in hip.choose(ROCM_TORCH)[1]
 
 
 @pytest.mark.parametrize("asked", ["7.5", "Turing", "5.0 6.1+PTX"])
-def test_only_old_architectures_give_a_one_line_error(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked
-) -> None:
+def test_only_old_architectures_give_a_one_line_error(monkeypatch: pytest.MonkeyPatch, asked) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST has .*; the kernels need 8\.0"):
-        build.cuda_choice()
+        cuda.choose(CUDA_TORCH)
 
 
 @pytest.mark.parametrize("asked", ["sm_80", "8", "8.0+ptx", "native", "ampere-ish", "8.0x"])
-def test_an_invalid_architecture_is_named(build: ModuleType, monkeypatch: pytest.MonkeyPatch, asked) -> None:
+def test_an_invalid_architecture_is_named(monkeypatch: pytest.MonkeyPatch, asked) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0;{asked}")
     with pytest.raises(SystemExit, match=re.escape(f"TORCH_CUDA_ARCH_LIST has {asked!r}; write")):
-        build.cuda_choice()
+        cuda.choose(CUDA_TORCH)
 
 
-def test_a_malformed_architecture_gives_a_one_line_error(build: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST has 'sm_80'"):
-        build.cmake_architectures(["sm_80"])
-
-
-def test_an_architecture_before_ampere_gives_a_one_line_error(build: ModuleType) -> None:
-    with pytest.raises(SystemExit, match=r"has 7\.5; the kernels need 8\.0"):
-        build.cmake_architectures(["7.5"])
-
-
-def test_without_nvcc_cuda_is_left_out_and_says_why(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+def test_architectures_that_nvcc_does_not_know_are_skipped_and_reported(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
-    options, reason = build.cuda_choice()
+    monkeypatch.setattr(cuda, "supported", lambda nvcc: {(7, 5), (8, 0), (8, 6), (9, 0)})
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0 9.0a 10.0 12.0+PTX")
+    options, reason, _ = cuda.choose(CUDA_TORCH)
+    assert "-DCMAKE_CUDA_ARCHITECTURES=80-real;90a-real" in options
+    assert "without 7.5, which the kernels don't run on without 10.0, 12.0+PTX, which this nvcc" in reason
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
+    with pytest.raises(SystemExit, match=r"knows nothing newer than 9\.0"):
+        cuda.choose(CUDA_TORCH)
+
+
+def test_without_nvcc_cuda_is_left_out_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "find_nvcc", lambda: None)
+    options, reason, _ = cuda.choose(CUDA_TORCH)
     assert options == ["-DFLASHDECPP_CUDA=OFF"]
     assert "no nvcc" in reason
 
 
-def test_cuda_asked_for_without_nvcc_is_an_error(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+def test_cuda_asked_for_without_nvcc_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "find_nvcc", lambda: None)
     monkeypatch.setenv("FLASHDECPP_CUDA", "1")
     with pytest.raises(SystemExit, match="nvcc was not found; install"):
-        build.cuda_choice()
+        cuda.choose(CUDA_TORCH)
 
 
-def test_the_architecture_list_overrides_the_installed_gpu(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "present_gpus", lambda: ["9.0"])
-    assert "-DCMAKE_CUDA_ARCHITECTURES=90a-real" in build.cuda_choice()[0]
+def test_the_architecture_list_overrides_the_installed_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "present_gpus", lambda: ["9.0"])
+    assert "-DCMAKE_CUDA_ARCHITECTURES=90a-real" in cuda.choose(CUDA_TORCH)[0]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 8.6")
-    options, reason = build.cuda_choice()
+    options, reason, _ = cuda.choose(CUDA_TORCH)
     assert "-DCMAKE_CUDA_ARCHITECTURES=80-real;86-real" in options
     assert "TORCH_CUDA_ARCH_LIST" in reason
 
 
-def test_without_a_gpu_the_default_covers_ampere_and_hopper(build: ModuleType) -> None:
-    options, reason = build.cuda_choice()
-    assert "-DCMAKE_CUDA_ARCHITECTURES=80-real;90a-real" in options
+def test_without_a_gpu_the_default_covers_ampere_and_hopper_and_ptx_for_newer_ones() -> None:
+    options, reason, _ = cuda.choose(CUDA_TORCH)
+    assert "-DCMAKE_CUDA_ARCHITECTURES=80;90a-real" in options  # "80" is sm_80's code and its PTX
     assert "no GPU here" in reason
 
 
-def test_a_missing_tool_gives_a_one_line_error_with_the_remedy(build: ModuleType) -> None:
+def test_a_missing_tool_gives_a_one_line_error_with_the_remedy() -> None:
     with pytest.raises(SystemExit, match="no-such-tool was not found; pip install it"):
-        build.tool("no-such-tool", "pip install it")
+        environment.tool("no-such-tool", "pip install it")
 
 
-def test_without_rocm_hip_is_left_out_and_says_why(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "find_rocm", lambda: None)
-    options, reason = build.hip_choice()
+def test_without_rocm_hip_is_left_out_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hip, "find_rocm", lambda: None)
+    options, reason, _ = hip.choose(ROCM_TORCH)
     assert options == ["-DFLASHDECPP_HIP=OFF"]
     assert "no ROCm" in reason
     monkeypatch.setenv("FLASHDECPP_HIP", "1")
     with pytest.raises(SystemExit, match="ROCm was not found; install"):
-        build.hip_choice()
+        hip.choose(ROCM_TORCH)
 
 
-def test_rocm_architectures_are_requested_or_installed_or_all(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options, reason = build.hip_choice()
+def test_rocm_architectures_are_requested_or_installed_or_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    options, reason, _ = hip.choose(ROCM_TORCH)
     assert "-DFLASHDECPP_HIP_ARCHITECTURES=gfx90a;gfx942;gfx1100" in options
     assert "no GPU here" in reason
-    monkeypatch.setattr(build, "present_amd_gpus", lambda: ["gfx942"])
-    assert "-DFLASHDECPP_HIP_ARCHITECTURES=gfx942" in build.hip_choice()[0]
+    monkeypatch.setattr(hip, "present_gpus", lambda: ["gfx942"])
+    assert "-DFLASHDECPP_HIP_ARCHITECTURES=gfx942" in hip.choose(ROCM_TORCH)[0]
     monkeypatch.setenv("PYTORCH_ROCM_ARCH", "gfx906;gfx90a gfx1100")
-    options, reason = build.hip_choice()
+    options, reason, _ = hip.choose(ROCM_TORCH)
     assert "-DFLASHDECPP_HIP_ARCHITECTURES=gfx90a;gfx1100" in options
     assert "PYTORCH_ROCM_ARCH without gfx906," in reason
 
 
 def test_rocm_architectures_without_matrix_instructions_give_a_one_line_error(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PYTORCH_ROCM_ARCH", "gfx906;gfx1030")
     with pytest.raises(SystemExit, match="has gfx906, gfx1030; the kernels need gfx90a, gfx942 or gfx11xx"):
-        build.hip_choice()
+        hip.choose(ROCM_TORCH)
 
 
 def test_rocm_is_found_at_rocm_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("setuptools.setup", lambda **_: None)
-    path = Path(__file__).parent.parent / "setup.py"
-    spec = importlib.util.spec_from_file_location("flashdecpp_setup", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.undo()
     monkeypatch.setenv("ROCM_PATH", str(tmp_path))
     for file in ("include/hip/hip_runtime.h", "bin/hipcc"):
         (tmp_path / file).parent.mkdir(parents=True)
         (tmp_path / file).touch()
-    assert module.find_rocm() == (tmp_path, str(tmp_path / "bin/hipcc"))
+    assert hip.find_rocm() == (tmp_path, str(tmp_path / "bin/hipcc"))
+
+
+@pytest.mark.parametrize(
+    ("torch", "gpus", "variables", "built"),
+    [
+        (CPU_TORCH, [], {}, False),
+        (CUDA_TORCH, [], {}, True),
+        (CPU_TORCH, ["9.0"], {}, True),
+        (CPU_TORCH, [], {"TORCH_CUDA_ARCH_LIST": "9.0"}, True),
+        (CPU_TORCH, [], {"FLASHDECPP_CUDA": "1"}, True),
+        (CUDA_TORCH, ["9.0"], {"FLASHDECPP_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "9.0"}, False),
+    ],
+)
+def test_cuda_is_built_where_it_can_be_used(
+    monkeypatch: pytest.MonkeyPatch, torch: Torch, gpus: list[str], variables: dict[str, str], built: bool
+) -> None:
+    monkeypatch.setattr(cuda, "present_gpus", lambda: gpus)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    options, reason, _ = cuda.choose(torch)
+    assert (options[0] == "-DFLASHDECPP_CUDA=ON") == built == reason.startswith("cuda: built for")
+
+
+@pytest.mark.parametrize(
+    ("torch", "gpus", "variables", "built"),
+    [
+        (CPU_TORCH, [], {}, False),
+        (CUDA_TORCH, [], {}, False),
+        (ROCM_TORCH, [], {}, True),
+        (CPU_TORCH, ["gfx942"], {}, True),
+        (CPU_TORCH, [], {"PYTORCH_ROCM_ARCH": "gfx90a"}, True),
+        (CPU_TORCH, [], {"FLASHDECPP_HIP": "1"}, True),
+        (ROCM_TORCH, ["gfx942"], {"FLASHDECPP_HIP": "0"}, False),
+    ],
+)
+def test_hip_is_built_where_it_can_be_used(
+    monkeypatch: pytest.MonkeyPatch, torch: Torch, gpus: list[str], variables: dict[str, str], built: bool
+) -> None:
+    monkeypatch.setattr(hip, "present_gpus", lambda: gpus)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    options, reason, _ = hip.choose(torch)
+    assert (options[0] == "-DFLASHDECPP_HIP=ON") == built == reason.startswith("hip: built for")
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            "__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: Optional[str] = None",
+            (None, None, True),
+        ),
+        ("__version__ = '2.11.0+cu130'\ncuda: Optional[str] = '13.0'\nhip = None", ("13.0", None, True)),
+        ("__version__ = '2.10.0'\ncuda = None\nhip: Optional[str] = '7.0.1'", (None, "7.0.1", True)),
+        ("__version__ = '2.9.1+cu128'\ncuda = '12.8'", ("12.8", None, False)),
+    ],
+)
+def test_torch_is_described_without_importing_it(tmp_path: Path, lines: str, expected: tuple) -> None:
+    (tmp_path / "version.py").write_text(lines + "\n")
+    found = Torch.at(tmp_path)
+    assert (found.cuda, found.hip, found.new_enough) == expected
+
+
+def test_the_torch_of_this_environment_is_found() -> None:
+    import torch
+
+    found = environment.find_torch()
+    assert found is not None
+    assert (found.version, found.cuda, found.hip) == (
+        torch.__version__,
+        torch.version.cuda,
+        torch.version.hip,
+    )
+    assert (found.folder / "include/torch/csrc/stable").is_dir()
+
+
+def test_an_old_torch_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environment, "find_torch", lambda: Torch(tmp_path, "2.9.1", None, None))
+    with pytest.raises(SystemExit, match=r"torch >= 2\.10 is needed, but .* has 2\.9\.1; pip install"):
+        environment.need_torch()
+    monkeypatch.setattr(environment, "find_torch", lambda: None)
+    with pytest.raises(SystemExit, match="torch >= 2\\.10 was not found; pip install torch"):
+        environment.need_torch()
+
+
+def test_an_old_cmake_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cmake = tmp_path / "cmake"
+    cmake.write_text("#!/bin/sh\necho cmake version 3.18.4\n")
+    cmake.chmod(0o755)
+    monkeypatch.setattr(environment, "tool", lambda name, remedy: str(cmake))
+    with pytest.raises(SystemExit, match=r"CMake 3\.25 is needed, but .*/cmake is 3\.18\.4; pip install"):
+        environment.need_cmake()
+
+
+@pytest.mark.parametrize(("found", "wanted"), [(None, ["torch>=2.10"]), (CPU_TORCH, [])])
+def test_only_builds_that_compile_ask_for_torch(monkeypatch: pytest.MonkeyPatch, found, wanted) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(backend, "find_torch", lambda: found)
+    assert backend.get_requires_for_build_wheel() == wanted
+    assert backend.get_requires_for_build_editable() == wanted
+    assert backend.get_requires_for_build_sdist() == []
+
+
+def test_an_sdist_holds_all_sources(tmp_path: Path) -> None:
+    build = "from build_support import backend; import sys; print(backend.build_sdist(sys.argv[1]))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=ROOT, env=environment, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    folders = ("build_support", "csrc", "flashdecpp", "tests", "bench", "docs", "examples")
+    wanted = {
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".so", ".pyc") and "__pycache__" not in path.parts
+    }
+    assert len(wanted) > 300
+    assert wanted <= held
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE"} <= held
+    assert not [name for name in held if name.endswith(".so") or name.startswith(("build/", ".venv"))]
+
+
+# --- CMake
+
+
+def configure(build: Path, *options: str) -> str:
+    cmake, ninja = environment.need_cmake(), environment.tool("ninja", "")
+    command = [
+        cmake,
+        "-S",
+        str(ROOT),
+        "-B",
+        str(build),
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        *options,
+    ]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", "-DFLASHDECPP_PYTHON=OFF"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_native_is_what_the_library_would_choose_and_the_baseline(tmp_path: Path) -> None:
+    chosen = configure(tmp_path / "native")
+    isas = re.search(r"cpu: built for ([\w, ]+) \(this processor's best, and the baseline\)", chosen)
+    assert isas is not None
+    assert set(isas[1].split(", ")) == {"baseline", cpu_instruction_set()}
+    assert "cpu: built for baseline, avx2 (" in configure(tmp_path / "named", "-DFLASHDECPP_CPU_ISAS=avx2")
+    everything = configure(tmp_path / "all", "-DFLASHDECPP_CPU_ISAS=all")
+    assert "cpu: built for baseline, avx2, avx512, avx512_bf16" in everything
+
+
+def test_the_build_says_how_much_it_compiles(tmp_path: Path) -> None:
+    configure(tmp_path, "-DFLASHDECPP_CPU_ISAS=avx2")
+    sources = progress.steps(tmp_path, environment.tool("ninja", ""))
+    names = {Path(source).name for source in sources}
+    assert {"ops.cpp.o", "isa_baseline.cpp.o", "isa_avx2.cpp.o", "attention.cpp.o"} <= names
+    assert len(names) == len(sources)
+    said = progress.announce(sources, 1, 2)
+    assert re.fullmatch(rf"flashdecpp compiles {len(sources)} files, about .* on 2 cores", said)
+    assert (
+        progress.announce(["a.cu"] * 30, 2, 2) == "flashdecpp compiles 30 files, about 20 minutes on 2 cores"
+    )
+    assert progress.announce(["isa_avx2.cpp"], 1, 16).endswith("about 30 seconds on 16 cores")
+
+
+def test_max_jobs_limits_the_cores_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = progress.available_cores()
+    monkeypatch.setenv("MAX_JOBS", "1")
+    assert progress.available_cores() == 1
+    monkeypatch.setenv("MAX_JOBS", "1000")
+    assert progress.available_cores() == cores

@@ -1,0 +1,1 @@
+"""What setup.py knows of the machine: the op libraries to build, for which processors, and for how long."""
