@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Kernels access bytes as other types, which nvcc allows and C++ does not. The processor's own instructions make
-# arithmetic in half precision fast. A fortified longjmp refuses to change stacks, as fibers do.
+# Kernels access bytes as other types, which nvcc allows and C++ does not. Half precision is fast with this
+# processor's own instructions. A fortified longjmp refuses to change stacks, as fibers do.
 FLAGS = ["-std=c++20", "-O1", "-march=native", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w"]
 
 
