@@ -78,9 +78,10 @@ inline constexpr float kFp8LoadScale = 1.0f;
 
 FLASHDECPP_INLINE Vec sum_each(const Vec (&x)[kLanes]) {
   const Floats a = x[0].v, b = x[1].v, c = x[2].v, d = x[3].v;
-  const Floats ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Floats cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  return {__builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7)};
+  // Spelled out, because GCC 11 lacks __builtin_shufflevector.
+  const Floats ab = Floats{a[0], b[0], a[1], b[1]} + Floats{a[2], b[2], a[3], b[3]};
+  const Floats cd = Floats{c[0], d[0], c[1], d[1]} + Floats{c[2], d[2], c[3], d[3]};
+  return {Floats{ab[0], ab[1], cd[0], cd[1]} + Floats{ab[2], ab[3], cd[2], cd[3]}};
 }
 
 }  // namespace flashdecpp::cpu::FLASHDECPP_ISA
