@@ -17,9 +17,9 @@ chat: $(VENV)/.built
 info: $(VENV)/.built
 	$(BIN)/flashdecpp info
 
-# One process per core, each of them on one thread.
+# One process per core, at most eight because each takes a gigabyte, and each on one thread.
 test: $(VENV)/.built $(VENV)/.test-tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 gpu-test: $(VENV)/.built $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m gpu
