@@ -61,8 +61,9 @@ class CMakeBuild(build_ext):
             print(result.stdout, flush=True)
             sys.exit("flashdecpp: CMake failed; the first error above says why")
         for line in result.stdout.splitlines():
-            if line.startswith("-- flashdecpp "):
-                print(line.removeprefix("-- "), flush=True)
+            if line.startswith("-- flashdecpp builds "):
+                reasons = line.removeprefix("-- flashdecpp builds ").split("; ")
+                print("flashdecpp builds", *reasons, sep="\n  ", flush=True)
 
 
 def forget_unfinished(build: Path, ninja: str) -> None:

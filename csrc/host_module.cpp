@@ -177,12 +177,15 @@ PYBIND11_MODULE(_C, m) {
       [] {
         return std::map<std::string, std::string>{
             {"cxx", build_info::kCxx},
+            {"cpu_isas", build_info::kCpuIsas},
             {"cuda_compiler", build_info::kCudaCompiler},
             {"cuda_architectures", build_info::kCudaArchitectures},
+            {"hip_architectures", build_info::kHipArchitectures},
             {"reasons", build_info::kReasons},
         };
       },
-      "Compilers, GPU architectures and the reason for each, as fixed when the package was built.");
+      "Compilers, CPU instruction sets, GPU architectures and the reason for each, as fixed when the package was "
+      "built.");
   m.attr("MAX_NEW_TOKENS") = kMaxNewTokens;
   m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
   m.attr("MAX_QUERY_GROUP") = kMaxQueryGroup;

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
+from pathlib import Path
 
 import torch
 
 import flashdecpp
-from flashdecpp import _C, ops
+from flashdecpp import _C, _threads, ops
+from flashdecpp._gpu_support import gpu_code, gpu_problem
 from flashdecpp._library import LIBRARIES, cpu_instruction_set, gpu_library
 from flashdecpp.tuning import TableSet, find_tables
 from flashdecpp.tuning.device import device_name, gfx_target, gpu_properties
 from flashdecpp.tuning.table import DTYPES, Shape, TableError, check_sizes
 
 _NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)
+# x86-64's instruction sets that have kernels of their own, and which flags of /proc/cpuinfo each needs
+# besides those of the sets before it.
+_X86_ISAS = {
+    "avx2": {"avx2", "fma", "f16c", "bmi2"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_bf16": {"avx512_bf16"},
+    "avx512_amx": {"amx_tile", "amx_bf16"},
+}
 _MAX_ROWS = 1024  # choices are listed up to this M
 
 
@@ -45,7 +56,7 @@ def lines(
         yield f"  {library.name}: " + ("yes" if library.loaded else f"no, {library.problem}")
     yield ""
     yield "Devices"
-    yield f"  cpu: {torch.get_num_threads()} threads, kernels for {cpu_instruction_set()}"
+    yield from _cpu_lines(cpu_instruction_set(), build["cpu_isas"].split(", "))
     yield from _gpu_lines()
     yield ""
     yield "Kernels"
@@ -111,6 +122,27 @@ def _attention_lines(problems: Sequence[_C.AttentionProblem]) -> Iterator[str]:
             yield f"    [{problem}] -> {_C.choose_attention(problem, gpu)}"
 
 
+def _cpu_lines(running: str, built: Sequence[str], cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[str]:
+    yield f"  cpu: {torch.get_num_threads()} threads, kernels for {running}"
+    yield f"    threads: {_threads.explanation()}"
+    yield f"    waiting for each other: {_threads.waiting_policy()}"
+    best = best_instruction_set(cpuinfo)
+    if best is not None and best not in built and not os.environ.get("FLASHDECPP_CPU_ISA"):
+        yield f"    this processor has {best}, which the library was not built for (only {', '.join(built)}):"
+        yield "    `FLASHDECPP_CPU_ISAS=native pip install --force-reinstall --no-deps .` adds it"
+
+
+def best_instruction_set(cpuinfo: Path) -> str | None:
+    """The best of an x86-64 processor that has kernels; None for the baseline and other processors."""
+    try:
+        features = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        return None
+    flags = set() if features is None else set(features[1].split())
+    usable = list(takewhile(lambda isa: _X86_ISAS[isa] <= flags, _X86_ISAS))
+    return usable[-1] if usable else None
+
+
 def _gpu_lines() -> Iterator[str]:
     if not torch.cuda.is_available():
         yield "  cuda: no GPU that torch can use: the runner uses the CPU"
@@ -126,6 +158,11 @@ def _gpu_lines() -> Iterator[str]:
             f"  cuda:{index}: {properties.name}, {kind}, {properties.multi_processor_count} {units}, "
             f"{gigabytes:.0f} GiB"
         )
+        if gpu_library().loaded:
+            if problem := gpu_problem(index):
+                yield f"    {problem}"
+            elif gpu_code(index) == "jit":
+                yield "    the library has only PTX for it, which the driver compiles on first use (JIT)"
     if not gpu_library().loaded:
         name = gpu_library().name
         yield f"  cuda: the {name} op library is not loaded (see above): the runner uses the CPU"

@@ -29,22 +29,25 @@ struct HeadShape {
   int full, rest;
 };
 
-// The rows of one chunk, head by head.
-template <class KV>
-struct RowChunk {
-  using Packed = typename Products<KV>::Packed;
-  alignas(64) Packed q_[kChunkRows * kMaxHeadDim];
-  alignas(64) float acc_[kChunkRows * kMaxHeadDim];
+// What the softmax needs of the rows of one chunk, head by head.
+struct SoftmaxRows {
   alignas(64) float weights[kChunkRows][kWeightStride];                           // logits at first
   alignas(64) float reference[kChunkRows], sum[kChunkRows], maximum[kChunkRows];  // SoftmaxState of each row
   alignas(64) float rescale[kChunkRows];                                          // of acc, for this block
   alignas(64) float phi[kChunkRows];
   float scale[kChunkRows], slope[kChunkRows];
-  Vec dots[kRowTile * kKeyTile] = {};  // of a register tile that does not fill a vector: see store_logits
-  int64_t position[kChunkRows];        // of the row's token
-  int64_t first[kChunkRows];           // a row sees the keys [first, last)
+  int64_t position[kChunkRows];  // of the row's token
+  int64_t first[kChunkRows];     // a row sees the keys [first, last)
   int64_t last[kChunkRows];
   int begin[kChunkRows], end[kChunkRows];  // the same within this block
+};
+
+template <class KV>
+struct RowChunk : SoftmaxRows {
+  using Packed = typename Products<KV>::Packed;
+  alignas(64) Packed q_[kChunkRows * kMaxHeadDim];
+  alignas(64) float acc_[kChunkRows * kMaxHeadDim];
+  Vec dots[kRowTile * kKeyTile] = {};  // of a register tile that does not fill a vector: see store_logits
   int stride;  // between rows of q and acc: head_dim, padded. Packed this tightly, rows spread evenly over L1's sets.
 
   Packed* q(int row) { return q_ + row * stride; }
@@ -155,6 +158,19 @@ FLASHDECPP_INLINE void for_row_tiles(int count, F&& f) {
   if (count - row == 1) f(Count<1>{}, row);
 }
 
+// Adds the products of the last `rest` numbers of a head, which few head_dims have, to the dots of dot_tile.
+template <int kRows, class KV>
+FLASHDECPP_OUTLINE void dot_rest(const RowChunk<KV>& rows, int row, const KV* const* k, int64_t k_head, HeadShape shape,
+                                 Vec* dots, int stride, const KV* const* ahead) {
+  using P = Products<KV>;
+  const int d = shape.full * P::kStep;
+  for (int i = 0; i < kKeyTile; ++i) {
+    prefetch(ahead[i] + d, P::kStep * sizeof(KV));
+    const typename P::Operand key = P::load_once(k[i] + k_head + d, shape.rest);
+    for (int r = 0; r < kRows; ++r) P::add(dots[r * stride + i], key, P::load_packed(rows.q(row + r) + d));
+  }
+}
+
 // Products of kRows rows with kKeyTile keys of their head, not yet summed over lanes: dots[row * stride + key].
 template <int kRows, class KV>
 FLASHDECPP_INLINE void dot_tile(const RowChunk<KV>& rows, int row, const KV* const* k, int64_t k_head, HeadShape shape,
@@ -164,27 +180,21 @@ FLASHDECPP_INLINE void dot_tile(const RowChunk<KV>& rows, int row, const KV* con
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kKeyTile; ++i) acc[r][i] = set1(0.0f);
   }
-  auto step = [&](int d, auto&& load_key) __attribute__((always_inline)) {
+  for (int d = 0; d < shape.full * P::kStep; d += P::kStep) {
     typename P::Operand key[kKeyTile];
     for (int i = 0; i < kKeyTile; ++i) {
       prefetch(ahead[i] + d, P::kStep * sizeof(KV));
-      key[i] = load_key(k[i] + k_head + d);
+      key[i] = P::load_once(k[i] + k_head + d);
     }
     for (int r = 0; r < kRows; ++r) {
       const typename P::Operand query = P::load_packed(rows.q(row + r) + d);
       for (int i = 0; i < kKeyTile; ++i) P::add(acc[r][i], key[i], query);
     }
-  };
-  for (int i = 0; i < shape.full; ++i) {
-    step(i * P::kStep, [](const KV* x) __attribute__((always_inline)) { return P::load_once(x); });
-  }
-  if (shape.rest) {
-    step(shape.full * P::kStep,
-         [&](const KV* x) __attribute__((always_inline)) { return P::load_once(x, shape.rest); });
   }
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kKeyTile; ++i) dots[r * stride + i] = acc[r][i];
   }
+  if (shape.rest) dot_rest<kRows>(rows, row, k, k_head, shape, dots, stride, ahead);
 }
 
 // Unscaled logits of rows [row, row + kRows) for kKeyTile keys, from their dots.
@@ -276,6 +286,14 @@ FLASHDECPP_INLINE void values_tile(RowChunk<KV>& rows, int row, const KV* const*
   }
 }
 
+// The numbers of a head after its last whole step, which few head_dims have.
+template <int kRows, class KV>
+FLASHDECPP_OUTLINE void values_rest(RowChunk<KV>& rows, int row, const KV* const* v, int64_t offset, int column,
+                                    int begin, int end, HeadShape shape, const KV* const* ahead) {
+  const int d = shape.full * Products<KV>::kStep;
+  values_tile<kRows, 1, true>(rows, row, v, offset, column, begin, end, d, shape.rest, ahead);
+}
+
 template <int kRows, class KV>
 FLASHDECPP_INLINE void values_rows(RowChunk<KV>& rows, int row, const KV* const* v, int64_t offset, int column,
                                    int begin, int end, HeadShape shape, const KV* const* ahead) {
@@ -284,12 +302,26 @@ FLASHDECPP_INLINE void values_rows(RowChunk<KV>& rows, int row, const KV* const*
   for (; i + 2 <= shape.full; i += 2) {
     values_tile<kRows, 2, false>(rows, row, v, offset, column, begin, end, i * kStep, 0, ahead);
   }
-  if (i < shape.full) values_tile<kRows, 1, false>(rows, row, v, offset, column, begin, end, i++ * kStep, 0, ahead);
-  if (shape.rest) values_tile<kRows, 1, true>(rows, row, v, offset, column, begin, end, i * kStep, shape.rest, ahead);
+  if (i < shape.full) values_tile<kRows, 1, false>(rows, row, v, offset, column, begin, end, i * kStep, 0, ahead);
+  if (shape.rest) values_rest<kRows>(rows, row, v, offset, column, begin, end, shape, ahead);
 }
 
-// Adds the weighted values of kRows rows of one head over keys [column, stop): jointly over the keys that all rows see,
-// then row by row over the others.
+// accumulate_rows where not all rows see all keys: jointly over the keys [begin, end) that they all see, then row by
+// row over the others.
+template <int kRows, class KV>
+FLASHDECPP_OUTLINE void accumulate_edges(RowChunk<KV>& rows, int row, const KV* const* v, int64_t offset, int column,
+                                         int stop, int begin, int end, HeadShape shape, const KV* const* ahead) {
+  values_rows<kRows>(rows, row, v, offset, column, begin, end, shape, ahead);
+  for (int r = row; r < row + kRows; ++r) {
+    const int own = max(rows.begin[r], column), last = min(rows.end[r], stop);
+    const int edges[2][2] = {{own, min(last, begin)}, {max(own, end), last}};
+    for (const auto& [from, to] : edges) {
+      if (from < to) values_rows<1>(rows, r, v, offset, column, from, to, shape, ahead);
+    }
+  }
+}
+
+// Adds the weighted values of kRows rows of one head over the keys of [column, stop) that each row sees.
 template <int kRows, class KV>
 FLASHDECPP_INLINE void accumulate_rows(RowChunk<KV>& rows, int row, const KV* const* v, int64_t offset, int column,
                                        int stop, HeadShape shape, const KV* const* ahead) {
@@ -299,14 +331,9 @@ FLASHDECPP_INLINE void accumulate_rows(RowChunk<KV>& rows, int row, const KV* co
     end = min(rows.end[r], end);
   }
   if (begin == column && end == stop) {
-    return values_rows<kRows>(rows, row, v, offset, column, column, stop, shape, ahead);
-  }
-  end = max(begin, end);
-  values_rows<kRows>(rows, row, v, offset, column, begin, end, shape, ahead);
-  for (int r = row; r < row + kRows; ++r) {
-    const int own = max(rows.begin[r], column), last = min(rows.end[r], stop);
-    if (own < min(last, begin)) values_rows<1>(rows, r, v, offset, column, own, min(last, begin), shape, ahead);
-    if (max(own, end) < last) values_rows<1>(rows, r, v, offset, column, max(own, end), last, shape, ahead);
+    values_rows<kRows>(rows, row, v, offset, column, column, stop, shape, ahead);
+  } else {
+    accumulate_edges<kRows>(rows, row, v, offset, column, stop, begin, max(begin, end), shape, ahead);
   }
 }
 
@@ -325,8 +352,8 @@ FLASHDECPP_INLINE void accumulate(RowChunk<KV>& rows, const KV* const* v, int64_
 
 // Turns the logits of rows [row_begin, row_end), at most kLanes of them, into weights over the block's keys that each
 // row sees, and updates their softmax states. Logits have keys as lanes; states have rows as lanes.
-template <class Reference, class KV>
-void softmax_rows(const AttentionParams& p, RowChunk<KV>& rows, int row_begin, int row_end, int64_t key,
+template <class Reference>
+void softmax_rows(const AttentionParams& p, SoftmaxRows& rows, int row_begin, int row_end, int64_t key,
                   Reference reference_of) {
   static constexpr float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Vec lane = load(kIota), zero = set1(0.0f), hidden = set1(-kInf);

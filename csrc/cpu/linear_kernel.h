@@ -6,7 +6,8 @@
 // split among threads.
 //
 // The storage of weights is a type: DenseWeights here, QuantizedWeights in quantized_linear_kernel.h. It defines
-//   Out, Packed               the types of outputs and of packed numbers of x
+//   Packed                    the type of packed numbers of x
+//   with_out(f)               calls f with the type of outputs, a template argument
 //   kStep                     runs along K have lengths that are multiples of it
 //   tile_rows(m)              weight rows per tile with m rows of x
 //   row(n), stride(), bytes(k)  address of a row of weights, distance between rows, size of k weights, in bytes
@@ -46,10 +47,24 @@ struct Lookahead {
   }
 };
 
+// Copies `count` elements and fills up to `size` with zeros.
+template <class T>
+FLASHDECPP_INLINE void pad(T* out, const T* from, int64_t count, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) out[i] = i < count ? from[i] : T{};
+}
+
+// Steps [begin, end) of a run along K, and where the first row's weights for them are. A run whose length is not a
+// whole number of steps has two stretches: the second is its last step, in a copy padded with zeros. Both go through
+// the same loop, which would otherwise be compiled twice.
+template <class T>
+struct Stretch {
+  const T* first;
+  int64_t stride, begin, end;
+};
+
 // Weights of x's dtype, [n, k].
 template <class T>
 struct DenseWeights {
-  using Out = T;
   using P = Products<T>;
   using Packed = typename P::Packed;
   static constexpr int64_t kStep = 2 * kLanes;
@@ -60,6 +75,10 @@ struct DenseWeights {
   const char* row(int64_t n) const { return static_cast<const char*>(p.weight) + n * stride(); }
   int64_t stride() const { return bytes(p.weight_stride); }
   static constexpr int64_t bytes(int64_t k) { return k * static_cast<int64_t>(sizeof(T)); }
+  template <class F>
+  FLASHDECPP_INLINE void with_out(const DenseWeights&, F&& f) {
+    f.template operator()<T>();
+  }
 
   // acc[m][r] += x[m][k, k + count) * weight[n + r][k, k + count), lane by lane.
   template <int kRows, int kM>
@@ -68,25 +87,27 @@ struct DenseWeights {
     const int64_t stride = self.p.weight_stride;
     const T* weight = static_cast<const T*>(self.p.weight) + n * stride + k;
     x += k;
-    auto step = [&](int64_t i, auto&& load_weights) __attribute__((always_inline)) {
-      typename P::Operand w[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        Lookahead::fetch<bytes(kStep)>(ahead, bytes(i), bytes(r * stride));
-        w[r] = load_weights(weight + r * stride + i);
-      }
-      for (int m = 0; m < kM; ++m) {
-        typename P::Operand operand = P::load_packed(x + m * x_stride + i);
-        if (kRows > 1) keep_in_register(operand);
-        for (int r = 0; r < kRows; ++r) P::add(acc[m * kRows + r], w[r], operand);
-      }
-    };
-    int64_t i = 0;
-    for (; i + kStep <= count; i += kStep) {
-      step(i, [](const T* p) __attribute__((always_inline)) { return P::load_once(p); });
+    const int64_t whole = count / kStep * kStep;
+    T padded[kRows][kStep];
+    if (whole < count) {
+      for (int r = 0; r < kRows; ++r) pad(padded[r], weight + r * stride + whole, count - whole, kStep);
     }
-    if (i < count) {
-      const int rest = static_cast<int>(count - i);
-      step(i, [rest](const T* p) __attribute__((always_inline)) { return P::load_once(p, rest); });
+    const Stretch<T> stretches[] = {{weight, stride, 0, whole}, {padded[0], kStep, whole, count}};
+#pragma GCC unroll 1
+    for (const auto& [first, row_stride, begin, end] : stretches) {
+      const T* from = first;
+      for (int64_t i = begin; i < end; i += kStep, from += kStep) {
+        typename P::Operand w[kRows];
+        for (int r = 0; r < kRows; ++r) {
+          Lookahead::fetch<bytes(kStep)>(ahead, bytes(i), bytes(r * stride));
+          w[r] = P::load_once(from + r * row_stride);
+        }
+        for (int m = 0; m < kM; ++m) {
+          typename P::Operand operand = P::load_packed(x + m * x_stride + i);
+          if (kRows > 1) keep_in_register(operand);
+          for (int r = 0; r < kRows; ++r) P::add(acc[m * kRows + r], w[r], operand);
+        }
+      }
     }
   }
 
@@ -94,18 +115,24 @@ struct DenseWeights {
   FLASHDECPP_INLINE void finish(const DenseWeights&, Vec (&)[kM * kRows], int64_t, const Packed*, int64_t) {}
 };
 
+// offsets[m][r] = bias[r], plus out[m][r] if `add`.
+template <class T>
+FLASHDECPP_OUTLINE void output_offsets(const T* bias, bool add, const T* out, int64_t out_stride, int count, int rows,
+                                       float* offsets) {
+  for (int m = 0; m < count; ++m) {
+    for (int r = 0; r < rows; ++r) {
+      offsets[m * rows + r] = (bias ? to_float(bias[r]) : 0.0f) + (add ? to_float(out[m * out_stride + r]) : 0.0f);
+    }
+  }
+}
+
 // out[m][r] = the sum of the accumulator's lanes, plus bias, plus the previous out[m][r] if `add`.
 template <class T, int kRows, int kM>
 FLASHDECPP_INLINE void store_outputs(const Vec (&acc)[kM * kRows], const T* bias, bool add, T* out,
                                      int64_t out_stride) {
   constexpr int kCount = kM * kRows, kPadded = (kCount + kLanes - 1) / kLanes * kLanes;
   float offsets[kPadded] = {};
-  if (bias) {
-    for (int i = 0; i < kCount; ++i) offsets[i] = to_float(bias[i % kRows]);
-  }
-  if (add) {
-    for (int i = 0; i < kCount; ++i) offsets[i] += to_float(out[i / kRows * out_stride + i % kRows]);
-  }
+  if (bias || add) output_offsets(bias, add, out, out_stride, kM, kRows, offsets);
   T values[kPadded];
   for (int i = 0; i < kPadded; i += kLanes) {
     Vec full[kLanes];
@@ -120,12 +147,9 @@ FLASHDECPP_INLINE void store_outputs(const Vec (&acc)[kM * kRows], const T* bias
 template <class W, int kRows, int kM>
 void linear_tiles(const W& weights, const typename W::Packed* x, int64_t x_stride, int64_t m, int64_t begin,
                   int64_t end) {
-  using T = typename W::Out;
   const LinearParams& p = weights.p;
   const char* first_row = weights.row(begin);
   const int64_t tile_bytes = kRows * weights.stride();
-  const T* bias = static_cast<const T*>(p.bias);
-  T* out = static_cast<T*>(p.out) + m * p.n;
   x += m * x_stride;
 
   // A run is one tile of weight rows over one block of K. Within a strip of tiles, runs are ordered by block.
@@ -163,7 +187,11 @@ void linear_tiles(const W& weights, const typename W::Packed* x, int64_t x_strid
           for (int i = 0; i < kM * kRows; ++i) kept[tile][i] = acc[i];
         } else {
           W::template finish<kRows, kM>(weights, acc, row, x, x_stride);
-          store_outputs<T, kRows, kM>(acc, bias ? bias + row : nullptr, p.fusion.adds(), out + row, p.n);
+          W::with_out(weights, [&]<class T>() __attribute__((always_inline)) {
+            const T* bias = static_cast<const T*>(p.bias);
+            T* out = static_cast<T*>(p.out) + m * p.n + row;
+            store_outputs<T, kRows, kM>(acc, bias ? bias + row : nullptr, p.fusion.adds(), out, p.n);
+          });
         }
       }
     }
@@ -177,7 +205,9 @@ void linear_columns(const W& weights, const typename W::Packed* x, int64_t x_str
   constexpr int kRows = W::tile_rows(kM);
   const int64_t whole = begin + (end - begin) / kRows * kRows;
   if (begin < whole) linear_tiles<W, kRows, kM>(weights, x, x_stride, m, begin, whole);
-  if (whole < end) linear_tiles<W, 1, kM>(weights, x, x_stride, m, whole, end);
+  if (whole == end) return;
+  // The last few rows of the weights: too few to repay a tile of their own for every kM.
+  for (int64_t row = m; row < m + kM; ++row) linear_tiles<W, 1, 1>(weights, x, x_stride, row, whole, end);
 }
 
 template <class W>

@@ -44,10 +44,21 @@ FLASHDECPP_INLINE int group_shift(const QuantizedLinearParams& p) {
   return p.groups() == 1 ? 62 : p.group == 32 ? 5 : p.group == 64 ? 6 : 7;
 }
 
-template <class T, template <class> class Decoder, int kBits>
+// f.template operator()<T>() for the type T of a dtype.
+template <class F>
+FLASHDECPP_INLINE void with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f.template operator()<float>();
+    case DType::kFloat16: return f.template operator()<fp16>();
+    case DType::kBFloat16: return f.template operator()<bf16>();
+    default: return;
+  }
+}
+
+// Not of x's dtype, but of the type in which x is packed, which most dtypes share: the loops are compiled once for it.
+template <class P, template <class> class Decoder, int kBits>
 struct QuantizedWeights {
-  using D = Decoder<T>;
-  using Out = T;
+  using D = Decoder<P>;
   using Packed = typename D::Packed;
   static constexpr int64_t kStep = kQuantizedAlign;
   static_assert(kStep % D::kWeights == 0);
@@ -62,6 +73,10 @@ struct QuantizedWeights {
   const char* row(int64_t n) const { return static_cast<const char*>(p.weight) + n * p.weight_stride; }
   int64_t stride() const { return p.weight_stride; }
   static constexpr int64_t bytes(int64_t k) { return k * kBits / 8; }
+  template <class F>
+  FLASHDECPP_INLINE void with_out(const QuantizedWeights& self, F&& f) {
+    with_dtype(self.p.dtype, f);
+  }
 
   template <int kRows, int kM>
   FLASHDECPP_INLINE void run(const QuantizedWeights& self, Vec (&acc)[kM * kRows], int64_t n, int64_t k, int64_t count,
@@ -83,11 +98,20 @@ struct QuantizedWeights {
 
     const uint8_t* weight = reinterpret_cast<const uint8_t*>(self.row(n)) + bytes(k);
     x += k;
-    auto step = [&](int64_t i, auto&& load_raw) __attribute__((always_inline)) {
+    constexpr int64_t kStepBytes = bytes(D::kWeights);
+    const int64_t whole = count / D::kWeights * D::kWeights;
+    uint8_t padded[kRows][kStepBytes];
+    if (whole < count) {
+      for (int r = 0; r < kRows; ++r) {
+        pad(padded[r], weight + r * p.weight_stride + bytes(whole), bytes(count - whole), kStepBytes);
+      }
+    }
+    const Stretch<uint8_t> stretches[] = {{weight, p.weight_stride, 0, whole}, {padded[0], kStepBytes, whole, count}};
+    const auto step = [&](int64_t i, const uint8_t* from, int64_t stride) __attribute__((always_inline)) {
       typename D::Raw raw[kRows];
       for (int r = 0; r < kRows; ++r) {
-        Lookahead::fetch<bytes(D::kWeights)>(ahead, bytes(i), r * p.weight_stride);
-        raw[r] = load_raw(weight + r * p.weight_stride + bytes(i), r);
+        Lookahead::fetch<kStepBytes>(ahead, bytes(i), r * p.weight_stride);
+        raw[r] = D::load_raw(from + r * stride);
       }
       Vec products[kM * kRows];
       for (int j = 0; j < kM * kRows; ++j) products[j] = set1(0.0f);
@@ -105,14 +129,10 @@ struct QuantizedWeights {
         for (int m = 0; m < kM; ++m) acc[m * kRows + r] = fma(products[m * kRows + r], scale, acc[m * kRows + r]);
       }
     };
-    int64_t i = 0;
-    for (; i + D::kWeights <= count; i += D::kWeights) {
-      step(i, [](const uint8_t* p, int) __attribute__((always_inline)) { return D::load_raw(p); });
-    }
-    if (i < count) {
-      uint8_t copies[kRows][bytes(D::kWeights)];
-      const int rest = static_cast<int>(bytes(count - i));
-      step(i, [&](const uint8_t* p, int r) __attribute__((always_inline)) { return D::load_raw(p, rest, copies[r]); });
+#pragma GCC unroll 1
+    for (const auto& [first_row, stride, begin, end] : stretches) {
+      const uint8_t* from = first_row;
+      for (int64_t i = begin; i < end; i += D::kWeights, from += kStepBytes) step(i, from, stride);
     }
   }
 
@@ -134,16 +154,10 @@ struct QuantizedWeights {
   }
 };
 
-template <class T>
-using Weights4 = QuantizedWeights<T, Decoder4, 4>;
-template <class T>
-using Weights8 = QuantizedWeights<T, Decoder8, 8>;
-
-template <class W>
+template <class W, class T>
 void pack_quantized_typed(const QuantizedLinearParams& p, void* packed, int64_t packed_stride, int64_t begin,
                           int64_t end) {
   using D = typename W::D;
-  using T = typename W::Out;
   using Packed = typename W::Packed;
   for (int64_t m = begin; m < end; ++m) {
     const T* x = static_cast<const T*>(p.x) + m * p.x_stride;
@@ -224,33 +238,28 @@ void dequantize_typed(const QuantizedLinearParams& p, void* out, int64_t begin, 
   }
 }
 
-// Calls f.template operator()<W>() for the weights' bits and x's dtype.
+// Calls f.template operator()<W, T>() for the weights' bits and x's dtype.
 template <class F>
 void with_quantized(const QuantizedLinearParams& p, F&& f) {
-  const bool four = p.bits == 4;
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return four ? f.template operator()<Weights4<float>>() : f.template operator()<Weights8<float>>();
-    case DType::kFloat16:
-      return four ? f.template operator()<Weights4<fp16>>() : f.template operator()<Weights8<fp16>>();
-    case DType::kBFloat16:
-      return four ? f.template operator()<Weights4<bf16>>() : f.template operator()<Weights8<bf16>>();
-    default: return;
-  }
+  with_dtype(p.dtype, [&]<class T>() {
+    using Packed = typename Products<T>::Packed;
+    if (p.bits == 4) return f.template operator()<QuantizedWeights<Packed, Decoder4, 4>, T>();
+    return f.template operator()<QuantizedWeights<Packed, Decoder8, 8>, T>();
+  });
 }
 
 static void pack_quantized(const QuantizedLinearParams& p, void* packed, int64_t packed_stride, int64_t begin,
                            int64_t end) {
-  with_quantized(p, [&]<class W>() { pack_quantized_typed<W>(p, packed, packed_stride, begin, end); });
+  with_quantized(p, [&]<class W, class T>() { pack_quantized_typed<W, T>(p, packed, packed_stride, begin, end); });
 }
 
 static void quantized_linear(const QuantizedLinearParams& p, const void* packed, int64_t packed_stride,
                              const LinearTask& task) {
-  with_quantized(p, [&]<class W>() { quantized_linear_typed<W>(p, packed, packed_stride, task); });
+  with_quantized(p, [&]<class W, class>() { quantized_linear_typed<W>(p, packed, packed_stride, task); });
 }
 
 static void dequantize(const QuantizedLinearParams& p, void* out, int64_t begin, int64_t end) {
-  with_quantized(p, [&]<class W>() { dequantize_typed<typename W::Out>(p, out, begin, end); });
+  with_dtype(p.dtype, [&]<class T>() { dequantize_typed<T>(p, out, begin, end); });
 }
 
 }  // namespace flashdecpp::cpu::FLASHDECPP_ISA

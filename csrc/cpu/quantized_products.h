@@ -22,8 +22,8 @@ struct FloatProducts {
   FLASHDECPP_INLINE void add(Vec& acc, Operand w, Operand x) { acc = fma(w, x, acc); }
 };
 
-// 4 bits: slice i is nibble i of every 32 bits.
-template <class T>
+// 4 bits: slice i is nibble i of every 32 bits. P is the type of packed numbers of x.
+template <class P>
 struct Decoder4 : FloatProducts {
   using Raw = Nibbles;
   static constexpr int kSlices = 8, kWeights = kSlices * kSlice;
@@ -32,7 +32,6 @@ struct Decoder4 : FloatProducts {
     return i / 4 * kBlock + i % 4 * 4 + slice / 2 + slice % 2 * (kBlock / 2);
   }
   FLASHDECPP_INLINE Raw load_raw(const uint8_t* p) { return load_nibbles(p); }
-  FLASHDECPP_INLINE Raw load_raw(const uint8_t* p, int n, uint8_t*) { return load_nibbles(p, n); }
   template <int slice>
   FLASHDECPP_INLINE Operand decode(const Raw& raw) {
     return nibble<slice>(raw);
@@ -40,17 +39,13 @@ struct Decoder4 : FloatProducts {
 };
 
 // 8 bits, in memory order.
-template <class T>
+template <class P>
 struct Decoder8 : FloatProducts {
   using Raw = const uint8_t*;
   static constexpr int kSlices = kBlock / kLanes, kWeights = kBlock;
   static constexpr int lane_block(int) { return 0; }
   static constexpr int source(int slice, int i) { return slice * kSlice + i; }
   FLASHDECPP_INLINE Raw load_raw(const uint8_t* p) { return p; }
-  FLASHDECPP_INLINE Raw load_raw(const uint8_t* p, int n, uint8_t* copy) {
-    for (int i = 0; i < kWeights; ++i) copy[i] = i < n ? p[i] : 0;
-    return copy;
-  }
   template <int slice>
   FLASHDECPP_INLINE Operand decode(const Raw& raw) {
     return load_bytes(raw + slice * kSlice);
@@ -77,7 +72,6 @@ struct Decoder4<bf16> : Bf16Products {
     return i / 8 * kBlock + i % 8 * 2 + slice / 2 + slice % 2 * (kBlock / 2);
   }
   FLASHDECPP_INLINE Raw load_raw(const uint8_t* p) { return load_nibbles(p); }
-  FLASHDECPP_INLINE Raw load_raw(const uint8_t* p, int n, uint8_t*) { return load_nibbles(p, n); }
   template <int slice>
   FLASHDECPP_INLINE Operand decode(const Raw& raw) {
     const __m256i values = _mm256_setr_epi16(0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000,
@@ -93,9 +87,6 @@ struct Decoder8<bf16> : Bf16Products {
   static constexpr int lane_block(int) { return 0; }
   static constexpr int source(int, int i) { return i; }
   FLASHDECPP_INLINE Raw load_raw(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-  FLASHDECPP_INLINE Raw load_raw(const uint8_t* p, int n, uint8_t*) {
-    return _mm256_maskz_loadu_epi8(static_cast<__mmask32>((uint64_t{1} << n) - 1), p);
-  }
   template <int slice>
   FLASHDECPP_INLINE Operand decode(const Raw& raw) {
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(raw)));

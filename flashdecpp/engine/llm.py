@@ -1,6 +1,7 @@
 """The model runner that users see."""
 
 import time
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal, overload
 import torch
 
 from flashdecpp._arguments import flag, require, shown
-from flashdecpp._library import gpu_library
+from flashdecpp._gpu_support import gpu_problem
 from flashdecpp._memory import available_bytes, gigabytes, peak_bytes
 from flashdecpp._progress import progress_bar
 from flashdecpp.errors import ModelError, OutOfMemory
@@ -38,7 +39,8 @@ class LLM:
 
     model: "demo" (SmolLM2-135M-Instruct, fetched on first use), a Hugging Face folder, the name of a model on
         the Hugging Face Hub, or a GGUF file.
-    device: default "cuda" if torch has a GPU and the GPU's op library is loaded, else "cpu".
+    device: default "cuda" if torch has a GPU that the op library can run on, else "cpu", with a warning if
+        there is a GPU.
     dtype: a torch dtype or its name. The default is bfloat16 on the CPU; on a GPU it is the checkpoint's own
         half type, float16 for GGUF files, and bfloat16 for checkpoints in float32.
     max_len: maximum tokens of prompt and answer together. Default: the model's context.
@@ -351,10 +353,15 @@ def _need_one_answer(params: SamplingParams | None) -> None:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device to run on: the named one, else the GPU if available. ModelError for an unusable one."""
+    """The device to run on: the named one, else the GPU if it can be used. ModelError for an unusable one."""
     if device is None:
-        usable = torch.cuda.is_available() and gpu_library().loaded
-        return torch.device("cuda" if usable else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        problem = gpu_problem(torch.cuda.current_device())
+        if problem is None:
+            return torch.device("cuda")
+        warnings.warn(f"the model runs on the CPU: {problem}", stacklevel=3)
+        return torch.device("cpu")
     if not isinstance(device, str | torch.device):
         raise ModelError(f"device must be a name such as cpu or cuda, got {shown(device)}")
     try:
@@ -371,6 +378,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if chosen.index is not None and chosen.index >= count:
         last = f"cuda:{count - 1} is the last"
         raise ModelError(f"device {device} was asked for, but torch finds {count} GPUs here; {last}")
+    problem = gpu_problem(torch.cuda.current_device() if chosen.index is None else chosen.index)
+    if problem is not None:
+        raise ModelError(f"device {device} was asked for, but {problem}")
     return chosen
 
 

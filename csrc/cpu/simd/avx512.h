@@ -137,9 +137,6 @@ typedef __m512i Nibbles;
 typedef __m512i LaneIndices;
 
 FLASHDECPP_INLINE Nibbles load_nibbles(const uint8_t* p) { return _mm512_loadu_si512(p); }
-FLASHDECPP_INLINE Nibbles load_nibbles(const uint8_t* p, int n) {
-  return _mm512_maskz_loadu_epi8((uint64_t{1} << n) - 1, p);
-}
 // The permutation reads only the low four bits of an index, so the other nibbles need no mask.
 template <int i>
 FLASHDECPP_INLINE Vec nibble(Nibbles x) {

@@ -4,6 +4,12 @@
 #include <cstdint>
 
 #define FLASHDECPP_INLINE [[gnu::always_inline]] static inline
+// For rare paths: one copy for all callers, neither inlined nor cloned for constant arguments.
+#if defined(__clang__)
+#define FLASHDECPP_OUTLINE [[gnu::noinline]]
+#else
+#define FLASHDECPP_OUTLINE [[gnu::noinline, gnu::noclone]]
+#endif
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 

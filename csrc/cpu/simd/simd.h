@@ -21,7 +21,7 @@
 //   sum(x), max_lane(x)         over the lanes
 // and for quantized weights:
 //   load_bytes(p)               kLanes signed bytes as floats
-//   Nibbles, load_nibbles       (p), (p, n): 4 * kLanes bytes, or the first n of them
+//   Nibbles, load_nibbles       4 * kLanes bytes
 //   spread_nibbles(p)           kLanes bytes, one per 32 bits: nibbles 0 and 1 are its low and its high one
 //   nibble<i>(x)                nibble i of every 32 bits, minus 8, as floats
 //   LaneIndices, load_indices   the indices of `select`

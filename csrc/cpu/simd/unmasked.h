@@ -36,10 +36,5 @@ FLASHDECPP_INLINE float max_lane(Vec x) {
   for (int i = 1; i < kLanes; ++i) lanes[0] = max(lanes[0], lanes[i]);
   return lanes[0];
 }
-FLASHDECPP_INLINE Nibbles load_nibbles(const uint8_t* p, int n) {
-  uint8_t copy[4 * kLanes] = {};
-  __builtin_memcpy(copy, p, n);
-  return load_nibbles(copy);
-}
 
 }  // namespace flashdecpp::cpu::FLASHDECPP_ISA
