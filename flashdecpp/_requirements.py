@@ -6,6 +6,8 @@ from importlib.util import find_spec
 
 NEEDED = {
     "LLM": ("numpy", "transformers", "tokenizers", "safetensors", "huggingface_hub", "gguf", "psutil"),
+    "SamplingParams": ("tokenizers",),
+    "Guide": ("tokenizers",),
     "accelerate": ("transformers",),
     "the command line": ("typer",),
 }

@@ -1,7 +1,6 @@
 """The command line as users see it: its streams and exit status, mostly in a process of its own."""
 
 import errno
-import functools
 import io
 import json
 import math
@@ -359,7 +358,7 @@ def test_standard_input_that_is_closed_is_one_line() -> None:
         (["generate", "hi", "--chat", "--tools", "{number}"], "a JSON list of functions, got a int"),
         (["generate", "hi", "--tools", "{number}"], "--tools needs --chat"),
         (["generate", "hi", "--system", "short"], "--system needs --chat"),
-        (["generate", "hi", "--max-batch", "0", "--model", "{folder}"], "max_batch must be from 1 to 4096"),
+        (["generate", "hi", "--max-batch", "0", "--model", "{folder}"], "max_batch must be"),
         (["generate", "hi", "--cache-tokens", "0", "--model", "{folder}"], "cache_tokens must be"),
         (["generate", "hi", "--top-p", "2"], "top_p must be"),
         (["generate", "hi", "-t", "-1"], "temperature must be"),
@@ -651,10 +650,10 @@ def test_an_interrupt_is_quiet_whenever_it_comes(long_folder: Path, entry: str, 
 
 
 @pytest.fixture
-def talk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def talk(folder: Path) -> Callable[..., Result]:
     """With room for 64 tokens."""
-    monkeypatch.setattr(package, "LLM", functools.partial(package.LLM, cache_tokens=64))
     options = ["--model", str(folder), "--device", "cpu", "--dtype", "float32", "-n", "8", "--ignore-eos"]
+    options += ["--cache-tokens", "64"]
     return lambda stdin, quiet=False, **streams: run(
         "chat", *options, *(["--quiet"] if quiet else []), stdin=stdin, **streams
     )

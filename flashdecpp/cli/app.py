@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
-from flashdecpp import __version__, _interrupt, _start
+from flashdecpp import __version__, _interrupt, _start, _threads
 
 from . import terminal
 
@@ -27,21 +28,6 @@ Command = TypeVar("Command", bound=Callable[..., None])
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with terminal.one_line_errors():
-            return super().invoke(ctx)
-
-
-class _Command(TyperCommand):
-    """A command with the options of HOW_TO_RUN, which torch is imported for only when it runs."""
-
-    def invoke(self, ctx: Any) -> Any:
-        threads, quiet = ctx.params.pop("threads"), ctx.params.pop("quiet", False)
-        with terminal.quiet_stderr() if quiet else nullcontext():
-            _start()
-            if threads is not None:
-                import torch
-
-                torch.set_num_threads(threads)
-            _interrupt.raise_again()
             return super().invoke(ctx)
 
 
@@ -176,7 +162,7 @@ SAMPLING_OF_MANY: dict[str, Any] = SAMPLING | {
 THREADS: dict[str, Any] = {
     "threads": Annotated[
         int | None,
-        typer.Option(help="Threads to compute with on the CPU.  [default: torch's choice]", min=1, max=1024),
+        typer.Option(help="Threads to compute with on the CPU.  [default: as many as can run at once]"),
     ],
 }
 HOW_TO_RUN: dict[str, Any] = THREADS | {
@@ -208,6 +194,25 @@ def _with_options(options: dict[str, Any]) -> Callable[[Command], Command]:
     return decorate
 
 
+def _command(options: dict[str, Any]) -> Callable[[Command], Command]:
+    """Registers a command with these options besides its own. Torch is imported when it runs, no sooner."""
+
+    def decorate(command: Command) -> Command:
+        @app.command()
+        @functools.wraps(_with_options(options)(command))
+        def run(threads: int | None = None, quiet: bool | None = None, **given: Any) -> None:
+            with terminal.quiet_stderr() if quiet else nullcontext():
+                _threads.choose_waiting_policy()  # before torch is imported
+                _start()
+                _threads.use_threads(threads)
+                _interrupt.raise_again()
+                command(**given)
+
+        return command
+
+    return decorate
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"flashdecpp {__version__}")
@@ -223,8 +228,7 @@ def options(
 ) -> None: ...
 
 
-@app.command(cls=_Command)
-@_with_options(SAMPLING_OF_MANY | HOW_TO_RUN)
+@_command(SAMPLING_OF_MANY | HOW_TO_RUN)
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt.  [default: --file or standard input]")
@@ -311,8 +315,7 @@ def generate(
         raise typer.Exit(130)
 
 
-@app.command(cls=_Command)
-@_with_options(SAMPLING | HOW_TO_RUN)
+@_command(SAMPLING | HOW_TO_RUN)
 def chat(
     model: Model = "demo",
     system: Annotated[str | None, typer.Option(help="A system message that opens the conversation.")] = None,
@@ -344,8 +347,7 @@ def chat(
     converse(llm, params, system and terminal.clean(system))
 
 
-@app.command(cls=_Command)
-@_with_options(HOW_TO_RUN)
+@_command(HOW_TO_RUN)
 def calibrate(
     model: Model = "demo",
     text: Annotated[
@@ -383,8 +385,7 @@ def calibrate(
     print(f"phi is in {output}" + ("" if plot is None else f", the plot in {plot}"))
 
 
-@app.command(cls=_Command)
-@_with_options(HOW_TO_RUN)
+@_command(HOW_TO_RUN)
 def tune(
     model: Annotated[
         str | None,
@@ -410,9 +411,8 @@ def tune(
 
     The result is two inflection points per weight [N, K]: GEMV below M1 rows, flat GEMM from M1 to M2, BLAS
     from M2 on. They are added to this device's table in tables/ of the cache folder ($FLASHDECPP_CACHE, else
-    $XDG_CACHE_HOME/flashdecpp, else ~/.cache/flashdecpp),
-    which later runs load by themselves; `flashdecpp info --shapes ...` shows the choices. Keep the device
-    otherwise idle while it is measured.
+    $XDG_CACHE_HOME/flashdecpp, else ~/.cache/flashdecpp), which later runs load by themselves;
+    `flashdecpp info --shapes ...` shows the choices. Keep the device otherwise idle while it is measured.
     """
     import torch
 
@@ -452,8 +452,7 @@ def tune(
     print(f"the table is {output}" + ("" if plot is None else f", the plot {plot}"))
 
 
-@app.command(cls=_Command)
-@_with_options(THREADS)
+@_command(THREADS)
 def info(
     shapes: Annotated[
         str | None, typer.Option(help="Show what linear() runs for weights [N, K] given as 'N,K;N,K'.")
