@@ -33,14 +33,11 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
-from flashdecpp import _interrupt as _interrupt
-from flashdecpp import _library as _library
-from flashdecpp import ops, tuning
+from flashdecpp import _interrupt, _requirements
 from flashdecpp.errors import ModelError, OutOfMemory
-from flashdecpp.ops import check
-from flashdecpp.quantization import QuantizedLinear, quantize_
 
 if TYPE_CHECKING:
+    from flashdecpp import ops
     from flashdecpp.engine.block_pool import BlockPool
     from flashdecpp.engine.guides import Guide
     from flashdecpp.engine.llm import LLM
@@ -49,6 +46,8 @@ if TYPE_CHECKING:
     from flashdecpp.engine.sampling import SamplingParams
     from flashdecpp.integrations.transformers import accelerate
     from flashdecpp.models.kv_cache import KVCache
+    from flashdecpp.ops import check
+    from flashdecpp.quantization import QuantizedLinear, quantize_
 
 __version__ = metadata.version("flashdecpp")
 __all__ = [
@@ -70,9 +69,7 @@ __all__ = [
     "quantize_",
 ]
 
-tuning.install()
-
-# Imported on first use because most of these import transformers, which takes seconds.
+# Imported on first use: some of these import transformers, which takes seconds, and all of them torch.
 _MODULES = {
     "LLM": "flashdecpp.engine.llm",
     "BlockPool": "flashdecpp.engine.block_pool",
@@ -80,17 +77,30 @@ _MODULES = {
     "Guide": "flashdecpp.engine.guides",
     "KVCache": "flashdecpp.models.kv_cache",
     "Piece": "flashdecpp.engine.results",
+    "QuantizedLinear": "flashdecpp.quantization",
     "SamplingParams": "flashdecpp.engine.sampling",
     "Stats": "flashdecpp.engine.results",
     "TokenLogprob": "flashdecpp.engine.logprobs",
     "accelerate": "flashdecpp.integrations.transformers",
+    "check": "flashdecpp.ops",
+    "quantize_": "flashdecpp.quantization",
 }
+
+
+def _start() -> None:
+    """Imports torch, registers torch.ops.flashdecpp and installs the tables of linear(auto)."""
+    from flashdecpp import ops, tuning  # noqa: F401
+
+    tuning.install()
 
 
 if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> object:
+        if name == "ops":
+            return import_module("flashdecpp.ops")
         if name in _MODULES:
+            _requirements.need(name)
             return getattr(import_module(_MODULES[name]), name)
         raise AttributeError(f"module 'flashdecpp' has no attribute {name!r}")
 
@@ -98,3 +108,7 @@ if not TYPE_CHECKING:  # a type checker would accept any name
 def __dir__() -> list[str]:
     """The public names, imported or not, without the submodules that happen to be loaded."""
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
+if not _interrupt.is_command_line():  # which starts when a command runs, since --help needs no torch
+    _start()

@@ -7,8 +7,14 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """$FLASHDECPP_CACHE, or ~/.cache/flashdecpp. Raises OSError for a user without a home folder."""
-    chosen = os.environ.get("FLASHDECPP_CACHE") or "~/.cache/flashdecpp"
+    """$FLASHDECPP_CACHE, else flashdecpp in $XDG_CACHE_HOME, else ~/.cache/flashdecpp.
+
+    Raises OSError for a user without a home folder.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(caches):  # as its specification demands
+        caches = "~/.cache"
+    chosen = os.environ.get("FLASHDECPP_CACHE") or os.path.join(caches, "flashdecpp")
     try:
         return Path(chosen).expanduser()
     except RuntimeError:

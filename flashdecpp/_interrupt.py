@@ -15,7 +15,7 @@ from types import FrameType
 Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 
-def _is_command_line() -> bool:
+def is_command_line() -> bool:
     """Whether this is `flashdecpp ...` or `python -m flashdecpp ...` (which imports the package first)."""
     if sys.argv[:1] == ["-m"]:
         return ("-m", "flashdecpp") in itertools.pairwise(sys.orig_argv)
@@ -32,5 +32,5 @@ def raise_again() -> None:
     _set(signal.default_int_handler, instead_of=signal.SIG_DFL)
 
 
-if _is_command_line():
+if is_command_line():
     _set(signal.SIG_DFL, instead_of=signal.default_int_handler)

@@ -1,15 +1,16 @@
 """The command line as users see it: its streams and exit status, mostly in a process of its own."""
 
 import errno
-import functools
 import io
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from runner_models import byte_tokens, save_model
 
 import flashdecpp as package
 from flashdecpp import Completion, Piece, SamplingParams
+from flashdecpp._folders import cache_folder
 from flashdecpp.cli import main
+from flashdecpp.engine.config import EngineConfig
 from flashdecpp.engine.logprobs import TokenLogprob
 
 
@@ -48,6 +51,38 @@ def complaint(result: subprocess.CompletedProcess[str]) -> str:
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr
     return lines[0]
+
+
+LIGHT = [["--help"], ["--version"], ["generate", "--help"], ["tune", "--help"], ["--show-completion", "bash"]]
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_what_computes_nothing_imports_no_torch(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')\n")
+    paths = [str(tmp_path), str(Path(package.__file__).parents[1])]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = flashdecpp(
+        *arguments, PYTHONPATH=os.pathsep.join(paths), _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0, result.stderr
+    assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) < 1.0
+
+
+def test_the_version_is_the_packages() -> None:
+    assert flashdecpp("--version").stdout == f"flashdecpp {package.__version__}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_commands_and_options(shell: str) -> None:
+    asked = {
+        "bash": {"COMP_WORDS": "flashdecpp cal", "COMP_CWORD": "1"},
+        "zsh": {"_TYPER_COMPLETE_ARGS": "flashdecpp cal"},
+    }
+    code = "import sys; sys.argv = ['flashdecpp']; from flashdecpp.cli import main; main()"
+    environment = {**os.environ, **asked[shell], "_FLASHDECPP_COMPLETE": f"complete_{shell}"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "calibrate" in result.stdout and "generate" not in result.stdout, result.stderr
 
 
 def test_help_explains_itself() -> None:
@@ -322,6 +357,9 @@ def test_standard_input_that_is_closed_is_one_line() -> None:
         (["generate", "hi", "--chat", "--tools", "{broken}"], "{broken}: --tools must be JSON"),
         (["generate", "hi", "--chat", "--tools", "{number}"], "a JSON list of functions, got a int"),
         (["generate", "hi", "--tools", "{number}"], "--tools needs --chat"),
+        (["generate", "hi", "--system", "short"], "--system needs --chat"),
+        (["generate", "hi", "--max-batch", "0", "--model", "{folder}"], "max_batch must be"),
+        (["generate", "hi", "--cache-tokens", "0", "--model", "{folder}"], "cache_tokens must be"),
         (["generate", "hi", "--top-p", "2"], "top_p must be"),
         (["generate", "hi", "-t", "-1"], "temperature must be"),
         (["generate", "hi", "--top-k", "3000000000"], "top_k must be"),
@@ -356,6 +394,7 @@ def test_every_option_reaches_the_runner(puppet) -> None:
         " --stop . --stop-token-id 3 --stop-token-id 4 --min-tokens 2 --ignore-eos --seed 1 --samples 2"
     )
     options += " --logprobs 2 --prompt-logprobs 0 --keep-special-tokens --json --no-generation-config"
+    options += " --max-len 90 --max-batch 3 --cache-tokens 70"
     assert run("generate", "hi", *options.split()).status == 0
     expected = SamplingParams(
         max_tokens=9,
@@ -381,12 +420,14 @@ def test_every_option_reaches_the_runner(puppet) -> None:
     (_, settings), (_, prompts, params) = puppet.asked
     assert (prompts, params) == (["hi"], expected)
     assert settings["generation_config"] is False
+    assert (settings["max_len"], settings["max_batch"], settings["cache_tokens"]) == (90, 3, 70)
 
 
 def test_what_is_not_given_is_the_models_own(puppet) -> None:
     assert run("generate", "hi").status == 0
     (_, settings), (_, _, params) = puppet.asked
     assert params == SamplingParams()
+    assert settings["max_batch"] == EngineConfig().max_batch
     assert settings["generation_config"] is True
 
 
@@ -395,6 +436,12 @@ def test_tools_reach_the_chat_template(puppet, tmp_path) -> None:
     (tmp_path / "tools.json").write_text(json.dumps(tools))
     assert run("generate", "Rain?", "--chat", "--tools", str(tmp_path / "tools.json")).status == 0
     assert ("chat", [{"role": "user", "content": "Rain?"}], tools) in puppet.asked
+
+
+def test_a_system_message_opens_the_chat(puppet) -> None:
+    assert run("generate", "Rain?", "--chat", "--system", "Be brief.").status == 0
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}]
+    assert ("chat", messages, None) in puppet.asked
 
 
 # ---- text out
@@ -476,6 +523,30 @@ def test_an_answer_is_out_before_the_next_has_ended(puppet, arguments, shown) ->
         assert result.output.decode().splitlines() == ["answer 0", "answer 1", "answer 2"]
 
 
+def test_threads_are_torchs(puppet) -> None:
+    before, seen = torch.get_num_threads(), []
+    puppet.answers = [lambda: seen.append(torch.get_num_threads())]
+    try:
+        assert run("generate", "hi", "--threads", "3").status == 0
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [3]
+
+
+def test_quiet_leaves_only_the_answer(generate) -> None:
+    loud, quiet = generate("x"), generate("x", "--quiet")
+    assert (quiet.status, quiet.output, quiet.errors) == (0, loud.output, "")
+    assert "tokens/s" in loud.errors
+
+
+def test_quiet_does_not_hide_errors(talk, tmp_path) -> None:
+    assert "no such file" in run("generate", "--quiet", "--file", str(tmp_path / "missing")).complaint
+    result = talk(b"far too long " * 9 + b"\nagain\n", quiet=True)
+    assert result.status == 0 and result.output
+    (line,) = result.errors.splitlines()
+    assert line.startswith("flashdecpp: ") and line.endswith("; /new starts over")
+
+
 # ---- how a run ends
 
 
@@ -555,15 +626,37 @@ def test_an_interrupt_while_torch_is_imported_is_quiet(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
+@pytest.mark.parametrize("delay", [0.3, 0.8, 1.6, 2.4])
+@pytest.mark.parametrize("entry", ["python -m flashdecpp", "flashdecpp"])
+def test_an_interrupt_is_quiet_whenever_it_comes(long_folder: Path, entry: str, delay: float) -> None:
+    """From when the package is imported, torch is next, to after the first token."""
+    code = "import sys; sys.argv[0] = 'flashdecpp'; from flashdecpp.cli import main; main()"
+    program = ["-m", "flashdecpp"] if entry.startswith("python") else ["-c", code]
+    with subprocess.Popen(
+        [sys.executable, *program, *LONG, str(long_folder)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
+    ) as process:
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+        assert process.wait() in (130, -signal.SIGINT)
+    assert "Traceback" not in errors and "KeyboardInterrupt" not in errors
+
+
 # ---- chat
 
 
 @pytest.fixture
-def talk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def talk(folder: Path) -> Callable[..., Result]:
     """With room for 64 tokens."""
-    monkeypatch.setattr(package, "LLM", functools.partial(package.LLM, cache_tokens=64))
     options = ["--model", str(folder), "--device", "cpu", "--dtype", "float32", "-n", "8", "--ignore-eos"]
-    return lambda stdin, **streams: run("chat", *options, stdin=stdin, **streams)
+    options += ["--cache-tokens", "64"]
+    return lambda stdin, quiet=False, **streams: run(
+        "chat", *options, *(["--quiet"] if quiet else []), stdin=stdin, **streams
+    )
 
 
 def answers(result: Result) -> int:
@@ -650,3 +743,29 @@ if child:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"FLASHDECPP_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/flashdecpp"),
+        ({"XDG_CACHE_HOME": "b"}, "/home/me/.cache/flashdecpp"),
+        ({"XDG_CACHE_HOME": "", "FLASHDECPP_CACHE": ""}, "/home/me/.cache/flashdecpp"),
+        ({}, "/home/me/.cache/flashdecpp"),
+    ],
+)
+def test_where_the_cache_is(environment: dict[str, str], folder: str) -> None:
+    with mock.patch.dict(os.environ, {**environment, "HOME": "/home/me"}, clear=True):
+        assert cache_folder() == Path(folder)
+
+
+def test_a_missing_typer_is_one_line() -> None:
+    code = "import sys; sys.modules['typer'] = None; sys.argv = ['flashdecpp', 'info']; "
+    code += "from flashdecpp.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    wanted = "the command line needs typer, which is not installed: pip install 'flashdecpp[runner]'"
+    assert complaint(result) == f"flashdecpp: {wanted}"

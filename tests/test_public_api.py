@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import flashdecpp
-from flashdecpp import _C
+from flashdecpp import _C, _requirements
 
 PACKAGE = Path(flashdecpp.__file__).parent
 
@@ -71,3 +71,75 @@ def test_the_stub_of_the_extension_names_what_it_has() -> None:
             functions = {x.name for x in node.body if isinstance(x, ast.FunctionDef)}
             values = {t.id for x in node.body if isinstance(x, ast.Assign) for t in x.targets}  # type: ignore[attr-defined]
             assert functions | values <= members.keys(), node.name
+
+
+RUNNER = {
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "gguf",
+    "psutil",
+    "typer",
+}
+
+
+def without(packages: set[str], code: str) -> str:
+    """What a fresh interpreter prints where these packages are not installed."""
+    return run(f"import sys; sys.modules.update(dict.fromkeys({sorted(packages)}))\n{code}")
+
+
+def test_the_ops_need_the_base_packages_only() -> None:
+    code = """
+import torch, flashdecpp
+from flashdecpp import ops, quantize_, QuantizedLinear, BlockPool, check
+assert torch.ops.flashdecpp.linear and flashdecpp.tuning.find_tables().problems == []
+x = torch.ones(1, 32)
+model = torch.nn.Sequential(torch.nn.Linear(32, 8))
+quantize_(model)
+print(ops.linear(x, torch.ones(8, 32)).sum().item(), type(model[0]) is QuantizedLinear)
+print(BlockPool(4).free_blocks)
+"""
+    assert without(RUNNER, code).split() == ["256.0", "True", "4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("LLM", "gguf"),
+        ("LLM", "transformers"),
+        ("SamplingParams", "tokenizers"),
+        ("Guide", "tokenizers"),
+        ("accelerate", "transformers"),
+    ],
+)
+def test_a_package_of_the_extra_that_is_missing_is_one_sentence(name: str, package: str) -> None:
+    code = f"""
+try:
+    from flashdecpp import {name}
+except ImportError as error:
+    print(error)
+"""
+    wanted = f"{name} needs {package}, which is not installed: pip install 'flashdecpp[runner]'"
+    assert without({package}, code).strip() == wanted
+
+
+def test_what_needs_the_extra_is_known() -> None:
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    extra = re.search(r"^runner = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
+    assert extra is not None
+    assert {re.split("[>=]", name)[0] for name in re.findall(r'"([^"]+)"', extra[1])} == RUNNER
+    assert {package for needed in _requirements.NEEDED.values() for package in needed} == RUNNER
+
+
+def test_what_imports_the_package_has_the_ops_at_once() -> None:
+    code = (
+        "import sys, flashdecpp, torch; print(torch.ops.flashdecpp.linear, 'flashdecpp.ops' in sys.modules)"
+    )
+    assert run(code).split() == ["flashdecpp.linear", "True"]
+
+
+def test_a_cpu_needs_no_compiler_for_its_masks() -> None:
+    code = "import sys, flashdecpp; flashdecpp.LLM; print('torch.nn.attention.bias' in sys.modules)"
+    assert run(code).split() == ["False"]

