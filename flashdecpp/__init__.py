@@ -33,6 +33,10 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
+from flashdecpp import _clone
+
+__path__ = _clone.built_folders(__path__)
+
 from flashdecpp import _interrupt, _requirements
 from flashdecpp.errors import ModelError, OutOfMemory
 

@@ -38,7 +38,9 @@ def cuda_code(architectures: str, capability: tuple[int, int]) -> Code:
 
 def hip_code(architectures: str, target: str) -> Code:
     """The same for an AMD GPU of a target such as "gfx90a", which runs its own machine code only."""
-    return "compiled" if target in re.split("[;,]", architectures) else "none"
+    # An entry may restrict features, as in "gfx942:xnack-".
+    built = {entry.partition(":")[0] for entry in architectures.split(";")}
+    return "compiled" if target in built else "none"
 
 
 def gpu_code(index: int) -> Code:

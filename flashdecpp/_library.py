@@ -39,11 +39,7 @@ def _load(name: str, problem: str | None = None) -> Library:
 
 
 def _remedy() -> str:
-    """A clone that was not built may stand before an installed package on the path."""
     here = _FOLDER.parents[1].resolve()
-    for folder in (Path(entry).resolve() for entry in sys.path):
-        if folder != here and (folder / "flashdecpp" / "lib" / "libflashdecpp_cpu.so").exists():
-            return f"{here} hides the flashdecpp installed in {folder}; run from another directory"
     return f"run `pip install .` in {here}, or from another directory if flashdecpp is installed elsewhere"
 
 

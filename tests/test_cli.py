@@ -712,25 +712,30 @@ def test_info_lists_spoiled_tables(tmp_path: Path) -> None:
         assert result.stdout.count(f"not used: {tables / name}.json") == 1
 
 
-def test_a_clone_that_was_not_built_says_what_it_hides(tmp_path: Path) -> None:
+def test_a_clone_that_was_not_built_gives_way_to_the_installed_package(tmp_path: Path) -> None:
     folder = Path(package.__file__).parent
     ignored = shutil.ignore_patterns("lib", "*.so", "__pycache__")
     shutil.copytree(folder, tmp_path / "flashdecpp", ignore=ignored)
     code = """
 import sys
-for path in [], [sys.argv[1]]:
-    sys.path += path
-    try:
-        import flashdecpp
-    except ImportError as error:
-        print(error)
+try:
+    import flashdecpp
+except ImportError as error:
+    print(error)
+sys.path.append(sys.argv[1])
+import flashdecpp, torch
+print(flashdecpp.ops.__file__, torch.ops.flashdecpp.linear)
 """
     command = [sys.executable, "-c", code, str(folder.parent)]
     environment = {**os.environ, "PYTHONPATH": ""}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    alone, hiding = result.stdout.splitlines()
+    alone, installed = result.stdout.splitlines()
     assert f"run `pip install .` in {tmp_path}, or from another directory" in alone
-    assert f"{tmp_path} hides the flashdecpp installed in {folder.parent}; run from another" in hiding
+    assert installed.startswith(str(folder / "ops.py"))
+    command = [sys.executable, "-m", "flashdecpp", "info"]
+    environment["PYTHONPATH"] = str(folder.parent)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "cpu: yes" in result.stdout, result.stderr
 
 
 def test_a_child_that_was_forked_before_any_op_works() -> None:
