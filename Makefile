@@ -1,6 +1,6 @@
 # `make run` generates an answer with a real model; `make test` runs the tests. Both set up everything they need.
 PYTHON ?= python3
-PROMPT ?= Explain in three sentences why the sky is blue.
+PROMPT ?= Give me three tips for a good night's sleep.
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 NEEDED = {
-    "LLM": ("numpy", "transformers", "tokenizers", "safetensors", "huggingface_hub", "gguf", "psutil"),
+    "LLM": ("numpy", "transformers", "tokenizers", "safetensors", "huggingface_hub", "gguf"),
     "SamplingParams": ("tokenizers",),
     "Guide": ("tokenizers",),
     "accelerate": ("transformers",),
