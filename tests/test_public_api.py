@@ -80,7 +80,6 @@ RUNNER = {
     "safetensors",
     "huggingface_hub",
     "gguf",
-    "psutil",
     "typer",
 }
 
