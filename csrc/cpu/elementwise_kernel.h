@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/simd/simd.h"
+#include "cpu/with_dtype.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
@@ -32,12 +33,7 @@ void add_typed(void* to, const void* from, int64_t begin, int64_t end) {
 }
 
 static void add(void* to, const void* from, DType dtype, int64_t begin, int64_t end) {
-  switch (dtype) {
-    case DType::kFloat32: return add_typed<float>(to, from, begin, end);
-    case DType::kFloat16: return add_typed<fp16>(to, from, begin, end);
-    case DType::kBFloat16: return add_typed<bf16>(to, from, begin, end);
-    default: return;
-  }
+  with_dtype(dtype, [&]<class T>() { add_typed<T>(to, from, begin, end); });
 }
 
 // --- rms_norm, layer_norm
@@ -168,12 +164,7 @@ void rotary_typed(const RotaryParams& p, int64_t token_begin, int64_t token_end)
 }
 
 static void rotary(const RotaryParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::kFloat32: return rotary_typed<float>(p, begin, end);
-    case DType::kFloat16: return rotary_typed<fp16>(p, begin, end);
-    case DType::kBFloat16: return rotary_typed<bf16>(p, begin, end);
-    default: return;
-  }
+  with_dtype(p.dtype, [&]<class T>() { rotary_typed<T>(p, begin, end); });
 }
 
 // --- activations
@@ -217,12 +208,7 @@ void activate_typed(const ActivationParams& p, int64_t row, int64_t begin, int64
 }
 
 static void activation(const ActivationParams& p, int64_t row, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::kFloat32: return activate_typed<float>(p, row, begin, end);
-    case DType::kFloat16: return activate_typed<fp16>(p, row, begin, end);
-    case DType::kBFloat16: return activate_typed<bf16>(p, row, begin, end);
-    default: return;
-  }
+  with_dtype(p.dtype, [&]<class T>() { activate_typed<T>(p, row, begin, end); });
 }
 
 }  // namespace flashdecpp::cpu::FLASHDECPP_ISA

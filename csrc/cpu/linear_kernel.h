@@ -18,6 +18,7 @@
 #include "cpu/linear_tiles.h"
 #include "cpu/products.h"
 #include "cpu/simd/simd.h"
+#include "cpu/with_dtype.h"
 
 namespace flashdecpp::cpu::FLASHDECPP_ISA {
 
@@ -47,20 +48,25 @@ struct Lookahead {
   }
 };
 
-// Copies `count` elements and fills up to `size` with zeros.
-template <class T>
-FLASHDECPP_INLINE void pad(T* out, const T* from, int64_t count, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) out[i] = i < count ? from[i] : T{};
+// step(i, from, stride) for each kStep of `count` elements along K, where the first of kRows rows of weights is at
+// `from`, and rows are `stride` apart. A last step that is not whole gets a copy padded with zeros, and goes through
+// the same loop as the others, which would otherwise be compiled twice.
+template <int kRows, int64_t kStep, class T, class F>
+FLASHDECPP_INLINE void for_steps(const T* weight, int64_t stride, int64_t count, F&& step) {
+  const int64_t whole = count / kStep * kStep;
+  T padded[kRows][kStep];
+  for (int r = 0; whole < count && r < kRows; ++r) {
+    for (int64_t i = 0; i < kStep; ++i) padded[r][i] = whole + i < count ? weight[r * stride + whole + i] : T{};
+  }
+  const struct {
+    const T* from;
+    int64_t stride, begin, end;
+  } stretches[] = {{weight, stride, 0, whole}, {padded[0], kStep, whole, count}};
+#pragma GCC unroll 1
+  for (auto [from, row_stride, begin, end] : stretches) {
+    for (int64_t i = begin; i < end; i += kStep, from += kStep) step(i, from, row_stride);
+  }
 }
-
-// Steps [begin, end) of a run along K, and where the first row's weights for them are. A run whose length is not a
-// whole number of steps has two stretches: the second is its last step, in a copy padded with zeros. Both go through
-// the same loop, which would otherwise be compiled twice.
-template <class T>
-struct Stretch {
-  const T* first;
-  int64_t stride, begin, end;
-};
 
 // Weights of x's dtype, [n, k].
 template <class T>
@@ -87,28 +93,19 @@ struct DenseWeights {
     const int64_t stride = self.p.weight_stride;
     const T* weight = static_cast<const T*>(self.p.weight) + n * stride + k;
     x += k;
-    const int64_t whole = count / kStep * kStep;
-    T padded[kRows][kStep];
-    if (whole < count) {
-      for (int r = 0; r < kRows; ++r) pad(padded[r], weight + r * stride + whole, count - whole, kStep);
-    }
-    const Stretch<T> stretches[] = {{weight, stride, 0, whole}, {padded[0], kStep, whole, count}};
-#pragma GCC unroll 1
-    for (const auto& [first, row_stride, begin, end] : stretches) {
-      const T* from = first;
-      for (int64_t i = begin; i < end; i += kStep, from += kStep) {
-        typename P::Operand w[kRows];
-        for (int r = 0; r < kRows; ++r) {
-          Lookahead::fetch<bytes(kStep)>(ahead, bytes(i), bytes(r * stride));
-          w[r] = P::load_once(from + r * row_stride);
-        }
-        for (int m = 0; m < kM; ++m) {
-          typename P::Operand operand = P::load_packed(x + m * x_stride + i);
-          if (kRows > 1) keep_in_register(operand);
-          for (int r = 0; r < kRows; ++r) P::add(acc[m * kRows + r], w[r], operand);
-        }
+    const auto step = [&](int64_t i, const T* from, int64_t row_stride) __attribute__((always_inline)) {
+      typename P::Operand w[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        Lookahead::fetch<bytes(kStep)>(ahead, bytes(i), bytes(r * stride));
+        w[r] = P::load_once(from + r * row_stride);
       }
-    }
+      for (int m = 0; m < kM; ++m) {
+        typename P::Operand operand = P::load_packed(x + m * x_stride + i);
+        if (kRows > 1) keep_in_register(operand);
+        for (int r = 0; r < kRows; ++r) P::add(acc[m * kRows + r], w[r], operand);
+      }
+    };
+    for_steps<kRows, kStep>(weight, stride, count, step);
   }
 
   template <int kRows, int kM>
@@ -239,12 +236,7 @@ static void linear(const LinearParams& p, const void* packed, int64_t packed_str
 #if defined(FLASHDECPP_TILES)
   if (on_tiles(p)) return TiledLinear(p, packed, packed_stride).run(task);
 #endif
-  switch (p.dtype) {
-    case DType::kFloat32: return linear_typed<float>(p, packed, packed_stride, task);
-    case DType::kFloat16: return linear_typed<fp16>(p, packed, packed_stride, task);
-    case DType::kBFloat16: return linear_typed<bf16>(p, packed, packed_stride, task);
-    default: return;
-  }
+  with_dtype(p.dtype, [&]<class T>() { linear_typed<T>(p, packed, packed_stride, task); });
 }
 
 template <class T>
@@ -263,12 +255,7 @@ static void pack(const LinearParams& p, void* packed, int64_t packed_stride, int
 #if defined(FLASHDECPP_TILES)
   if (on_tiles(p)) return pack_tiles(p, packed, packed_stride, begin, end);
 #endif
-  switch (p.dtype) {
-    case DType::kFloat32: return pack_typed<float>(p, packed, packed_stride, begin, end);
-    case DType::kFloat16: return pack_typed<fp16>(p, packed, packed_stride, begin, end);
-    case DType::kBFloat16: return pack_typed<bf16>(p, packed, packed_stride, begin, end);
-    default: return;
-  }
+  with_dtype(p.dtype, [&]<class T>() { pack_typed<T>(p, packed, packed_stride, begin, end); });
 }
 
 }  // namespace flashdecpp::cpu::FLASHDECPP_ISA

@@ -44,17 +44,6 @@ FLASHDECPP_INLINE int group_shift(const QuantizedLinearParams& p) {
   return p.groups() == 1 ? 62 : p.group == 32 ? 5 : p.group == 64 ? 6 : 7;
 }
 
-// f.template operator()<T>() for the type T of a dtype.
-template <class F>
-FLASHDECPP_INLINE void with_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat32: return f.template operator()<float>();
-    case DType::kFloat16: return f.template operator()<fp16>();
-    case DType::kBFloat16: return f.template operator()<bf16>();
-    default: return;
-  }
-}
-
 // Not of x's dtype, but of the type in which x is packed, which most dtypes share: the loops are compiled once for it.
 template <class P, template <class> class Decoder, int kBits>
 struct QuantizedWeights {
@@ -99,18 +88,11 @@ struct QuantizedWeights {
     const uint8_t* weight = reinterpret_cast<const uint8_t*>(self.row(n)) + bytes(k);
     x += k;
     constexpr int64_t kStepBytes = bytes(D::kWeights);
-    const int64_t whole = count / D::kWeights * D::kWeights;
-    uint8_t padded[kRows][kStepBytes];
-    if (whole < count) {
-      for (int r = 0; r < kRows; ++r) {
-        pad(padded[r], weight + r * p.weight_stride + bytes(whole), bytes(count - whole), kStepBytes);
-      }
-    }
-    const Stretch<uint8_t> stretches[] = {{weight, p.weight_stride, 0, whole}, {padded[0], kStepBytes, whole, count}};
-    const auto step = [&](int64_t i, const uint8_t* from, int64_t stride) __attribute__((always_inline)) {
+    const auto step = [&](int64_t byte, const uint8_t* from, int64_t stride) __attribute__((always_inline)) {
+      const int64_t i = byte * 8 / kBits;
       typename D::Raw raw[kRows];
       for (int r = 0; r < kRows; ++r) {
-        Lookahead::fetch<kStepBytes>(ahead, bytes(i), r * p.weight_stride);
+        Lookahead::fetch<kStepBytes>(ahead, byte, r * p.weight_stride);
         raw[r] = D::load_raw(from + r * stride);
       }
       Vec products[kM * kRows];
@@ -129,11 +111,7 @@ struct QuantizedWeights {
         for (int m = 0; m < kM; ++m) acc[m * kRows + r] = fma(products[m * kRows + r], scale, acc[m * kRows + r]);
       }
     };
-#pragma GCC unroll 1
-    for (const auto& [first_row, stride, begin, end] : stretches) {
-      const uint8_t* from = first_row;
-      for (int64_t i = begin; i < end; i += D::kWeights, from += kStepBytes) step(i, from, stride);
-    }
+    for_steps<kRows, kStepBytes>(weight, p.weight_stride, bytes(count), step);
   }
 
   template <int kRows, int kM>
