@@ -17,7 +17,7 @@ chat: $(VENV)/.built
 info: $(VENV)/.built
 	$(BIN)/flashdecpp info
 
-# One process per core, at most eight because each takes a gigabyte, and each on one thread.
+# One process per core, at most eight because each may take two gigabytes, and each on one thread.
 test: $(VENV)/.built $(VENV)/.test-tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
@@ -58,7 +58,8 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	$(PIP) install -c constraints.txt --no-build-isolation --quiet -e '.[runner]'
 	@touch $@
 
-$(VENV)/.test-tools: $(VENV)/.built
+# After the build, but not again after every build.
+$(VENV)/.test-tools: $(VENV)/.packages | $(VENV)/.built
 	$(PIP) install -c constraints.txt --no-build-isolation --quiet -e '.[test]'
 	@touch $@
 
