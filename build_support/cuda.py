@@ -43,7 +43,7 @@ def choose(torch: Torch) -> Choice:
             sys.exit("flashdecpp: FLASHDECPP_CUDA=1 but nvcc was not found; install it or set CUDA_HOME")
         return Choice(off, "cuda: not built, no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
     asked = capabilities(listed("TORCH_CUDA_ARCH_LIST"))
-    gpus = present_gpus()
+    gpus = [] if asked else present_gpus()
     if not (switch == "1" or asked or gpus or torch.cuda):
         why = f"no GPU here and torch {torch.version} is without CUDA"
         return Choice(off, f"cuda: not built, {why} (FLASHDECPP_CUDA=1 builds it nevertheless)")

@@ -25,7 +25,8 @@ def choose(torch: Torch) -> Choice:
             sys.exit("flashdecpp: FLASHDECPP_HIP=1 but ROCm was not found; install it or set ROCM_PATH")
         return Choice(off, "hip: not built, no ROCm in ROCM_PATH or in /opt/rocm")
     home, compiler = rocm
-    asked, gpus = listed("PYTORCH_ROCM_ARCH"), present_gpus()
+    asked = listed("PYTORCH_ROCM_ARCH")
+    gpus = [] if asked else present_gpus()
     if not (switch == "1" or asked or gpus or torch.hip):
         why = f"no AMD GPU here and torch {torch.version} is without ROCm"
         return Choice(off, f"hip: not built, {why} (FLASHDECPP_HIP=1 builds it nevertheless)")

@@ -14,6 +14,13 @@ from flashdecpp._library import gpu_library
 Code = Literal["compiled", "jit", "none"]
 
 
+def gfx_target(device: torch.device) -> str | None:
+    """An AMD GPU's target, such as "gfx90a" of "gfx90a:sramecc+:xnack-"; None for other devices."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return None
+    return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+
+
 def cuda_code(architectures: str, capability: tuple[int, int]) -> Code:
     """What a library built for CMake's list of architectures, such as "80-real;90a", has for an NVIDIA GPU.
 
@@ -45,9 +52,10 @@ def hip_code(architectures: str, target: str) -> Code:
 
 def gpu_code(index: int) -> Code:
     """What the GPU op library has for the GPU of this index."""
-    properties, build = torch.cuda.get_device_properties(index), _C.build_info()
-    if torch.version.hip is not None:
-        return hip_code(build["hip_architectures"], properties.gcnArchName.partition(":")[0])
+    build = _C.build_info()
+    if target := gfx_target(torch.device("cuda", index)):
+        return hip_code(build["hip_architectures"], target)
+    properties = torch.cuda.get_device_properties(index)
     return cuda_code(build["cuda_architectures"], (properties.major, properties.minor))
 
 
@@ -59,8 +67,7 @@ def gpu_problem(index: int) -> str | None:
     if gpu_code(index) != "none":
         return None
     properties, build = torch.cuda.get_device_properties(index), _C.build_info()
-    if torch.version.hip is not None:
-        target = properties.gcnArchName.partition(":")[0]
+    if target := gfx_target(torch.device("cuda", index)):
         kind, built, variable = target, build["hip_architectures"], f'PYTORCH_ROCM_ARCH="{target}"'
     else:
         capability = (properties.major, properties.minor)

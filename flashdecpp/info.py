@@ -13,10 +13,10 @@ import torch
 
 import flashdecpp
 from flashdecpp import _C, _threads, ops
-from flashdecpp._gpu_support import gpu_code, gpu_problem
+from flashdecpp._gpu_support import gfx_target, gpu_code, gpu_problem
 from flashdecpp._library import LIBRARIES, cpu_instruction_set, gpu_library
 from flashdecpp.tuning import TableSet, find_tables
-from flashdecpp.tuning.device import device_name, gfx_target, gpu_properties
+from flashdecpp.tuning.device import device_name, gpu_properties
 from flashdecpp.tuning.table import DTYPES, Shape, TableError, check_sizes
 
 _NATIVE_HEAD_DIMS = (64, 96, 128, 192, 256)

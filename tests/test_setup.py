@@ -187,46 +187,39 @@ def test_rocm_is_found_at_rocm_path(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("torch", "gpus", "variables", "built"),
+    ("library", "torch", "gpus", "variables", "built"),
     [
-        (CPU_TORCH, [], {}, False),
-        (CUDA_TORCH, [], {}, True),
-        (CPU_TORCH, ["9.0"], {}, True),
-        (CPU_TORCH, [], {"TORCH_CUDA_ARCH_LIST": "9.0"}, True),
-        (CPU_TORCH, [], {"FLASHDECPP_CUDA": "1"}, True),
-        (CUDA_TORCH, ["9.0"], {"FLASHDECPP_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "9.0"}, False),
+        (cuda, CPU_TORCH, [], {}, False),
+        (cuda, CUDA_TORCH, [], {}, True),
+        (cuda, CPU_TORCH, ["9.0"], {}, True),
+        (cuda, CPU_TORCH, [], {"TORCH_CUDA_ARCH_LIST": "9.0"}, True),
+        (cuda, CPU_TORCH, [], {"FLASHDECPP_CUDA": "1"}, True),
+        (cuda, CUDA_TORCH, ["9.0"], {"FLASHDECPP_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "9.0"}, False),
+        (hip, CPU_TORCH, [], {}, False),
+        (hip, CUDA_TORCH, [], {}, False),
+        (hip, ROCM_TORCH, [], {}, True),
+        (hip, CPU_TORCH, ["gfx942"], {}, True),
+        (hip, CPU_TORCH, [], {"PYTORCH_ROCM_ARCH": "gfx90a"}, True),
+        (hip, CPU_TORCH, [], {"FLASHDECPP_HIP": "1"}, True),
+        (hip, ROCM_TORCH, ["gfx942"], {"FLASHDECPP_HIP": "0"}, False),
     ],
 )
-def test_cuda_is_built_where_it_can_be_used(
-    monkeypatch: pytest.MonkeyPatch, torch: Torch, gpus: list[str], variables: dict[str, str], built: bool
+def test_a_gpu_library_is_built_where_it_can_be_used(
+    monkeypatch: pytest.MonkeyPatch,
+    library,
+    torch: Torch,
+    gpus: list[str],
+    variables: dict[str, str],
+    built: bool,
 ) -> None:
-    monkeypatch.setattr(cuda, "present_gpus", lambda: gpus)
+    monkeypatch.setattr(library, "present_gpus", lambda: gpus)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    options, reason, _ = cuda.choose(torch)
-    assert (options[0] == "-DFLASHDECPP_CUDA=ON") == built == reason.startswith("cuda: built for")
-
-
-@pytest.mark.parametrize(
-    ("torch", "gpus", "variables", "built"),
-    [
-        (CPU_TORCH, [], {}, False),
-        (CUDA_TORCH, [], {}, False),
-        (ROCM_TORCH, [], {}, True),
-        (CPU_TORCH, ["gfx942"], {}, True),
-        (CPU_TORCH, [], {"PYTORCH_ROCM_ARCH": "gfx90a"}, True),
-        (CPU_TORCH, [], {"FLASHDECPP_HIP": "1"}, True),
-        (ROCM_TORCH, ["gfx942"], {"FLASHDECPP_HIP": "0"}, False),
-    ],
-)
-def test_hip_is_built_where_it_can_be_used(
-    monkeypatch: pytest.MonkeyPatch, torch: Torch, gpus: list[str], variables: dict[str, str], built: bool
-) -> None:
-    monkeypatch.setattr(hip, "present_gpus", lambda: gpus)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    options, reason, _ = hip.choose(torch)
-    assert (options[0] == "-DFLASHDECPP_HIP=ON") == built == reason.startswith("hip: built for")
+    options, reason, _ = library.choose(torch)
+    name = library.__name__.rpartition(".")[2]
+    assert (
+        (options[0] == f"-DFLASHDECPP_{name.upper()}=ON") == built == reason.startswith(f"{name}: built for")
+    )
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,11 @@ def unusable() -> tuple[type[BaseException], ...]:
     return (ValueError, MemoryError) + (() if torch is None else (torch.OutOfMemoryError,))
 
 
+def _expected() -> tuple[type[BaseException], ...]:
+    """Those that one line explains: also a file that cannot be used, or a package that is missing."""
+    return (*unusable(), OSError, ImportError)
+
+
 class _OnlyErrors(io.TextIOBase):
     """Takes the place of stderr with --quiet: drops everything, and keeps the stream for errors."""
 
@@ -56,10 +61,7 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
-    except (OSError, ImportError) as error:
-        complain(error)
-        sys.exit(1)
-    except unusable() as error:
+    except _expected() as error:
         complain(error)
         sys.exit(1)
     finally:

@@ -12,17 +12,11 @@ from pathlib import Path
 import torch
 
 from flashdecpp import _C
+from flashdecpp._gpu_support import gfx_target
 from flashdecpp._library import cpu_instruction_set
 
 # Memory-side caches beyond the L2 that torch reports.
 _MEMORY_CACHES = {"gfx942": 256 << 20, "gfx1100": 96 << 20}
-
-
-def gfx_target(device: torch.device) -> str | None:
-    """An AMD GPU's target, such as "gfx90a" of "gfx90a:sramecc+:xnack-"; None for other devices."""
-    if device.type != "cuda" or torch.version.hip is None:
-        return None
-    return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
 
 
 def gpu_properties(device: torch.device) -> _C.DeviceProperties:
