@@ -14,7 +14,7 @@ WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # By default, GNU's OpenMP (in torch's own wheels for Linux) spins for milliseconds before it sleeps, and
 # Intel's and LLVM's for 200 ms. A token takes hundreds of short parallel regions; where another process has a
 # core, each of them may spin until the scheduler takes the core away. bench/busy.py compares the choices.
-SHORT_WAITS = {"GOMP_SPINCOUNT": "100", "KMP_BLOCKTIME": "0"}
+SHORT_WAITS = {"GOMP_SPINCOUNT": "10", "KMP_BLOCKTIME": "0"}
 
 _MAX_THREADS = 1024
 

@@ -2,7 +2,8 @@
 
 namespace flashdecpp {
 
-template void launch_decode_attention<arch::bfloat16, LoadPath::kRegister>(const Launcher&, const AttentionLaunch&,
-                                                                           const AttentionConfig&);
+template void launch_decode_attention<arch::bfloat16, arch::bfloat16, LoadPath::kRegister>(const Launcher&,
+                                                                                           const AttentionLaunch&,
+                                                                                           const AttentionConfig&);
 
 }  // namespace flashdecpp

@@ -2,7 +2,8 @@
 
 namespace flashdecpp {
 
-template void launch_decode_attention<arch::half, LoadPath::kRegister>(const Launcher&, const AttentionLaunch&,
-                                                                       const AttentionConfig&);
+template void launch_decode_attention<arch::half, arch::half, LoadPath::kRegister>(const Launcher&,
+                                                                                   const AttentionLaunch&,
+                                                                                   const AttentionConfig&);
 
 }  // namespace flashdecpp

@@ -187,6 +187,22 @@ class _Cursor:
     def string(self) -> str:
         return self.read(self.unpack("Q")[0]).decode("utf-8", errors="replace")
 
+    def strings(self, count: int) -> list[str]:
+        """Vocabularies and merges are a header's bulk: no call per string but the two that read it."""
+        data, end, limit = self.data, self.position, min(len(self.data), MAX_BYTES)
+        length = struct.Struct("<Q").unpack_from
+        texts = []
+        for _ in range(count):
+            start = end = end + 8
+            if end <= limit:
+                end += length(data, start - 8)[0]
+            if end > limit:
+                self.position = start
+                self.read(end - start)  # raises
+            texts.append(data[start:end].decode("utf-8", errors="replace"))
+        self.position = end
+        return texts
+
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind == STRING:
             return self.string()
@@ -197,6 +213,8 @@ class _Cursor:
             self.count(count)
             if item in SCALARS:
                 return list(self.unpack(f"{count}{SCALARS[item]}"))
+            if item == STRING:
+                return self.strings(count)
             return [self.value(item, depth + 1) for _ in range(count)]
         if kind not in SCALARS:
             raise ModelError(f"{self.path}: a metadata value has the unknown type {kind}")

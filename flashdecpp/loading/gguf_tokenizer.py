@@ -219,10 +219,10 @@ class GGUFTokenizer(BaseTokenizer):
         return PRE_TOKENIZERS[name]
 
     def _merges(self) -> list[tuple[str, str]]:
-        merges = []
+        merges, known = [], self._vocabulary
         for merge in self._metadata.listed(PREFIX + "merges", str, ()):
             left, _, right = merge.partition(" ")
-            if not {left, right, left + right} <= self._vocabulary.keys():
+            if not (left in known and right in known and left + right in known):
                 raise ModelError(
                     f"{self._metadata.path}: merge {merge!r} is not of two tokens that make a third"
                 )

@@ -99,13 +99,16 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_c
   const Tensor workspace = prepare(launch, problem, config, device);
   arch::with_half_type(p.q_dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if constexpr (arch::kAmd) {
-      launch_decode_attention<T, LoadPath::kRegister>(launcher, launch, config);
-    } else if (config.path == LoadPath::kTma) {
-      launch_decode_attention<T, LoadPath::kTma>(launcher, launch, config);
-    } else {
-      launch_decode_attention<T, LoadPath::kCpAsync>(launcher, launch, config);
-    }
+    with_bool(p.kv_dtype == DType::kFloat8E4M3, [&](auto fp8) {
+      using KV = std::conditional_t<fp8.value, arch::float8, T>;
+      if constexpr (arch::kAmd) {
+        launch_decode_attention<T, KV, LoadPath::kRegister>(launcher, launch, config);
+      } else if (config.path == LoadPath::kTma) {
+        launch_decode_attention<T, KV, LoadPath::kTma>(launcher, launch, config);
+      } else {
+        launch_decode_attention<T, KV, LoadPath::kCpAsync>(launcher, launch, config);
+      }
+    });
   });
   return {out, lse};
 }

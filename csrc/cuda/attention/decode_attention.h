@@ -1,4 +1,4 @@
-// The kernels of decode attention by compute type and load path, each compiled in a file of its own.
+// The kernels of decode attention by compute type, type of the cache, and load path, each compiled in a file of its own.
 #pragma once
 
 #include "cuda/launch.h"
@@ -9,7 +9,7 @@ namespace flashdecpp {
 struct AttentionLaunch;
 
 // Launches the kernel that the configuration names.
-template <class T, LoadPath path>
+template <class T, class KV, LoadPath path>
 void launch_decode_attention(const Launcher& launcher, const AttentionLaunch& launch, const AttentionConfig& config);
 
 }  // namespace flashdecpp

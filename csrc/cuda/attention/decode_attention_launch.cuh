@@ -56,18 +56,15 @@ void with_dims(int chosen, F f) {
   f(std::integral_constant<int, dims>());
 }
 
-template <class T, LoadPath path>
+template <class T, class KV, LoadPath path>
 void launch_decode_attention(const Launcher& launcher, const AttentionLaunch& launch, const AttentionConfig& config) {
   with_dims(config.dims, [&](auto dims) {
-    with_bool(launch.p.kv_dtype == DType::kFloat8E4M3, [&](auto fp8) {
-      with_bool(config.latency, [&](auto latency) {
-        with_bool(launch.p.phi != nullptr, [&](auto unified) {
-          using KV = std::conditional_t<fp8.value, arch::float8, T>;
-          using Policy = std::conditional_t<unified.value, UnifiedMax<T>, OnlineMax>;
-          constexpr AttentionShape s = attention_shape(path, sizeof(KV), dims.value, latency.value);
-          using Shape = CtaShape<s.warps, s.stages, s.ctas_per_sm, s.scratch_rows>;
-          launch_kernel<path, AttentionTile<T, KV, dims.value, Shape>, Policy>(launcher, launch, config);
-        });
+    with_bool(config.latency, [&](auto latency) {
+      with_bool(launch.p.phi != nullptr, [&](auto unified) {
+        using Policy = std::conditional_t<unified.value, UnifiedMax<T>, OnlineMax>;
+        constexpr AttentionShape s = attention_shape(path, sizeof(KV), dims.value, latency.value);
+        using Shape = CtaShape<s.warps, s.stages, s.ctas_per_sm, s.scratch_rows>;
+        launch_kernel<path, AttentionTile<T, KV, dims.value, Shape>, Policy>(launcher, launch, config);
       });
     });
   });

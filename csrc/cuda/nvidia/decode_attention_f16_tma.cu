@@ -2,7 +2,7 @@
 
 namespace flashdecpp {
 
-template void launch_decode_attention<arch::half, LoadPath::kTma>(const Launcher&, const AttentionLaunch&,
-                                                                  const AttentionConfig&);
+template void launch_decode_attention<arch::half, arch::half, LoadPath::kTma>(const Launcher&, const AttentionLaunch&,
+                                                                              const AttentionConfig&);
 
 }  // namespace flashdecpp
