@@ -1,4 +1,5 @@
-// The kernels of decode attention by compute type, type of the cache, and load path, each compiled in a file of its own.
+// The kernels of decode attention by compute type, type of the cache, and load path, each compiled in a file of its
+// own.
 #pragma once
 
 #include "cuda/launch.h"
