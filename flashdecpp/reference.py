@@ -12,7 +12,7 @@ float32 results.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -307,6 +307,30 @@ def rotary_append(
         _rotate(k, positions, cos_sin, interleaved, compute_dtype)
     _append(k, k_cache, positions, block_table, k_scale)
     _append(v, v_cache, positions, block_table, v_scale)
+
+
+def append_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    cos_sin: Tensor | None = None,
+    interleaved: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+    **attention: Any,
+) -> tuple[Tensor, Tensor]:
+    """`rotary_append` of copies of q and k, then `decode_attention`, whose other arguments `attention` has."""
+    q, k = q.clone(), k.clone()
+    cache = {"k_cache": k_cache, "v_cache": v_cache, "seq_lens": seq_lens, "block_table": block_table}
+    scales = {name: attention.get(name) for name in ("k_scale", "v_scale")}
+    rotary_append(
+        q, k, v, **cache, cos_sin=cos_sin, interleaved=interleaved, **scales, compute_dtype=compute_dtype
+    )
+    return decode_attention(q, **cache, **attention, compute_dtype=compute_dtype)
 
 
 def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, dtype: torch.dtype) -> None:

@@ -70,6 +70,7 @@ class RegisterStages {
 
   __device__ __forceinline__ Rows keys(int) const { return {stages_}; }
   __device__ __forceinline__ Rows values(int) const { return {stages_ + kTileBytes}; }
+  __device__ __forceinline__ void release_writes() const { arch::warp_sync(); }
   __device__ __forceinline__ void wait_for_queries(int) {}  // copy_async is synchronous
 
  private:

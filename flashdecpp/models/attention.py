@@ -1,4 +1,7 @@
-"""Attention of a pass over the cache: one new token of many sequences, or a chunk of one prompt."""
+"""Attention of a pass over the cache: one new token of many sequences, or a chunk of one prompt.
+
+Both kinds rotate q and k of the new tokens, store k and v in the cache, and attend.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -19,36 +22,40 @@ Observe = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class DecodeAttention:
-    """One token of each sequence, by the decode op. At most one of `phi` and `carried_phi` is given."""
+    """One token of each sequence, by one op. At most one of `phi` and `carried_phi` is given."""
 
     def __init__(
         self,
         config: ModelConfig,
         cache: KVCache,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,  # int32 [batch], including the new tokens
+        block_table: torch.Tensor,  # int32 [batch, max_blocks]
+        cos_sin: Sequence[torch.Tensor | None],  # of each layer; None where nothing is rotated
         phi: Sequence[torch.Tensor] | None,  # float32 [q_heads] of each layer
         carried_phi: torch.Tensor | None,  # float32 [layers, batch, q_heads]
         num_splits: int,
         fallbacks: torch.Tensor,
     ) -> None:
         self._config, self._cache = config, cache
-        self._seq_lens, self._block_table = seq_lens, block_table
+        self._seq_lens, self._block_table, self._cos_sin = seq_lens, block_table, cos_sin
         self._phi, self._carried_phi = phi, carried_phi
         self._num_splits, self._fallbacks = num_splits, fallbacks
 
     def __call__(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        k_cache, v_cache = self._cache.layers[index]
-        out, _ = ops.decode_attention(
+        config = self._config
+        out, _ = ops.append_attention(
             q,
-            k_cache,
-            v_cache,
+            k,
+            v,
+            *self._cache.layers[index],
             self._seq_lens,
             self._block_table,
-            scale=self._config.attn_scale,
+            cos_sin=self._cos_sin[index],
+            interleaved=config.architecture.rotary == "pairs",
+            scale=config.attn_scale,
             phi=None if self._phi is None else self._phi[index],
-            softcap=self._config.attn_softcap,
-            window=self._config.windows[index],
+            softcap=config.attn_softcap,
+            window=config.windows[index],
             num_splits=self._num_splits,
             fallback_count=self._fallbacks,
             carried_phi=None if self._carried_phi is None else self._carried_phi[index],
@@ -67,11 +74,15 @@ class PromptAttention:
         config: ModelConfig,
         cache: KVCache,
         block_table: torch.Tensor,  # int32 [1, max_blocks]
+        cos_sin: Sequence[torch.Tensor | None],  # of each layer; None where nothing is rotated
         start: int,
         stop: int,
         observe: Observe | None,
     ) -> None:
-        self._config, self._cache, self._block_table = config, cache, block_table
+        self._config, self._cache = config, cache
+        self._block_table, self._cos_sin = block_table, cos_sin
+        # Filled on the device: there is no copy to wait for.
+        self._seq_lens = torch.full((1,), stop, dtype=torch.int32, device=block_table.device)
         self._start, self._stop, self._observe = start, stop, observe
         # The chunk's own keys are enough for the first chunk; later ones gather all keys from the cache.
         self._blocks = None if start == 0 else block_table[0, : -(-stop // cache.block_size)]
@@ -79,6 +90,16 @@ class PromptAttention:
 
     def __call__(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         config, stop = self._config, self._stop
+        ops.rotary_append(
+            q,
+            k,
+            v,
+            *self._cache.layers[index],
+            self._seq_lens,
+            self._block_table,
+            cos_sin=self._cos_sin[index],
+            interleaved=config.architecture.rotary == "pairs",
+        )
         if self._blocks is not None:
             k, v = (
                 layer.index_select(0, self._blocks).flatten(0, 1)[None, :stop]

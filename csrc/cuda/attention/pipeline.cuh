@@ -9,6 +9,7 @@
 //   fill(stage, f)                starts the copies
 //   wait(stage, begin, end)       waits for the stage's oldest copies; V is zero outside of rows [begin, end)
 //   keys(stage), values(stage)    the rows that arrived
+//   release_writes()              makes what lanes wrote to them visible to the warp, and ordered before later copies
 //   wait_for_queries(fills)       waits for this thread's copies from before its last `fills` calls of fill()
 //   kFillsEarly                   fill() buffers the tile in registers, so it is called before the current tile is
 //                                 consumed, not after
@@ -112,6 +113,7 @@ class CpAsyncStages {
 
   __device__ __forceinline__ Rows keys(int stage) const { return {stages_ + stage * kStageBytes}; }
   __device__ __forceinline__ Rows values(int stage) const { return {stages_ + stage * kStageBytes + kTileBytes}; }
+  __device__ __forceinline__ void release_writes() const { arch::warp_sync(); }
 
   __device__ __forceinline__ void wait_for_queries(int fills) {
     if (fills >= Tile::kStages - 1) {

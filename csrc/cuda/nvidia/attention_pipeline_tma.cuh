@@ -87,13 +87,17 @@ class TmaStages {
         const int row = i / 8 % kKvTile;
         if (row < begin || row >= end) *reinterpret_cast<uint4*>(values + i * 16) = make_uint4(0, 0, 0, 0);
       }
-      arch::fence_proxy_async();
-      arch::warp_sync();
+      release_writes();
     }
   }
 
   __device__ __forceinline__ Rows keys(int stage) const { return {stages_ + stage * kStageBytes}; }
   __device__ __forceinline__ Rows values(int stage) const { return {stages_ + stage * kStageBytes + kTileBytes}; }
+
+  __device__ __forceinline__ void release_writes() const {
+    arch::fence_proxy_async();
+    arch::warp_sync();
+  }
 
   __device__ __forceinline__ void wait_for_queries(int /*fills*/) { arch::copy_wait<0>(); }
 
