@@ -81,6 +81,9 @@
 #endif
 
 #include <type_traits>
+#include <vector>
+
+#include "cuda/timeline.h"
 
 namespace flashdecpp::arch {
 

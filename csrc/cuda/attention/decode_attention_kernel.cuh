@@ -98,6 +98,7 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
   const SharedMemory<Tile, Stages> shared{arch::dynamic_shared()};
   const AttentionParams& p = launch.p;
 
+  Timeline timeline(TimelineOf::kAttention);
   const bool appends = launch.appends();
   if (!appends) arch::allow_next_kernel();
   Stages stages(shared.stages(arch::warp()), reinterpret_cast<unsigned char*>(barriers), p, source);
@@ -116,7 +117,9 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
     prefetch_angles(launch.rotary, schedule.first.sequence.length - p.q_len);
     pipeline.start();
   }
+  timeline.mark();
   arch::wait_for_previous_kernel();
+  timeline.mark();
 
   Segment upcoming = schedule.first;
   int remaining = schedule.kv_tiles;
@@ -145,6 +148,7 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
     stages.wait_for_queries(fills);
     arch::warp_sync();
     attention.set_queries(q);
+    timeline.mark();
     has_next = upcoming.advance(p, remaining);
     if (has_next) row_phi.load(launch, upcoming.queries(launch));
     if (Tile::kQueryInRegisters && has_next) {
@@ -169,6 +173,7 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
       fills = 0;
     }
 
+    timeline.mark();
     combine_cluster(launch, queries, attention, shared, combine_memory, segment.complete ? kFinal : slot);
     if (!segment.complete && cluster_rank(launch) == 0 && threadIdx.x == 0) {
       arch::publish(launch.ready + slot, launch.nonce);

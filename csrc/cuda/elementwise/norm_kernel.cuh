@@ -29,10 +29,13 @@ __global__ void __launch_bounds__(kNormMaxThreads) norm_kernel(NormParams p) {
   const W* const bias = static_cast<const W*>(p.bias);
   const T* const h = residual ? residual : x;  // the row to normalize
 
+  Timeline timeline(TimelineOf::kNorm);
   allow_next_kernel();  // a linear, which loads its first weights meanwhile
   float w[vector];      // weight of this thread's first columns
   if (weight && first < p.cols) load_vector(w, weight + first);
+  timeline.mark();
   wait_for_previous_kernel();
+  timeline.mark();
 
   float sum = 0.f;
   for (int64_t c = first; c < p.cols; c += step) {

@@ -24,6 +24,7 @@ __host__ __device__ __forceinline__ int64_t rotary_items(const RotaryParams& p) 
 // Grid: (batch * q_len, items of a token / threads).
 template <class T, int vector>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_append_kernel(RotaryParams p) {
+  Timeline timeline(TimelineOf::kRotary);
   // Lengths and tables may be read before the wait: no kernel that this one can overlap writes them.
   const int64_t sequence = blockIdx.x / p.q_len, token = blockIdx.x % p.q_len;
   const int64_t position = int64_t{p.seq_lens[sequence]} - p.q_len + token;
@@ -34,7 +35,9 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_append_kernel(RotaryPar
   if (p.block_table && blockIdx.y == 0 && token == 0 && entry < p.max_blocks && entry <= position / p.block_size) {
     arch::prefetch(p.block_table + sequence * p.table_stride + entry);
   }
+  timeline.mark();
   arch::wait_for_previous_kernel();
+  timeline.mark();
   if (position < 0) return;  // left padding
   const bool rotates = position < p.max_positions;
 

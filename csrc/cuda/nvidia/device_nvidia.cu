@@ -39,3 +39,13 @@ DeviceProperties read_properties(int32_t device) {
 }
 
 }  // namespace flashdecpp::arch
+
+#if defined(FLASHDECPP_TIMELINE)
+// Kernels launched from now on add their records to `buffer`, which is on the current device; null: they stop.
+extern "C" __attribute__((visibility("default"))) int flashdecpp_set_timeline(void* buffer) {
+  for (const auto set : flashdecpp::timeline_setters()) {
+    if (const cudaError_t error = set(static_cast<flashdecpp::TimelineBuffer*>(buffer))) return error;
+  }
+  return 0;
+}
+#endif

@@ -31,6 +31,7 @@ template <class T, class G, bool fused>
 __global__ void __launch_bounds__(G::kThreads, 2) mma_gemv_kernel(LinearParams p) {
   using namespace arch;
   constexpr int row_tiles = G::kRowTiles, tiles = G::kTiles, loads = G::kLoads;
+  Timeline timeline(TimelineOf::kGemv);
   allow_next_kernel();
 
   const int row = lane() / 4, column = lane() % 4 * 8;  // in a tile and a step
@@ -64,7 +65,9 @@ __global__ void __launch_bounds__(G::kThreads, 2) mma_gemv_kernel(LinearParams p
       }
     }
     if (!waited) {
+      timeline.mark();
       wait_for_previous_kernel();
+      timeline.mark();
       operands.load_residual(p, first_n);
     }
     waited = true;
