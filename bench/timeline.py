@@ -30,6 +30,7 @@ WORDS = 8  # of a TimelineRecord
 CAPACITY, LAYERS, LAYER, STEPS = 1 << 18, 6, 3, 8
 
 
+@torch.inference_mode()
 def record(model: str, batch: int, context: int) -> list[dict]:
     """The CTAs of one layer in the middle of a step: kernel, index in the step, SM, and times in us."""
     config = MODELS[model]
@@ -69,15 +70,15 @@ def middle_layer(rows: list[list[int]]) -> list[dict]:
         kernel, sm, cta = (head & 0xFFFFFFFF) >> 16, head & 0xFFFF, head >> 32
         ctas.append({"kernel": KERNELS[kernel], "sm": sm, "cta": cta, "ns": stamps})
     ctas.sort(key=lambda c: c["ns"][0])
-    # A launch's CTAs have distinct indices: a repeated one begins the next launch of that kernel.
+    # A kernel starts when all CTAs of the one before have started: a launch is a run of distinct CTAs of a kernel.
     launches: list[dict] = []
     for cta in ctas:
-        open_ = [x for x in launches if x["kernel"] == cta["kernel"] and cta["cta"] not in x["seen"]]
-        if not open_ or cta["cta"] == 0:
-            launches.append({"kernel": cta["kernel"], "seen": set(), "ctas": []})
-            open_ = launches[-1:]
-        open_[-1]["seen"].add(cta["cta"])
-        open_[-1]["ctas"].append(cta)
+        last = launches[-1] if launches else None
+        if last is None or last["kernel"] != cta["kernel"] or cta["cta"] in last["seen"]:
+            last = {"kernel": cta["kernel"], "seen": set(), "ctas": []}
+            launches.append(last)
+        last["seen"].add(cta["cta"])
+        last["ctas"].append(cta)
     attentions = [i for i, x in enumerate(launches) if x["kernel"] == "attention"]
     begin, end = attentions[LAYER - 1] - 1, attentions[LAYER] + 1
     zero = min(c["ns"][0] for x in launches[begin:end] for c in x["ctas"])
