@@ -1,15 +1,20 @@
-"""What the build decides, and what a source distribution holds. Nothing is compiled here."""
+"""What the build decides, what a source distribution holds, and what an interrupted build leaves."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import setuptools
 
 from flashdecpp._library import cpu_instruction_set
 
@@ -350,3 +355,91 @@ def test_max_jobs_limits_the_cores_counted(monkeypatch: pytest.MonkeyPatch) -> N
     assert progress.available_cores() == 1
     monkeypatch.setenv("MAX_JOBS", "1000")
     assert progress.available_cores() == cores
+
+
+# --- Interrupted builds, of a project with one source and one header
+
+LISTS = """
+cmake_minimum_required(VERSION 3.25)
+project(answer LANGUAGES CXX)
+add_executable(answer answer.cpp)
+"""
+SOURCE = """
+#include <cstdio>
+#include "answer.h"
+int main() { std::printf("%d", ANSWER); }
+"""
+# Where there is a file `hang`, writes half an object and waits to be killed. Where there is a file `silent`,
+# names no headers, as after a crash that lost the end of a file.
+COMPILER = """#!{python}
+import pathlib, subprocess, sys, time
+arguments, folder = sys.argv[1:], pathlib.Path({folder!r})
+if "-c" in arguments and (folder / "hang").exists():
+    pathlib.Path(arguments[arguments.index("-o") + 1]).write_bytes(b"\\x7fELF")
+    (folder / "hangs").touch()
+    time.sleep(60)
+subprocess.run(["c++", *arguments], check=True)
+if "-MF" in arguments and (folder / "silent").exists():
+    pathlib.Path(arguments[arguments.index("-MF") + 1]).write_text("")
+"""
+
+
+class Project:
+    def __init__(self, folder: Path, forget_unfinished: Callable[[Path, str], None]) -> None:
+        self.folder, self.build, self.forget_unfinished = folder, folder / "build", forget_unfinished
+        self.ninja = environment.tool("ninja", "")
+        compiler = folder / "compiler"
+        compiler.write_text(COMPILER.format(python=sys.executable, folder=str(folder)))
+        compiler.chmod(0o755)
+        (folder / "CMakeLists.txt").write_text(LISTS)
+        (folder / "answer.cpp").write_text(SOURCE)
+        self.set_answer(1)
+        command = [environment.need_cmake(), "-S", str(folder), "-B", str(self.build), "-G", "Ninja"]
+        command += [f"-DCMAKE_MAKE_PROGRAM={self.ninja}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def set_answer(self, value: int) -> None:
+        (self.folder / "answer.h").write_text(f"#define ANSWER {value}\n")
+
+    def answer(self) -> int:
+        """That of the program as setup.py builds it."""
+        self.forget_unfinished(self.build, self.ninja)
+        subprocess.run([self.ninja, "-C", str(self.build)], check=True, capture_output=True)
+        return int(subprocess.run([str(self.build / "answer")], check=True, capture_output=True).stdout)
+
+    def kill_build(self, sent: signal.Signals) -> None:
+        """Ends ninja and the compiler in the middle of a compilation."""
+        (self.folder / "hang").touch()
+        ninja = subprocess.Popen(
+            [self.ninja, "-C", str(self.build)], stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 30
+        while not (self.folder / "hangs").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(ninja.pid, sent)
+        ninja.wait()
+        (self.folder / "hang").unlink()
+        (self.folder / "hangs").unlink()
+
+
+@pytest.fixture
+def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Project:
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    return Project(tmp_path, runpy.run_path(str(ROOT / "setup.py"))["forget_unfinished"])
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_half_an_object_is_compiled_again(project: Project, sent: signal.Signals) -> None:
+    project.kill_build(sent)
+    assert project.answer() == 1
+    project.set_answer(2)
+    project.kill_build(sent)
+    assert project.answer() == 2
+
+
+def test_an_object_without_its_headers_is_compiled_again(project: Project) -> None:
+    (project.folder / "silent").touch()
+    assert project.answer() == 1
+    (project.folder / "silent").unlink()
+    project.set_answer(2)
+    assert project.answer() == 2
