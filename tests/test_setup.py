@@ -276,6 +276,19 @@ def test_an_old_cmake_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch, tmp_p
         environment.need_cmake()
 
 
+def test_an_old_setuptools_is_a_one_line_error() -> None:
+    with pytest.raises(SystemExit, match=r"setuptools 77 is needed, but this environment has 65\.5\.0; pip"):
+        environment.need_setuptools("65.5.0")
+    environment.need_setuptools("77.0.3")
+
+
+@pytest.mark.parametrize("given", ["0", "-2", "many", "1.5"])
+def test_an_invalid_number_of_jobs_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("MAX_JOBS", given)
+    with pytest.raises(SystemExit, match=f"MAX_JOBS must be a number from 1 on, got '{given}'"):
+        environment.max_jobs()
+
+
 @pytest.mark.parametrize(("found", "wanted"), [(None, ["torch>=2.10"]), (CPU_TORCH, [])])
 def test_only_builds_that_compile_ask_for_torch(monkeypatch: pytest.MonkeyPatch, found, wanted) -> None:
     monkeypatch.chdir(ROOT)

@@ -591,6 +591,13 @@ def test_errors_say_what_to_do(arguments: tuple[str, ...], problem: str) -> None
     assert problem in run("tune", *arguments).complaint
 
 
+def test_a_cache_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLASHDECPP_CACHE", str(tmp_path / "file"))
+    complaint = run("tune", "--shapes", "8,8", "--device", "cpu").complaint
+    assert f"{tmp_path / 'file' / 'tables'} is not a writable folder" in complaint
+
+
 def test_info_refuses_a_dtype_that_linear_lacks() -> None:
     result = run("info", "--shapes", "8,8", "--dtype", "int8")
     assert "--dtype must be one of float32, float16, bfloat16" in result.complaint
