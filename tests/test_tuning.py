@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import timeit
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -472,6 +473,18 @@ def test_without_a_home_folder_only_shipped_tables_are_used(monkeypatch) -> None
     assert find_tables() == find_tables([tuning.shipped_folder()])
     with pytest.raises(OSError, match="no home folder; set FLASHDECPP_CACHE"):
         tuning.user_folder()
+
+
+def test_in_the_home_folder_of_another_user_only_shipped_tables_are_used(monkeypatch) -> None:
+    glob = Path.glob
+
+    def forbidden(path: Path, pattern: str) -> Iterator[Path]:
+        if path == tuning.user_folder():
+            raise PermissionError(13, "Permission denied", str(path))
+        return glob(path, pattern)
+
+    monkeypatch.setattr(Path, "glob", forbidden)
+    assert find_tables() == find_tables([tuning.shipped_folder()])
 
 
 def test_shipped_tables_are_valid_and_reproducible() -> None:

