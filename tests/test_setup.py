@@ -332,10 +332,19 @@ def configure(build: Path, *options: str) -> str:
         "-G",
         "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        "-DFLASHDECPP_PYTHON=OFF",
         *options,
     ]
-    command += [f"-DPython_EXECUTABLE={sys.executable}", "-DFLASHDECPP_PYTHON=OFF"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_missing_pybind11_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "pybind11.py").write_text("raise ImportError\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        configure(tmp_path / "build", "-DFLASHDECPP_PYTHON=ON", "-DCMAKE_DISABLE_FIND_PACKAGE_pybind11=ON")
+    assert "needs pybind11" in failed.value.stderr
 
 
 def test_native_is_what_the_library_would_choose_and_the_baseline(tmp_path: Path) -> None:
