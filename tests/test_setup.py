@@ -357,6 +357,12 @@ def test_native_is_what_the_library_would_choose_and_the_baseline(tmp_path: Path
     assert "cpu: built for baseline, avx2, avx512, avx512_bf16" in everything
 
 
+def test_an_unknown_instruction_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        configure(tmp_path, "-DFLASHDECPP_CPU_ISAS=avx2|avx3")
+    assert "FLASHDECPP_CPU_ISAS has avx3;" in failed.value.stderr
+
+
 def test_the_build_says_how_much_it_compiles(tmp_path: Path) -> None:
     configure(tmp_path, "-DFLASHDECPP_CPU_ISAS=avx2")
     sources = progress.steps(tmp_path, environment.tool("ninja", ""))
