@@ -49,7 +49,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "flashdecpp: Python's venv is missing (Debian: apt install python3-venv)"; exit 1; }
 	@command -v $(or $(CXX),c++) >/dev/null || { echo "flashdecpp: no C++ compiler was found (Debian: apt install g++)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt setuptools pybind11 cmake ninja torch
+	$(PIP) install -c constraints.txt 'setuptools>=77' 'pybind11>=2.12' 'cmake>=3.25' ninja torch
 	@touch $@
 
 # setup.py shows the compiler's progress, which pip hides; the install that follows finds everything built.

@@ -26,6 +26,7 @@ class CMakeBuild(build_ext):
         cmake = environment.need_cmake()
         ninja = environment.tool("ninja", "pip install ninja")
         environment.need_compiler()
+        jobs = environment.max_jobs()
         cpu_isas = "|".join(environment.listed("FLASHDECPP_CPU_ISAS")) or "native"
         gpus = [cuda.choose(torch), hip.choose(torch)]
 
@@ -47,8 +48,7 @@ class CMakeBuild(build_ext):
         if sources := progress.steps(build, ninja):
             targets = sum(len(choice.targets) for choice in gpus)
             print(progress.announce(sources, targets, progress.available_cores()), flush=True)
-        jobs = os.environ.get("MAX_JOBS")
-        command = [cmake, "--build", str(build), *(["-j", jobs] if jobs else [])]
+        command = [cmake, "--build", str(build), *(["-j", str(jobs)] if jobs else [])]
         try:
             subprocess.run(command, check=True, env={**os.environ, "NINJA_STATUS": "[%f/%t, %e s] "})
         except subprocess.CalledProcessError:

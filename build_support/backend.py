@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import (
     build_editable,
@@ -17,7 +18,7 @@ from setuptools.build_meta import (
     prepare_metadata_for_build_wheel,
 )
 
-from build_support.environment import MINIMUM_TORCH, find_torch
+from build_support.environment import MINIMUM_TORCH, find_torch, need_setuptools
 
 __all__ = [
     "build_editable",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 Settings = dict[str, Any] | None
+
+need_setuptools(setuptools.__version__)  # an older one calls pyproject.toml invalid
 
 
 def _torch() -> list[str]:

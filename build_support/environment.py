@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 MINIMUM_TORCH = "2.10"
 MINIMUM_CMAKE = "3.25"
+MINIMUM_SETUPTOOLS = "77"  # whose pyproject.toml knows license expressions
 
 
 class Choice(NamedTuple):
@@ -75,6 +76,14 @@ def need_torch() -> Torch:
     return torch
 
 
+def need_setuptools(version: str) -> None:
+    if version_tuple(version) < version_tuple(MINIMUM_SETUPTOOLS):
+        sys.exit(
+            f"flashdecpp: setuptools {MINIMUM_SETUPTOOLS} is needed, but this environment has {version}; "
+            f"pip install 'setuptools>={MINIMUM_SETUPTOOLS}'"
+        )
+
+
 def tool(name: str, remedy: str) -> str:
     """Full path of a build tool. Exits with a hint on how to get it if it is missing."""
     path = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
@@ -99,6 +108,14 @@ def need_compiler() -> None:
     compiler = os.environ.get("CXX")
     if compiler is None and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         sys.exit("flashdecpp: no C++ compiler was found; install g++ (apt install g++) or set CXX")
+
+
+def max_jobs() -> int | None:
+    """The parallel compilations that MAX_JOBS allows, if it is set."""
+    given = os.environ.get("MAX_JOBS", "").strip()
+    if given and not (given.isdecimal() and int(given)):
+        sys.exit(f"flashdecpp: MAX_JOBS must be a number from 1 on, got {given!r}")
+    return int(given) if given else None
 
 
 def listed(variable: str) -> list[str]:

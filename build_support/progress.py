@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import environment
+
 # Seconds that one core takes to compile one file, and for GPU kernels one target of it: rounded measurements.
 SECONDS = {"isa": 30, "cpp": 5, "cu": 40, "hip": 40}
 
@@ -35,7 +37,7 @@ def announce(sources: Sequence[str], gpu_targets: int, jobs: int) -> str:
 def available_cores() -> int:
     """Those that this process may use, at most MAX_JOBS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, int(os.environ.get("MAX_JOBS") or cores))
+    return min(cores, environment.max_jobs() or cores)
 
 
 def _seconds(source: str, gpu_targets: int) -> int:

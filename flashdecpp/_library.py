@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ def _remedy() -> str:
     return f"run `pip install .` in {here}, or from another directory if flashdecpp is installed elsewhere"
 
 
+def cpu_instruction_set() -> str:
+    """That of the CPU kernels: avx512_amx, avx512_bf16, avx512, avx2, neon or baseline."""
+    return bytes(torch.ops.flashdecpp._cpu_isa().tolist()).decode()
+
+
 def _load_all() -> dict[str, Library]:
     cpu = _load("cpu")
     if not cpu.loaded:
@@ -50,6 +56,13 @@ def _load_all() -> dict[str, Library]:
     if importlib.util.find_spec("flashdecpp._C") is None:
         raise ImportError(
             f"flashdecpp is built for another Python than {sys.version.split()[0]}: {_remedy()}"
+        )
+    from flashdecpp import _C
+
+    if cpu_instruction_set() not in (built := _C.build_info()["cpu_isas"]).split(", "):
+        raise ImportError(
+            f"FLASHDECPP_CPU_ISA is {os.environ.get('FLASHDECPP_CPU_ISA')!r}, which isn't built or which "
+            f"this CPU lacks; built are {built}"
         )
     problems: dict[str, str | None] = {"cuda": None, "hip": None}
     if torch.version.cuda is None:
@@ -66,11 +79,6 @@ LIBRARIES = _load_all()
 def gpu_library() -> Library:
     """The one that serves torch's device type cuda, which ROCm's GPUs are, too; loaded or not."""
     return LIBRARIES["hip" if torch.version.hip else "cuda"]
-
-
-def cpu_instruction_set() -> str:
-    """That of the CPU kernels: avx512_amx, avx512_bf16, avx512, avx2, neon or baseline."""
-    return bytes(torch.ops.flashdecpp._cpu_isa().tolist()).decode()
 
 
 # The inflection points of one shape: LinearRow in csrc/heuristics/linear_table.h.

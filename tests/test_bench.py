@@ -1,4 +1,4 @@
-"""Dry runs of the benches that work without a GPU."""
+"""Dry or short runs of the benches that work without a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -32,3 +34,19 @@ def test_engines_dry_run(tmp_path):
     for engine, figure in (("flashdecpp", "decode_ms"), ("transformers", "eager_decode_ms")):
         assert [row["sequences"] for row in results[engine]["results"]] == [1, 2]
         assert all(row[figure] > 0 and row["prefill_ms"] > 0 for row in results[engine]["results"])
+
+
+@pytest.mark.demo
+def test_short_run_on_a_busy_cpu(tmp_path):
+    output, policies = tmp_path / "busy.json", ["command line", "passive, 1 thread"]
+    command = [sys.executable, BENCH / "busy.py", "--rounds", "1", "--seconds", "0.1", "--output", output]
+    command += ["--policies", ";".join(policies)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())["results"]
+    assert results["passive, 1 thread"]["threads"] == 1
+    for policy in policies:
+        row = results[policy]
+        assert row["alone_tokens_per_second"] > 0 and row["busy_tokens_per_second"] > 0
+        ratio = row["alone_tokens_per_second"] / row["busy_tokens_per_second"]
+        assert row["alone_over_busy"] == pytest.approx(ratio, rel=0.1)

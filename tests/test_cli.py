@@ -117,8 +117,13 @@ def test_info_shows_the_instruction_set_that_runs() -> None:
     assert "kernels for baseline" in result.stdout
 
 
+def test_an_instruction_set_that_cannot_run_is_one_line() -> None:
+    said = complaint(flashdecpp("generate", "hello", FLASHDECPP_CPU_ISA="mmx"))
+    assert said.startswith("flashdecpp: FLASHDECPP_CPU_ISA is 'mmx'") and "built are baseline" in said
+
+
 def test_an_empty_prompt_is_one_line() -> None:
-    assert complaint(flashdecpp("generate", stdin="")) == "flashdecpp: the prompt is empty"
+    assert "the prompt is empty: give one" in complaint(flashdecpp("generate", stdin=""))
 
 
 def test_a_prompt_and_a_file_exclude_each_other(tmp_path: Path) -> None:

@@ -417,7 +417,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     from huggingface_hub import HfApi, constants
 
     def unreachable(*_, **__):
-        raise OSError("no route to\nhost")
+        raise OSError(113, "no route to\nhost")
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(HfApi, "model_info", unreachable)
@@ -440,7 +440,11 @@ def test_a_revision_without_a_branch(folder, cache, answer):
 
 
 def test_unknown_names(folder, cache, monkeypatch):
-    refused("lab/tiny", "^lab/tiny is neither a path nor in the Hugging Face cache.*: no route to host$")
+    refused(
+        "lab/tiny",
+        r"^lab/tiny is neither a path nor in the Hugging Face cache.* \(no route to host\)\. "
+        "Without a network, run `hf download lab/tiny` on another machine",
+    )
     # A few files that another program fetched are not a model.
     repository = cached(folder, cache)
     (repository / "snapshots" / ("a" * 40) / "model.safetensors").unlink()

@@ -211,6 +211,14 @@ def test_offline_and_missing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("below", ["", "cache"])
+def test_a_cache_that_can_hold_no_model(tmp_path, monkeypatch, below):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLASHDECPP_CACHE", str(tmp_path / "file" / below))
+    with pytest.raises(ModelError, match=r"the demo model can't be kept in .*file.*; set FLASHDECPP_CACHE"):
+        LLM("demo")
+
+
 def test_a_wrong_download_is_not_kept(tmp_path, monkeypatch):
     import zipfile
 

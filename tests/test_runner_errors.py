@@ -139,7 +139,7 @@ def llm(tmp_path_factory) -> LLM:
 @pytest.mark.parametrize("call", ["generate", "stream"])
 def test_prompts_that_do_not_fit(llm, call):
     for prompt, match in (
-        (random_tokens(256), "the prompt has 256 tokens, which leaves no room for an answer within 256"),
+        (random_tokens(256), "256 tokens, which leaves no room for an answer within 256: shorten it"),
         (random_tokens(300), "the prompt has 300 tokens"),
         ([], "the prompt is empty"),
         ([5, 272], "token id 272 is outside the vocabulary of 272"),

@@ -1,15 +1,20 @@
-"""What the build decides, and what a source distribution holds. Nothing is compiled here."""
+"""What the build decides, what a source distribution holds, and what an interrupted build leaves."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import setuptools
 
 from flashdecpp._library import cpu_instruction_set
 
@@ -271,6 +276,19 @@ def test_an_old_cmake_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch, tmp_p
         environment.need_cmake()
 
 
+def test_an_old_setuptools_is_a_one_line_error() -> None:
+    with pytest.raises(SystemExit, match=r"setuptools 77 is needed, but this environment has 65\.5\.0; pip"):
+        environment.need_setuptools("65.5.0")
+    environment.need_setuptools("77.0.3")
+
+
+@pytest.mark.parametrize("given", ["0", "-2", "many", "1.5"])
+def test_an_invalid_number_of_jobs_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("MAX_JOBS", given)
+    with pytest.raises(SystemExit, match=f"MAX_JOBS must be a number from 1 on, got '{given}'"):
+        environment.max_jobs()
+
+
 @pytest.mark.parametrize(("found", "wanted"), [(None, ["torch>=2.10"]), (CPU_TORCH, [])])
 def test_only_builds_that_compile_ask_for_torch(monkeypatch: pytest.MonkeyPatch, found, wanted) -> None:
     monkeypatch.chdir(ROOT)
@@ -314,10 +332,19 @@ def configure(build: Path, *options: str) -> str:
         "-G",
         "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        "-DFLASHDECPP_PYTHON=OFF",
         *options,
     ]
-    command += [f"-DPython_EXECUTABLE={sys.executable}", "-DFLASHDECPP_PYTHON=OFF"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_missing_pybind11_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "pybind11.py").write_text("raise ImportError\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        configure(tmp_path / "build", "-DFLASHDECPP_PYTHON=ON", "-DCMAKE_DISABLE_FIND_PACKAGE_pybind11=ON")
+    assert "needs pybind11" in failed.value.stderr
 
 
 def test_native_is_what_the_library_would_choose_and_the_baseline(tmp_path: Path) -> None:
@@ -328,6 +355,12 @@ def test_native_is_what_the_library_would_choose_and_the_baseline(tmp_path: Path
     assert "cpu: built for baseline, avx2 (" in configure(tmp_path / "named", "-DFLASHDECPP_CPU_ISAS=avx2")
     everything = configure(tmp_path / "all", "-DFLASHDECPP_CPU_ISAS=all")
     assert "cpu: built for baseline, avx2, avx512, avx512_bf16" in everything
+
+
+def test_an_unknown_instruction_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        configure(tmp_path, "-DFLASHDECPP_CPU_ISAS=avx2|avx3")
+    assert "FLASHDECPP_CPU_ISAS has avx3;" in failed.value.stderr
 
 
 def test_the_build_says_how_much_it_compiles(tmp_path: Path) -> None:
@@ -350,3 +383,91 @@ def test_max_jobs_limits_the_cores_counted(monkeypatch: pytest.MonkeyPatch) -> N
     assert progress.available_cores() == 1
     monkeypatch.setenv("MAX_JOBS", "1000")
     assert progress.available_cores() == cores
+
+
+# --- Interrupted builds, of a project with one source and one header
+
+LISTS = """
+cmake_minimum_required(VERSION 3.25)
+project(answer LANGUAGES CXX)
+add_executable(answer answer.cpp)
+"""
+SOURCE = """
+#include <cstdio>
+#include "answer.h"
+int main() { std::printf("%d", ANSWER); }
+"""
+# Where there is a file `hang`, writes half an object and waits to be killed. Where there is a file `silent`,
+# names no headers, as after a crash that lost the end of a file.
+COMPILER = """#!{python}
+import pathlib, subprocess, sys, time
+arguments, folder = sys.argv[1:], pathlib.Path({folder!r})
+if "-c" in arguments and (folder / "hang").exists():
+    pathlib.Path(arguments[arguments.index("-o") + 1]).write_bytes(b"\\x7fELF")
+    (folder / "hangs").touch()
+    time.sleep(60)
+subprocess.run(["c++", *arguments], check=True)
+if "-MF" in arguments and (folder / "silent").exists():
+    pathlib.Path(arguments[arguments.index("-MF") + 1]).write_text("")
+"""
+
+
+class Project:
+    def __init__(self, folder: Path, forget_unfinished: Callable[[Path, str], None]) -> None:
+        self.folder, self.build, self.forget_unfinished = folder, folder / "build", forget_unfinished
+        self.ninja = environment.tool("ninja", "")
+        compiler = folder / "compiler"
+        compiler.write_text(COMPILER.format(python=sys.executable, folder=str(folder)))
+        compiler.chmod(0o755)
+        (folder / "CMakeLists.txt").write_text(LISTS)
+        (folder / "answer.cpp").write_text(SOURCE)
+        self.set_answer(1)
+        command = [environment.need_cmake(), "-S", str(folder), "-B", str(self.build), "-G", "Ninja"]
+        command += [f"-DCMAKE_MAKE_PROGRAM={self.ninja}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def set_answer(self, value: int) -> None:
+        (self.folder / "answer.h").write_text(f"#define ANSWER {value}\n")
+
+    def answer(self) -> int:
+        """That of the program as setup.py builds it."""
+        self.forget_unfinished(self.build, self.ninja)
+        subprocess.run([self.ninja, "-C", str(self.build)], check=True, capture_output=True)
+        return int(subprocess.run([str(self.build / "answer")], check=True, capture_output=True).stdout)
+
+    def kill_build(self, sent: signal.Signals) -> None:
+        """Ends ninja and the compiler in the middle of a compilation."""
+        (self.folder / "hang").touch()
+        ninja = subprocess.Popen(
+            [self.ninja, "-C", str(self.build)], stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 30
+        while not (self.folder / "hangs").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(ninja.pid, sent)
+        ninja.wait()
+        (self.folder / "hang").unlink()
+        (self.folder / "hangs").unlink()
+
+
+@pytest.fixture
+def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Project:
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    return Project(tmp_path, runpy.run_path(str(ROOT / "setup.py"))["forget_unfinished"])
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_half_an_object_is_compiled_again(project: Project, sent: signal.Signals) -> None:
+    project.kill_build(sent)
+    assert project.answer() == 1
+    project.set_answer(2)
+    project.kill_build(sent)
+    assert project.answer() == 2
+
+
+def test_an_object_without_its_headers_is_compiled_again(project: Project) -> None:
+    (project.folder / "silent").touch()
+    assert project.answer() == 1
+    (project.folder / "silent").unlink()
+    project.set_answer(2)
+    assert project.answer() == 2

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import timeit
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -474,6 +475,18 @@ def test_without_a_home_folder_only_shipped_tables_are_used(monkeypatch) -> None
         tuning.user_folder()
 
 
+def test_in_the_home_folder_of_another_user_only_shipped_tables_are_used(monkeypatch) -> None:
+    glob = Path.glob
+
+    def forbidden(path: Path, pattern: str) -> Iterator[Path]:
+        if path == tuning.user_folder():
+            raise PermissionError(13, "Permission denied", str(path))
+        return glob(path, pattern)
+
+    monkeypatch.setattr(Path, "glob", forbidden)
+    assert find_tables() == find_tables([tuning.shipped_folder()])
+
+
 def test_shipped_tables_are_valid_and_reproducible() -> None:
     found = find_tables([tuning.shipped_folder()])
     assert found.problems == []
@@ -589,6 +602,13 @@ def test_a_bad_table_only_warns_and_tuning_gives_the_remedy(tmp_path: Path) -> N
 )
 def test_errors_say_what_to_do(arguments: tuple[str, ...], problem: str) -> None:
     assert problem in run("tune", *arguments).complaint
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLASHDECPP_CACHE", str(tmp_path / "file"))
+    complaint = run("tune", "--shapes", "8,8", "--device", "cpu").complaint
+    assert f"{tmp_path / 'file' / 'tables'} is not a writable folder" in complaint
 
 
 def test_info_refuses_a_dtype_that_linear_lacks() -> None:

@@ -1,8 +1,10 @@
 // Chooses the kernel table: the best instruction set of this CPU, unless FLASHDECPP_CPU_ISA names another.
 #include "cpu/kernels.h"
 
-#if defined(FLASHDECPP_HAS_AVX512_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(FLASHDECPP_HAS_AVX512_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -29,11 +31,19 @@ bool may_use_tiles() {
 }
 #endif
 
+#if defined(__x86_64__)
+// Not by __builtin_cpu_supports, for which clang 14 has no such name.
+bool supports_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 const Kernels& choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  [[maybe_unused]] const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                     __builtin_cpu_supports("bmi2") && supports_f16c();
   [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                                        __builtin_cpu_supports("avx512dq");

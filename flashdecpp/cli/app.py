@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
@@ -437,7 +437,8 @@ def tune(
         wanted, own_dtype = checkpoint.plan.linear_shapes, checkpoint.config.dtype
     table = Table(target.type, device_name(target))
     if output is None:
-        user_folder().mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # without the folder, _need_writable raises
+            user_folder().mkdir(parents=True, exist_ok=True)
         output = user_folder() / table.file_name
         _need_writable(output)
     if output.exists():
@@ -488,7 +489,7 @@ def _prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
     text = terminal.read_text(file) if prompt is None else terminal.clean(prompt)
     prompts = [line for line in text.split("\n") if line.strip()] if lines else [text]
     if not any(text.strip() for text in prompts):
-        raise ValueError("the prompt is empty")
+        raise ValueError("the prompt is empty: give one as an argument, with --file or on standard input")
     return prompts
 
 

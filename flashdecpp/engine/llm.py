@@ -278,8 +278,10 @@ class LLM:
         if not ids:
             raise ModelError("the prompt is empty")
         if len(ids) >= self.max_len:
+            remedy = "shorten it" if self.max_len == self.config.context else "shorten it or raise max_len"
             raise ModelError(
                 f"the prompt has {len(ids)} tokens, which leaves no room for an answer within {self.max_len}"
+                f": {remedy}"
             )
         text = self.tokenizer.decode(ids) if text is None else text
         return Request.samples(text, ids, params, self.tokenizer, index)

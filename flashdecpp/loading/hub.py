@@ -77,9 +77,10 @@ def _download(name: str) -> Path:
     except errors.OfflineModeIsEnabled:
         raise ModelError(f"{name} is not in the Hugging Face cache, and HF_HUB_OFFLINE is set") from None
     except Exception as error:  # connection, server or disk
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = re.sub(r"\[Errno -?\d+\] ", "", " ".join(str(error).split())) or type(error).__name__
         raise ModelError(
-            f"{name} is neither a path nor in the Hugging Face cache, and can't be downloaded: {reason}"
+            f"{name} is neither a path nor in the Hugging Face cache, and can't be downloaded ({reason}). "
+            f"Without a network, run `hf download {name}` on another machine and give the path of its folder"
         ) from error
 
 

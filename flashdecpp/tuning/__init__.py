@@ -49,11 +49,18 @@ def _folders() -> list[Path]:
         return [shipped_folder()]
 
 
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.glob("*.json"))
+    except OSError:  # the home folder of another user: as good as none
+        return []
+
+
 def find_tables(folders: Sequence[Path] | None = None) -> TableSet:
     """Reads every table in the folders. Profiles of a later folder replace those of an earlier one."""
     found = TableSet()
     for folder in _folders() if folders is None else folders:
-        for path in sorted(folder.glob("*.json")):
+        for path in _files(folder):
             try:
                 table = Table.load(path)
                 known = found.tables.get(table.device)
