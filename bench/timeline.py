@@ -2,8 +2,8 @@
 
 Needs a CUDA library whose kernels stamp their times (they are a little slower for it):
 
-    cmake -S . -B build/timeline -G Ninja -DFLASHDECPP_CUDA=ON -DFLASHDECPP_PYTHON=OFF -DFLASHDECPP_TIMELINE=ON \\
-        -DFLASHDECPP_OUTPUT=$PWD/flashdecpp && cmake --build build/timeline --target flashdecpp_cuda
+    cmake -S . -B build/timeline -G Ninja -DFLASHDECPP_CUDA=ON -DFLASHDECPP_PYTHON=OFF \\
+        -DFLASHDECPP_TIMELINE=ON -DFLASHDECPP_OUTPUT=$PWD/flashdecpp && cmake --build build/timeline --target flashdecpp_cuda
     python bench/timeline.py --model llama-2-7b --batch 1 --context 1024
     python bench/timeline.py --draw bench/results/timeline_h200.json
 """
@@ -34,9 +34,7 @@ CAPACITY, LAYERS, LAYER, STEPS = 1 << 18, 6, 3, 8
 def record(model: str, batch: int, context: int) -> list[dict]:
     """The CTAs of one layer in the middle of a step: kernel, index in the step, SM, and times in us."""
     config = MODELS[model]
-    config = replace(
-        config, layers=LAYERS, ropes=config.ropes[:LAYERS], windows=config.windows[:LAYERS]
-    )
+    config = replace(config, layers=LAYERS, ropes=config.ropes[:LAYERS], windows=config.windows[:LAYERS])
     weights = random_weights(config, torch.float16, "cuda")
     decoder = Decoder(config, weights, config.context, PhiSource.carry())
     running = Subject(decoder, context + 256, 1.0).batch(batch, context)
@@ -70,7 +68,7 @@ def middle_layer(rows: list[list[int]]) -> list[dict]:
         kernel, sm, cta = (head & 0xFFFFFFFF) >> 16, head & 0xFFFF, head >> 32
         ctas.append({"kernel": KERNELS[kernel], "sm": sm, "cta": cta, "ns": stamps})
     ctas.sort(key=lambda c: c["ns"][0])
-    # A kernel starts when all CTAs of the one before have started: a launch is a run of distinct CTAs of a kernel.
+    # A kernel starts when all CTAs of the one before have: a launch is a run of distinct CTAs of a kernel.
     launches: list[dict] = []
     for cta in ctas:
         last = launches[-1] if launches else None
@@ -144,7 +142,9 @@ def main() -> None:
     parser.add_argument("--output", help="default: bench/results/timeline_h200.json")
     options = parser.parse_args()
     if options.draw:
-        return draw(json.loads(Path(options.draw).read_text())["results"], Path(options.draw).with_suffix(".png"))
+        return draw(
+            json.loads(Path(options.draw).read_text())["results"], Path(options.draw).with_suffix(".png")
+        )
     ctas = record(options.model, options.batch, options.context)
     rows = summary(ctas)
     for row in rows:

@@ -59,10 +59,10 @@ def _load_all() -> dict[str, Library]:
         )
     from flashdecpp import _C
 
-    if cpu_instruction_set() not in (built := _C.build_info()["cpu_isas"]).split(", "):
+    asked, built = os.environ.get("FLASHDECPP_CPU_ISA"), _C.build_info()["cpu_isas"]
+    if asked is not None and cpu_instruction_set() not in built.split(", "):
         raise ImportError(
-            f"FLASHDECPP_CPU_ISA is {os.environ.get('FLASHDECPP_CPU_ISA')!r}, which isn't built or which "
-            f"this CPU lacks; built are {built}"
+            f"FLASHDECPP_CPU_ISA is {asked!r}, which isn't built or which this CPU lacks; built are {built}"
         )
     problems: dict[str, str | None] = {"cuda": None, "hip": None}
     if torch.version.cuda is None:

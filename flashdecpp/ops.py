@@ -317,9 +317,7 @@ def append_attention(
     if torch.is_grad_enabled():
         tensors = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "cos_sin": cos_sin}
         rows = {"phi": phi, "carried_phi": carried_phi, "alibi_slopes": alibi_slopes, "sinks": sinks}
-        refuse_gradients(
-            "append_attention", "the cache", **tensors, **rows, k_scale=k_scale, v_scale=v_scale
-        )
+        refuse_gradients("append_attention", "the cache", **tensors, **rows, k_scale=k_scale, v_scale=v_scale)
     if carried_phi is None:
         op, unified_maximum = _append_attention, {"phi": phi}
     elif phi is None:

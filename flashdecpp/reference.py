@@ -323,14 +323,21 @@ def append_attention(
     compute_dtype: torch.dtype = torch.float32,
     **attention: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`rotary_append` of copies of q and k, then `decode_attention`, whose other arguments `attention` has."""
+    """`rotary_append` of copies of q and k, then `decode_attention`, whose other arguments come last."""
     q, k = q.clone(), k.clone()
-    cache = {"k_cache": k_cache, "v_cache": v_cache, "seq_lens": seq_lens, "block_table": block_table}
-    scales = {name: attention.get(name) for name in ("k_scale", "v_scale")}
+    cache = (k_cache, v_cache, seq_lens, block_table)
     rotary_append(
-        q, k, v, **cache, cos_sin=cos_sin, interleaved=interleaved, **scales, compute_dtype=compute_dtype
+        q,
+        k,
+        v,
+        *cache,
+        cos_sin=cos_sin,
+        interleaved=interleaved,
+        k_scale=attention.get("k_scale"),
+        v_scale=attention.get("v_scale"),
+        compute_dtype=compute_dtype,
     )
-    return decode_attention(q, **cache, **attention, compute_dtype=compute_dtype)
+    return decode_attention(q, *cache, **attention, compute_dtype=compute_dtype)
 
 
 def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, dtype: torch.dtype) -> None:

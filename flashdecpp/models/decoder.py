@@ -1,6 +1,6 @@
 """The decoder of all supported architectures: it computes one forward pass, and nothing else."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F

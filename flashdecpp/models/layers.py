@@ -4,7 +4,7 @@ A part is called with the residual stream [tokens, hidden], which it may change 
 returns the stream. A mixture of experts or a sharded layer is another class with that interface.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
 
