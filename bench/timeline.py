@@ -3,7 +3,8 @@
 Needs a CUDA library whose kernels stamp their times (they are a little slower for it):
 
     cmake -S . -B build/timeline -G Ninja -DFLASHDECPP_CUDA=ON -DFLASHDECPP_PYTHON=OFF \\
-        -DFLASHDECPP_TIMELINE=ON -DFLASHDECPP_OUTPUT=$PWD/flashdecpp && cmake --build build/timeline --target flashdecpp_cuda
+        -DFLASHDECPP_TIMELINE=ON -DFLASHDECPP_OUTPUT=$PWD/flashdecpp
+    cmake --build build/timeline --target flashdecpp_cuda
     python bench/timeline.py --model llama-2-7b --batch 1 --context 1024
     python bench/timeline.py --draw bench/results/timeline_h200.json
 """

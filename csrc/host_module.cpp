@@ -89,7 +89,8 @@ void define_attention(py::module_& m) {
       .def("__str__", &AttentionConfig::str);
   m.def("choose_attention", &choose_attention, py::arg("problem"), py::arg("device"));
   m.def("choose_attention_cluster", &choose_attention_cluster, py::arg("resident"), py::arg("work_tiles"),
-        py::arg("num_splits"), py::arg("max_cluster"), "CTAs per cluster, where there are clusters.");
+        py::arg("num_splits"), py::arg("max_cluster"), py::arg("long_cache"),
+        "CTAs per cluster, where there are clusters.");
   m.def("choose_attention_grid", &choose_attention_grid, py::arg("problem"));
 }
 

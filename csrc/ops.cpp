@@ -13,17 +13,6 @@ STABLE_TORCH_LIBRARY(flashdecpp, m)
       "float? scale=None, Tensor(b!) carried_phi, float softcap=0.0, int window=-1, Tensor? alibi_slopes=None, "
       "Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, int num_splits=0, "
       "Tensor(a!)? fallback_count=None) -> (Tensor out, Tensor lse)");
-  m.def(
-      "append_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, Tensor? "
-      "block_table=None, *, Tensor? cos_sin=None, bool interleaved=False, float? scale=None, Tensor? phi=None, float "
-      "softcap=0.0, int window=-1, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, Tensor? "
-      "v_scale=None, int num_splits=0, Tensor(c!)? fallback_count=None) -> (Tensor out, Tensor lse)");
-  m.def(
-      "append_attention.carry(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, "
-      "Tensor? block_table=None, *, Tensor? cos_sin=None, bool interleaved=False, float? scale=None, Tensor(d!) "
-      "carried_phi, float softcap=0.0, int window=-1, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? "
-      "k_scale=None, Tensor? v_scale=None, int num_splits=0, Tensor(c!)? fallback_count=None) -> (Tensor out, Tensor "
-      "lse)");
 
   m.def("gemv(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("flat_gemm(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");

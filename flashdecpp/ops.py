@@ -37,7 +37,6 @@ from ._autograd import refuse_gradients, without_backward
 Fake = Callable[..., Any]
 
 __all__ = [
-    "append_attention",
     "check",
     "decode_attention",
     "flat_gemm",
@@ -55,8 +54,6 @@ __all__ = [
 # Bound once: looking up the attribute chain on every call would cost more than the rest of a wrapper.
 _decode_attention = torch.ops.flashdecpp.decode_attention.default
 _decode_attention_carry = torch.ops.flashdecpp.decode_attention.carry
-_append_attention = torch.ops.flashdecpp.append_attention.default
-_append_attention_carry = torch.ops.flashdecpp.append_attention.carry
 _gemv = torch.ops.flashdecpp.gemv.default
 _flat_gemm = torch.ops.flashdecpp.flat_gemm.default
 _linear = torch.ops.flashdecpp.linear.default
@@ -258,109 +255,8 @@ def decode_attention(
 
 @_fake(_decode_attention, _decode_attention_carry)
 def _(q: Tensor, *_args: object, **_: object) -> tuple[Tensor, Tensor]:
-    return _attention_results(q)
-
-
-def _attention_results(q: Tensor) -> tuple[Tensor, Tensor]:
     batch, q_len, q_heads, _head_dim = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
-
-
-def append_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor | None = None,
-    *,
-    cos_sin: Tensor | None = None,
-    interleaved: bool = False,
-    scale: float | None = None,
-    phi: Tensor | None = None,
-    softcap: float = 0.0,
-    window: int = -1,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    num_splits: int = 0,
-    fallback_count: Tensor | None = None,
-    carried_phi: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """A decode step's attention in one op: rotates q and k, stores k and v in the cache, and attends.
-
-    The result and the caches have the bits that `rotary_append` and `decode_attention` would give them; q and
-    k stay as they are. On a GPU it is one launch, which on Hopper copies its first keys while the projection
-    that computes q, k and v still runs. It is three launches if q, k, v, the caches or cos_sin do not start
-    on multiples of 16 bytes, or rotary_dim is not a multiple of 16.
-
-    Args:
-        q, k, v: as in `rotary_append`, of 1 to 16 new tokens per sequence. float16 or bfloat16, on the CPU
-            also float32. They may be views of one packed tensor.
-        k_cache, v_cache: as in `decode_attention`; they share no memory with each other or with another
-            argument. The keys and values before the new tokens are read before the preceding kernel has
-            finished (programmatic dependent launch), which is safe behind kernels of this package and of
-            torch; it is not behind another's that writes the cache after letting its successor start.
-        seq_lens: [batch] int32, keys per sequence including the new tokens. What a sequence with more than
-            its cache holds gives is unspecified.
-        cos_sin, interleaved: as in `rotary_append`.
-        block_table and all others: as in `decode_attention`.
-
-    Returns:
-        out and lse, as `decode_attention`.
-
-    Raises:
-        ValueError: an argument is not as described.
-    """
-    if torch.is_grad_enabled():
-        tensors = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "cos_sin": cos_sin}
-        rows = {"phi": phi, "carried_phi": carried_phi, "alibi_slopes": alibi_slopes, "sinks": sinks}
-        refuse_gradients("append_attention", "the cache", **tensors, **rows, k_scale=k_scale, v_scale=v_scale)
-    if carried_phi is None:
-        op, unified_maximum = _append_attention, {"phi": phi}
-    elif phi is None:
-        op, unified_maximum = _append_attention_carry, {"carried_phi": carried_phi}
-    else:
-        raise ValueError(
-            "flashdecpp::append_attention: phi must be None if carried_phi is given, got a tensor"
-        )
-    try:
-        out, lse = op(
-            q,
-            k,
-            v,
-            k_cache,
-            v_cache,
-            seq_lens,
-            block_table,
-            cos_sin=cos_sin,
-            interleaved=interleaved,
-            scale=scale,
-            **unified_maximum,
-            softcap=softcap,
-            window=window,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            num_splits=num_splits,
-            fallback_count=fallback_count,
-        )
-    except RuntimeError as error:
-        raise _translate(error, op, locals()) from None
-    increment_version((k_cache, v_cache))
-    if carried_phi is not None:
-        increment_version(carried_phi)
-    if fallback_count is not None:
-        increment_version(fallback_count)
-    return out, lse
-
-
-@_fake(_append_attention, _append_attention_carry)
-def _(q: Tensor, *_args: object, **_: object) -> tuple[Tensor, Tensor]:
-    return _attention_results(q)
 
 
 def check(

@@ -12,7 +12,7 @@ float32 results.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -307,37 +307,6 @@ def rotary_append(
         _rotate(k, positions, cos_sin, interleaved, compute_dtype)
     _append(k, k_cache, positions, block_table, k_scale)
     _append(v, v_cache, positions, block_table, v_scale)
-
-
-def append_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor | None = None,
-    *,
-    cos_sin: Tensor | None = None,
-    interleaved: bool = False,
-    compute_dtype: torch.dtype = torch.float32,
-    **attention: Any,
-) -> tuple[Tensor, Tensor]:
-    """`rotary_append` of copies of q and k, then `decode_attention`, whose other arguments come last."""
-    q, k = q.clone(), k.clone()
-    cache = (k_cache, v_cache, seq_lens, block_table)
-    rotary_append(
-        q,
-        k,
-        v,
-        *cache,
-        cos_sin=cos_sin,
-        interleaved=interleaved,
-        k_scale=attention.get("k_scale"),
-        v_scale=attention.get("v_scale"),
-        compute_dtype=compute_dtype,
-    )
-    return decode_attention(q, *cache, **attention, compute_dtype=compute_dtype)
 
 
 def _rotate(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool, dtype: torch.dtype) -> None:

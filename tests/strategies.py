@@ -191,15 +191,12 @@ def every_op(place: Place) -> dict[str, dict]:
     heads = {name: torch.zeros(4, device=place.device) for name in ("phi", "sinks", "alibi_slopes")}
     decode = attention(place, [5, 33], q_len=2) | heads | {"window": 20, "fallback_count": int32(place, [0])}
     carried = {"carried_phi": torch.tensor([[0.0, NAN, 900.0, 1.0]] * 2, device=place.device)}
-    appended = rotary(place, [5, 33], q_len=2)
     norm = {"norm_weight": randn(place, 64, seed=4), "norm_eps": 1e-5}
     added = {"residual": randn(place, 3, 24, seed=5)}
     stored = {bits: quantized(place, 3, 24, 64, bits=bits, offsets=True, bias=True) for bits in (4, 8)}
     return {
         "decode_attention": decode,
         "decode_attention.carry": {name: x for name, x in decode.items() if name != "phi"} | carried,
-        "append_attention": appended | heads | {"window": 20, "fallback_count": int32(place, [0])},
-        "append_attention.carry": appended | carried,
         "gemv": _linear(place),
         "flat_gemm": _linear(place),
         "linear": _linear(place) | {"impl": "auto"},

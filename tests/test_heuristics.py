@@ -79,18 +79,37 @@ def test_every_cta_of_a_cluster_has_a_stage_of_k(n: int, k: int) -> None:
     assert cluster == 1 or cluster * 128 <= k
 
 
-def attention_cluster(work_tiles: int, num_splits: int = 0, limit: int = 8) -> int:
-    return _C.choose_attention_cluster(132, work_tiles, num_splits, limit)
+def attention_cluster(work_tiles: int, num_splits: int = 0, limit: int = 8, long_cache: bool = False) -> int:
+    return _C.choose_attention_cluster(132, work_tiles, num_splits, limit, long_cache)
 
 
 def test_clusters_leave_part_of_the_gpu_free() -> None:
-    assert [attention_cluster(work_tiles) for work_tiles in (1, 2, 8, 16, 28, 32, 40, 59, 60, 64, 256)] == [
-        8, 8, 8, 4, 4, 2, 2, 2, 1, 1, 1,
+    """Where two CTAs per work tile are all that fit, more of them go without a cluster."""
+    assert [attention_cluster(work_tiles) for work_tiles in (1, 2, 8, 16, 29, 30, 32, 59, 60, 64, 256)] == [
+        8, 8, 8, 4, 4, 1, 1, 1, 1, 1, 1,
     ]  # fmt: skip
 
 
+def test_clusters_on_a_long_cache_leave_less_of_the_gpu_idle() -> None:
+    """8 clusters of 8 would occupy 64 of 132 SMs, and 16 of 4 as many."""
+    assert [attention_cluster(work_tiles, long_cache=True) for work_tiles in (1, 2, 4, 8, 16, 28)] == [
+        8, 8, 8, 4, 1, 4,
+    ]  # fmt: skip
+
+
+@given(work_tiles=st.integers(1, 300), limit=st.integers(0, 8))
+def test_clusters_on_a_long_cache_occupy_no_fewer_sms(work_tiles: int, limit: int) -> None:
+    def occupied(cluster: int) -> int:
+        resident = (132 if cluster <= 2 else 9 * 132 // 10) // cluster
+        return max(resident // work_tiles, 1) * work_tiles * cluster
+
+    short, long = (attention_cluster(work_tiles, limit=limit, long_cache=long) for long in (False, True))
+    assert long <= short
+    assert occupied(long) >= occupied(short)
+
+
 def test_a_cluster_is_no_larger_than_its_work() -> None:
-    assert [attention_cluster(1, limit=limit) for limit in (0, 1, 2, 3, 5, 8)] == [1, 1, 2, 2, 4, 8]
+    assert [attention_cluster(1, limit=limit) for limit in (0, 1, 2, 3, 5, 8)] == [1, 1, 1, 1, 4, 8]
 
 
 @given(work_tiles=st.integers(1, 1 << 20), num_splits=st.integers(1, 64))
@@ -218,8 +237,9 @@ def former_attention(p: dict, device: _C.DeviceProperties) -> tuple:
     max_cluster = 8 if p["num_splits"] > 0 else min(8, kv_tiles // warps)
     cluster = 1
     if tma and narrow:
-        cluster = _C.choose_attention_cluster(resident, work_tiles, p["num_splits"], max_cluster)
-    worth = 256 if cluster > 1 else warps
+        long_cache = kv_tiles >= 1024
+        cluster = _C.choose_attention_cluster(resident, work_tiles, p["num_splits"], max_cluster, long_cache)
+    worth = 128 if cluster > 1 else 2 * warps if latency else warps
     resident = (resident if cluster <= 2 else 9 * resident // 10) // cluster
     grid = _C.AttentionGridProblem(
         resident=resident,

@@ -50,7 +50,7 @@ def test_opcheck_without_options(one_place, op):
     name, _, overload = op.partition(".")
     packet = getattr(torch.ops.flashdecpp, name)
     overload = getattr(packet, overload if overload in packet.overloads() else "default")
-    if name in ("decode_attention", "append_attention", "rotary_append"):
+    if name in ("decode_attention", "rotary_append"):
         contiguous = attention if name == "decode_attention" else rotary
         arguments |= clean(contiguous(one_place, [5, 33], q_len=2, block_size=None))
     needed = [a for a in overload._schema.arguments if not a.has_default_value()]

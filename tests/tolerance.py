@@ -83,7 +83,6 @@ def overload_for(op: str, arguments: dict) -> torch._ops.OpOverload:
             return packet.plain
     in_place, overload = {
         "decode_attention": ("carried_phi", "carry"),
-        "append_attention": ("carried_phi", "carry"),
         "rms_norm": ("residual", "residual"),
         "layer_norm": ("residual", "residual"),
         "sample": ("seen", "seen"),
@@ -96,7 +95,7 @@ def overload_for(op: str, arguments: dict) -> torch._ops.OpOverload:
 
 def _size_of_terms(op: str, output: int | str, arguments: dict) -> float:
     """How large the terms get of outputs that are sums of larger terms, since float32 rounds those."""
-    if op.endswith("_attention") and output in (1, "carried_phi"):
+    if op == "decode_attention" and output in (1, "carried_phi"):
         return 128  # lse is phi plus a logarithm, both small enough for exp in float32; logits are sums
     if "linear" not in op and op not in ("gemv", "flat_gemm"):
         return 0

@@ -149,7 +149,7 @@ class Checker {
     return t.data;
   }
 
-  static constexpr int kMaxArguments = 16;  // append_attention has 14
+  static constexpr int kMaxArguments = 12;  // decode_attention has 11
   Argument arguments_[kMaxArguments];
   int count_ = 0;
 };

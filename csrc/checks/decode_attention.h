@@ -32,16 +32,16 @@ inline void unified_maximum(Checker& check, AttentionParams& p, const Tensor& ca
   p.phi_batch_stride = p.row_max_batch_stride = t.strides[0];
 }
 
-// Takes decode_attention's arguments but q, which the check has taken. `appends`: the op also writes to the caches. Phi is
-// OptionalTensor if phi is only read, Tensor if it is carried.
+// Phi is OptionalTensor if phi is only read, Tensor if it is carried.
 template <class Phi>
-AttentionParams attention_params(Checker& check, const Backend& backend, const View& q, const Tensor& k_cache,
-                                 const Tensor& v_cache, bool appends, const Tensor& seq_lens,
-                                 const OptionalTensor& block_table, std::optional<double> scale, const Phi& phi,
-                                 double softcap, int64_t window, const OptionalTensor& alibi_slopes,
-                                 const OptionalTensor& sinks, const OptionalTensor& k_scale,
-                                 const OptionalTensor& v_scale, int64_t num_splits,
+AttentionParams decode_attention(const Backend& backend, const Tensor& q_tensor, const Tensor& k_cache,
+                                 const Tensor& v_cache, const Tensor& seq_lens, const OptionalTensor& block_table,
+                                 std::optional<double> scale, const Phi& phi, double softcap, int64_t window,
+                                 const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                 const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t num_splits,
                                  const OptionalTensor& fallback_count) {
+  Checker check("decode_attention", "q");
+  const View q = check.take("q", q_tensor);
   check.rank("q", q, 4, "[batch, q_len, q_heads, head_dim]");
   if (backend.attention_float32) {
     check.float_dtype("q", q);
@@ -57,7 +57,7 @@ AttentionParams attention_params(Checker& check, const Backend& backend, const V
   FLASHDECPP_REQUIRE(head_dim >= 8 && head_dim <= kMaxHeadDim && head_dim % 8 == 0, check.op,
                      "q must have a head_dim that is a multiple of 8 up to ", kMaxHeadDim, ", got ", head_dim);
   const Cache c =
-      cache(check, backend, q.dtype, batch, head_dim, k_cache, v_cache, appends, seq_lens, block_table, k_scale, v_scale);
+      cache(check, backend, q.dtype, batch, head_dim, k_cache, v_cache, false, seq_lens, block_table, k_scale, v_scale);
   FLASHDECPP_REQUIRE(q_heads > 0 && c.kv_heads > 0 && q_heads % c.kv_heads == 0, check.op,
                      "q must have q_heads that are a multiple of kv_heads ", c.kv_heads, ", got ", q_heads);
   FLASHDECPP_REQUIRE(q_heads / c.kv_heads <= kMaxQueryGroup, check.op, "q must have at most ", kMaxQueryGroup,
@@ -87,21 +87,6 @@ AttentionParams attention_params(Checker& check, const Backend& backend, const V
   p.alibi_slopes = check.parameter<float>("alibi_slopes", alibi_slopes, DType::kFloat32, {q_heads});
   p.sinks = check.parameter<float>("sinks", sinks, DType::kFloat32, {q_heads});
   p.fallback_count = check.written_parameter<int32_t>("fallback_count", fallback_count, DType::kInt32, {1});
-  return p;
-}
-
-template <class Phi>
-AttentionParams decode_attention(const Backend& backend, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                 const Tensor& seq_lens, const OptionalTensor& block_table, std::optional<double> scale,
-                                 const Phi& phi, double softcap, int64_t window, const OptionalTensor& alibi_slopes,
-                                 const OptionalTensor& sinks, const OptionalTensor& k_scale,
-                                 const OptionalTensor& v_scale, int64_t num_splits,
-                                 const OptionalTensor& fallback_count) {
-  Checker check("decode_attention", "q");
-  const View q_view = check.take("q", q);
-  const AttentionParams p =
-      attention_params(check, backend, q_view, k_cache, v_cache, false, seq_lens, block_table, scale, phi, softcap,
-                       window, alibi_slopes, sinks, k_scale, v_scale, num_splits, fallback_count);
   check.written_apart();
   return p;
 }

@@ -14,7 +14,7 @@ struct Cache {
   int64_t table_stride;
   int32_t num_blocks, block_size, max_blocks, kv_heads;
   const float *k_scale, *v_scale;
-  DType kv_dtype;
+  DType dtype;
 };
 
 // `written`: whether the op writes to the caches.
@@ -56,7 +56,7 @@ inline Cache cache(Checker& check, const Backend& backend, DType compute_dtype, 
   c.num_blocks = to_int32(check, "k_cache", k.sizes[0]);
   c.block_size = to_int32(check, "k_cache", k.sizes[1]);
   c.kv_heads = to_int32(check, "k_cache", k.sizes[2]);
-  c.kv_dtype = k.dtype;
+  c.dtype = k.dtype;
   if (block_table) {
     const View table = check.take("block_table", *block_table);
     check.dtype("block_table", table, DType::kInt32);
@@ -77,16 +77,16 @@ inline Cache cache(Checker& check, const Backend& backend, DType compute_dtype, 
   FLASHDECPP_REQUIRE(int64_t{c.max_blocks} * c.block_size <= INT32_MAX, check.op,
                      "block_table must address fewer than 2^31 tokens per sequence, got ",
                      int64_t{c.max_blocks} * c.block_size);
-  FLASHDECPP_REQUIRE(c.kv_dtype == DType::kFloat8E4M3 || (!k_scale && !v_scale), check.op, k_scale ? "k_scale" : "v_scale",
-                     " must be None unless the cache is float8_e4m3fn, got a ", name(c.kv_dtype), " cache");
+  FLASHDECPP_REQUIRE(c.dtype == DType::kFloat8E4M3 || (!k_scale && !v_scale), check.op, k_scale ? "k_scale" : "v_scale",
+                     " must be None unless the cache is float8_e4m3fn, got a ", name(c.dtype), " cache");
   c.k_scale = check.parameter<float>("k_scale", k_scale, DType::kFloat32, {c.kv_heads});
   c.v_scale = check.parameter<float>("v_scale", v_scale, DType::kFloat32, {c.kv_heads});
   return c;
 }
 
-// The fields that Cache, AttentionParams and RotaryParams call the same.
-template <class Params, class Source>
-void set_cache(Params& p, const Source& c) {
+// The fields that AttentionParams and RotaryParams call the same.
+template <class Params>
+void set_cache(Params& p, const Cache& c) {
   p.seq_lens = c.seq_lens;
   p.block_table = c.block_table;
   p.k_scale = c.k_scale;
@@ -96,7 +96,7 @@ void set_cache(Params& p, const Source& c) {
   p.block_size = c.block_size;
   p.max_blocks = c.max_blocks;
   p.kv_heads = c.kv_heads;
-  p.kv_dtype = c.kv_dtype;
+  p.kv_dtype = c.dtype;
 }
 
 }  // namespace flashdecpp::checks

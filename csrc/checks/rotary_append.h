@@ -5,21 +5,36 @@
 
 namespace flashdecpp::checks {
 
-// The rotation's and the new tokens' fields, all but the cache's. `q` was checked.
-inline RotaryParams rotary_params(Checker& check, const View& q, const View& k, const View& v, int64_t kv_heads,
-                                  const OptionalTensor& cos_sin, bool interleaved) {
+inline RotaryParams rotary_append(const Tensor& q_tensor, const Tensor& k_tensor, const Tensor& v_tensor,
+                                  const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
+                                  const OptionalTensor& block_table, const OptionalTensor& cos_sin, bool interleaved,
+                                  const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  Checker check("rotary_append", "q");
+  const View q = check.take_written("q", q_tensor);
+  check.rank("q", q, 4, "[batch, q_len, q_heads, head_dim]");
+  check.float_dtype("q", q);
+  check.last_contiguous("q", q);
   const int64_t batch = q.sizes[0], q_len = q.sizes[1], q_heads = q.sizes[2], head_dim = q.sizes[3];
+  const View k = check.take_written("k", k_tensor), v = check.take("v", v_tensor);
+  const Cache c =
+      cache(check, kCpu, q.dtype, batch, head_dim, k_cache, v_cache, true, seq_lens, block_table, k_scale, v_scale);
   const char* names[] = {"k", "v"};
   const View* views[] = {&k, &v};
   for (int i = 0; i < 2; ++i) {
     check.dtype(names[i], *views[i], q.dtype);
-    check.shape(names[i], *views[i], {batch, q_len, kv_heads, head_dim});
+    check.shape(names[i], *views[i], {batch, q_len, c.kv_heads, head_dim});
     check.last_contiguous(names[i], *views[i]);
   }
+
   RotaryParams p{};
   p.q = q.data;
   p.k = k.data;
   p.v = v.data;
+  p.k_cache = const_cast<void*>(c.k);
+  p.v_cache = const_cast<void*>(c.v);
+  p.kc = c.k_layout;
+  p.vc = c.v_layout;
+  set_cache(p, c);
   p.dtype = q.dtype;
   p.q_batch_stride = q.strides[0];
   p.q_token_stride = q.strides[1];
@@ -48,27 +63,6 @@ inline RotaryParams rotary_params(Checker& check, const View& q, const View& k, 
     p.max_positions = to_int32(check, "cos_sin", t.sizes[0]);
     p.rotary_dim = static_cast<int32_t>(t.sizes[1]);
   }
-  return p;
-}
-
-inline RotaryParams rotary_append(const Tensor& q_tensor, const Tensor& k_tensor, const Tensor& v_tensor,
-                                  const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
-                                  const OptionalTensor& block_table, const OptionalTensor& cos_sin, bool interleaved,
-                                  const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
-  Checker check("rotary_append", "q");
-  const View q = check.take_written("q", q_tensor);
-  check.rank("q", q, 4, "[batch, q_len, q_heads, head_dim]");
-  check.float_dtype("q", q);
-  check.last_contiguous("q", q);
-  const View k = check.take_written("k", k_tensor), v = check.take("v", v_tensor);
-  const Cache c = cache(check, kCpu, q.dtype, q.sizes[0], q.sizes[3], k_cache, v_cache, true, seq_lens, block_table,
-                        k_scale, v_scale);
-  RotaryParams p = rotary_params(check, q, k, v, c.kv_heads, cos_sin, interleaved);
-  p.k_cache = const_cast<void*>(c.k);
-  p.v_cache = const_cast<void*>(c.v);
-  p.kc = c.k_layout;
-  p.vc = c.v_layout;
-  set_cache(p, c);
   check.written_apart();
   return p;
 }

@@ -1,4 +1,4 @@
-// decode_attention and append_attention on a CPU: threads draw tasks of (sequence, split of its keys, KV heads) from one counter; whoever
+// decode_attention on a CPU: threads draw tasks of (sequence, split of its keys, KV heads) from one counter; whoever
 // finishes the last split of a sequence's heads combines their partials.
 #include <algorithm>
 #include <atomic>
@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "boxing.h"
-#include "checks/append_attention.h"
+#include "checks/decode_attention.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 
@@ -118,16 +118,7 @@ void run(const AttentionParams& p) {
   if (p.fallback_count) *p.fallback_count += fallbacks.load();
 }
 
-std::tuple<Tensor, Tensor> attend(AttentionParams& p, Device device) {
-  Tensor out = new_tensor({p.batch, p.q_len, p.q_heads, p.head_dim}, p.q_dtype, device);
-  Tensor lse = new_tensor({p.batch, p.q_heads, p.q_len}, DType::kFloat32, device);
-  p.out = View(out).data;
-  p.lse = static_cast<float*>(View(lse).data);
-  if (p.batch > 0) run(p);
-  return {out, lse};
-}
-
-template <class Phi>  // see checks::attention_params
+template <class Phi>  // see checks::decode_attention
 std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens,
                                             OptionalTensor block_table, std::optional<double> scale, Phi phi,
                                             double softcap, int64_t window, OptionalTensor alibi_slopes,
@@ -136,23 +127,12 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_c
   AttentionParams p =
       checks::decode_attention(checks::kCpu, q, k_cache, v_cache, seq_lens, block_table, scale, phi, softcap, window,
                                alibi_slopes, sinks, k_scale, v_scale, num_splits, fallback_count);
-  return attend(p, View(q).device);
-}
-
-template <class Phi>
-std::tuple<Tensor, Tensor> append_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
-                                            Tensor seq_lens, OptionalTensor block_table, OptionalTensor cos_sin,
-                                            bool interleaved, std::optional<double> scale, Phi phi, double softcap,
-                                            int64_t window, OptionalTensor alibi_slopes, OptionalTensor sinks,
-                                            OptionalTensor k_scale, OptionalTensor v_scale, int64_t num_splits,
-                                            OptionalTensor fallback_count) {
-  checks::AppendAttention both = checks::append_attention(
-      checks::kCpu, q, k, v, k_cache, v_cache, seq_lens, block_table, cos_sin, interleaved, scale, phi, softcap, window,
-      alibi_slopes, sinks, k_scale, v_scale, num_splits, fallback_count);
-  const Tensor q_copy = packed_copy(q), k_copy = packed_copy(k);
-  checks::rotate_copies(both, View(q_copy), View(k_copy));
-  rotate_and_append(both.rotary);
-  return attend(both.attention, View(q).device);
+  Tensor out = new_tensor({p.batch, p.q_len, p.q_heads, p.head_dim}, p.q_dtype, View(q).device);
+  Tensor lse = new_tensor({p.batch, p.q_heads, p.q_len}, DType::kFloat32, View(q).device);
+  p.out = View(out).data;
+  p.lse = static_cast<float*>(View(lse).data);
+  if (p.batch > 0) run(p);
+  return {out, lse};
 }
 
 }  // namespace
@@ -163,6 +143,4 @@ STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CPU, m)
   using namespace flashdecpp;
   m.impl("decode_attention", boxed<&cpu::decode_attention<OptionalTensor>>);
   m.impl("decode_attention.carry", boxed<&cpu::decode_attention<Tensor>>);
-  m.impl("append_attention", boxed<&cpu::append_attention<OptionalTensor>>);
-  m.impl("append_attention.carry", boxed<&cpu::append_attention<Tensor>>);
 }

@@ -44,17 +44,12 @@ void rotary_append(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
                    OptionalTensor v_scale) {
   const RotaryParams p =
       checks::rotary_append(q, k, v, k_cache, v_cache, seq_lens, block_table, cos_sin, interleaved, k_scale, v_scale);
-  rotate_and_append(p);
-}
-
-}  // namespace
-
-void rotate_and_append(const RotaryParams& p) {
   torch::stable::parallel_for(0, int64_t{p.batch} * p.q_len,
                               grain((int64_t{p.q_heads} + 2 * int64_t{p.kv_heads}) * p.head_dim),
                               [&](int64_t begin, int64_t end) { kernels().rotary(p, begin, end); });
 }
 
+}  // namespace
 }  // namespace flashdecpp::cpu
 
 namespace flashdecpp {

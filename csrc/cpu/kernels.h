@@ -94,7 +94,4 @@ extern const Kernels kNeonKernels;
 // The best table for this CPU, or the one that FLASHDECPP_CPU_ISA names.
 const Kernels& kernels();
 
-// rotary_append's work, split among torch's threads.
-void rotate_and_append(const RotaryParams& p);
-
 }  // namespace flashdecpp::cpu

@@ -11,7 +11,7 @@ enum class TimelineOf : int { kNorm, kGemv, kFlatGemm, kRotary, kAttention, kSam
 
 struct TimelineRecord {
   static constexpr int kStamps = 7;
-  unsigned kernel_and_sm, cta;    // kernel in the upper 16 bits
+  unsigned kernel_and_sm, cta;     // kernel in the upper 16 bits
   unsigned long long ns[kStamps];  // start, marks, end; 0: not reached
 };
 

@@ -20,7 +20,8 @@ inline constexpr unsigned kLongKvTiles = 96;  // stream-K: KV tiles per warp tha
 
 inline constexpr int64_t kWorkspaceBytes = 16 << 20;   // for partials; an explicit num_splits may exceed it
 inline constexpr int64_t kBytesInFlight = 6 << 20;     // enough to saturate the memory of any GPU we target
-inline constexpr int64_t kMinKvTilesPerCluster = 256;  // of a work tile, before another cluster pays for its merge
+inline constexpr int64_t kMinKvTilesPerCluster = 128;  // of a work tile, before another cluster pays for its merge
+inline constexpr int64_t kLongCacheTiles = 1024;       // KV tiles per sequence that want every SM's bandwidth
 inline constexpr int64_t kSoftmaxStateBytes = 16;      // sizeof(SoftmaxState)
 
 // ---- how a CTA is shaped: found by measurement ---------------------------------------------------------------------
@@ -78,7 +79,7 @@ constexpr int64_t attention_shared_bytes(LoadPath path, int kv_bytes, int dims, 
   const int64_t queries = kQueryTileRows * (dims + 8) * 2, scratch = shape.scratch_rows * (dims + 8) * 4;
   const int64_t partial = shape.clusters ? kQueryTileRows * (dims * 4 + kSoftmaxStateBytes) : 16;
   const int64_t merge = kQueryTileRows * (shape.warps * (kSoftmaxStateBytes + 4) + kSoftmaxStateBytes);
-  const int64_t barriers = path == LoadPath::kTma ? shape.warps * shape.stages * 8 : 0;
+  const int64_t barriers = path == LoadPath::kTma ? shape.warps * shape.stages * (shape.ctas_per_sm == 1 ? 16 : 8) : 0;
   return shape.warps * (stages + queries + scratch) + partial + merge + barriers + 1024;
 }
 
@@ -101,14 +102,23 @@ inline int64_t resident_clusters(int64_t resident, int64_t cluster) {
 }
 
 // The largest power of two up to max_cluster that divides num_splits if the caller fixed it; otherwise such that one
-// cluster per work tile fits in 90% of the resident CTAs.
-inline int64_t choose_attention_cluster(int64_t resident, int64_t work_tiles, int64_t num_splits, int64_t max_cluster) {
+// cluster per work tile fits in 90% of the resident CTAs. Not two, measured on an H200: three or four CTAs per work
+// tile that merge through slots leave fewer SMs idle. There an SM reads 45 GB/s, a hundredth of what the memory has, so
+// that in a long cache clusters must be small enough to occupy most SMs; on an H100 half of them would do.
+inline int64_t choose_attention_cluster(int64_t resident, int64_t work_tiles, int64_t num_splits, int64_t max_cluster,
+                                        bool long_cache) {
+  constexpr double most = 0.7;
   const auto suits = [&](int64_t cluster) {
     return num_splits > 0 ? num_splits % cluster == 0 : 10 * cluster * work_tiles <= 9 * resident;
   };
+  const auto occupied = [&](int64_t cluster) {
+    return static_cast<double>(resident_clusters(resident, cluster) / work_tiles * work_tiles * cluster);
+  };
   int64_t cluster = 1;
   while (2 * cluster <= max_cluster && suits(2 * cluster)) cluster *= 2;
-  return cluster;
+  if (num_splits > 0) return cluster;
+  while (long_cache && cluster > 2 && occupied(cluster) < most * static_cast<double>(resident)) cluster /= 2;
+  return cluster > 2 ? cluster : 1;
 }
 
 // ---- the grid: uniform or stream-K splits --------------------------------------------------------------------------
@@ -273,10 +283,11 @@ inline AttentionConfig choose_attention(const AttentionProblem& p, const DeviceP
   const int64_t kv_tiles = p.kv_tiles();
   const int64_t resident = int64_t{device.num_sms} * config.shape.ctas_per_sm;
   const int64_t max_cluster = p.num_splits > 0 ? kMaxClusterSize : std::min<int64_t>(kMaxClusterSize, kv_tiles / warps);
-  const int64_t cluster =
-      config.shape.clusters ? choose_attention_cluster(resident, config.work_tiles, p.num_splits, max_cluster) : 1;
+  const int64_t cluster = config.shape.clusters ? choose_attention_cluster(resident, config.work_tiles, p.num_splits,
+                                                                           max_cluster, kv_tiles >= kLongCacheTiles)
+                                                : 1;
   config.cluster = cluster;
-  config.min_tiles_per_cluster = cluster > 1 ? kMinKvTilesPerCluster : warps;
+  config.min_tiles_per_cluster = cluster > 1 ? kMinKvTilesPerCluster : config.latency ? 2 * warps : warps;
   // Further query tiles read K and V from L2, whose bandwidth takes all SMs to use.
   const int64_t in_flight = warps * config.shape.stages * attention_stage_bytes(config.path, kv_bytes, config.dims);
   const int64_t min_ctas = p.query_tiles() > 1 ? resident : kBytesInFlight / in_flight;

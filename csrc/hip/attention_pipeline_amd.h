@@ -15,7 +15,7 @@ class RegisterStages {
   static constexpr int kStride = Tile::kDims + 16 / sizeof(KV);  // as in CpAsyncStages
   static constexpr int kTileBytes = kKvTile * kStride * sizeof(KV), kStageBytes = 2 * kTileBytes;
   static constexpr int kBarrierBytes = 0;
-  static constexpr bool kAvailable = true, kPrefetchesTable = false, kUsesClusters = false;
+  static constexpr bool kAvailable = true, kPrefetchesTable = false, kUsesClusters = false, kSplitsStages = false;
   // Warps of 32 have no registers for a second tile: they load while other warps multiply.
   static constexpr bool kFillsEarly = arch::kWarpSize == 64;
   static_assert(Tile::kStages == 1);  // registers hold the second tile
@@ -70,7 +70,6 @@ class RegisterStages {
 
   __device__ __forceinline__ Rows keys(int) const { return {stages_}; }
   __device__ __forceinline__ Rows values(int) const { return {stages_ + kTileBytes}; }
-  __device__ __forceinline__ void release_writes() const { arch::warp_sync(); }
   __device__ __forceinline__ void wait_for_queries(int) {}  // copy_async is synchronous
 
  private:

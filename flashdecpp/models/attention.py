@@ -22,7 +22,7 @@ Observe = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class DecodeAttention:
-    """One token of each sequence, by one op. At most one of `phi` and `carried_phi` is given."""
+    """One token of each sequence, by the decode op. At most one of `phi` and `carried_phi` is given."""
 
     def __init__(
         self,
@@ -43,15 +43,18 @@ class DecodeAttention:
 
     def __call__(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         config = self._config
-        out, _ = ops.append_attention(
+        cache = (*self._cache.layers[index], self._seq_lens, self._block_table)
+        ops.rotary_append(
             q,
             k,
             v,
-            *self._cache.layers[index],
-            self._seq_lens,
-            self._block_table,
+            *cache,
             cos_sin=self._cos_sin[index],
             interleaved=config.architecture.rotary == "pairs",
+        )
+        out, _ = ops.decode_attention(
+            q,
+            *cache,
             scale=config.attn_scale,
             phi=None if self._phi is None else self._phi[index],
             softcap=config.attn_softcap,

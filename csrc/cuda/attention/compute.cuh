@@ -75,12 +75,13 @@ class WarpAttention {
   }
 
   // Adds the KV tile whose first key is `key_begin`. V is zero outside of the sequence's keys [loaded_begin,
-  // loaded_end).
-  template <class Rows>
+  // loaded_end). keys_done() is called between the last access to K and the first to V.
+  template <class Rows, class KeysDone>
   __device__ __forceinline__ void process_tile(const Rows& keys, const Rows& values, int key_begin, int loaded_begin,
-                                               int loaded_end, float* scratch) {
+                                               int loaded_end, float* scratch, KeysDone keys_done) {
     TileC scores[kTilesOf16];
     compute_scores(keys, scores);
+    keys_done();
     to_logits(scores, key_begin);
     to_weights(scores);
     const bool loaded_visible =

@@ -1,19 +1,19 @@
-// decode_attention and append_attention on a GPU, the host's side: check, guard, choose, allocate, launch.
+// decode_attention on a GPU, the host's side: check, guard, choose, allocate, launch.
 #include "cuda/attention/decode_attention.h"
 
 #include <bit>
 
 #include "boxing.h"
-#include "checks/append_attention.h"
+#include "checks/decode_attention.h"
 #include "choice_log.h"
 #include "cuda/attention/tile.cuh"
-#include "cuda/elementwise/rotary_append.h"
 #include "cuda/nonce.h"
 #include "cuda/numeric.cuh"
 
 namespace flashdecpp {
 namespace {
 
+constexpr const char* kOp = "decode_attention";
 static_assert(sizeof(SoftmaxState) == kSoftmaxStateBytes);
 
 // Whether tensor maps can describe the cache: rows aligned to 16 bytes, which the contract does not promise for fp8.
@@ -43,15 +43,15 @@ AttentionProblem problem_of(const AttentionParams& p) {
 }
 
 // CTAs and KV tiles are numbered in 32 bits.
-void check_size(const char* op, const AttentionProblem& problem, const AttentionConfig& config) {
+void check_size(const AttentionProblem& problem, const AttentionConfig& config) {
   const int64_t work_tiles = config.work_tiles;
-  FLASHDECPP_REQUIRE(work_tiles <= INT32_MAX, op, "q must have a batch of at most ",
+  FLASHDECPP_REQUIRE(work_tiles <= INT32_MAX, kOp, "q must have a batch of at most ",
                      INT32_MAX / (work_tiles / problem.batch), " with its heads and q_len, got ", problem.batch);
-  FLASHDECPP_REQUIRE(problem.kv_tiles() <= INT32_MAX / work_tiles, op,
+  FLASHDECPP_REQUIRE(problem.kv_tiles() <= INT32_MAX / work_tiles, kOp,
                      problem.block_size > 0 ? "block_table" : "k_cache", " must have room for at most ",
                      INT32_MAX / work_tiles * kKvTile, " keys per sequence with q's batch, heads and q_len, got ",
                      problem.capacity);
-  FLASHDECPP_REQUIRE(config.ctas() <= INT32_MAX, op, "num_splits must be at most ", INT32_MAX / work_tiles,
+  FLASHDECPP_REQUIRE(config.ctas() <= INT32_MAX, kOp, "num_splits must be at most ", INT32_MAX / work_tiles,
                      " with q's batch, heads and q_len, got ", problem.num_splits);
 }
 
@@ -75,13 +75,18 @@ Tensor prepare(AttentionLaunch& launch, const AttentionProblem& problem, const A
   return workspace;
 }
 
-// `rotary`: null k if the new tokens are in the cache.
-std::tuple<Tensor, Tensor> attend(const char* op, const Launcher& launcher, Device device, const AttentionParams& params,
-                                  const RotaryParams& rotary) {
+template <class Phi>  // as in checks::decode_attention
+std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens,
+                                            OptionalTensor block_table, std::optional<double> scale, Phi phi,
+                                            double softcap, int64_t window, OptionalTensor alibi_slopes,
+                                            OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale,
+                                            int64_t num_splits, OptionalTensor fallback_count) {
   AttentionLaunch launch{};
-  launch.p = params;
-  launch.rotary = rotary;
   AttentionParams& p = launch.p;
+  p = checks::decode_attention(checks::kGpu, q, k_cache, v_cache, seq_lens, block_table, scale, phi, softcap, window,
+                               alibi_slopes, sinks, k_scale, v_scale, num_splits, fallback_count);
+  const Device device = View(q).device;
+  const Launcher launcher(kOp, device);
   Tensor out = new_tensor({p.batch, p.q_len, p.q_heads, p.head_dim}, p.q_dtype, device);
   Tensor lse = new_tensor({p.batch, p.q_heads, p.q_len}, DType::kFloat32, device);
   if (p.batch == 0) return {out, lse};
@@ -89,8 +94,8 @@ std::tuple<Tensor, Tensor> attend(const char* op, const Launcher& launcher, Devi
   p.lse = static_cast<float*>(View(lse).data);
   const AttentionProblem problem = problem_of(p);
   const AttentionConfig config = choose_attention(problem, launcher.properties());
-  check_size(op, problem, config);
-  log_choice(op, name(p.q_dtype), problem, config);
+  check_size(problem, config);
+  log_choice(kOp, name(p.q_dtype), problem, config);
   const Tensor workspace = prepare(launch, problem, config, device);
   arch::with_half_type(p.q_dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -108,49 +113,12 @@ std::tuple<Tensor, Tensor> attend(const char* op, const Launcher& launcher, Devi
   return {out, lse};
 }
 
-template <class Phi>  // as in checks::attention_params
-std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens,
-                                            OptionalTensor block_table, std::optional<double> scale, Phi phi,
-                                            double softcap, int64_t window, OptionalTensor alibi_slopes,
-                                            OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale,
-                                            int64_t num_splits, OptionalTensor fallback_count) {
-  constexpr const char* op = "decode_attention";
-  const AttentionParams p =
-      checks::decode_attention(checks::kGpu, q, k_cache, v_cache, seq_lens, block_table, scale, phi, softcap, window,
-                               alibi_slopes, sinks, k_scale, v_scale, num_splits, fallback_count);
-  const Device device = View(q).device;
-  return attend(op, Launcher(op, device), device, p, {});
-}
-
-// In one launch or, where new tokens or rotary_dim / 2 are not aligned for it, in three: copies, rotary_append, attention.
-template <class Phi>
-std::tuple<Tensor, Tensor> append_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
-                                            Tensor seq_lens, OptionalTensor block_table, OptionalTensor cos_sin,
-                                            bool interleaved, std::optional<double> scale, Phi phi, double softcap,
-                                            int64_t window, OptionalTensor alibi_slopes, OptionalTensor sinks,
-                                            OptionalTensor k_scale, OptionalTensor v_scale, int64_t num_splits,
-                                            OptionalTensor fallback_count) {
-  constexpr const char* op = "append_attention";
-  checks::AppendAttention both = checks::append_attention(
-      checks::kGpu, q, k, v, k_cache, v_cache, seq_lens, block_table, cos_sin, interleaved, scale, phi, softcap, window,
-      alibi_slopes, sinks, k_scale, v_scale, num_splits, fallback_count);
-  const Device device = View(q).device;
-  const Launcher launcher(op, device);
-  if (rotary_vectors_fit(both.rotary)) return attend(op, launcher, device, both.attention, both.rotary);
-  const Tensor q_copy = packed_copy(q), k_copy = packed_copy(k);
-  checks::rotate_copies(both, View(q_copy), View(k_copy));
-  launch_rotary_append(op, launcher, both.rotary);
-  return attend(op, launcher, device, both.attention, {});
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(flashdecpp, CUDA, m)
 {
   m.impl("decode_attention", boxed<&decode_attention<OptionalTensor>>);
   m.impl("decode_attention.carry", boxed<&decode_attention<Tensor>>);
-  m.impl("append_attention", boxed<&append_attention<OptionalTensor>>);
-  m.impl("append_attention.carry", boxed<&append_attention<Tensor>>);
 }
 
 }  // namespace flashdecpp

@@ -30,11 +30,9 @@
 // V would be NaN, its product with V is computed key by key.
 //
 // Under programmatic dependent launch a CTA starts while the previous kernel still runs. Until that kernel is done, the
-// CTA reads only the tensor maps, the lengths and the block tables, which tell it where to begin. A launch that appends
-// the new tokens itself (append.cuh) also copies its first KV tiles by then.
+// CTA reads only the tensor maps, the lengths and the block tables, which tell it where to begin.
 #pragma once
 
-#include "cuda/attention/append.cuh"
 #include "cuda/attention/combine.cuh"
 #include "cuda/attention/compute.cuh"
 #include "cuda/attention/pipeline.cuh"
@@ -54,18 +52,13 @@ __device__ __forceinline__ void zero_unused_queries(int count, typename Tile::T*
   }
 }
 
-// Loads the queries of one work tile as one cp.async group, rotated if the launch appends, zero-padded to kDims columns;
-// for a float8 cache in the permuted column order of widened K.
+// Loads the queries of one work tile as one cp.async group, zero-padded to kDims columns; for a float8 cache in the
+// permuted column order of widened K.
 template <class Tile>
 __device__ __forceinline__ void load_queries(const AttentionLaunch& launch, const QueryTile& queries,
                                              typename Tile::T* q) {
   using T = typename Tile::T;
   const AttentionParams& p = launch.p;
-  if (launch.appends()) {
-    load_rotated_queries<Tile>(launch, queries, q);
-    arch::copy_commit();
-    return;
-  }
   constexpr int kChunks = Tile::kDims / 8;
 #pragma unroll 1
   for (int index = arch::rematerialize(arch::lane()); index < queries.count * kChunks; index += arch::kWarpSize) {
@@ -99,8 +92,7 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
   const AttentionParams& p = launch.p;
 
   Timeline timeline(TimelineOf::kAttention);
-  const bool appends = launch.appends();
-  if (!appends) arch::allow_next_kernel();
+  arch::allow_next_kernel();
   Stages stages(shared.stages(arch::warp()), reinterpret_cast<unsigned char*>(barriers), p, source);
   typename Tile::T* q = shared.q(arch::warp());
   Schedule schedule(launch, Tile::kWarps);
@@ -110,13 +102,8 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
   schedule.load(launch);
   pipeline.prefetch_table();
   schedule.finish(launch);
-  const bool idle = schedule.kv_tiles == 0;
-  if (idle && !appends) return;
-  if (!idle) pipeline.resolve(schedule);
-  if (!idle && appends) {
-    prefetch_angles(launch.rotary, schedule.first.sequence.length - p.q_len);
-    pipeline.start();
-  }
+  if (schedule.kv_tiles == 0) return;
+  pipeline.resolve(schedule);
   timeline.mark();
   arch::wait_for_previous_kernel();
   timeline.mark();
@@ -124,19 +111,9 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
   Segment upcoming = schedule.first;
   int remaining = schedule.kv_tiles;
   RowPhi<Tile, Policy> row_phi;
-  if (!idle) {
-    load_queries<Tile>(launch, upcoming.queries(launch), q);
-    row_phi.load(launch, upcoming.queries(launch));
-  }
-  if (!appends) {
-    pipeline.start();
-  } else if (arch::warp() == Tile::kWarps - 1) {
-    append_new_tokens<typename Tile::T>(launch);
-    __threadfence();
-    arch::warp_sync();
-    arch::allow_next_kernel();
-  }
-  if (idle) return;
+  load_queries<Tile>(launch, upcoming.queries(launch), q);
+  row_phi.load(launch, upcoming.queries(launch));
+  pipeline.start();
 
   int slot = schedule.first_slot;
   int fills = Tile::kStages;  // fill() calls since the queries were requested
@@ -161,10 +138,11 @@ __device__ __forceinline__ void attend(const AttentionLaunch& launch, const type
          kv_tile += schedule.step, ++fills) {
       const int key_begin = (segment.sequence.first_kv_tile + kv_tile) * kKvTile;
       const int loaded_begin = segment.sequence.key_begin, loaded_end = segment.sequence.length;
-      pipeline.acquire(loaded_begin - key_begin, loaded_end - key_begin);
-      if (appends) insert_new_tokens<Tile>(launch, segment, key_begin, stages, pipeline.stage());
+      const int visible_begin = loaded_begin - key_begin, visible_end = loaded_end - key_begin;
+      pipeline.acquire_keys(visible_begin, visible_end);
       attention.process_tile(stages.keys(pipeline.stage()), stages.values(pipeline.stage()), key_begin, loaded_begin,
-                             loaded_end, shared.scratch(arch::warp()));
+                             loaded_end, shared.scratch(arch::warp()),
+                             [&] { pipeline.acquire_values(visible_begin, visible_end); });
       pipeline.release();
     }
     if (!Tile::kQueryInRegisters && has_next) {

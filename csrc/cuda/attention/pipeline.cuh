@@ -6,10 +6,12 @@
 //   Fetch                         a lane's description of a KV tile to copy
 //   locate(segment, kv_tile, f)   computes its address up to the block table; only where kPrefetchesTable
 //   resolve(segment, kv_tile, f)  computes its address, reading the block table
-//   fill(stage, f)                starts the copies
-//   wait(stage, begin, end)       waits for the stage's oldest copies; V is zero outside of rows [begin, end)
+//   kSplitsStages                 K and V of a stage are copied and awaited separately, so that the next K is under way
+//                                 while V is multiplied
+//   fill(stage, f)                starts the copies; also fill_keys() and fill_values() if kSplitsStages
+//   wait(stage, begin, end)       waits for the stage's oldest copies; V is zero outside of rows [begin, end). If
+//                                 kSplitsStages, wait_keys(stage), then wait_values(stage, begin, end) instead
 //   keys(stage), values(stage)    the rows that arrived
-//   release_writes()              makes what lanes wrote to them visible to the warp, and ordered before later copies
 //   wait_for_queries(fills)       waits for this thread's copies from before its last `fills` calls of fill()
 //   kFillsEarly                   fill() buffers the tile in registers, so it is called before the current tile is
 //                                 consumed, not after
@@ -55,7 +57,7 @@ class CpAsyncStages {
   static constexpr int kTileBytes = kKvTile * kStride * sizeof(KV), kStageBytes = 2 * kTileBytes;
   static constexpr int kBarrierBytes = 0;
   static constexpr bool kAvailable = true, kPrefetchesTable = false;  // the rows to copy depend on the length
-  static constexpr bool kFillsEarly = false, kUsesClusters = false;
+  static constexpr bool kFillsEarly = false, kSplitsStages = false, kUsesClusters = false;
   using Rows = arch::PlainRows<KV, kStride>;
   struct Source {};  // AttentionParams suffice
 
@@ -113,7 +115,6 @@ class CpAsyncStages {
 
   __device__ __forceinline__ Rows keys(int stage) const { return {stages_ + stage * kStageBytes}; }
   __device__ __forceinline__ Rows values(int stage) const { return {stages_ + stage * kStageBytes + kTileBytes}; }
-  __device__ __forceinline__ void release_writes() const { arch::warp_sync(); }
 
   __device__ __forceinline__ void wait_for_queries(int fills) {
     if (fills >= Tile::kStages - 1) {
@@ -210,25 +211,42 @@ class KvPipeline {
     for (int i = 0; i < Tile::kStages; ++i) stages_.fill(i, first_[i]);
   }
 
-  // The next KV tile is in stage() until release(). Its V is zero outside of rows [begin, end).
-  __device__ __forceinline__ void acquire(int begin, int end) {
-    stages_.wait(stage_, begin, end);
-    if constexpr (Stages::kFillsEarly) fill_next(stage_);
+  // The K of the next KV tile is in stage() until acquire_values(), its V from then until release(). V is zero outside
+  // of rows [begin, end).
+  __device__ __forceinline__ void acquire_keys(int begin, int end) {
+    if constexpr (Stages::kSplitsStages) {
+      stages_.wait_keys(stage_);
+    } else {
+      stages_.wait(stage_, begin, end);
+      if constexpr (Stages::kFillsEarly) stages_.fill(stage_, take_next());
+    }
+  }
+  __device__ __forceinline__ void acquire_values(int begin, int end) {
+    if constexpr (Stages::kSplitsStages) {
+      arch::warp_sync();
+      refill_ = take_next();
+      stages_.fill_keys(stage_, refill_);
+      stages_.wait_values(stage_, begin, end);
+    }
   }
   __device__ __forceinline__ int stage() const { return stage_; }
 
   __device__ __forceinline__ void release() {
     arch::warp_sync();
-    if constexpr (!Stages::kFillsEarly) fill_next(stage_);
+    if constexpr (Stages::kSplitsStages) {
+      stages_.fill_values(stage_, refill_);
+    } else if constexpr (!Stages::kFillsEarly) {
+      stages_.fill(stage_, take_next());
+    }
     stage_ = stage_ + 1 == Tile::kStages ? 0 : stage_ + 1;
   }
 
  private:
-  // Requests the block-table entry of the tile after next before copying the next, whose entry has arrived by now.
-  __device__ __forceinline__ void fill_next(int stage) {
-    const typename Stages::Fetch current = next_;
+  // The next tile to copy, whose block-table entry has arrived by now; requests the entry of the tile after it.
+  __device__ __forceinline__ typename Stages::Fetch take_next() {
+    const typename Stages::Fetch next = next_;
     advance(next_);
-    stages_.fill(stage, current);
+    return next;
   }
 
   // Only assigns the looked-up values: selecting between them would wait for the load.
@@ -250,7 +268,7 @@ class KvPipeline {
   Segment segment_;
   int remaining_, step_, kv_tile_;
   bool has_tile_ = true, prefetched_ = false;
-  typename Stages::Fetch first_[Tile::kStages], next_;
+  typename Stages::Fetch first_[Tile::kStages], next_, refill_;
   int stage_ = 0;
 };
 

@@ -15,7 +15,6 @@ using arch::TileC;
 
 struct AttentionLaunch {
   AttentionParams p;
-  RotaryParams rotary;  // of new tokens that this launch rotates and appends itself; null k: they are in the cache
   // Clusters that share a work tile leave their partials in slots. A slot is ready once its flag equals the nonce,
   // which no other launch uses, so the previous contents of the memory do not matter.
   float* partial_out;            // [slots, slot_rows, head_dim]
@@ -40,7 +39,6 @@ struct AttentionLaunch {
     query_tiles = (rows() + tile_rows - 1) / tile_rows;
     slot_rows = query_tiles > 1 ? tile_rows : rows();
   }
-  __host__ __device__ bool appends() const { return rotary.k != nullptr; }
   __host__ __device__ int rows() const { return p.q_len * group; }
   __host__ __device__ int work_tiles_per_sequence() const { return p.kv_heads * query_tiles; }
 };
