@@ -12,7 +12,7 @@ from pathlib import Path
 from . import environment
 
 # Seconds that one core takes to compile one file, and for GPU kernels one target of it: rounded measurements.
-SECONDS = {"isa": 30, "cpp": 5, "cu": 40, "hip": 40}
+SECONDS = {"isa": 40, "cpp": 7, "cu": 20, "hip": 40}
 
 
 def steps(build: Path, ninja: str) -> list[str]:
