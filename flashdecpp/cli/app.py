@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import json
 import os
@@ -531,9 +532,14 @@ def _need_writable(*paths: Path | None) -> None:
 
 
 def _load(model: str, device: str | None, dtype: str | None, phi: str, **options: Any) -> LLM:
-    from flashdecpp import LLM
+    gc.disable()  # importing torch and reading a model leave no garbage, and every pass over them takes longer
+    try:
+        from flashdecpp import LLM
 
-    return LLM(model, device=device, dtype=dtype, phi=phi, **options)
+        return LLM(model, device=device, dtype=dtype, phi=phi, **options)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _templated(llm: LLM, text: str, system: str | None, tools: list[Any] | None) -> list[int]:
