@@ -532,7 +532,7 @@ def _need_writable(*paths: Path | None) -> None:
 
 
 def _load(model: str, device: str | None, dtype: str | None, phi: str, **options: Any) -> LLM:
-    gc.disable()  # importing torch and reading a model leave no garbage, and every pass over them takes longer
+    gc.disable()  # importing torch and reading a model leave no garbage, but passes over them take long
     try:
         from flashdecpp import LLM
 
