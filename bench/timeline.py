@@ -26,7 +26,7 @@ import flashdecpp
 from flashdecpp.models.decoder import Decoder
 from flashdecpp.models.phi import PhiSource
 
-KERNELS = ("norm", "gemv", "flat_gemm", "rotary", "attention", "sample")  # TimelineOf in csrc/cuda/timeline.h
+KERNELS = ("norm", "gemv", "rotary", "attention")  # TimelineOf in csrc/cuda/timeline.h
 WORDS = 8  # of a TimelineRecord
 CAPACITY, LAYERS, LAYER, STEPS = 1 << 18, 6, 3, 8
 

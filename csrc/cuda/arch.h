@@ -81,7 +81,6 @@
 #endif
 
 #include <type_traits>
-#include <vector>
 
 #include "cuda/timeline.h"
 

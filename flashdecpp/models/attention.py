@@ -1,7 +1,4 @@
-"""Attention of a pass over the cache: one new token of many sequences, or a chunk of one prompt.
-
-Both kinds rotate q and k of the new tokens, store k and v in the cache, and attend.
-"""
+"""Attention of a pass over the cache: one new token of many sequences, or a chunk of one prompt."""
 
 from collections.abc import Callable, Sequence
 
@@ -28,37 +25,30 @@ class DecodeAttention:
         self,
         config: ModelConfig,
         cache: KVCache,
-        seq_lens: torch.Tensor,  # int32 [batch], including the new tokens
-        block_table: torch.Tensor,  # int32 [batch, max_blocks]
-        cos_sin: Sequence[torch.Tensor | None],  # of each layer; None where nothing is rotated
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
         phi: Sequence[torch.Tensor] | None,  # float32 [q_heads] of each layer
         carried_phi: torch.Tensor | None,  # float32 [layers, batch, q_heads]
         num_splits: int,
         fallbacks: torch.Tensor,
     ) -> None:
         self._config, self._cache = config, cache
-        self._seq_lens, self._block_table, self._cos_sin = seq_lens, block_table, cos_sin
+        self._seq_lens, self._block_table = seq_lens, block_table
         self._phi, self._carried_phi = phi, carried_phi
         self._num_splits, self._fallbacks = num_splits, fallbacks
 
     def __call__(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        config = self._config
-        cache = (*self._cache.layers[index], self._seq_lens, self._block_table)
-        ops.rotary_append(
-            q,
-            k,
-            v,
-            *cache,
-            cos_sin=self._cos_sin[index],
-            interleaved=config.architecture.rotary == "pairs",
-        )
+        k_cache, v_cache = self._cache.layers[index]
         out, _ = ops.decode_attention(
             q,
-            *cache,
-            scale=config.attn_scale,
+            k_cache,
+            v_cache,
+            self._seq_lens,
+            self._block_table,
+            scale=self._config.attn_scale,
             phi=None if self._phi is None else self._phi[index],
-            softcap=config.attn_softcap,
-            window=config.windows[index],
+            softcap=self._config.attn_softcap,
+            window=self._config.windows[index],
             num_splits=self._num_splits,
             fallback_count=self._fallbacks,
             carried_phi=None if self._carried_phi is None else self._carried_phi[index],
@@ -77,15 +67,11 @@ class PromptAttention:
         config: ModelConfig,
         cache: KVCache,
         block_table: torch.Tensor,  # int32 [1, max_blocks]
-        cos_sin: Sequence[torch.Tensor | None],  # of each layer; None where nothing is rotated
         start: int,
         stop: int,
         observe: Observe | None,
     ) -> None:
-        self._config, self._cache = config, cache
-        self._block_table, self._cos_sin = block_table, cos_sin
-        # Filled on the device: there is no copy to wait for.
-        self._seq_lens = torch.full((1,), stop, dtype=torch.int32, device=block_table.device)
+        self._config, self._cache, self._block_table = config, cache, block_table
         self._start, self._stop, self._observe = start, stop, observe
         # The chunk's own keys are enough for the first chunk; later ones gather all keys from the cache.
         self._blocks = None if start == 0 else block_table[0, : -(-stop // cache.block_size)]
@@ -93,16 +79,6 @@ class PromptAttention:
 
     def __call__(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         config, stop = self._config, self._stop
-        ops.rotary_append(
-            q,
-            k,
-            v,
-            *self._cache.layers[index],
-            self._seq_lens,
-            self._block_table,
-            cos_sin=self._cos_sin[index],
-            interleaved=config.architecture.rotary == "pairs",
-        )
         if self._blocks is not None:
             k, v = (
                 layer.index_select(0, self._blocks).flatten(0, 1)[None, :stop]

@@ -1,6 +1,6 @@
 """The decoder of all supported architectures: it computes one forward pass, and nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,17 +71,9 @@ class Decoder:
         """
         phi = self.phi.layers if carried_phi is None else None
         attend = DecodeAttention(
-            self.config,
-            cache,
-            seq_lens,
-            block_table,
-            self._cos_sin,
-            phi,
-            carried_phi,
-            self.num_splits,
-            self.fallbacks,
+            self.config, cache, seq_lens, block_table, phi, carried_phi, self.num_splits, self.fallbacks
         )
-        stream = self._run_layers(tokens.unsqueeze(1), seq_lens, attend)
+        stream = self._run_layers(tokens.unsqueeze(1), cache, seq_lens, block_table, self._cos_sin, attend)
         return self._logits(stream)
 
     @torch.inference_mode()
@@ -109,9 +101,9 @@ class Decoder:
         for first in range(start, end, PREFILL_CHUNK):
             stop = min(first + PREFILL_CHUNK, end)
             seq_lens = torch.full((1,), stop, dtype=torch.int32, device=self.device)  # no copy to wait for
-            attend = PromptAttention(self.config, cache, block_table, cos_sin, first, stop, observe)
+            attend = PromptAttention(self.config, cache, block_table, first, stop, observe)
             chunk = tokens[None, first - start : stop - start]
-            stream = self._run_layers(chunk, seq_lens, attend)
+            stream = self._run_layers(chunk, cache, seq_lens, block_table, cos_sin, attend)
             if score is not None:
                 for row in range(0, len(stream), LOGITS_ROWS):
                     score(first + row, self._logits(stream[row : row + LOGITS_ROWS]))
@@ -136,12 +128,15 @@ class Decoder:
     def _run_layers(
         self,
         tokens: torch.Tensor,  # [batch, q_len]
+        cache: KVCache,
         seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        cos_sin: Sequence[torch.Tensor | None],
         attend: Attend,
     ) -> torch.Tensor:
         """The residual stream [batch * q_len, hidden] after the last layer."""
         batch, q_len = tokens.shape
-        forward = ForwardPass((batch, q_len), attend)
+        forward = ForwardPass((batch, q_len), cache, seq_lens, block_table, cos_sin, attend)
         stream = self._embed(tokens, seq_lens)
         for layer in self.layers:
             stream = layer(stream, forward)

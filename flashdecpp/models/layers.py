@@ -4,7 +4,7 @@ A part is called with the residual stream [tokens, hidden], which it may change 
 returns the stream. A mixture of experts or a sharded layer is another class with that interface.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
 
@@ -13,12 +13,13 @@ import torch
 from flashdecpp import ops
 
 from .config import ModelConfig
+from .kv_cache import KVCache
 from .weights import Layer, Matrix
 
 # With more rows than this, linear layers go to the BLAS.
 BLAS_ROWS = 128
 
-# (layer, q, k, v) of the new tokens, not rotated yet -> [batch, q_len, q_heads, head_dim]
+# (layer, q, k, v) -> [batch, q_len, q_heads, head_dim]; q and k are rotated, k and v are in the cache
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -27,6 +28,10 @@ class ForwardPass:
     """What all layers of one pass share."""
 
     shape: tuple[int, int]  # batch, q_len
+    cache: KVCache
+    seq_lens: torch.Tensor  # int32 [batch], including the new tokens
+    block_table: torch.Tensor  # int32 [batch, max_blocks]
+    cos_sin: Sequence[torch.Tensor | None]  # of each layer; None where nothing is rotated
     attend: Attend
 
 
@@ -119,6 +124,7 @@ class Attention:
         self._q_norm, self._k_norm = weights.q_norm, weights.k_norm
         self._out = OutputProjection(weights.o, weights.o_bias, _out_norm(config, weights.attn_out_norm))
         self._heads = [config.q_heads, config.kv_heads, config.kv_heads]
+        self._interleaved = config.architecture.rotary == "pairs"
 
     def __call__(self, stream: torch.Tensor, forward: ForwardPass) -> torch.Tensor:
         config, norm_after = self._config, self._config.norm_after
@@ -127,6 +133,16 @@ class Attention:
         if self._q_norm is not None and self._k_norm is not None:
             q = ops.rms_norm(q, self._q_norm, eps=config.norm_eps)
             k = ops.rms_norm(k, self._k_norm, eps=config.norm_eps)
+        ops.rotary_append(
+            q,
+            k,
+            v,
+            *forward.cache.layers[self.index],
+            forward.seq_lens,
+            forward.block_table,
+            cos_sin=forward.cos_sin[self.index],
+            interleaved=self._interleaved,
+        )
         attended = forward.attend(self.index, q, k, v)
         self._out.add_to(stream, attended.reshape(len(stream), config.q_heads * config.head_dim))
         return self._norm(stream) if norm_after else stream
